@@ -1,0 +1,94 @@
+// The one interface that both devices implement: six verbs and the state they work on.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "model/model.h"
+
+namespace tda {
+
+enum class FfnMode {
+  dense,   // all neurons
+  gather,  // all neurons; the tokens join the state's statistic
+  masked,  // the state's active neurons only
+};
+
+/// Sees h of dense or gathering FFN calls: layer, first row's index within the step, h [T, F] f32.
+using FfnRecorder =
+    std::function<void(std::int64_t layer, std::int64_t first, std::int64_t rows, const float* h)>;
+
+/// One run of the model over T new tokens.
+struct Step {
+  Tokens tokens;              // [T]
+  std::int64_t position = 0;  // of tokens[0]; keys and values of earlier ones are in the cache
+  /// Tokens in the whole sequence of which this step may be a part: what dynamic RoPE scales by.
+  std::int64_t sequence_length = 0;
+  FfnMode ffn = FfnMode::dense;
+  const FfnRecorder* recorder = nullptr;  // optional
+};
+
+/// KV cache, scratch, statistic and masks of one session; each backend derives its own.
+class State {
+ public:
+  virtual ~State() = default;
+};
+
+/// A model made ready on a device. Const: all that changes is in a State. One verb runs at a time;
+/// callers serialise (Engine does).
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual const Model& model() const = 0;
+  virtual std::string name() const = 0;  // e.g. "cpu (avx2)"
+  virtual int threads() const = 0;
+
+  // Memory.
+  /// `capacity`: tokens the KV cache holds. Throws DeviceError if memory is short.
+  virtual std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const = 0;
+  /// Largest T of one step.
+  virtual std::int64_t max_step() const = 0;
+
+  // The six verbs, in the order forward() calls them. The residual stream x: [T, H] f32 lives in
+  // the state; `begin` sizes scratch and computes RoPE angles for the step, whose data must stay
+  // alive until its last verb.
+  virtual void begin(State&, const Step&) const = 0;
+  /// x = embedding[tokens]
+  virtual void embed(State&) const = 0;
+  /// q, k, v = RoPE(qk_norm(W_qkv rmsnorm(x) + b)); k and v are appended to the cache
+  virtual void qkv(State&, std::int64_t layer) const = 0;
+  /// a = softmax(q kᵀ / sqrt(head_dim)) v, causal, within the sliding window
+  virtual void attention(State&, std::int64_t layer) const = 0;
+  /// x += W_o a + b
+  virtual void attention_out(State&, std::int64_t layer) const = 0;
+  /// x += FFN(rmsnorm(x)), by the step's FfnMode
+  virtual void ffn(State&, std::int64_t layer) const = 0;
+  /// Logits [rows, V] f32 of the step's last `rows` tokens; valid until the state's next verb.
+  virtual std::span<const float> logits(State&, std::int64_t rows) const = 0;
+
+  // TDA.
+  /// sum over gathered tokens t of (|n[t,j]| / ||n[t,:]||)^2, [F], and how many tokens that is.
+  struct Statistic {
+    std::vector<double> sums;
+    double tokens = 0;
+  };
+  virtual Statistic statistic(const State&, std::int64_t layer) const = 0;
+  /// Scales sums and token count of all layers: what came before counts `factor` as much.
+  virtual void fade_statistic(State&, double factor) const = 0;
+  /// Strictly ascending ids in [0, F).
+  virtual void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const = 0;
+  virtual const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const = 0;
+  /// FFN weight bytes that single-token steps of this state have read so far, counted where read.
+  virtual std::int64_t ffn_bytes(const State&) const = 0;
+};
+
+/// `threads` 0: as many as this process may run on. Throws OptionError.
+std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, int threads);
+/// Throws DeviceError if this build or machine has no CUDA.
+std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model);
+
+}  // namespace tda

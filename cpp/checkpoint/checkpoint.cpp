@@ -1,0 +1,156 @@
+#include "checkpoint/checkpoint.h"
+
+#include <tda/error.h>
+
+#include <cstdio>
+#include <set>
+
+#include "checkpoint/json.h"
+
+namespace tda {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (std::int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+void check_folder(const fs::path& folder) {
+  std::error_code ignored;
+  if (fs::is_directory(folder, ignored)) return;
+  throw CheckpointError(folder.string() +
+                        (fs::exists(folder, ignored) ? ": found a file" : ": no such folder") +
+                        ", expected a folder with config.json and model.safetensors");
+}
+
+/// Tensor name -> shard, as the index states it. A shard is a plain file name in the same folder.
+std::map<std::string, std::string> read_weight_map(const fs::path& index) {
+  const std::string file = index.string();
+  const json object = read_json_object(index);
+  const auto entries = object.find("weight_map");
+  if (entries == object.end() || !entries->is_object() || entries->empty())
+    throw CheckpointError(file +
+                          ": weight_map is missing or empty, expected tensor names and files");
+  std::map<std::string, std::string> result;
+  for (const auto& [tensor, shard] : entries->items()) {
+    const std::string name = shard.is_string() ? shard.get<std::string>() : "";
+    if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != name.npos)
+      throw CheckpointError(file + ": weight_map of \"" + tensor + "\" is " + describe(shard) +
+                            ", expected a file name without folders");
+    result.emplace(tensor, name);
+  }
+  return result;
+}
+
+/// FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv), 64 bits.
+class Hash {
+ public:
+  void add(const void* data, std::int64_t bytes) {
+    const auto* p = static_cast<const unsigned char*>(data);
+    for (std::int64_t i = 0; i < bytes; ++i) state_ = (state_ ^ p[i]) * 0x100000001b3;
+  }
+  void add(std::int64_t value) { add(&value, sizeof value); }
+  void add(const std::string& text) {
+    add(static_cast<std::int64_t>(text.size()));
+    add(text.data(), static_cast<std::int64_t>(text.size()));
+  }
+  std::string hex() const {
+    char text[17];
+    std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(state_));
+    return text;
+  }
+
+ private:
+  std::uint64_t state_ = 0xcbf29ce484222325;
+};
+
+/// Samples: telling models apart must not cost reading them. A few bytes of every tensor differ
+/// between any two models that were trained apart.
+void add_samples(Hash& hash, const TensorView& tensor) {
+  constexpr std::int64_t pieces = 16, piece = 64;  // bytes
+  if (tensor.bytes <= pieces * piece) return hash.add(tensor.data, tensor.bytes);
+  for (std::int64_t i = 0; i < pieces; ++i)
+    hash.add(tensor.data + (tensor.bytes - piece) / (pieces - 1) * i, piece);
+}
+
+}  // namespace
+
+Checkpoint::Checkpoint(const fs::path& folder) {
+  check_folder(folder);
+  std::error_code ignored;
+  name_ = fs::canonical(folder, ignored).filename().string();
+  config_ = read_config(folder);
+
+  const fs::path single = folder / "model.safetensors";
+  const fs::path index = folder / "model.safetensors.index.json";
+  std::map<std::string, std::string> weight_map;
+  std::set<std::string> names;
+  if (fs::exists(single, ignored)) {
+    names.insert(single.filename().string());
+  } else if (fs::exists(index, ignored)) {
+    weight_map = read_weight_map(index);
+    for (const auto& [tensor, shard] : weight_map) names.insert(shard);
+  } else {
+    throw CheckpointError(folder.string() +
+                          ": no weights found, expected model.safetensors, or shards and "
+                          "model.safetensors.index.json");
+  }
+
+  for (const std::string& name : names) {
+    files_.emplace_back(folder / name);
+    for (const auto& [tensor, view] : files_.back().tensors()) {
+      const auto [other, inserted] = tensors_.emplace(tensor, view);
+      if (!inserted)
+        throw CheckpointError(view.file + ": tensor \"" + tensor + "\" is also in " +
+                              other->second.file + ", expected in one file");
+    }
+  }
+  for (const auto& [tensor, shard] : weight_map) {
+    const auto found = tensors_.find(tensor);
+    if (found == tensors_.end() || found->second.file != (folder / shard).string())
+      throw CheckpointError((folder / shard).string() + ": tensor \"" + tensor +
+                            "\" is missing, expected here by " + index.string());
+  }
+
+  Hash hash;
+  for (const auto& [name, view] : tensors_) {
+    hash.add(name);
+    hash.add(view.dtype_name);
+    hash.add(static_cast<std::int64_t>(view.shape.size()));
+    for (std::int64_t size : view.shape) hash.add(size);
+    add_samples(hash, view);
+  }
+  fingerprint_ = hash.hex();
+}
+
+bool Checkpoint::contains(std::string_view tensor) const {
+  return tensors_.find(tensor) != tensors_.end();
+}
+
+const TensorView& Checkpoint::tensor(std::string_view name,
+                                     std::vector<std::int64_t> expected_shape) const {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end())
+    throw CheckpointError("checkpoint " + name_ + ": tensor \"" + std::string(name) +
+                          "\" is missing, expected with shape " + shape_text(expected_shape));
+  const TensorView& view = found->second;
+  if (view.shape != expected_shape)
+    throw CheckpointError(view.file + ": tensor \"" + view.name + "\" has shape " +
+                          shape_text(view.shape) + ", expected " + shape_text(expected_shape));
+  if (view.dtype == DType::other)
+    throw CheckpointError(view.file + ": tensor \"" + view.name + "\" has dtype " +
+                          view.dtype_name + ", expected F32, F16 or BF16");
+  return view;
+}
+
+WeightFormat Checkpoint::natural_format() const {
+  for (const auto& [name, view] : tensors_)
+    if (view.dtype == DType::f32 && view.shape.size() == 2) return WeightFormat::f32;
+  return WeightFormat::bf16;
+}
+
+}  // namespace tda

@@ -1,0 +1,71 @@
+// A Hugging Face checkpoint folder: config.json, and tensors in one or several safetensors files.
+#pragma once
+
+#include <tda/model_config.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tda {
+
+enum class DType { f32, f16, bf16, other };
+
+/// A tensor inside a mapped file. `data` may have any alignment.
+struct TensorView {
+  std::string name;
+  DType dtype = DType::other;
+  std::string dtype_name;  // as the file spells it, e.g. "BF16"
+  std::vector<std::int64_t> shape;
+  const std::byte* data = nullptr;
+  std::int64_t bytes = 0;
+  std::string file;  // for messages
+};
+
+/// One mapped file. Every header field is checked on opening: sizes, offsets inside the file, no
+/// overlap, no holes, bytes equal to shape times dtype. Throws CheckpointError.
+class SafetensorsFile {
+ public:
+  explicit SafetensorsFile(const std::filesystem::path& path);
+  const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
+
+ private:
+  std::shared_ptr<const std::byte> mapping_;  // unmapped with the last owner
+  std::map<std::string, TensorView, std::less<>> tensors_;
+};
+
+class Checkpoint {
+ public:
+  /// Reads config.json, generation_config.json if there, and model.safetensors or the shards that
+  /// model.safetensors.index.json lists. Throws CheckpointError.
+  explicit Checkpoint(const std::filesystem::path& folder);
+
+  const ModelConfig& config() const { return config_; }
+  const std::string& name() const { return name_; }
+  /// 16 hex digits over names, dtypes, shapes and samples of the data of all tensors.
+  const std::string& fingerprint() const { return fingerprint_; }
+
+  bool contains(std::string_view tensor) const;
+  /// Throws CheckpointError if absent, of another shape, or of a dtype other than f32, f16, bf16.
+  const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
+  /// f32 if any weight matrix is f32, else bf16: what WeightFormat::automatic means here.
+  WeightFormat natural_format() const;
+
+ private:
+  std::string name_;
+  ModelConfig config_;
+  std::string fingerprint_;
+  std::vector<SafetensorsFile> files_;                      // keep the mappings alive
+  std::map<std::string, TensorView, std::less<>> tensors_;  // of all files
+};
+
+/// config.json (and generation_config.json, which may be absent) of `folder`, checked for every
+/// field the engine relies on. Throws CheckpointError naming file, key, found and expected.
+ModelConfig read_config(const std::filesystem::path& folder);
+
+}  // namespace tda

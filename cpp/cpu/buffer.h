@@ -1,0 +1,46 @@
+// Memory of a session: scratch that grows with the step, and the KV cache.
+#pragma once
+
+#include <tda/error.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace tda {
+
+/// 64-byte aligned elements, not initialised; pages cost nothing until they are written.
+template <class T>
+class Buffer {
+ public:
+  /// Makes room for `count` elements; if that means growing, the contents are lost. Throws
+  /// DeviceError, which says what the memory is `needed_for`.
+  T* reserve(std::int64_t count, std::string_view needed_for) {
+    if (count <= count_) return data();
+    std::int64_t bytes = 0;
+    if (__builtin_mul_overflow(count, std::int64_t{sizeof(T)}, &bytes)) bytes = INT64_MAX;
+    data_.reset();
+    count_ = 0;
+    const std::size_t lines = (static_cast<std::size_t>(bytes) + 63) / 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, lines * 64)));
+    if (!data_)
+      throw DeviceError("out of memory: " + std::to_string(bytes) + " bytes needed for " +
+                        std::string(needed_for));
+    count_ = count;
+    return data();
+  }
+
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+  std::int64_t count_ = 0;
+};
+
+}  // namespace tda

@@ -1,0 +1,187 @@
+#include "cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cpu/isa.h"
+#include "model/rope.h"
+
+namespace tda {
+namespace {
+
+/// The product, or the largest number there is if that is less.
+std::int64_t product(std::initializer_list<std::int64_t> factors) {
+  std::int64_t result = 1;
+  for (const std::int64_t factor : factors)
+    if (__builtin_mul_overflow(result, factor, &result)) return INT64_MAX;
+  return result;
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, int threads) {
+  return std::make_unique<CpuBackend>(std::move(model), threads);
+}
+
+CpuBackend::CpuBackend(std::shared_ptr<const Model> model, int threads)
+    : model_(std::move(model)), kernels_(choose_kernels()), pool_(threads) {
+  const ModelConfig& config = model_->config;
+  if (config.rope.scaling != RopeConfig::Scaling::dynamic)
+    rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
+  all_neurons_.resize(config.intermediate_size);
+  std::iota(all_neurons_.begin(), all_neurons_.end(), 0);
+  scratch_size_ = std::max(kBlockRows * kTaskTokens, attention_scratch());
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+std::unique_ptr<State> CpuBackend::new_state(std::int64_t capacity, KvFormat kv) const {
+  const ModelConfig& config = model_->config;
+  if (capacity < 1)
+    throw OptionError("capacity of the KV cache: " + std::to_string(capacity) +
+                      " tokens, expected at least 1");
+  auto state = std::make_unique<CpuState>();
+  state->capacity = capacity;
+  state->kv = kv != KvFormat::automatic             ? kv
+              : model_->format == WeightFormat::f32 ? KvFormat::f32
+                                                    : KvFormat::bf16;
+  const std::int64_t bytes =
+      product({config.num_layers, config.num_kv_heads, capacity, cache_row_bytes(*state)});
+  const std::string needed_for = "the keys (and as many for the values) of a KV cache of " +
+                                 std::to_string(capacity) + " tokens";
+  state->keys.reserve(bytes, needed_for);
+  state->values.reserve(bytes, needed_for);
+  state->layers.resize(config.num_layers);
+  for (CpuState::Layer& layer : state->layers) {
+    layer.mask = all_neurons_;
+    layer.sums.resize(config.intermediate_size);
+  }
+  return state;
+}
+
+float* CpuBackend::scratch(const CpuState& state, int thread) const {
+  return state.thread_scratch.data() + thread * scratch_size_;
+}
+
+std::int64_t CpuBackend::cache_row_bytes(const CpuState& state) const {
+  return model_->config.head_dim * (state.kv == KvFormat::f32 ? 4 : 2);
+}
+
+std::byte* CpuBackend::cache(const CpuState& state, const Buffer<std::byte>& buffer,
+                             std::int64_t layer, std::int64_t head) const {
+  return buffer.data() +
+         (layer * model_->config.num_kv_heads + head) * state.capacity * cache_row_bytes(state);
+}
+
+// ---- a step begins ------------------------------------------------------------------------------
+
+void CpuBackend::begin(State& s, const Step& step) const {
+  CpuState& state = CpuState::of(s);
+  const ModelConfig& config = model_->config;
+  const std::int64_t tokens = static_cast<std::int64_t>(step.tokens.size());
+  if (tokens < 1 || tokens > max_step())
+    throw OptionError("step of " + std::to_string(tokens) + " tokens, expected 1 to " +
+                      std::to_string(max_step()));
+  if (step.position < 0 || step.position > state.capacity - tokens)
+    throw ContextOverflow(std::to_string(tokens) + " tokens at position " +
+                          std::to_string(step.position) + " do not fit into a KV cache of " +
+                          std::to_string(state.capacity));
+  if (step.sequence_length < step.position + tokens)
+    throw OptionError("sequence_length " + std::to_string(step.sequence_length) + " of a step to " +
+                      std::to_string(step.position + tokens) + " tokens, expected at least that");
+  for (const Token token : step.tokens)
+    if (token < 0 || token >= config.vocab_size)
+      throw OptionError("token id " + std::to_string(token) + ", expected 0 to " +
+                        std::to_string(config.vocab_size - 1));
+
+  state.step = step;
+  state.layout = layout_of(tokens);
+  const std::int64_t lanes = state.layout.lanes();
+  const char* needed_for = "a step's activations";
+  state.x.reserve(lanes * config.hidden_size, needed_for);
+  state.normed.reserve(lanes * config.hidden_size, needed_for);
+  state.qkv.reserve(lanes * (config.q_size() + 2 * config.kv_size()), needed_for);
+  state.attended.reserve(lanes * config.q_size(), needed_for);
+  state.hidden.reserve(lanes * config.intermediate_size, needed_for);
+  state.cos.reserve(lanes * config.head_dim / 2, needed_for);
+  state.sin.reserve(lanes * config.head_dim / 2, needed_for);
+  state.thread_scratch.reserve(threads() * scratch_size_, needed_for);
+  angles(state);
+}
+
+Layout CpuBackend::layout_of(std::int64_t tokens) const {
+  const std::int64_t width = tokens == 1 ? 1 : kernels_.panel;
+  return {tokens, width, (tokens + width - 1) / width};
+}
+
+void CpuBackend::angles(CpuState& state) const {
+  const ModelConfig& config = model_->config;
+  const std::int64_t half = config.head_dim / 2;
+  const bool dynamic = config.rope.scaling == RopeConfig::Scaling::dynamic;
+  const std::vector<float> frequencies =
+      dynamic ? rope_frequencies(config.rope, config.head_dim, state.step.sequence_length)
+              : rope_frequencies_;
+  const float factor = static_cast<float>(config.rope.attention_factor);
+  const std::int64_t width = state.layout.width;
+  pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
+    for (std::int64_t i = 0; i < half; ++i)
+      for (std::int64_t lane = 0; lane < width; ++lane) {
+        const std::int64_t position = state.step.position + panel * width + lane;
+        const float angle = static_cast<float>(position) * frequencies[i];
+        const std::int64_t at = (panel * half + i) * width + lane;
+        state.cos.data()[at] = std::cos(angle) * factor;
+        state.sin.data()[at] = std::sin(angle) * factor;
+      }
+  });
+}
+
+void CpuBackend::embed(State& s) const {
+  CpuState& state = CpuState::of(s);
+  const Matrix& embedding = model_->embedding;
+  const Layout& layout = state.layout;
+  float* x = state.x.data();
+  if (layout.lanes() > layout.tokens)
+    std::fill_n(x + (layout.panels - 1) * layout.width * embedding.cols,
+                layout.width * embedding.cols, 0.0f);
+  pool_.run(layout.tokens, [&](std::int64_t t, int) {
+    rows(embedding.format)
+        .load(embedding.row(state.step.tokens[t]), embedding.cols, x + layout.at(t, embedding.cols),
+              layout.width);
+  });
+}
+
+// ---- TDA ----------------------------------------------------------------------------------------
+
+Backend::Statistic CpuBackend::statistic(const State& state, std::int64_t layer) const {
+  const CpuState::Layer& of_layer = CpuState::of(state).layers[layer];
+  return {of_layer.sums, of_layer.tokens};
+}
+
+void CpuBackend::fade_statistic(State& state, double factor) const {
+  for (CpuState::Layer& layer : CpuState::of(state).layers) {
+    layer.tokens *= factor;
+    for (double& sum : layer.sums) sum *= factor;
+  }
+}
+
+void CpuBackend::set_mask(State& state, std::int64_t layer,
+                          std::vector<std::int32_t> neurons) const {
+  const std::int64_t size = model_->config.intermediate_size;
+  for (std::size_t i = 0; i < neurons.size(); ++i)
+    if (neurons[i] < 0 || neurons[i] >= size || (i > 0 && neurons[i] <= neurons[i - 1]))
+      throw OptionError("mask of layer " + std::to_string(layer) + ": neuron " +
+                        std::to_string(neurons[i]) + " at index " + std::to_string(i) +
+                        ", expected strictly ascending ids from 0 to " + std::to_string(size - 1));
+  CpuState::of(state).layers[layer].mask = std::move(neurons);
+}
+
+const std::vector<std::int32_t>& CpuBackend::mask(const State& state, std::int64_t layer) const {
+  return CpuState::of(state).layers[layer].mask;
+}
+
+std::int64_t CpuBackend::ffn_bytes(const State& state) const {
+  return CpuState::of(state).ffn_bytes;
+}
+
+}  // namespace tda

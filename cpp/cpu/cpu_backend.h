@@ -1,0 +1,163 @@
+// The CPU backend: its state, and the verbs' common parts. Each verb family has a file of its own.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "cpu/buffer.h"
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace tda {
+
+/// Most tokens whose panels one task works on, so that they stay in its core's cache.
+inline constexpr std::int64_t kTaskTokens = 128;
+
+/// How the vectors of T tokens lie in panels (see kernels.h): P = 1 for one token, else
+/// Kernels::panel, with zeros in the lanes behind the last token.
+struct Layout {
+  std::int64_t tokens = 0;  // T
+  std::int64_t width = 0;   // P
+  std::int64_t panels = 0;  // ceil(T / P)
+
+  std::int64_t lanes() const { return panels * width; }
+  /// Where token t's vector of length n begins; its elements are `width` apart.
+  std::int64_t at(std::int64_t t, std::int64_t n) const {
+    return t / width * width * n + t % width;
+  }
+};
+
+struct CpuState final : State {
+  static CpuState& of(State& state) { return static_cast<CpuState&>(state); }
+  static const CpuState& of(const State& state) { return static_cast<const CpuState&>(state); }
+
+  struct Layer {
+    std::vector<std::int32_t> mask;  // active neurons, ascending
+    std::vector<double> sums;        // [F] the statistic
+    double tokens = 0;               // that it has gathered
+  };
+
+  std::int64_t capacity = 0;
+  KvFormat kv = KvFormat::automatic;
+  Buffer<std::byte> keys, values;  // [L, kv heads, capacity, head_dim]
+  std::vector<Layer> layers;       // [L]
+  std::atomic<std::int64_t> ffn_bytes = 0;
+
+  // Of the current step.
+  Step step;
+  Layout layout;
+  Buffer<float> x;               // [panels, H, P] the residual stream
+  Buffer<float> normed;          // [panels, H, P]
+  Buffer<float> qkv;             // [panels, q_size + 2 kv_size, P]
+  Buffer<float> attended;        // [panels, q_size, P]
+  Buffer<float> hidden;          // [panels, F, P] h; decode: of the active neurons, in mask order
+  Buffer<float> cos, sin;        // [panels, head_dim / 2, P]
+  Buffer<float> partials;        // decode: what tasks hand over to be added up
+  Buffer<float> thread_scratch;  // [threads, scratch_size]
+  Buffer<float> logits;          // [rows, V]
+};
+
+/// A task of prefill: some rows of a matrix times some panels.
+struct Block {
+  std::int64_t row, rows;      // at most kBlockRows
+  std::int64_t panel, panels;  // at most kTaskTokens in them
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(std::shared_ptr<const Model> model, int threads);
+
+  const Model& model() const override { return *model_; }
+  std::string name() const override { return std::string("cpu (") + kernels_.name + ")"; }
+  int threads() const override { return pool_.threads(); }
+  std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const override;
+  std::int64_t max_step() const override { return 256; }
+
+  void begin(State&, const Step&) const override;
+  void embed(State&) const override;
+  void qkv(State&, std::int64_t layer) const override;
+  void attention(State&, std::int64_t layer) const override;
+  void attention_out(State&, std::int64_t layer) const override;
+  void ffn(State&, std::int64_t layer) const override;
+  std::span<const float> logits(State&, std::int64_t rows) const override;
+
+  Statistic statistic(const State&, std::int64_t layer) const override;
+  void fade_statistic(State&, double factor) const override;
+  void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
+  const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const override;
+  std::int64_t ffn_bytes(const State&) const override;
+
+ private:
+  // cpu_backend.cpp
+  Layout layout_of(std::int64_t tokens) const;
+  void angles(CpuState&) const;
+  template <class Format>  // WeightFormat or KvFormat
+  const RowKernels& rows(Format format) const {
+    return kernels_.rows[format == Format::f32 ? 0 : 1];
+  }
+  template <class Format>
+  const PanelKernels& panels(Format format) const {
+    return kernels_.panels[format == Format::f32 ? 0 : 1];
+  }
+  float* scratch(const CpuState&, int thread) const;
+  /// Start of head `head`'s keys or values, [capacity, head_dim].
+  std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
+                   std::int64_t head) const;
+  std::int64_t cache_row_bytes(const CpuState&) const;
+
+  // linear.cpp
+  /// out = rmsnorm(in) of every token. in, out: [panels, H, P]
+  void norm(const Layout&, const float* in, std::span<const float> weight, float* out) const;
+  /// out = w in, or += with `add`. in: [panels, w.cols, P], out: [panels, w.rows, P]
+  void multiply(const Layout&, const Matrix& w, const float* in, float* out, bool add) const;
+  /// The same for several tokens, but out: [T, w.rows].
+  void multiply_to_rows(const CpuState&, const Layout&, const Matrix& w, const float* in,
+                        float* out) const;
+  void add_bias(const Layout&, std::span<const float> bias, float* out) const;
+  /// Prefill: body(Block, thread) for every part of a matrix times `panels` panels.
+  template <class Body>
+  void for_blocks(std::int64_t rows, std::int64_t panels, const Body& body) const;
+
+  // attention.cpp
+  std::int64_t attention_scratch() const;
+  void append(CpuState&, std::int64_t layer) const;
+  void attend_one(CpuState&, std::int64_t layer) const;
+  void attend_panels(CpuState&, std::int64_t layer) const;
+  void attend_panel(CpuState&, std::int64_t layer, std::int64_t kv_head, std::int64_t panel,
+                    float* scratch) const;
+
+  // ffn.cpp
+  void ffn_masked(CpuState&, std::int64_t layer) const;
+  void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
+                   const float* in, float* x, std::int64_t x_stride) const;
+  void ffn_panels(CpuState&, std::int64_t layer) const;
+  void gather(CpuState&, std::int64_t layer) const;
+  void record(const CpuState&, std::int64_t layer) const;
+
+  std::shared_ptr<const Model> model_;
+  const Kernels& kernels_;
+  mutable ThreadPool pool_;
+  std::vector<float> rope_frequencies_;    // [head_dim / 2]; unless they depend on the step
+  std::vector<std::int32_t> all_neurons_;  // 0 ... F-1
+  std::int64_t scratch_size_ = 0;          // floats per thread
+};
+
+template <class Body>
+void CpuBackend::for_blocks(std::int64_t rows, std::int64_t panels, const Body& body) const {
+  const std::int64_t most = kTaskTokens / kernels_.panel;
+  const std::int64_t groups = (panels + most - 1) / most;
+  const std::int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  pool_.run(blocks * groups, [&](std::int64_t i, int thread) {
+    const std::int64_t row = i / groups * kBlockRows, panel = i % groups * most;
+    const std::int64_t row_count = std::min(kBlockRows, rows - row);
+    body(Block{row, row_count, panel, std::min(most, panels - panel)}, thread);
+  });
+}
+
+}  // namespace tda

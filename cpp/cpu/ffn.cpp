@@ -1,0 +1,151 @@
+// The feed-forward network: dense, gathering TDA's statistic, or masked.
+#include <algorithm>
+
+#include "cpu/cpu_backend.h"
+
+namespace tda {
+namespace {
+
+/// Decode: neurons per task, and most tasks: each has a partial sum of its own to be added up.
+constexpr std::int64_t kTaskNeurons = 32;
+constexpr std::int64_t kMostTasks = 64;
+/// Columns per task when partial sums are added up.
+constexpr std::int64_t kTaskColumns = 256;
+
+}  // namespace
+
+void CpuBackend::ffn(State& s, std::int64_t layer) const {
+  CpuState& state = CpuState::of(s);
+  norm(state.layout, state.x.data(), model_->layers[layer].ffn_norm, state.normed.data());
+  const FfnMode mode = state.step.ffn;
+  if (mode == FfnMode::masked) return ffn_masked(state, layer);
+  if (state.layout.width == 1)
+    ffn_neurons(state, layer, all_neurons_, state.normed.data(), state.x.data(), 1);
+  else
+    ffn_panels(state, layer);
+  if (mode == FfnMode::gather) gather(state, layer);
+  if (state.step.recorder) record(state, layer);
+}
+
+void CpuBackend::ffn_masked(CpuState& state, std::int64_t layer) const {
+  const Layout& layout = state.layout;
+  const std::vector<std::int32_t>& active = state.layers[layer].mask;
+  const std::int64_t n = model_->config.hidden_size;
+  std::vector<float> row(n);
+  for (std::int64_t t = 0; t < layout.tokens; ++t) {
+    for (std::int64_t i = 0; i < n; ++i)
+      row[i] = state.normed.data()[layout.at(t, n) + i * layout.width];
+    ffn_neurons(state, layer, active, row.data(), state.x.data() + layout.at(t, n), layout.width);
+  }
+}
+
+/// x += FFN(in) of one token in one pass over the given neurons. The split into tasks depends on
+/// their number alone, so a mask of all gives the same bits as no mask.
+void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
+                             std::span<const std::int32_t> neurons, const float* in, float* x,
+                             std::int64_t x_stride) const {
+  const LayerWeights& weights = model_->layers[layer];
+  const std::int64_t n = model_->config.hidden_size;
+  const std::int64_t count = static_cast<std::int64_t>(neurons.size());
+  const std::int64_t tasks = std::min((count + kTaskNeurons - 1) / kTaskNeurons, kMostTasks);
+  const std::int64_t stride = (n + 15) / 16 * 16;  // tasks share no cache line
+  float* partials = state.partials.reserve(kMostTasks * stride, "partial sums");
+  const bool counted = state.layout.tokens == 1 && state.step.ffn != FfnMode::gather;
+
+  pool_.run(tasks, [&](std::int64_t task, int) {
+    const std::int64_t first = task * count / tasks, end = (task + 1) * count / tasks;
+    rows(weights.gate.format)
+        .neurons({weights.gate.data, weights.up.data, weights.down.data, n},
+                 model_->config.activation, neurons.data() + first, end - first, in,
+                 state.hidden.data() + first, partials + task * stride);
+    if (counted) state.ffn_bytes += (end - first) * model_->neuron_bytes();
+  });
+  pool_.run((n + kTaskColumns - 1) / kTaskColumns, [&](std::int64_t block, int) {
+    const std::int64_t first = block * kTaskColumns, end = std::min(n, first + kTaskColumns);
+    float sums[kTaskColumns] = {};
+    for (std::int64_t task = 0; task < tasks; ++task)
+      for (std::int64_t i = first; i < end; ++i) sums[i - first] += partials[task * stride + i];
+    for (std::int64_t i = first; i < end; ++i) x[i * x_stride] += sums[i - first];
+  });
+}
+
+/// Prefill: h = act(gate) * up, then x += Wᵀ_down h, dense.
+void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
+  const LayerWeights& weights = model_->layers[layer];
+  const PanelKernels& kernels = panels(weights.gate.format);
+  const std::int64_t width = state.layout.width, panels = state.layout.panels;
+  const std::int64_t n = model_->config.hidden_size, neurons = model_->config.intermediate_size;
+  const std::int64_t x_stride = n * width, h_stride = neurons * width;
+
+  for_blocks(neurons, panels, [&](const Block& block, int thread) {
+    const ConstPanels in = {state.normed.data() + block.panel * x_stride, x_stride};
+    const Panels h = {state.hidden.data() + block.panel * h_stride + block.row * width, h_stride};
+    const Panels up = {scratch(state, thread), kBlockRows * width};
+    kernels.multiply(weights.gate.row(block.row), block.rows, n, in, h, block.panels, false);
+    kernels.multiply(weights.up.row(block.row), block.rows, n, in, up, block.panels, false);
+    for (std::int64_t p = 0; p < block.panels; ++p) {
+      float* gate = h.data + p * h.stride;
+      kernels_.gated(model_->config.activation, gate, up.data + p * up.stride, gate,
+                     block.rows * width);
+    }
+  });
+  for_blocks(n, panels, [&](const Block& block, int) {
+    kernels.multiply_transposed(
+        weights.down.data, neurons, n, block.row, block.rows,
+        {state.hidden.data() + block.panel * h_stride, h_stride},
+        {state.x.data() + block.panel * x_stride + block.row * width, x_stride}, block.panels);
+  });
+}
+
+/// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *
+/// ||down[j]||, relative to the token's own.
+void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
+  const Layout& layout = state.layout;
+  const float* lengths = model_->layers[layer].down_lengths.data();
+  const std::int64_t neurons = model_->config.intermediate_size, width = layout.width;
+  CpuState::Layer& statistic = state.layers[layer];
+
+  // 1 / ||contributions||² per token; 0 for a token without any, and for the lanes behind the last.
+  std::vector<double> weights(layout.lanes());
+  pool_.run(layout.panels, [&](std::int64_t panel, int) {
+    double* weight = weights.data() + panel * width;
+    const float* h = state.hidden.data() + panel * neurons * width;
+    for (std::int64_t j = 0; j < neurons; ++j)
+      for (std::int64_t lane = 0; lane < width; ++lane) {
+        const double length = static_cast<double>(h[j * width + lane]) * lengths[j];
+        weight[lane] += length * length;
+      }
+    for (std::int64_t lane = 0; lane < width; ++lane) {
+      const bool counts = panel * width + lane < layout.tokens && weight[lane] > 0;
+      weight[lane] = counts ? 1 / weight[lane] : 0;
+    }
+  });
+  pool_.run((neurons + kBlockRows - 1) / kBlockRows, [&](std::int64_t block, int) {
+    const std::int64_t first = block * kBlockRows, end = std::min(neurons, first + kBlockRows);
+    for (std::int64_t j = first; j < end; ++j)
+      for (std::int64_t panel = 0; panel < layout.panels; ++panel)
+        for (std::int64_t lane = 0; lane < width; ++lane) {
+          const double length =
+              static_cast<double>(state.hidden.data()[(panel * neurons + j) * width + lane]) *
+              lengths[j];
+          statistic.sums[j] += length * length * weights[panel * width + lane];
+        }
+  });
+  statistic.tokens += static_cast<double>(layout.tokens);
+}
+
+/// Shows h to the step's recorder, a panel at a time.
+void CpuBackend::record(const CpuState& state, std::int64_t layer) const {
+  const Layout& layout = state.layout;
+  const std::int64_t neurons = model_->config.intermediate_size;
+  std::vector<float> h(layout.width * neurons);
+  for (std::int64_t first = 0; first < layout.tokens; first += layout.width) {
+    const std::int64_t tokens = std::min(layout.width, layout.tokens - first);
+    const float* panel = state.hidden.data() + first * neurons;
+    for (std::int64_t t = 0; t < tokens; ++t)
+      for (std::int64_t j = 0; j < neurons; ++j) h[t * neurons + j] = panel[j * layout.width + t];
+    (*state.step.recorder)(layer, first, tokens, h.data());
+  }
+}
+
+}  // namespace tda

@@ -1,0 +1,96 @@
+// The compute kernels of the CPU backend: one table of functions per instruction set.
+//
+// Activations of a step lie in panels: token t is lane t % P of panel t / P, and a panel of vectors
+// of length n is [n, P] f32. For prefill P is Kernels::panel, so tokens fill the vector lanes, one
+// weight is broadcast to all of them, and no weight is ever transposed. For decode P is 1: a row.
+#pragma once
+
+#include <tda/model_config.h>
+
+#include <cstdint>
+
+namespace tda {
+
+/// Weight rows (or keys, or values) that one kernel call converts at a time, and so the finest
+/// useful split of a matrix between threads.
+inline constexpr std::int64_t kBlockRows = 48;
+/// Most keys of one `attend` call.
+inline constexpr std::int64_t kAttendKeys = 128;
+
+/// Panels `stride` floats apart.
+struct Panels {
+  float* data;
+  std::int64_t stride;
+};
+struct ConstPanels {
+  const float* data;
+  std::int64_t stride;
+};
+
+/// A layer's feed-forward rows, each [F, n]: row j of the three is neuron j.
+struct NeuronRows {
+  const void *gate, *up, *down;
+  std::int64_t n;
+};
+
+/// Kernels for rows of weights, keys or values in one storage format.
+struct RowKernels {
+  /// out[i * stride] = row[i], i < n
+  void (*load)(const void* row, std::int64_t n, float* out, std::int64_t stride);
+  /// row[i] = in[i * stride], i < n
+  void (*store)(const float* in, std::int64_t stride, std::int64_t n, void* row);
+
+  /// y[r] = w[r]·x, or += with `add`. w: [rows, n], x: [n]
+  void (*dot)(const void* w, std::int64_t rows, std::int64_t n, const float* x, float* y, bool add);
+  /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < count.
+  /// x, y: [n]
+  void (*neurons)(const NeuronRows&, Activation, const std::int32_t* ids, std::int64_t count,
+                  const float* x, float* h, float* y);
+  /// One chunk of keys seen by `queries` heads, q: [queries, n]. partial: [queries, 2 + n], each
+  /// the largest score m, sum_i e^(s_i - m) and sum_i e^(s_i - m) v[i], for s = scale k q.
+  void (*attend)(const void* k, const void* v, std::int64_t keys, std::int64_t n, const float* q,
+                 std::int64_t queries, float scale, float* partial);
+};
+
+/// The same kinds of rows times `count` panels.
+struct PanelKernels {
+  /// c = w b, or += with `add`. w: [rows, n], b: [n, P], c: [rows, P]
+  void (*multiply)(const void* w, std::int64_t rows, std::int64_t n, ConstPanels b, Panels c,
+                   std::int64_t count, bool add);
+  /// c += wᵀ b for the columns first <= i < first + columns. w: [rows, n], b: [rows, P],
+  /// c: [columns, P]
+  void (*multiply_transposed)(const void* w, std::int64_t rows, std::int64_t n, std::int64_t first,
+                              std::int64_t columns, ConstPanels b, Panels c, std::int64_t count);
+};
+
+/// The scores of one panel of queries against one block of keys, and the running softmax state.
+struct SoftmaxBlock {
+  std::int64_t keys;
+  std::int64_t first;   // position of the first key relative to the panel's first query
+  std::int64_t window;  // lane t sees keys at relative positions t - window < i <= t
+  std::int64_t n;       // length of an output vector
+};
+
+struct Kernels {
+  const char* name;
+  std::int64_t panel;      // P of prefill
+  RowKernels rows[2];      // f32, bf16
+  PanelKernels panels[2];  // f32, bf16
+
+  /// out = x / sqrt(mean(x²) + eps) * weight; x, out: [n], may be the same
+  void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
+  /// The same for each lane of a panel; x, out: [n, P]
+  void (*rms_norm_panel)(const float* x, const float* weight, float eps, std::int64_t n,
+                         float* out);
+  /// (x[i], x[i + n]) is turned by the angle i: x: [2n]
+  void (*rotate)(float* x, const float* cos, const float* sin, std::int64_t n);
+  /// h[i] = act(gate[i]) * up[i]; h may be gate
+  void (*gated)(Activation, const float* gate, const float* up, float* h, std::int64_t n);
+  /// One step of online softmax: scores s: [keys, P] become e^(scale s - m) under the new maximum
+  /// m: [P]; the sum l: [P] and the output o: [n, P] so far are rescaled to it, l takes in s.
+  void (*softmax)(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
+  /// Reads the bytes, a multiple of 1024; what it returns depends on each of them.
+  std::uint64_t (*read)(const void* data, std::int64_t bytes);
+};
+
+}  // namespace tda

@@ -1,0 +1,200 @@
+// Kernels of decode: rows of weights, keys or values times one vector.
+#include "cpu/kernels_isa.h"
+#include "cpu/simd.h"
+
+namespace tda {
+namespace {
+
+// Rows are read one after the other, as they lie in memory, since decoding waits for memory and
+// hardware prefetches plain streams best. Where rows are scattered, `ahead` is the row that will be
+// read shortly after.
+
+/// How many rows to look ahead, so that memory has time to answer.
+template <class Format>
+inline int64_t lookahead(int64_t n) {
+  return 1 + 4096 / (n * static_cast<int64_t>(sizeof(typename Format::T)));
+}
+
+/// The cache lines of the next four vectors.
+template <class T>
+inline void prefetch(const T* p) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < 4 * kLanes; i += kLine) __builtin_prefetch(p + i);
+}
+
+template <class Format>
+inline float dot_row(const typename Format::T* w, int64_t n, const float* x,
+                     const typename Format::T* ahead) {
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    prefetch(ahead + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      sums[j] += Format::load(w + i + j * kLanes) * load_as<Floats>(x + i + j * kLanes);
+  }
+  for (; i < n; i += kLanes)
+    sums[0] += load_part<Format>(w + i, n - i) * load_part<F32>(x + i, n - i);
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+/// y += h w
+template <class Format>
+inline void add_row(const typename Format::T* w, float h, int64_t n, float* y,
+                    const typename Format::T* ahead) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    prefetch(ahead + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      float* out = y + i + j * kLanes;
+      store(out, load_as<Floats>(out) + h * Format::load(w + i + j * kLanes));
+    }
+  }
+  for (; i < n; ++i) y[i] += h * Format::load_one(w[i]);
+}
+
+template <class Format>
+void dot(const void* weights, int64_t rows, int64_t n, const float* x, float* y, bool add) {
+  const auto* w = static_cast<const typename Format::T*>(weights);
+  const int64_t ahead = lookahead<Format>(n);  // past the end lies what a next call will read
+  for (int64_t r = 0; r < rows; ++r)
+    y[r] = dot_row<Format>(w + r * n, n, x, w + (r + ahead) * n) + (add ? y[r] : 0.0f);
+}
+
+template <class Format>
+void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
+             const float* x, float* h, float* y) {
+  using T = typename Format::T;
+  const int64_t n = rows.n, ahead = lookahead<Format>(n);
+  // All rows in the order they are read: gates, ups, downs; past the end, the last one again.
+  const auto row = [&](int64_t i) {
+    i = min(i, 3 * count - 1);
+    const void* matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
+    const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
+    return static_cast<const T*>(matrix) + ids[at] * n;
+  };
+  for (int64_t i = 0; i < count; ++i) h[i] = dot_row<Format>(row(i), n, x, row(i + ahead));
+  for (int64_t i = 0; i < count; i += kLanes)
+    store_part(h + i, activate(activation, load_part<F32>(h + i, count - i)), count - i);
+  for (int64_t i = count; i < 2 * count; ++i)
+    h[i - count] *= dot_row<Format>(row(i), n, x, row(i + ahead));
+  for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
+  for (int64_t i = 2 * count; i < 3 * count; ++i)
+    add_row<Format>(row(i), h[i - 2 * count], n, y, row(i + ahead));
+}
+
+// Attention takes up to three queries at a time: keys and values are converted once for all.
+constexpr int64_t kQueries = 3;
+/// Scores of one query; behind those of the last key is room to fill up a vector.
+constexpr int64_t kScores = kAttendKeys + kLanes;
+
+/// scores[j][i] = k[i]·q[j]
+template <class Format, int kCount>
+void score(const typename Format::T* k, int64_t keys, int64_t n, const float* q, float* scores) {
+  constexpr int kKeys = 4;
+  for (int64_t i0 = 0; i0 < keys; i0 += kKeys) {
+    const typename Format::T* key[kKeys];  // a last, smaller group repeats its last key
+    for (int i = 0; i < kKeys; ++i) key[i] = k + min(i0 + i, keys - 1) * n;
+    Floats sums[kKeys][kCount] = {};
+    for (int64_t e = 0; e < n; e += kLanes) {
+      Floats x[kCount];
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) x[j] = load_part<F32>(q + j * n + e, n - e);
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) {
+        const Floats w = load_part<Format>(key[i] + e, n - e);
+#pragma GCC unroll 4
+        for (int j = 0; j < kCount; ++j) sums[i][j] += w * x[j];
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) scores[j * kScores + i0 + i] = sum(sums[i][j]);
+  }
+}
+
+/// out[j] = sum_i weights[j][i] v[i]; outputs are `stride` apart
+template <class Format, int kCount>
+void weigh(const typename Format::T* v, int64_t keys, int64_t n, const float* weights, float* out,
+           int64_t stride) {
+  constexpr int kVectors = 4;
+  for (int64_t e = 0; e < n; e += kVectors * kLanes) {
+    Floats sums[kVectors][kCount] = {};
+    for (int64_t i = 0; i < keys; ++i) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kVectors; ++u) {
+        const int64_t at = e + u * kLanes;
+        const Floats value = load_part<Format>(v + i * n + at, n - at);
+#pragma GCC unroll 4
+        for (int j = 0; j < kCount; ++j) sums[u][j] += weights[j * kScores + i] * value;
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u)
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j)
+        store_part(out + j * stride + e + u * kLanes, sums[u][j], n - e - u * kLanes);
+  }
+}
+
+template <class Format, int kCount>
+void attend_some(const void* k, const void* v, int64_t keys, int64_t n, const float* q, float scale,
+                 float* partial) {
+  using T = typename Format::T;
+  float scores[kCount * kScores] = {};
+  score<Format, kCount>(static_cast<const T*>(k), keys, n, q, scores);
+  for (int j = 0; j < kCount; ++j) {
+    float* s = scores + j * kScores;
+    for (int64_t i = keys; i < keys + kLanes; ++i) s[i] = -__builtin_inff();
+    Floats maxima = load_as<Floats>(s);
+    for (int64_t i = kLanes; i < keys; i += kLanes) maxima = max(maxima, load_as<Floats>(s + i));
+    float largest = maxima[0];
+    for (int lane = 1; lane < kLanes; ++lane)
+      largest = maxima[lane] > largest ? maxima[lane] : largest;
+    Floats total = {};
+    for (int64_t i = 0; i < keys; i += kLanes) {
+      const Floats weights = exp(scale * (load_as<Floats>(s + i) - largest));
+      total += weights;
+      store(s + i, weights);
+    }
+    partial[j * (2 + n)] = scale * largest;
+    partial[j * (2 + n) + 1] = sum(total);
+  }
+  weigh<Format, kCount>(static_cast<const T*>(v), keys, n, scores, partial + 2, 2 + n);
+}
+
+template <class Format>
+void attend(const void* k, const void* v, int64_t keys, int64_t n, const float* q, int64_t queries,
+            float scale, float* partial) {
+  for (int64_t some; queries > 0; queries -= some, q += some * n, partial += some * (2 + n)) {
+    some = min(queries, kQueries);
+    const auto kernel = some == 3   ? attend_some<Format, 3>
+                        : some == 2 ? attend_some<Format, 2>
+                                    : attend_some<Format, 1>;
+    kernel(k, v, keys, n, q, scale, partial);
+  }
+}
+
+template <class Format>
+void load_row(const void* row, int64_t n, float* out, int64_t stride) {
+  const auto* in = static_cast<const typename Format::T*>(row);
+  for (int64_t i = 0; i < n; ++i) out[i * stride] = Format::load_one(in[i]);
+}
+
+template <class Format>
+void store_row(const float* in, int64_t stride, int64_t n, void* row) {
+  auto* out = static_cast<typename Format::T*>(row);
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::store_one(in[i * stride]);
+}
+
+}  // namespace
+
+namespace TDA_ISA {
+const RowKernels f32_rows = {load_row<F32>, store_row<F32>, dot<F32>, neurons<F32>, attend<F32>};
+const RowKernels bf16_rows = {load_row<Bf16>, store_row<Bf16>, dot<Bf16>, neurons<Bf16>,
+                              attend<Bf16>};
+}  // namespace TDA_ISA
+
+}  // namespace tda

@@ -1,0 +1,17 @@
+// What the kernel sources of one instruction set hand to each other.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace tda::TDA_ISA {
+
+// kernels_decode.cpp
+extern const RowKernels f32_rows, bf16_rows;
+
+// kernels_prefill.cpp
+extern const std::int64_t panel;
+extern const PanelKernels f32_panels, bf16_panels;
+void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
+void rms_norm_panel(const float* x, const float* weight, float eps, std::int64_t n, float* out);
+
+}  // namespace tda::TDA_ISA

@@ -1,0 +1,159 @@
+// Kernels of prefill: weights, keys or values times panels of tokens.
+#include "cpu/kernels_isa.h"
+#include "cpu/simd.h"
+
+namespace tda {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;  // x 2 vectors: 24 accumulators of 32 registers
+#else
+constexpr int kTileRows = 6;  // x 2 vectors: 12 accumulators of 16 registers
+#endif
+constexpr int64_t kPanel = 2 * kLanes;
+/// Rows of b that stay in the first-level cache, 16 KiB, while a block of weights passes by.
+constexpr int64_t kDepth = min(256, 4096 / kPanel);
+static_assert(kBlockRows % kTileRows == 0);
+
+/// c[m] += (or =) sum_k a[m, k] b[k] for m < rows <= kTileRows, k < depth; a[m, k] lies at
+/// a + m * kRowStep + k * a_step, and is there for all m < kTileRows.
+template <int64_t kRowStep>
+inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, float* c,
+                 int64_t rows, bool add) {
+  Floats sums[kTileRows][2] = {};
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += kPanel) {
+    const Floats b0 = load_as<Floats>(b), b1 = load_as<Floats>(b + kLanes);
+#pragma GCC unroll 12
+    for (int m = 0; m < kTileRows; ++m) {
+      sums[m][0] += a[m * kRowStep] * b0;
+      sums[m][1] += a[m * kRowStep] * b1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < kTileRows; ++m) {
+    if (m >= rows) break;
+    float* out = c + m * kPanel;
+    store(out, sums[m][0] + (add ? load_as<Floats>(out) : Floats{}));
+    store(out + kLanes, sums[m][1] + (add ? load_as<Floats>(out + kLanes) : Floats{}));
+  }
+}
+
+/// out[i] = row[i] as floats, i < n
+template <class Format>
+inline void convert(const typename Format::T* row, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, Format::load(row + i));
+  for (; i < n; ++i) out[i] = Format::load_one(row[i]);
+}
+
+inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
+template <class Format>
+void multiply(const void* weights, int64_t rows, int64_t n, ConstPanels b, Panels c, int64_t count,
+              bool add) {
+  constexpr int64_t kStride = kDepth + 16;  // rows a power of two apart would share cache sets
+  alignas(64) float a[kBlockRows * kStride];
+  const auto* w = static_cast<const typename Format::T*>(weights);
+  for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
+    const int64_t block = min(kBlockRows, rows - r0);
+    for (int64_t k0 = 0; k0 < n; k0 += kDepth) {
+      const int64_t depth = min(kDepth, n - k0);
+      for (int64_t r = 0; r < block; ++r)
+        convert<Format>(w + (r0 + r) * n + k0, depth, a + r * kStride);
+      for (int64_t r = block; r < whole_tiles(block); ++r)
+        for (int64_t k = 0; k < depth; ++k) a[r * kStride + k] = 0.0f;
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t r = 0; r < block; r += kTileRows)
+          tile<kStride>(a + r * kStride, 1, b.data + p * b.stride + k0 * kPanel, depth,
+                        c.data + p * c.stride + (r0 + r) * kPanel, block - r, add || k0 > 0);
+    }
+  }
+}
+
+template <class Format>
+void multiply_transposed(const void* weights, int64_t rows, int64_t n, int64_t first,
+                         int64_t columns, ConstPanels b, Panels c, int64_t count) {
+  alignas(64) float a[kDepth * kBlockRows];
+  const auto* w = static_cast<const typename Format::T*>(weights) + first;
+  for (int64_t c0 = 0; c0 < columns; c0 += kBlockRows) {
+    const int64_t block = min(kBlockRows, columns - c0);
+    for (int64_t k0 = 0; k0 < rows; k0 += kDepth) {
+      const int64_t depth = min(kDepth, rows - k0);
+      for (int64_t k = 0; k < depth; ++k) {
+        convert<Format>(w + (k0 + k) * n + c0, block, a + k * kBlockRows);
+        for (int64_t r = block; r < whole_tiles(block); ++r) a[k * kBlockRows + r] = 0.0f;
+      }
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t r = 0; r < block; r += kTileRows)
+          tile<1>(a + r, kBlockRows, b.data + p * b.stride + k0 * kPanel, depth,
+                  c.data + p * c.stride + (c0 + r) * kPanel, block - r, true);
+    }
+  }
+}
+
+inline Floats root(Floats v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+
+}  // namespace
+
+namespace TDA_ISA {
+
+const std::int64_t panel = kPanel;
+const PanelKernels f32_panels = {multiply<F32>, multiply_transposed<F32>};
+const PanelKernels bf16_panels = {multiply<Bf16>, multiply_transposed<Bf16>};
+
+void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {
+  for (int half = 0; half < 2; ++half) {
+    float* scores = s + half * kLanes;
+    float* out = o + half * kLanes;
+    const Floats previous = load_as<Floats>(m + half * kLanes);
+    Floats largest = previous;
+    for (int64_t i = 0; i < block.keys; ++i) {
+      Floats score = scale * load_as<Floats>(scores + i * kPanel);
+      const int64_t position = block.first + i;
+      if (position > half * kLanes || position <= (half + 1) * kLanes - 1 - block.window)
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t query = half * kLanes + lane;
+          if (position > query || position <= query - block.window) score[lane] = -__builtin_inff();
+        }
+      store(scores + i * kPanel, score);
+      largest = max(score, largest);
+    }
+    const Floats fade = exp(previous - largest);
+    Floats total = fade * load_as<Floats>(l + half * kLanes);
+    for (int64_t i = 0; i < block.keys; ++i) {
+      const Floats weight = exp(load_as<Floats>(scores + i * kPanel) - largest);
+      store(scores + i * kPanel, weight);
+      total += weight;
+    }
+    for (int64_t i = 0; i < block.n; ++i)
+      store(out + i * kPanel, fade * load_as<Floats>(out + i * kPanel));
+    store(m + half * kLanes, largest);
+    store(l + half * kLanes, total);
+  }
+}
+
+void rms_norm_panel(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  Floats squares[2] = {};
+  for (int64_t i0 = 0; i0 < n; i0 += 64) {  // by blocks, so that rounding errors stay few
+    Floats block[2] = {};
+    for (int64_t i = i0; i < min(i0 + 64, n); ++i)
+      for (int half = 0; half < 2; ++half) {
+        const Floats v = load_as<Floats>(x + i * kPanel + half * kLanes);
+        block[half] += v * v;
+      }
+    for (int half = 0; half < 2; ++half) squares[half] += block[half];
+  }
+  for (int half = 0; half < 2; ++half)
+    squares[half] = 1.0f / root(squares[half] / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = i * kPanel + half * kLanes;
+      store(out + at, load_as<Floats>(x + at) * squares[half] * weight[i]);
+    }
+}
+
+}  // namespace TDA_ISA
+}  // namespace tda

@@ -1,0 +1,116 @@
+// Norms, projections and the output head.
+#include <algorithm>
+
+#include "cpu/cpu_backend.h"
+
+namespace tda {
+namespace {
+
+/// Weight bytes of one decode task: enough to hide what a task costs, few enough to share out.
+constexpr std::int64_t kTaskBytes = 65536;
+
+/// Copies vectors of n floats: the tokens of `in` from `first` on become all those of `out`.
+void copy_tokens(const float* in, const Layout& from, std::int64_t first, std::int64_t n,
+                 float* out, const Layout& to) {
+  std::fill_n(out, to.lanes() * n, 0.0f);
+  for (std::int64_t t = 0; t < to.tokens; ++t) {
+    const float* source = in + from.at(first + t, n);
+    float* target = out + to.at(t, n);
+    for (std::int64_t i = 0; i < n; ++i) target[i * to.width] = source[i * from.width];
+  }
+}
+
+}  // namespace
+
+void CpuBackend::norm(const Layout& layout, const float* in, std::span<const float> weight,
+                      float* out) const {
+  const std::int64_t n = static_cast<std::int64_t>(weight.size());
+  const float eps = static_cast<float>(model_->config.rms_norm_eps);
+  const auto kernel = layout.width == 1 ? kernels_.rms_norm : kernels_.rms_norm_panel;
+  pool_.run(layout.panels, [&](std::int64_t panel, int) {
+    const std::int64_t offset = panel * n * layout.width;
+    kernel(in + offset, weight.data(), eps, n, out + offset);
+  });
+}
+
+void CpuBackend::multiply(const Layout& layout, const Matrix& w, const float* in, float* out,
+                          bool add) const {
+  if (layout.width == 1) {
+    const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / w.row_bytes() / 4) * 4;
+    pool_.run((w.rows + task_rows - 1) / task_rows, [&](std::int64_t task, int) {
+      const std::int64_t row = task * task_rows;
+      rows(w.format).dot(w.row(row), std::min(task_rows, w.rows - row), w.cols, in, out + row, add);
+    });
+    return;
+  }
+  const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
+  for_blocks(w.rows, layout.panels, [&](const Block& block, int) {
+    panels(w.format).multiply(
+        w.row(block.row), block.rows, w.cols, {in + block.panel * in_stride, in_stride},
+        {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels, add);
+  });
+}
+
+void CpuBackend::add_bias(const Layout& layout, std::span<const float> bias, float* out) const {
+  for (std::int64_t panel = 0; panel < layout.panels; ++panel)
+    for (const float b : bias)
+      for (std::int64_t lane = 0; lane < layout.width; ++lane) *out++ += b;
+}
+
+void CpuBackend::qkv(State& s, std::int64_t layer) const {
+  CpuState& state = CpuState::of(s);
+  const LayerWeights& weights = model_->layers[layer];
+  norm(state.layout, state.x.data(), weights.attention_norm, state.normed.data());
+  multiply(state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false);
+  if (!weights.qkv_bias.empty()) add_bias(state.layout, weights.qkv_bias, state.qkv.data());
+  append(state, layer);
+}
+
+void CpuBackend::attention_out(State& s, std::int64_t layer) const {
+  CpuState& state = CpuState::of(s);
+  const LayerWeights& weights = model_->layers[layer];
+  multiply(state.layout, weights.output, state.attended.data(), state.x.data(), true);
+  if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.x.data());
+}
+
+std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
+  CpuState& state = CpuState::of(s);
+  const Layout& all = state.layout;
+  if (count < 1 || count > all.tokens)
+    throw OptionError("logits of " + std::to_string(count) + " rows, expected 1 to the step's " +
+                      std::to_string(all.tokens));
+  const Matrix& head = model_->head;
+  const Layout wanted = layout_of(count);
+  float* in = state.normed.data();
+  copy_tokens(state.x.data(), all, all.tokens - count, head.cols, in, wanted);
+  norm(wanted, in, model_->final_norm, in);
+
+  const std::int64_t size = count * head.rows;
+  float* out = state.logits.reserve(size, "the logits");
+  if (count == 1)
+    multiply(wanted, head, in, out, false);
+  else
+    multiply_to_rows(state, wanted, head, in, out);
+  return {out, static_cast<std::size_t>(size)};
+}
+
+void CpuBackend::multiply_to_rows(const CpuState& state, const Layout& layout, const Matrix& w,
+                                  const float* in, float* out) const {
+  const std::int64_t in_stride = w.cols * layout.width;
+  const Layout of_block = layout_of(kTaskTokens);
+  for_blocks(w.rows, layout.panels, [&](const Block& block, int thread) {
+    float* c = scratch(state, thread);
+    panels(w.format).multiply(w.row(block.row), block.rows, w.cols,
+                              {in + block.panel * in_stride, in_stride},
+                              {c, kBlockRows * layout.width}, block.panels, false);
+    const std::int64_t first = block.panel * layout.width;
+    const std::int64_t tokens = std::min(layout.tokens - first, block.panels * layout.width);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const float* lane = c + of_block.at(t, kBlockRows);
+      float* row = out + (first + t) * w.rows + block.row;
+      for (std::int64_t r = 0; r < block.rows; ++r) row[r] = lane[r * layout.width];
+    }
+  });
+}
+
+}  // namespace tda

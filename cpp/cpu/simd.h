@@ -1,0 +1,148 @@
+// Vectors of floats and what the kernels do with them, by GCC/Clang vector extensions: the compiler
+// makes them AVX-512, AVX2, SSE2 or NEON as its flags allow. Included by kernel sources only, which
+// are compiled once per instruction set: everything is internal to its source, since the linker
+// could otherwise keep, say, the AVX-512 copy of a function for all.
+#pragma once
+
+#include <tda/model_config.h>
+
+#include <cstdint>
+
+#include "model/half.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace tda {
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef float Quad __attribute__((vector_size(16)));
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// Loads and stores take any alignment.
+template <class Vector, class T>
+inline Vector load_as(const T* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Floats splat(float s) { return s - Floats{}; }
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum(Floats v) {
+  Quad quads[kLanes / 4];
+  __builtin_memcpy(quads, &v, sizeof v);
+  Quad total = quads[0];
+  for (int i = 1; i < kLanes / 4; ++i) total += quads[i];
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+/// GCC makes four instructions of __builtin_convertvector where these are one.
+inline Words widen(Halves v) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, Words);
+#endif
+}
+
+// ---- row formats: how T elements become floats ------------------------------------------------
+
+struct F32 {
+  using T = float;
+  static Floats load(const T* p) { return load_as<Floats>(p); }
+  static float load_one(T v) { return v; }
+  static T store_one(float v) { return v; }
+};
+
+struct Bf16 {
+  using T = std::uint16_t;
+  static Floats load(const T* p) { return (Floats)(widen(load_as<Halves>(p)) << 16); }
+  static float load_one(T v) { return bf16_to_f32(v); }
+  static T store_one(float v) { return f32_to_bf16(v); }
+};
+
+/// The first `count` elements, all if there are more; zeros behind them.
+template <class Format>
+inline Floats load_part(const typename Format::T* p, int64_t count) {
+  if (count >= kLanes) return Format::load(p);
+  typename Format::T part[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return Format::load(part);
+}
+inline void store_part(float* p, Floats v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// ---- functions --------------------------------------------------------------------------------
+
+/// Relative error about 1e-7; 0 below -87.3, finite above 88. exp(x) = 2^n exp(r), |r| <= ln 2 / 2,
+/// with the polynomial of Cephes' expf.
+inline Floats exp(Floats x) {
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in low bits
+  const Floats limited = x > 88.0f ? splat(88.0f) : x;
+  const Floats shifted = limited * 1.44269504f + round;
+  const Floats n = shifted - round;
+  const Floats r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Floats power = (Floats)(((Words)shifted - (0x4b400000 - 127)) << 23);
+  return x < -87.3f ? Floats{} : p * power;
+}
+
+/// The complementary error function of z >= 0; absolute error below 2e-7 (Abramowitz and Stegun,
+/// 7.1.26).
+inline Floats erfc_positive(Floats z) {
+  const Floats t = 1.0f / (1.0f + 0.3275911f * z);
+  Floats p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  return p * t * exp(-z * z);
+}
+
+inline Floats activate(Activation activation, Floats x) {
+  switch (activation) {
+    case Activation::relu:
+      return x < 0.0f ? Floats{} : x;
+    case Activation::gelu: {
+      const Floats half_tail = 0.5f * erfc_positive((x < 0.0f ? -x : x) * 0.707106781f);
+      return x * (x < 0.0f ? half_tail : 1.0f - half_tail);
+    }
+    case Activation::gelu_tanh:  // (1 + tanh(u)) / 2 is the logistic function of 2u
+      return x / (1.0f + exp(-1.59576912f * (x + 0.044715f * x * x * x)));
+    case Activation::silu:
+      break;
+  }
+  return x / (1.0f + exp(-x));
+}
+
+}  // namespace
+}  // namespace tda

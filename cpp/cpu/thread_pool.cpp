@@ -1,0 +1,133 @@
+#include "cpu/thread_pool.h"
+
+#include <tda/error.h>
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <system_error>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace tda {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+// The gate's bits: how many workers are in, whether it is open, and the number of the region.
+constexpr std::uint32_t kOpen = 1u << 11;
+constexpr std::uint32_t kInside = kOpen - 1;
+constexpr std::uint32_t kRegion = kOpen << 1;
+static_assert(kMaxThreads <= static_cast<int>(kInside));
+
+/// Regions of a forward pass follow each other within microseconds; a wait first spins, then lends
+/// its core to whoever needs it, and after kAwake workers go to sleep.
+constexpr auto kAwake = std::chrono::microseconds(100);
+constexpr int kSpins = 500;
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// Polls until `done`, at most for kAwake if `patient` is false; whether it is done.
+template <class Done>
+bool wait_until(const Done& done, bool patient) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return true;
+    pause();
+  }
+  const auto start = std::chrono::steady_clock::now();
+  while (!done()) {
+    if (!patient && std::chrono::steady_clock::now() - start > kAwake) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+}  // namespace
+
+int resolve_threads(int threads) {
+  if (threads < 0 || threads > kMaxThreads)
+    throw OptionError("option threads: " + std::to_string(threads) + ", expected 0 to " +
+                      std::to_string(kMaxThreads) + ", where 0 means all that may be used");
+  if (threads > 0) return threads;
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0)
+    return std::clamp(CPU_COUNT(&allowed), 1, kMaxThreads);
+#endif
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+}
+
+ThreadPool::ThreadPool(int threads) {
+  const int workers = resolve_threads(threads) - 1;
+  workers_.reserve(workers);
+  try {
+    for (int i = 0; i < workers; ++i) workers_.emplace_back([this, i] { work(i + 1); });
+  } catch (const std::system_error& e) {
+    const auto started = workers_.size() + 1;
+    stop();
+    throw DeviceError("option threads: " + std::to_string(workers + 1) + ", but only " +
+                      std::to_string(started) + " could be started: " + e.what());
+  }
+}
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
+  stop_ = true;
+  gate_ += kRegion;
+  gate_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(std::int64_t n, Task task, const void* body) {
+  if (n <= 1 || workers_.empty()) {
+    for (std::int64_t i = 0; i < n; ++i) task(body, i, 0);
+    return;
+  }
+  task_ = task;
+  body_ = body;
+  n_ = n;
+  next_.store(0, std::memory_order_relaxed);
+  left_.store(0, std::memory_order_relaxed);
+  const std::uint32_t region = (gate_.load(std::memory_order_relaxed) | kInside | kOpen) + 1;
+  gate_.store(region | kOpen);
+  gate_.notify_all();
+  take_tasks(0);
+  const std::uint32_t entered = gate_.fetch_and(~kOpen) & kInside;
+  wait_until([&] { return left_.load(std::memory_order_acquire) == entered; }, true);
+}
+
+void ThreadPool::take_tasks(int thread) {
+  for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_;)
+    task_(body_, i, thread);
+}
+
+void ThreadPool::work(int thread) {
+  std::uint32_t last = 0;  // the region worked on last
+  for (;;) {
+    std::uint32_t gate = 0;
+    const auto news = [&] {
+      gate = gate_.load(std::memory_order_acquire);
+      return (gate & kOpen && gate / kRegion != last) || stop_.load(std::memory_order_relaxed);
+    };
+    if (!wait_until(news, false)) {
+      gate_.wait(gate);
+      continue;
+    }
+    if (stop_) return;
+    if (!gate_.compare_exchange_strong(gate, gate + 1, std::memory_order_acquire)) continue;
+    last = gate / kRegion;
+    take_tasks(thread);
+    left_.fetch_add(1, std::memory_order_release);
+  }
+}
+
+}  // namespace tda

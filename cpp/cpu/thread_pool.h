@@ -1,0 +1,58 @@
+// Threads that stay hot between the many short parallel regions of a forward pass.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace tda {
+
+/// How many threads `threads` means: 0 is as many as this process may run on. Throws OptionError.
+int resolve_threads(int threads);
+
+class ThreadPool {
+ public:
+  /// `threads` counts the calling thread, too; see resolve_threads.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  /// Runs body(i, thread) for each i in [0, n), the calling thread taking part, and returns when
+  /// all are done. Threads take the next i when free, so nothing may depend on who runs what.
+  /// 0 <= thread < threads(). The body must not throw. One region at a time.
+  template <class Body>
+  void run(std::int64_t n, const Body& body) {
+    run(
+        n,
+        [](const void* b, std::int64_t i, int thread) {
+          (*static_cast<const Body*>(b))(i, thread);
+        },
+        &body);
+  }
+
+ private:
+  using Task = void (*)(const void* body, std::int64_t i, int thread);
+  void run(std::int64_t n, Task task, const void* body);
+  void take_tasks(int thread);
+  void work(int thread);
+  void stop();
+
+  // A region's job; written while the gate is shut and nobody is inside.
+  Task task_ = nullptr;
+  const void* body_ = nullptr;
+  std::int64_t n_ = 0;
+  alignas(64) std::atomic<std::int64_t> next_ = 0;
+  // The gate: workers enter an open region by adding one, so that the caller waits for those who
+  // came and never for one asleep.
+  alignas(64) std::atomic<std::uint32_t> gate_ = 0;
+  alignas(64) std::atomic<std::uint32_t> left_ = 0;  // how many went in and came out again
+  std::atomic<bool> stop_ = false;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace tda

@@ -1,0 +1,88 @@
+#include <cmath>
+
+#include "engine/parallel.h"
+#include "engine/session_impl.h"
+
+namespace tda {
+
+void CalibrateOptions::validate() const {
+  const auto at_least_one = [](const char* name, std::int64_t found) {
+    if (found < 1) {
+      throw OptionError(std::string(name) + " " + std::to_string(found) + ": expected 1 or more");
+    }
+  };
+  if (!(error >= 0 && error < 1)) {
+    throw OptionError("error " + std::to_string(error) + ": expected 0 or more, less than 1");
+  }
+  at_least_one("max_tokens", max_tokens);
+  at_least_one("sample_tokens", sample_tokens);
+  at_least_one("self_texts", self_texts);
+  at_least_one("self_tokens", self_tokens);
+}
+
+namespace {
+
+/// Texts that the model writes itself at temperature 1, starting from its beginning-of-text token.
+std::vector<std::vector<Token>> write_texts(const Engine& engine, const CalibrateOptions& options) {
+  const ModelConfig& config = engine.config();
+  if (!config.bos_token && config.eos_tokens.empty()) {
+    throw OptionError(
+        "calibrate: the model has no beginning- or end-of-text token to start from, "
+        "so texts must be given");
+  }
+  const Token first = config.bos_token ? *config.bos_token : config.eos_tokens.front();
+  std::vector<std::vector<Token>> texts;
+  for (std::int64_t i = 0; i < options.self_texts; ++i) {
+    GenerateOptions generate;
+    generate.max_new_tokens = options.self_tokens;
+    generate.temperature = 1.0;
+    generate.seed = options.seed + static_cast<std::uint64_t>(i);
+    generate.ignore_eos = true;
+    texts.push_back(engine.generate({&first, 1}, generate).tokens);
+  }
+  return texts;
+}
+
+}  // namespace
+
+Thresholds Engine::calibrate(
+    std::span<const std::vector<Token>> texts, const CalibrateOptions& options,
+    const std::function<void(std::int64_t, std::int64_t)>& progress) const {
+  options.validate();
+  std::vector<std::vector<Token>> own;
+  if (texts.empty()) {
+    own = write_texts(*this, options);
+    texts = own;
+  }
+  const Model& model = runtime_->model();
+  const std::int64_t layers = model.config.num_layers;
+  Thresholds result;
+  result.model = model.name;
+  result.fingerprint = model.fingerprint;
+  result.error = options.error;
+  result.source = own.empty() ? "texts" : "self-generated";
+  result.texts = static_cast<std::int64_t>(texts.size());
+
+  std::vector<std::vector<FfnSample>> samples(layers);  // [L][texts]
+  for (const std::vector<Token>& text : texts) {
+    const auto length = std::min(static_cast<std::int64_t>(text.size()), options.max_tokens);
+    Session::Impl session(runtime_, std::max<std::int64_t>(length, 1), options.sample_tokens);
+    session.prefill(Tokens(text).first(length), FfnMode::gather, 0);
+    for (std::int64_t layer = 0; layer < layers; ++layer) {
+      samples[layer].push_back({session.statistic(layer), std::move(session.samples[layer].h)});
+    }
+    result.tokens += length;
+    if (progress) progress(static_cast<std::int64_t>(samples[0].size()), result.texts);
+  }
+  result.values.resize(layers);
+  result.reached.resize(layers);
+  parallel_for(threads(), layers, [&](std::int64_t layer) {
+    const ThresholdSearch found =
+        search_threshold(samples[layer], model.layers[layer].down, options.error);
+    result.values[layer] = found.threshold;
+    result.reached[layer] = static_cast<float>(found.error);
+  });
+  return result;
+}
+
+}  // namespace tda

@@ -1,0 +1,102 @@
+#include <algorithm>
+
+#include "checkpoint/checkpoint.h"
+#include "engine/generation_impl.h"
+
+namespace tda {
+namespace {
+
+std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
+                                            const EngineOptions& options) {
+  if (options.max_context < 0) {
+    throw OptionError("max_context " + std::to_string(options.max_context) +
+                      ": expected 0 (the checkpoint's own) or more");
+  }
+  const Checkpoint checkpoint(folder);
+  const auto model = load_model(checkpoint, options.weights, options.threads);
+  auto backend = options.device == Device::cuda ? make_cuda_backend(model)
+                                                : make_cpu_backend(model, options.threads);
+  const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
+  return std::make_shared<const Runtime>(
+      std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
+      options.max_context ? options.max_context : model->config.max_position);
+}
+
+}  // namespace
+
+Engine::Engine(const std::filesystem::path& checkpoint, const EngineOptions& options)
+    : runtime_(open_runtime(checkpoint, options)) {}
+Engine::~Engine() = default;
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+
+const ModelConfig& Engine::config() const { return runtime_->config(); }
+const std::string& Engine::fingerprint() const { return runtime_->model().fingerprint; }
+WeightFormat Engine::weights() const { return runtime_->model().format; }
+KvFormat Engine::kv() const { return runtime_->kv; }
+std::int64_t Engine::max_context() const { return runtime_->max_context; }
+std::int64_t Engine::weight_bytes() const { return runtime_->model().weight_bytes; }
+int Engine::threads() const { return runtime_->backend->threads(); }
+std::string Engine::device() const { return runtime_->backend->name(); }
+
+Generation Engine::start(Tokens prompt, const GenerateOptions& options,
+                         const std::optional<TdaOptions>& tda) const {
+  options.validate();
+  if (tda) tda->validate();
+  check_tokens(config(), prompt);
+  // Subtraction, since the sum could overflow.
+  if (options.max_new_tokens > max_context() - std::ssize(prompt)) {
+    throw ContextOverflow("prompt of " + std::to_string(prompt.size()) +
+                          " tokens and max_new_tokens " + std::to_string(options.max_new_tokens) +
+                          " exceed max_context " + std::to_string(max_context()));
+  }
+  const std::int64_t capacity = std::ssize(prompt) + options.max_new_tokens;
+  return Generation(std::unique_ptr<Generation::Impl>(new Generation::Impl{
+      .run = {runtime_, prompt, capacity, tda}, .sampler = {options, prompt}, .options = options}));
+}
+
+GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
+                                  const std::optional<TdaOptions>& tda,
+                                  const std::function<bool(Token)>& on_token) const {
+  Generation generation = start(prompt, options, tda);
+  GenerationResult result;
+  while (const std::optional<Token> token = generation.next()) {
+    result.tokens.push_back(*token);
+    if (on_token && !on_token(*token)) break;
+  }
+  result.finish_reason = generation.finish_reason();
+  result.stats = generation.stats();
+  return result;
+}
+
+std::vector<float> Engine::logits(Tokens tokens) const {
+  check_tokens(config(), tokens);
+  return Session::Impl(runtime_, std::ssize(tokens), 0).all_logits(tokens);
+}
+
+ScoreResult Engine::score(Tokens tokens, std::int64_t prompt_tokens,
+                          const std::optional<TdaOptions>& tda) const {
+  if (tda) tda->validate();
+  check_tokens(config(), tokens);
+  if (prompt_tokens < 1 || prompt_tokens >= std::ssize(tokens)) {
+    throw OptionError("prompt_tokens " + std::to_string(prompt_tokens) + ": expected 1 to " +
+                      std::to_string(std::ssize(tokens) - 1) + ", one less than the tokens given");
+  }
+  Run run(runtime_, tokens.first(prompt_tokens), std::ssize(tokens), tda);
+  ScoreResult result;
+  std::span<const float> logits = run.prefill();
+  for (std::int64_t i = prompt_tokens;; ++i) {
+    result.log_probabilities.push_back(log_probability(logits, tokens[i]));
+    result.top_tokens.push_back(argmax(logits));
+    if (i + 1 == std::ssize(tokens)) break;
+    logits = run.decode(tokens[i]);
+  }
+  result.stats = run.stats();
+  return result;
+}
+
+Session Engine::session(std::int64_t capacity, std::int64_t sample_tokens) const {
+  return Session(std::make_unique<Session::Impl>(runtime_, capacity, sample_tokens));
+}
+
+}  // namespace tda

@@ -1,0 +1,36 @@
+#include <algorithm>
+
+#include "engine/generation_impl.h"
+
+namespace tda {
+
+std::optional<Token> Generation::Impl::next() {
+  if (finish_reason != FinishReason::none) return {};
+  if (new_tokens == options.max_new_tokens) {
+    finish_reason = FinishReason::length;
+    return {};
+  }
+  const Token token = sampler.sample(new_tokens == 0 ? run.prefill() : run.decode(last));
+  if (!options.ignore_eos && std::ranges::count(run.config().eos_tokens, token)) {
+    finish_reason = FinishReason::stop;
+    return {};
+  }
+  ++new_tokens;
+  return last = token;
+}
+
+Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Generation::Generation(Generation&&) noexcept = default;
+Generation& Generation::operator=(Generation&&) noexcept = default;
+Generation::~Generation() = default;
+
+std::optional<Token> Generation::next() { return impl_->next(); }
+FinishReason Generation::finish_reason() const { return impl_->finish_reason; }
+
+GenerationStats Generation::stats() const {
+  GenerationStats stats = impl_->run.stats();
+  stats.new_tokens = impl_->new_tokens;
+  return stats;
+}
+
+}  // namespace tda

@@ -1,0 +1,62 @@
+#include "engine/run.h"
+
+#include <chrono>
+
+namespace tda {
+namespace {
+
+/// On how many tokens of a prompt the thresholds of TdaOptions::error are searched, which costs
+/// about as much as the down projection of so many tokens.
+constexpr std::int64_t kPromptSamples = 64;
+
+class Stopwatch {
+ public:
+  /// Seconds since construction or the last call.
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const std::chrono::duration<double> passed = now - last_;
+    last_ = now;
+    return passed.count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
+
+Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
+         const std::optional<TdaOptions>& tda)
+    : session_(std::move(runtime), capacity, tda && tda->error ? kPromptSamples : 0),
+      prompt_(prompt.begin(), prompt.end()),
+      tda_(tda) {}
+
+std::span<const float> Run::prefill() {
+  Stopwatch watch;
+  const auto logits = session_.prefill(prompt_, tda_ ? FfnMode::gather : FfnMode::dense);
+  stats_.prefill_seconds = watch.lap();
+  if (tda_) {
+    session_.apply(*tda_);
+    stats_.mask_seconds = watch.lap();
+  }
+  return logits;
+}
+
+std::span<const float> Run::decode(Token token) {
+  Stopwatch watch;
+  const auto logits = session_.decode(token);
+  stats_.decode_seconds += watch.lap();
+  ++decoded_;
+  return logits;
+}
+
+GenerationStats Run::stats() const {
+  GenerationStats result = stats_;
+  result.prompt_tokens = std::ssize(prompt_);
+  if (decoded_ > 0)
+    result.tokens_per_second = static_cast<double>(decoded_) / stats_.decode_seconds;
+  session_.add_to(result);
+  return result;
+}
+
+}  // namespace tda

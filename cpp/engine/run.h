@@ -1,0 +1,35 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "engine/session_impl.h"
+
+namespace tda {
+
+/// A prompt and the tokens that follow it, timed: what generation and scoring have in common.
+class Run {
+ public:
+  /// `capacity`: tokens of prompt and continuation together.
+  Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
+      const std::optional<TdaOptions>& tda);
+
+  /// Runs the prompt dense, then makes the masks; logits [V] of its last token.
+  std::span<const float> prefill();
+  /// Appends a token through the masks; its logits [V].
+  std::span<const float> decode(Token token);
+  /// All fields but new_tokens.
+  GenerationStats stats() const;
+  const ModelConfig& config() const { return session_.runtime->config(); }
+
+ private:
+  Session::Impl session_;
+  std::vector<Token> prompt_;
+  std::optional<TdaOptions> tda_;
+  std::int64_t decoded_ = 0;
+  GenerationStats stats_;  // seconds
+};
+
+}  // namespace tda

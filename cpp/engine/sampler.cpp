@@ -1,0 +1,122 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tda {
+namespace {
+
+[[noreturn]] void reject(const char* option, double found, const char* expected) {
+  throw OptionError(std::string(option) + " " + std::to_string(found) + ": expected " + expected);
+}
+
+}  // namespace
+
+void GenerateOptions::validate() const {
+  // Written so that NaN fails each of them.
+  if (max_new_tokens < 1)
+    reject("max_new_tokens", static_cast<double>(max_new_tokens), "1 or more");
+  if (!(temperature >= 0 && std::isfinite(temperature))) {
+    reject("temperature", temperature, "a finite number, 0 (greedy) or more");
+  }
+  if (top_k < 0) reject("top_k", static_cast<double>(top_k), "0 (off) or more");
+  if (!(top_p > 0 && top_p <= 1)) reject("top_p", top_p, "more than 0, at most 1 (off)");
+  if (!(min_p >= 0 && min_p <= 1)) reject("min_p", min_p, "0 (off) to 1");
+  if (!(repetition_penalty > 0 && std::isfinite(repetition_penalty))) {
+    reject("repetition_penalty", repetition_penalty, "a finite number above 0 (1: off)");
+  }
+}
+
+Token argmax(std::span<const float> logits) {
+  const auto best = std::max_element(logits.begin(), logits.end());
+  // A NaN anywhere poisons every layer's sums, so it shows in all logits or in the first.
+  if (!std::isfinite(*best) || std::isnan(logits.front())) {
+    throw Error("the model's logits are not finite: found " + std::to_string(*best));
+  }
+  return static_cast<Token>(best - logits.begin());
+}
+
+float log_probability(std::span<const float> logits, Token token) {
+  const double largest = logits[argmax(logits)];
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - largest);
+  return static_cast<float>(logits[token] - largest - std::log(sum));
+}
+
+Sampler::Sampler(const GenerateOptions& options, Tokens prompt)
+    : options_(options), random_(options.seed ? *options.seed : std::random_device{}()) {
+  if (options_.repetition_penalty == 1.0) return;
+  for (const Token token : prompt) remember(token);
+}
+
+void Sampler::remember(Token token) {
+  const auto id = static_cast<std::size_t>(token);
+  if (id >= is_seen_.size()) is_seen_.resize(id + 1, false);
+  if (!is_seen_[id]) seen_.push_back(token);
+  is_seen_[id] = true;
+}
+
+Token Sampler::sample(std::span<const float> logits) {
+  argmax(logits);  // for its check
+  candidates_.resize(logits.size());
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    candidates_[i] = {static_cast<Token>(i), logits[i]};
+  }
+  // Keskar et al., arXiv 1909.05858: a seen token's logit is made worse by the factor.
+  const auto penalty = static_cast<float>(options_.repetition_penalty);
+  for (const Token token : seen_) {
+    float& logit = candidates_[token].logit;
+    logit = logit > 0 ? logit / penalty : logit * penalty;
+  }
+  const Token token = draw();
+  if (options_.repetition_penalty != 1.0) remember(token);
+  return token;
+}
+
+/// Moves the `count` best candidates to the front, best first; of equal logits the lower id.
+void Sampler::sort_best(std::size_t count) {
+  const auto better = [](const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+  };
+  std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(count),
+                    candidates_.end(), better);
+}
+
+Token Sampler::draw() {
+  if (options_.temperature == 0) {
+    sort_best(1);
+    return candidates_.front().token;
+  }
+  std::size_t kept = candidates_.size();
+  if (options_.top_k > 0) kept = std::min(kept, static_cast<std::size_t>(options_.top_k));
+  const bool sorted = kept < candidates_.size() || options_.top_p < 1 || options_.min_p > 0;
+  if (sorted) sort_best(kept);
+
+  float largest = candidates_.front().logit;
+  for (std::size_t i = 0; i < kept; ++i) largest = std::max(largest, candidates_[i].logit);
+  std::vector<double> weights(kept);  // softmax, not normalised: the best candidate has 1
+  double sum = 0;
+  for (std::size_t i = 0; i < kept; ++i) {
+    weights[i] = std::exp((candidates_[i].logit - largest) / options_.temperature);
+    sum += weights[i];
+  }
+  if (options_.top_p < 1) {  // the fewest candidates that reach top_p together
+    double reached = 0;
+    std::size_t count = 0;
+    while (count < kept && reached < options_.top_p * sum) reached += weights[count++];
+    kept = count;
+  }
+  if (options_.min_p > 0) {
+    while (weights[kept - 1] < options_.min_p) --kept;
+  }
+  sum = 0;
+  for (std::size_t i = 0; i < kept; ++i) sum += weights[i];
+  double left = static_cast<double>(random_() >> 11) * 0x1p-53 * sum;
+  for (std::size_t i = 0; i + 1 < kept; ++i) {
+    if (left < weights[i]) return candidates_[i].token;
+    left -= weights[i];
+  }
+  return candidates_[kept - 1].token;
+}
+
+}  // namespace tda

@@ -1,0 +1,42 @@
+// From logits to the next token.
+#pragma once
+
+#include <tda/engine.h>
+
+#include <random>
+#include <span>
+#include <vector>
+
+namespace tda {
+
+class Sampler {
+ public:
+  /// `options` are valid. `prompt` counts for the repetition penalty.
+  Sampler(const GenerateOptions& options, Tokens prompt);
+
+  /// Chooses and remembers a token. logits: [V]. Throws Error if they are not finite.
+  Token sample(std::span<const float> logits);
+
+ private:
+  Token draw();
+  void sort_best(std::size_t count);
+
+  GenerateOptions options_;
+  std::mt19937_64 random_;
+  std::vector<Token> seen_;  // distinct tokens of prompt and output; kept only with a penalty
+  std::vector<bool> is_seen_;
+  struct Candidate {
+    Token token;
+    float logit;
+  };
+  std::vector<Candidate> candidates_;  // [V], scratch
+  void remember(Token token);
+};
+
+/// The lowest id among the largest logits. Throws Error if the largest is not finite.
+Token argmax(std::span<const float> logits);
+
+/// Natural logarithm of the softmax probability of `token`.
+float log_probability(std::span<const float> logits, Token token);
+
+}  // namespace tda

@@ -1,0 +1,273 @@
+#include <algorithm>
+
+#include "engine/parallel.h"
+#include "engine/session_impl.h"
+#include "model/forward.h"
+
+namespace tda {
+
+void check_tokens(const ModelConfig& config, Tokens tokens) {
+  if (tokens.empty()) throw OptionError("tokens: found none, expected at least one");
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= config.vocab_size) {
+      throw OptionError("tokens[" + std::to_string(i) + "] = " + std::to_string(tokens[i]) +
+                        ": expected 0 to " + std::to_string(config.vocab_size - 1));
+    }
+  }
+}
+
+Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity,
+                    std::int64_t sample_tokens)
+    : runtime(std::move(shared)),
+      backend(*runtime->backend),
+      capacity(capacity),
+      sample_tokens(sample_tokens),
+      active_sums_(runtime->config().num_layers, 0) {
+  if (capacity < 1) {
+    throw OptionError("capacity " + std::to_string(capacity) + ": expected at least 1 token");
+  }
+  if (capacity > runtime->max_context) {
+    throw ContextOverflow(std::to_string(capacity) + " tokens do not fit: max_context is " +
+                          std::to_string(runtime->max_context));
+  }
+  if (sample_tokens < 0) {
+    throw OptionError("sample_tokens " + std::to_string(sample_tokens) + ": expected 0 or more");
+  }
+  state = backend.new_state(capacity, runtime->kv);
+}
+
+/// Splits a step into as many as the backend's largest step demands. Returns the logits of the last
+/// `rows` tokens, or appends those of every token to `all`.
+std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vector<float>* all) {
+  const Tokens tokens = step.tokens;
+  if (std::ssize(tokens) > capacity - position) {
+    throw ContextOverflow("session: " + std::to_string(tokens.size()) + " tokens after " +
+                          std::to_string(position) + " exceed its capacity of " +
+                          std::to_string(capacity));
+  }
+  step.sequence_length = position + std::ssize(tokens);
+  const std::lock_guard lock(runtime->computing);
+  std::span<const float> logits;
+  for (std::size_t done = 0; done < tokens.size();) {
+    const std::size_t count =
+        std::min(tokens.size() - done, static_cast<std::size_t>(backend.max_step()));
+    step.tokens = tokens.subspan(done, count);
+    step.position = position;
+    done += count;
+    const std::int64_t last_rows = done == tokens.size() ? rows : 0;
+    logits = forward(backend, *state, step, all ? std::ssize(step.tokens) : last_rows);
+    if (all) all->insert(all->end(), logits.begin(), logits.end());
+    position += static_cast<std::int64_t>(count);
+  }
+  return logits;
+}
+
+std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::int64_t rows) {
+  const ModelConfig& config = runtime->config();
+  check_tokens(config, tokens);
+  const auto total = std::ssize(tokens);
+  const std::int64_t start = position;
+  const std::int64_t wanted = std::min(sample_tokens, total);
+  const auto width = static_cast<std::size_t>(config.intermediate_size);
+  samples.assign(wanted ? config.num_layers : 0, {});
+  // Sample k is the token in the middle of the k-th of `wanted` equal parts.
+  const FfnRecorder recorder = [&](std::int64_t layer, std::int64_t first, std::int64_t count,
+                                   const float* h) {
+    const std::int64_t offset = position - start + first;
+    for (std::int64_t k = 0; k < wanted; ++k) {
+      const std::int64_t row = (2 * k + 1) * total / (2 * wanted) - offset;
+      if (row < 0 || row >= count) continue;
+      auto& kept = samples[layer].h;
+      kept.insert(kept.end(), h + row * width, h + (row + 1) * width);
+    }
+  };
+  Step step;
+  step.tokens = tokens;
+  step.ffn = mode;
+  step.recorder = wanted ? &recorder : nullptr;
+  return run(step, rows);
+}
+
+std::vector<float> Session::Impl::all_logits(Tokens tokens) {
+  check_tokens(runtime->config(), tokens);
+  std::vector<float> all;
+  all.reserve(tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size));
+  Step step;
+  step.tokens = tokens;
+  run(step, 0, &all);
+  return all;
+}
+
+std::span<const float> Session::Impl::decode(Token token) {
+  const ModelConfig& config = runtime->config();
+  check_tokens(config, {&token, 1});
+  if (refresh_every_ > 0) {
+    if (std::ssize(recent_) == refresh_every_) refresh();
+    recent_.push_back(token);
+  }
+  Step step;
+  step.tokens = {&token, 1};
+  step.ffn = masked ? FfnMode::masked : FfnMode::dense;
+  const std::span<const float> logits = run(step, 1);
+
+  ++decoded_;
+  const std::int64_t kv_token =
+      2 * config.kv_size() * (runtime->kv == KvFormat::f32 ? sizeof(float) : 2);
+  for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
+    const std::int64_t window = config.sliding_window[layer];
+    kv_bytes_ += kv_token * (window ? std::min(window, position) : position);
+    active_sums_[layer] += masked ? static_cast<std::int64_t>(backend.mask(*state, layer).size())
+                                  : config.intermediate_size;
+  }
+  return logits;
+}
+
+std::vector<float> Session::Impl::statistic(std::int64_t layer) const {
+  const Backend::Statistic statistic = backend.statistic(*state, layer);
+  if (statistic.tokens <= 0) {
+    throw OptionError("session: no statistic yet, prefill a prompt first");
+  }
+  return relative_magnitudes(statistic.sums, statistic.tokens);
+}
+
+void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons) {
+  backend.set_mask(*state, layer, {neurons.begin(), neurons.end()});
+  masked = true;
+}
+
+void Session::Impl::apply(const TdaOptions& options) {
+  options.validate();
+  const Model& model = runtime->model();
+  const std::int64_t layers = model.config.num_layers;
+  thresholds_.clear();
+  if (options.thresholds) {
+    const Thresholds& file = *options.thresholds;
+    if (file.fingerprint != model.fingerprint) {
+      throw CheckpointError("thresholds of model \"" + file.model + "\" (fingerprint " +
+                            file.fingerprint + ") do not fit model \"" + model.name +
+                            "\" (fingerprint " + model.fingerprint + ")");
+    }
+    if (static_cast<std::int64_t>(file.values.size()) != layers) {
+      throw CheckpointError("thresholds of model \"" + file.model + "\": found " +
+                            std::to_string(file.values.size()) +
+                            " values, expected one for each of " + std::to_string(layers) +
+                            " layers");
+    }
+    thresholds_ = file.values;
+  } else if (options.error) {
+    if (samples.empty()) {
+      throw OptionError(
+          "tda error: the session remembers no tokens to search thresholds on, "
+          "make it with sample_tokens > 0 and prefill a prompt");
+    }
+    thresholds_.resize(layers);
+    for (std::int64_t layer = 0; layer < layers; ++layer) samples[layer].scores = statistic(layer);
+    parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
+      thresholds_[layer] =
+          search_threshold({&samples[layer], 1}, model.layers[layer].down, *options.error)
+              .threshold;
+    });
+  } else {
+    active_ = *options.active;
+  }
+  refresh_every_ = options.refresh;
+  recent_.clear();
+  mask_from_statistic();
+}
+
+void Session::Impl::mask_from_statistic() {
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer) {
+    const std::vector<float> scores = statistic(layer);
+    backend.set_mask(*state, layer,
+                     thresholds_.empty() ? mask_top_share(scores, active_)
+                                         : mask_at_least(scores, thresholds_[layer]));
+  }
+  masked = true;
+}
+
+/// The last refresh_every_ tokens again, dense: their keys and values become exact, their
+/// activations join the statistic with the weight of all before, and the masks follow.
+void Session::Impl::refresh() {
+  const auto count = static_cast<double>(recent_.size());
+  const double before = backend.statistic(*state, 0).tokens;
+  backend.fade_statistic(*state, count / before);
+  position -= std::ssize(recent_);
+  Step step;
+  step.tokens = recent_;
+  step.ffn = FfnMode::gather;
+  run(step, 0);
+  const std::int64_t steps = (std::ssize(recent_) + backend.max_step() - 1) / backend.max_step();
+  refresh_bytes_ += steps * runtime->model().neuron_bytes() * runtime->config().intermediate_size *
+                    runtime->config().num_layers;
+  recent_.clear();
+  mask_from_statistic();
+}
+
+void Session::Impl::add_to(GenerationStats& stats) const {
+  const ModelConfig& config = runtime->config();
+  const std::int64_t layers = config.num_layers;
+  const std::int64_t neurons = config.intermediate_size;
+  stats.ffn_active_by_layer.assign(layers, 1.0);
+  if (decoded_ == 0) return;
+  double sum = 0;
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    const double share =
+        static_cast<double>(active_sums_[layer]) / static_cast<double>(decoded_ * neurons);
+    stats.ffn_active_by_layer[layer] = share;
+    sum += share;
+  }
+  stats.ffn_active = sum / static_cast<double>(layers);
+  stats.ffn_bytes = ffn_bytes();
+  const Model& model = runtime->model();
+  const double dense = static_cast<double>(decoded_) * static_cast<double>(layers * neurons) *
+                       static_cast<double>(model.neuron_bytes());
+  stats.ffn_bytes_fraction = static_cast<double>(stats.ffn_bytes) / dense;
+  std::int64_t others = model.head.bytes();
+  for (const LayerWeights& layer : model.layers) others += layer.qkv.bytes() + layer.output.bytes();
+  stats.bytes_per_token = others + (stats.ffn_bytes + kv_bytes_) / decoded_;
+}
+
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+std::int64_t Session::position() const { return impl_->position; }
+std::int64_t Session::capacity() const { return impl_->capacity; }
+std::int64_t Session::ffn_bytes() const { return impl_->ffn_bytes(); }
+
+std::vector<float> Session::prefill(Tokens tokens) {
+  const auto logits = impl_->prefill(tokens, FfnMode::gather);
+  return {logits.begin(), logits.end()};
+}
+
+std::vector<float> Session::decode(Token token) {
+  const auto logits = impl_->decode(token);
+  return {logits.begin(), logits.end()};
+}
+
+static void check_layer(const ModelConfig& config, std::int64_t layer) {
+  if (layer < 0 || layer >= config.num_layers) {
+    throw OptionError("layer " + std::to_string(layer) + ": expected 0 to " +
+                      std::to_string(config.num_layers - 1));
+  }
+}
+
+std::vector<float> Session::statistic(std::int64_t layer) const {
+  check_layer(impl_->runtime->config(), layer);
+  return impl_->statistic(layer);
+}
+
+std::vector<std::int32_t> Session::mask(std::int64_t layer) const {
+  check_layer(impl_->runtime->config(), layer);
+  return impl_->backend.mask(*impl_->state, layer);
+}
+
+void Session::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons) {
+  check_layer(impl_->runtime->config(), layer);
+  impl_->set_mask(layer, neurons);
+}
+
+void Session::apply(const TdaOptions& options) { impl_->apply(options); }
+
+}  // namespace tda

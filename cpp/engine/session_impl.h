@@ -1,0 +1,59 @@
+// Session's inside, which Generation, score and calibrate use as well.
+#pragma once
+
+#include <tda/engine.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "engine/runtime.h"
+#include "sparsity/sparsity.h"
+
+namespace tda {
+
+struct Session::Impl {
+  /// `sample_tokens` as in Engine::session. Throws ContextOverflow if capacity exceeds max_context.
+  Impl(std::shared_ptr<const Runtime> runtime, std::int64_t capacity, std::int64_t sample_tokens);
+
+  /// Logits [rows, V] of the last `rows` tokens; dense. Valid until the next call.
+  std::span<const float> prefill(Tokens tokens, FfnMode mode, std::int64_t rows = 1);
+  /// Logits [T, V] of all tokens.
+  std::vector<float> all_logits(Tokens tokens);
+  std::span<const float> decode(Token token);
+  std::vector<float> statistic(std::int64_t layer) const;
+  void apply(const TdaOptions& options);
+  void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
+  std::int64_t ffn_bytes() const { return backend.ffn_bytes(*state) + refresh_bytes_; }
+  /// Fills the fields about decoding that are known here; seconds and token counts are the
+  /// caller's.
+  void add_to(GenerationStats& stats) const;
+
+  std::shared_ptr<const Runtime> runtime;
+  const Backend& backend;
+  std::unique_ptr<State> state;
+  std::int64_t capacity;
+  std::int64_t sample_tokens;
+  std::int64_t position = 0;
+  bool masked = false;
+  std::vector<FfnSample> samples;  // [L] of the last prefill, h only; empty if sample_tokens is 0
+
+ private:
+  std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
+  void mask_from_statistic();
+  void refresh();
+
+  std::vector<std::vector<std::int32_t>> masks_;  // [L] once masked
+  std::vector<float> thresholds_;                 // [L]; empty if the masks go by active_
+  double active_ = 1;
+  std::int64_t refresh_every_ = 0;
+  std::vector<Token> recent_;  // decoded since the masks were made
+  std::int64_t refresh_bytes_ = 0;
+  std::int64_t decoded_ = 0;
+  std::int64_t kv_bytes_ = 0;              // read while decoding
+  std::vector<std::int64_t> active_sums_;  // [L] active neurons, summed over decoded tokens
+};
+
+}  // namespace tda

@@ -1,0 +1,184 @@
+// Load a checkpoint, generate tokens. The engine speaks token ids; text is the caller's side.
+//
+//   tda::Engine engine("path/to/checkpoint");
+//   std::vector<tda::Token> out = engine.generate(prompt, {.max_new_tokens = 64}).tokens;
+#pragma once
+
+#include <tda/error.h>
+#include <tda/model_config.h>
+#include <tda/sparsity.h>
+#include <tda/types.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace tda {
+
+struct EngineOptions {
+  Device device = Device::automatic;
+  WeightFormat weights = WeightFormat::automatic;
+  KvFormat kv = KvFormat::automatic;
+  int threads = 0;               // 0: as many as this process may run on
+  std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
+};
+
+/// Sampling follows the order repetition penalty, temperature, top-k, top-p, min-p.
+struct GenerateOptions {
+  std::int64_t max_new_tokens = 128;
+  double temperature = 0.0;                // 0: greedy
+  std::int64_t top_k = 0;                  // 0: off
+  double top_p = 1.0;                      // 1: off
+  double min_p = 0.0;                      // 0: off
+  double repetition_penalty = 1.0;         // 1: off; prompt and generated tokens count
+  std::optional<std::uint64_t> seed = {};  // unset: a fresh one
+  bool ignore_eos = false;
+
+  /// Throws OptionError.
+  void validate() const;
+};
+
+struct GenerationStats {
+  std::int64_t prompt_tokens = 0;
+  std::int64_t new_tokens = 0;
+  double prefill_seconds = 0;    // the prompt, up to the logits of the first new token
+  double mask_seconds = 0;       // TDA: thresholds and masks, part of neither of the others
+  double decode_seconds = 0;     // the other new tokens
+  double tokens_per_second = 0;  // decode steps / decode_seconds
+  double ffn_active = 1;         // mean share of neurons used while decoding
+  std::vector<double> ffn_active_by_layer;  // [L]
+  std::int64_t ffn_bytes = 0;        // feed-forward weight bytes read while decoding, as counted
+  double ffn_bytes_fraction = 1;     // ffn_bytes relative to dense decoding in the same format
+  std::int64_t bytes_per_token = 0;  // mean of all weight and KV bytes read per decoded token
+};
+
+enum class FinishReason { none, stop, length };
+
+class Run;
+class Runtime;
+class Session;
+
+/// One generation under way: `next` until it returns nothing.
+class Generation {
+ public:
+  Generation(Generation&&) noexcept;
+  Generation& operator=(Generation&&) noexcept;
+  ~Generation();
+
+  /// The next token. Nothing after an end-of-text token (which is not returned; reason `stop`) or
+  /// after max_new_tokens (reason `length`). The first call runs the prompt.
+  std::optional<Token> next();
+  FinishReason finish_reason() const;
+  GenerationStats stats() const;
+
+ private:
+  friend class Engine;
+  struct Impl;
+  explicit Generation(std::unique_ptr<Impl>);
+  std::unique_ptr<Impl> impl_;
+};
+
+struct GenerationResult {
+  std::vector<Token> tokens;
+  FinishReason finish_reason = FinishReason::none;
+  GenerationStats stats;
+};
+
+struct ScoreResult {
+  std::vector<float> log_probabilities;  // [T - P], natural logarithm
+  std::vector<Token> top_tokens;         // [T - P], what greedy decoding would have chosen
+  GenerationStats stats;
+};
+
+/// A loaded model. Const: any number of threads may use one engine, each call has a session of its
+/// own; computation itself is one call at a time.
+class Engine {
+ public:
+  /// Throws CheckpointError, OptionError or DeviceError.
+  explicit Engine(const std::filesystem::path& checkpoint, const EngineOptions& options = {});
+  ~Engine();
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) noexcept;
+
+  const ModelConfig& config() const;
+  const std::string& fingerprint() const;
+  WeightFormat weights() const;
+  KvFormat kv() const;
+  std::int64_t max_context() const;
+  std::int64_t weight_bytes() const;  // resident, all weights
+  int threads() const;
+  std::string device() const;  // e.g. "cpu (avx2)"
+
+  /// Starts a generation. Throws ContextOverflow if prompt and max_new_tokens exceed max_context.
+  Generation start(Tokens prompt, const GenerateOptions& = {},
+                   const std::optional<TdaOptions>& = {}) const;
+
+  /// `start`, run to its end. `on_token`, if given, sees each token and stops by returning false.
+  GenerationResult generate(Tokens prompt, const GenerateOptions& = {},
+                            const std::optional<TdaOptions>& = {},
+                            const std::function<bool(Token)>& on_token = {}) const;
+
+  /// Dense logits of every position, row-major [T, V].
+  std::vector<float> logits(Tokens tokens) const;
+
+  /// Log-probabilities of tokens[P:], P = prompt_tokens >= 1: the prompt is prefilled, the rest
+  /// goes token by token through the decode path that generation uses.
+  ScoreResult score(Tokens tokens, std::int64_t prompt_tokens,
+                    const std::optional<TdaOptions>& = {}) const;
+
+  /// Searches per layer the largest threshold whose mean CETT on the texts stays at or under
+  /// options.error. With no texts the model writes its own. `progress(done, total)` counts texts.
+  Thresholds calibrate(std::span<const std::vector<Token>> texts, const CalibrateOptions& = {},
+                       const std::function<void(std::int64_t, std::int64_t)>& progress = {}) const;
+
+  /// A session for stepwise use: research, tests, own generate loops. `capacity`: tokens it can
+  /// hold. `sample_tokens`: how many tokens of each prefill it remembers for TdaOptions::error, 0
+  /// for none.
+  Session session(std::int64_t capacity, std::int64_t sample_tokens = 0) const;
+
+ private:
+  std::shared_ptr<const Runtime> runtime_;
+};
+
+/// All that changes while a model runs: KV cache, position, statistic, masks.
+class Session {
+ public:
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  ~Session();
+
+  std::int64_t position() const;  // tokens in the cache
+  std::int64_t capacity() const;
+
+  /// Appends tokens, dense, adds them to the prompt statistic; logits of the last one, [V].
+  std::vector<float> prefill(Tokens tokens);
+  /// Appends one token through the masks; its logits, [V].
+  std::vector<float> decode(Token token);
+
+  /// R[j] of the layer over everything prefilled, [F].
+  std::vector<float> statistic(std::int64_t layer) const;
+  /// The layer's active neurons, strictly ascending; all of them until set.
+  std::vector<std::int32_t> mask(std::int64_t layer) const;
+  void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
+  /// Masks of all layers by the rules of TdaOptions, from the prompt seen so far.
+  void apply(const TdaOptions& options);
+  /// Feed-forward weight bytes that decode() has read so far.
+  std::int64_t ffn_bytes() const;
+
+ private:
+  friend class Engine;
+  friend class Run;
+  struct Impl;
+  explicit Session(std::unique_ptr<Impl>);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Bytes per second of a streaming read over `megabytes` with `threads`: the memory read roof.
+double measure_read_bandwidth(int threads, std::int64_t megabytes = 512);
+
+}  // namespace tda

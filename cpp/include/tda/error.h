@@ -1,0 +1,34 @@
+// The exceptions that tdaengine throws. Python sees the same tree under the same names.
+#pragma once
+
+#include <stdexcept>
+
+namespace tda {
+
+/// Root of the tree. Every message names the file, tensor or option at fault, what was found there
+/// and what was expected.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// A checkpoint, thresholds or tokenizer file is missing, damaged, unsupported or another model's.
+struct CheckpointError : Error {
+  using Error::Error;
+};
+
+/// An option or argument is out of range, unknown, or contradicts another one.
+struct OptionError : Error {
+  using Error::Error;
+};
+
+/// The device asked for is absent, out of memory, or failed.
+struct DeviceError : Error {
+  using Error::Error;
+};
+
+/// The tokens asked for do not fit into the context.
+struct ContextOverflow : Error {
+  using Error::Error;
+};
+
+}  // namespace tda

@@ -1,0 +1,31 @@
+// The vocabulary every other header is written in.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace tda {
+
+/// A token id, 0 <= id < vocab_size.
+using Token = std::int32_t;
+using Tokens = std::span<const Token>;
+
+enum class Device { automatic, cpu, cuda };
+
+/// How weights are stored in memory. `automatic`: f32 for an f32 checkpoint, else bf16.
+enum class WeightFormat { automatic, f32, bf16 };
+
+/// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16.
+enum class KvFormat { automatic, f32, bf16 };
+
+std::string_view name_of(Device);
+std::string_view name_of(WeightFormat);
+std::string_view name_of(KvFormat);
+
+/// The inverse of name_of ("auto", "cpu", "f32", ...); throws OptionError that lists what is valid.
+Device parse_device(std::string_view);
+WeightFormat parse_weight_format(std::string_view);
+KvFormat parse_kv_format(std::string_view);
+
+}  // namespace tda

@@ -1,0 +1,305 @@
+// Packs a checkpoint into engine layout: one arena, filled by copies that run in parallel.
+#include <sys/mman.h>
+#include <tda/error.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "checkpoint/checkpoint.h"
+#include "cpu/thread_pool.h"
+#include "model/half.h"
+#include "model/model.h"
+
+namespace tda {
+namespace {
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+/// A tensor's way into the arena. Target rows are the source's, or its columns if transposed.
+struct Copy {
+  const TensorView* source;
+  Matrix target;
+  std::byte* data;  // the target's, to be written
+  bool transposed;
+  float* lengths;  // [rows] L2 norms of the target's rows; null if not transposed
+};
+
+/// Lays a model out. Without memory it only measures; with it, it also yields the copies to do.
+class Layout {
+ public:
+  Layout(const Checkpoint& checkpoint, WeightFormat format, std::byte* memory)
+      : checkpoint_(checkpoint), format_(format), memory_(memory) {}
+
+  Model model();
+  std::int64_t bytes() const { return used_; }
+  const std::vector<Copy>& copies() const { return copies_; }
+
+ private:
+  std::byte* allocate(std::int64_t bytes) {
+    const std::int64_t offset = used_;
+    used_ += round_up(bytes, 64);
+    return memory_ ? memory_ + offset : nullptr;
+  }
+
+  /// Tensors [n, cols] one below the other.
+  Matrix matrix(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
+                std::int64_t cols) {
+    Matrix result{format_, 0, cols, nullptr};
+    for (std::int64_t n : rows) result.rows += n;
+    std::byte* data = allocate(result.bytes());
+    result.data = data;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      const Matrix part{format_, rows[i], cols, data};
+      add({&checkpoint_.tensor(names[i], {rows[i], cols}), part, data, false, nullptr});
+      if (memory_) data += part.bytes();
+    }
+    return result;
+  }
+  Matrix matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
+    return matrix(std::vector{name}, {rows}, cols);
+  }
+
+  Matrix transposed(const std::string& name, std::int64_t rows, std::int64_t cols,
+                    float* row_lengths) {
+    std::byte* data = allocate(Matrix{format_, rows, cols, nullptr}.bytes());
+    const Matrix result{format_, rows, cols, data};
+    add({&checkpoint_.tensor(name, {cols, rows}), result, data, true, row_lengths});
+    return result;
+  }
+
+  /// Tensors [n] one after the other, as f32.
+  std::span<const float> vector(const std::vector<std::string>& names,
+                                const std::vector<std::int64_t>& sizes) {
+    std::int64_t total = 0;
+    for (std::int64_t n : sizes) total += n;
+    float* const data = floats(total);
+    float* next = data;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      auto* bytes = reinterpret_cast<std::byte*>(next);
+      add({&checkpoint_.tensor(names[i], {sizes[i]}),
+           {WeightFormat::f32, 1, sizes[i], bytes},
+           bytes,
+           false,
+           nullptr});
+      if (memory_) next += sizes[i];
+    }
+    return {data, data ? static_cast<std::size_t>(total) : 0};
+  }
+  std::span<const float> vector(const std::string& name, std::int64_t size) {
+    return vector(std::vector{name}, {size});
+  }
+
+  float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count * 4)); }
+
+  void add(const Copy& copy) {
+    if (memory_) copies_.push_back(copy);
+  }
+
+  LayerWeights layer(const std::string& prefix);
+
+  const Checkpoint& checkpoint_;
+  const WeightFormat format_;
+  std::byte* const memory_;
+  std::int64_t used_ = 0;
+  std::vector<Copy> copies_;
+};
+
+LayerWeights Layout::layer(const std::string& prefix) {
+  const ModelConfig& config = checkpoint_.config();
+  const std::int64_t hidden = config.hidden_size, neurons = config.intermediate_size;
+  const std::string attention = prefix + "self_attn.", ffn = prefix + "mlp.";
+  const auto qkv = [&](const char* kind) {
+    return std::vector{attention + "q_proj." + kind, attention + "k_proj." + kind,
+                       attention + "v_proj." + kind};
+  };
+  const std::vector qkv_rows{config.q_size(), config.kv_size(), config.kv_size()};
+
+  LayerWeights w;
+  w.attention_norm = vector(prefix + "input_layernorm.weight", hidden);
+  w.qkv = matrix(qkv("weight"), qkv_rows, hidden);
+  if (config.qkv_bias) w.qkv_bias = vector(qkv("bias"), qkv_rows);
+  if (config.qk_norm) {
+    w.q_norm = vector(attention + "q_norm.weight", config.head_dim);
+    w.k_norm = vector(attention + "k_norm.weight", config.head_dim);
+  }
+  w.output = matrix(attention + "o_proj.weight", hidden, config.q_size());
+  if (config.output_bias) w.output_bias = vector(attention + "o_proj.bias", hidden);
+  w.ffn_norm = vector(prefix + "post_attention_layernorm.weight", hidden);
+  w.gate = matrix(ffn + "gate_proj.weight", neurons, hidden);
+  w.up = matrix(ffn + "up_proj.weight", neurons, hidden);
+  float* const lengths = floats(neurons);
+  w.down = transposed(ffn + "down_proj.weight", neurons, hidden, lengths);
+  w.down_lengths = {lengths, lengths ? static_cast<std::size_t>(neurons) : 0};
+  return w;
+}
+
+Model Layout::model() {
+  const ModelConfig& config = checkpoint_.config();
+  Model model;
+  model.config = config;
+  model.name = checkpoint_.name();
+  model.fingerprint = checkpoint_.fingerprint();
+  model.format = format_;
+  model.embedding = matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+  for (std::int64_t i = 0; i < config.num_layers; ++i)
+    model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
+  model.final_norm = vector("model.norm.weight", config.hidden_size);
+  model.head = config.tied_embeddings
+                   ? model.embedding
+                   : matrix("lm_head.weight", config.vocab_size, config.hidden_size);
+  model.weight_bytes = used_;
+  return model;
+}
+
+// ---- copying ------------------------------------------------------------------------------------
+
+constexpr std::int64_t tile = 64;  // elements; a tile of f32 is 16 KiB, half a first-level cache
+
+/// Elements [first, first + count) of a tensor. memcpy, for its data may have any alignment.
+void read_elements(const TensorView& source, std::int64_t first, std::int64_t count, float* out) {
+  if (source.dtype == DType::f32) {
+    std::memcpy(out, source.data + 4 * first, static_cast<std::size_t>(4 * count));
+    return;
+  }
+  const std::byte* data = source.data + 2 * first;
+  const auto half = [data](std::int64_t i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, data + 2 * i, 2);
+    return bits;
+  };
+  if (source.dtype == DType::f16)
+    for (std::int64_t i = 0; i < count; ++i) out[i] = f16_to_f32(half(i));
+  else
+    for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
+}
+
+/// Stores `count` values from element `first` on, rounded to the format, and leaves them in
+/// `values` as stored. False if one is not finite (any more).
+bool write_elements(WeightFormat format, float* values, std::int64_t count, std::byte* target) {
+  if (format == WeightFormat::f32) {
+    std::memcpy(target, values, static_cast<std::size_t>(4 * count));
+  } else {
+    auto* out = reinterpret_cast<std::uint16_t*>(target);
+    for (std::int64_t i = 0; i < count; ++i) {
+      out[i] = f32_to_bf16(values[i]);
+      values[i] = bf16_to_f32(out[i]);
+    }
+  }
+  std::uint32_t overflow = 0;  // the top bit is set where an all-ones exponent carries into it
+  for (std::int64_t i = 0; i < count; ++i)
+    overflow |= (std::bit_cast<std::uint32_t>(values[i]) & 0x7fffffffu) + 0x00800000u;
+  return (overflow & 0x80000000u) == 0;
+}
+
+std::int64_t element_bytes(WeightFormat format) { return format == WeightFormat::f32 ? 4 : 2; }
+
+bool copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t piece = 1024;
+  float values[piece];
+  bool finite = true;
+  const std::int64_t last = end * copy.target.cols;
+  for (std::int64_t i = begin * copy.target.cols; i < last; i += piece) {
+    const std::int64_t count = std::min(piece, last - i);
+    read_elements(*copy.source, i, count, values);
+    finite &= write_elements(copy.target.format, values, count,
+                             copy.data + i * element_bytes(copy.target.format));
+  }
+  return finite;
+}
+
+/// Rows [begin, end), at most `tile` of them, are columns of the source: taken tile by tile, so
+/// that both sides move in whole cache lines.
+bool copy_transposed(const Copy& copy, std::int64_t begin, std::int64_t end) {
+  const Matrix& target = copy.target;
+  float values[tile][tile];
+  float row[tile];
+  double squares[tile] = {};
+  bool finite = true;
+  for (std::int64_t c = 0; c < target.cols; c += tile) {
+    const std::int64_t width = std::min(tile, target.cols - c);
+    for (std::int64_t i = 0; i < width; ++i)
+      read_elements(*copy.source, (c + i) * target.rows + begin, end - begin, values[i]);
+    for (std::int64_t r = begin; r < end; ++r) {
+      for (std::int64_t i = 0; i < width; ++i) row[i] = values[i][r - begin];
+      finite &=
+          write_elements(target.format, row, width,
+                         copy.data + r * target.row_bytes() + c * element_bytes(target.format));
+      for (std::int64_t i = 0; i < width; ++i)
+        squares[r - begin] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+    }
+  }
+  for (std::int64_t r = begin; r < end; ++r)
+    copy.lengths[r] = static_cast<float>(std::sqrt(squares[r - begin]));
+  return finite;
+}
+
+struct WorkItem {
+  std::size_t copy;
+  std::int64_t begin, end;  // rows of its target
+};
+
+std::vector<WorkItem> split(const std::vector<Copy>& copies) {
+  constexpr std::int64_t elements = 1 << 18;
+  std::vector<WorkItem> items;
+  for (std::size_t i = 0; i < copies.size(); ++i) {
+    const Matrix& target = copies[i].target;
+    const std::int64_t step =
+        copies[i].transposed ? tile : std::max<std::int64_t>(1, elements / target.cols);
+    for (std::int64_t row = 0; row < target.rows; row += step)
+      items.push_back({i, row, std::min(row + step, target.rows)});
+  }
+  return items;
+}
+
+void run(const std::vector<Copy>& copies, ThreadPool& pool) {
+  const std::vector<WorkItem> items = split(copies);
+  std::vector<std::uint8_t> finite(items.size());
+  pool.run(static_cast<std::int64_t>(items.size()), [&](std::int64_t i, int) {
+    const auto [index, begin, end] = items[i];
+    const Copy& copy = copies[index];
+    finite[i] = copy.transposed ? copy_transposed(copy, begin, end) : copy_rows(copy, begin, end);
+  });
+  const auto bad = std::find(finite.begin(), finite.end(), 0);
+  if (bad == finite.end()) return;
+  const Copy& copy = copies[items[bad - finite.begin()].copy];
+  throw CheckpointError(copy.source->file + ": tensor \"" + copy.source->name +
+                        "\" holds NaN or infinity as " + std::string(name_of(copy.target.format)) +
+                        ", expected finite values only");
+}
+
+std::shared_ptr<std::byte> allocate_arena(std::int64_t bytes) {
+  constexpr std::size_t huge_page = 2 << 20;
+  const auto size = static_cast<std::size_t>(round_up(bytes, huge_page));
+  void* const memory = std::aligned_alloc(huge_page, size);
+  if (!memory)
+    throw DeviceError("cpu: no memory for the weights, " + std::to_string(bytes) +
+                      " bytes expected to be free");
+#ifdef MADV_HUGEPAGE
+  ::madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults now, fewer TLB misses later
+#endif
+  return {static_cast<std::byte*>(memory), std::free};
+}
+
+}  // namespace
+
+std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
+                                        int threads) {
+  ThreadPool pool(threads);
+  if (format == WeightFormat::automatic) format = checkpoint.natural_format();
+
+  Layout measured(checkpoint, format, nullptr);
+  measured.model();
+  const std::shared_ptr<std::byte> arena = allocate_arena(measured.bytes());
+  Layout layout(checkpoint, format, arena.get());
+  auto model = std::make_shared<Model>(layout.model());
+  model->storage = arena;
+  run(layout.copies(), pool);
+  return model;
+}
+
+}  // namespace tda

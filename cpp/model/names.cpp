@@ -1,0 +1,44 @@
+#include <tda/error.h>
+#include <tda/types.h>
+
+#include <cstddef>
+#include <string>
+
+namespace tda {
+namespace {
+
+// In the order of the enumerators.
+constexpr std::string_view device_names[] = {"auto", "cpu", "cuda"};
+constexpr std::string_view weight_format_names[] = {"auto", "f32", "bf16"};
+constexpr std::string_view kv_format_names[] = {"auto", "f32", "bf16"};
+
+template <typename Enum>
+Enum parse(std::string_view option, std::string_view text,
+           std::span<const std::string_view> names) {
+  std::string valid;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == text) return static_cast<Enum>(i);
+    valid += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + std::string(names[i]);
+  }
+  throw OptionError(std::string(option) + " is \"" + std::string(text) + "\", expected " + valid);
+}
+
+}  // namespace
+
+std::string_view name_of(Device device) { return device_names[static_cast<std::size_t>(device)]; }
+std::string_view name_of(WeightFormat format) {
+  return weight_format_names[static_cast<std::size_t>(format)];
+}
+std::string_view name_of(KvFormat format) {
+  return kv_format_names[static_cast<std::size_t>(format)];
+}
+
+Device parse_device(std::string_view text) { return parse<Device>("device", text, device_names); }
+WeightFormat parse_weight_format(std::string_view text) {
+  return parse<WeightFormat>("weights", text, weight_format_names);
+}
+KvFormat parse_kv_format(std::string_view text) {
+  return parse<KvFormat>("kv", text, kv_format_names);
+}
+
+}  // namespace tda

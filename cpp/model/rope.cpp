@@ -1,0 +1,96 @@
+#include "model/rope.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace tda {
+namespace {
+
+constexpr double kTurn = 2 * std::numbers::pi;
+
+/// NTK-aware: the base grows with the sequence once that is longer than the model was trained for.
+double dynamic_base(const RopeConfig& rope, double dim, double sequence_length) {
+  const double trained = static_cast<double>(rope.original_max_position);
+  const double stretch =
+      rope.factor * std::max(sequence_length, trained) / trained - (rope.factor - 1);
+  return rope.theta * std::pow(stretch, dim / (dim - 2));
+}
+
+/// Llama 3.1: long wavelengths are divided by the factor, short ones stay, a ramp lies between.
+float llama3_frequency(const RopeConfig& rope, float frequency) {
+  const double trained = static_cast<double>(rope.original_max_position);
+  const float factor = static_cast<float>(rope.factor);
+  const float wavelength = static_cast<float>(kTurn) / frequency;
+  if (wavelength < trained / rope.high_freq_factor) return frequency;
+  if (wavelength > trained / rope.low_freq_factor) return frequency / factor;
+  const float smooth =
+      (static_cast<float>(trained) / wavelength - static_cast<float>(rope.low_freq_factor)) /
+      static_cast<float>(rope.high_freq_factor - rope.low_freq_factor);
+  return (1 - smooth) * frequency / factor + smooth * frequency;
+}
+
+/// YaRN: from pair `low` to pair `high` the frequencies pass over to those divided by the factor.
+struct YarnRamp {
+  double low = 0, high = 1;
+
+  float share(std::int64_t pair) const {
+    const float start = static_cast<float>(low);
+    return std::clamp((static_cast<float>(pair) - start) / static_cast<float>(high - low), 0.0f,
+                      1.0f);
+  }
+};
+
+YarnRamp yarn_ramp(const RopeConfig& rope, double dim) {
+  const auto pair_that_turns = [&](double times) {
+    const double trained = static_cast<double>(rope.original_max_position);
+    return dim * std::log(trained / (times * kTurn)) / (2 * std::log(rope.theta));
+  };
+  double low = pair_that_turns(rope.beta_fast), high = pair_that_turns(rope.beta_slow);
+  if (rope.truncate) {
+    low = std::floor(low);
+    high = std::ceil(high);
+  }
+  low = std::max(low, 0.0);
+  high = std::min(high, dim - 1);
+  return {low, low == high ? high + 0.001 : high};
+}
+
+}  // namespace
+
+std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_dim,
+                                    std::int64_t sequence_length) {
+  using Scaling = RopeConfig::Scaling;
+  const double dim = static_cast<double>(head_dim);
+  const float base =
+      static_cast<float>(rope.scaling == Scaling::dynamic
+                             ? dynamic_base(rope, dim, static_cast<double>(sequence_length))
+                             : rope.theta);
+  const float factor = static_cast<float>(rope.factor);
+  const YarnRamp ramp = rope.scaling == Scaling::yarn ? yarn_ramp(rope, dim) : YarnRamp{};
+  std::vector<float> frequencies(head_dim / 2);
+  for (std::int64_t i = 0; i < head_dim / 2; ++i) {
+    const float power = std::pow(base, static_cast<float>(2 * i) / static_cast<float>(head_dim));
+    float frequency = 1.0f / power;
+    switch (rope.scaling) {
+      case Scaling::none:
+      case Scaling::dynamic:
+        break;
+      case Scaling::linear:
+        frequency /= factor;
+        break;
+      case Scaling::llama3:
+        frequency = llama3_frequency(rope, frequency);
+        break;
+      case Scaling::yarn: {
+        const float kept = 1.0f - ramp.share(i);
+        frequency = 1.0f / (factor * power) * (1.0f - kept) + frequency * kept;
+        break;
+      }
+    }
+    frequencies[i] = frequency;
+  }
+  return frequencies;
+}
+
+}  // namespace tda

@@ -1,0 +1,75 @@
+#include <tda/error.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <sstream>
+
+#include "sparsity/sparsity.h"
+
+namespace tda {
+
+std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens) {
+  std::vector<float> scores(sums.size());
+  for (std::size_t j = 0; j < sums.size(); ++j) {
+    // A score that is not a number would be neither above nor below any threshold.
+    if (!std::isfinite(sums[j])) {
+      throw Error("the statistic of feed-forward neuron " + std::to_string(j) + " is " +
+                  std::to_string(sums[j]) + ", expected a finite number: its activations overflow");
+    }
+    scores[j] = static_cast<float>(std::sqrt(sums[j] / tokens));
+  }
+  return scores;
+}
+
+std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float threshold) {
+  std::vector<std::int32_t> kept;
+  for (std::size_t j = 0; j < scores.size(); ++j) {
+    if (scores[j] >= threshold) kept.push_back(static_cast<std::int32_t>(j));
+  }
+  return kept;
+}
+
+std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active) {
+  if (scores.empty()) return {};
+  const auto neurons = static_cast<std::int64_t>(scores.size());
+  const std::int64_t count =
+      std::max<std::int64_t>(1, std::llround(active * static_cast<double>(neurons)));
+  std::vector<std::int32_t> kept(scores.size());
+  std::iota(kept.begin(), kept.end(), 0);
+  std::nth_element(kept.begin(), kept.begin() + (count - 1), kept.end(),
+                   [&](std::int32_t a, std::int32_t b) {
+                     return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+                   });
+  kept.resize(count);
+  std::sort(kept.begin(), kept.end());
+  return kept;
+}
+
+void TdaOptions::validate() const {
+  if (scope != "sequence") {
+    throw OptionError("tda scope \"" + scope + "\": expected \"sequence\", the only one so far");
+  }
+  std::vector<std::string> given;
+  if (error) given.push_back("error");
+  if (active) given.push_back("active");
+  if (thresholds) given.push_back("thresholds");
+  if (given.size() != 1) {
+    std::string found = given.empty() ? "none" : given[0];
+    for (std::size_t i = 1; i < given.size(); ++i) found += " and " + given[i];
+    throw OptionError("tda: found " + found +
+                      ", expected exactly one of error, active and thresholds");
+  }
+  // Written so that NaN, for which every comparison is false, is out of range.
+  const auto check = [](bool in_range, const char* name, auto found, const char* expected) {
+    if (in_range) return;
+    std::ostringstream message;
+    message << "tda " << name << " " << found << ": expected " << expected;
+    throw OptionError(message.str());
+  };
+  if (error) check(*error >= 0 && *error < 1, "error", *error, "0 or more, less than 1");
+  if (active) check(*active > 0 && *active <= 1, "active", *active, "more than 0, at most 1");
+  check(refresh >= 0, "refresh", refresh, "0 (never) or a positive number of tokens");
+}
+
+}  // namespace tda

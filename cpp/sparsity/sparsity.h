@@ -1,0 +1,47 @@
+// TDA's arithmetic: statistics -> thresholds -> masks. Pure functions on host memory; the method is
+// described in <tda/sparsity.h>.
+#pragma once
+
+#include <tda/sparsity.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "model/model.h"
+
+namespace tda {
+
+/// R[j] = sqrt(sums[j] / tokens), [F]. tokens > 0.
+std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens);
+
+/// Ascending ids of the neurons with scores[j] >= threshold.
+std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float threshold);
+
+/// Ascending ids of the round(active * F), at least 1, neurons with the largest scores; of equal
+/// scores the lower id stays.
+std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
+
+/// One calibration text (or prompt) as seen by one layer.
+struct FfnSample {
+  std::vector<float> scores;  // [F] R over the whole text
+  std::vector<float> h;       // [T, F] of the tokens that CETT is measured on
+};
+
+/// Mean over all tokens of all samples of
+///   ||sum_{j: scores[j] < threshold} h[t,j] down[j]|| / ||sum_j h[t,j] down[j]||
+/// (0 for a token whose FFN is zero). down: [F, H].
+double cett(std::span<const FfnSample> samples, const Matrix& down, float threshold);
+
+struct ThresholdSearch {
+  float threshold = 0;  // 0 keeps every neuron
+  double error = 0;     // cett at the threshold, verified
+};
+
+/// The largest threshold that bisection over the samples' pooled scores finds with
+/// cett <= target, 0 <= target < 1. CETT need not be monotone in the threshold: the result is
+/// verified, the next larger score exceeds the target, and target 0 gives threshold 0.
+ThresholdSearch search_threshold(std::span<const FfnSample> samples, const Matrix& down,
+                                 double target);
+
+}  // namespace tda

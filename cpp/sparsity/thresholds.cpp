@@ -1,0 +1,153 @@
+#include <tda/error.h>
+#include <tda/sparsity.h>
+
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "checkpoint/atomic_file.h"
+#include "checkpoint/json.h"
+
+namespace tda {
+namespace {
+
+constexpr const char* kFormat = "tdaengine-thresholds";
+constexpr std::int64_t kVersion = 1;
+
+/// Throws CheckpointError for one key of the file.
+[[noreturn]] void reject(const std::filesystem::path& path, const std::string& key,
+                         const std::string& found, const std::string& expected) {
+  throw CheckpointError(path.string() + ": " + key + ": found " + found + ", expected " + expected);
+}
+
+template <typename Number>
+std::string text_of(Number number) {
+  std::ostringstream text;
+  text << number;
+  return text.str();
+}
+
+/// What a file may hold; checked before writing one and after reading one.
+void check_values(const Thresholds& t, const std::filesystem::path& path) {
+  const auto at_least_zero = [&](const std::string& key, auto number) {
+    if (!(number >= 0 && std::isfinite(number))) {
+      reject(path, key, text_of(number), "a finite number, 0 or more");
+    }
+  };
+  const auto all_at_least_zero = [&](const std::string& key, const std::vector<float>& numbers) {
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      at_least_zero(key + "[" + std::to_string(i) + "]", numbers[i]);
+    }
+  };
+  if (t.scope != "sequence") reject(path, "scope", '"' + t.scope + '"', "\"sequence\"");
+  if (t.source != "texts" && t.source != "self-generated") {
+    reject(path, "source", '"' + t.source + '"', "\"texts\" or \"self-generated\"");
+  }
+  if (!(t.error >= 0 && t.error < 1)) {
+    reject(path, "error", text_of(t.error), "0 or more, less than 1");
+  }
+  if (t.values.empty()) reject(path, "values", "none", "one for each layer");
+  if (t.reached.size() != t.values.size()) {
+    reject(path, "reached", std::to_string(t.reached.size()) + " numbers",
+           std::to_string(t.values.size()) + ", as many as values");
+  }
+  all_at_least_zero("values", t.values);
+  all_at_least_zero("reached", t.reached);
+  at_least_zero("texts", t.texts);
+  at_least_zero("tokens", t.tokens);
+}
+
+/// The fields of one file, by type.
+class Fields {
+ public:
+  explicit Fields(const std::filesystem::path& path) : path_(path), json_(read_json_object(path)) {}
+
+  std::string string(const char* key) const {
+    const json& field = at(key);
+    expect(field.is_string(), key, field, "a string");
+    return field.get<std::string>();
+  }
+
+  double number(const char* key) const { return number(key, at(key)); }
+
+  std::vector<float> numbers(const char* key) const {
+    const json& field = at(key);
+    expect(field.is_array(), key, field, "an array of numbers");
+    std::vector<float> values;
+    for (const json& element : field) {
+      const std::string name = key + ("[" + std::to_string(values.size()) + "]");
+      const double value = number(name, element);
+      expect(std::abs(value) <= std::numeric_limits<float>::max(), name, element, "an f32 number");
+      values.push_back(static_cast<float>(value));
+    }
+    return values;
+  }
+
+  std::int64_t integer(const char* key) const {
+    const json& field = at(key);
+    // What exceeds int64 is held as unsigned.
+    const bool fits = !field.is_number_unsigned() ||
+                      field.get<std::uint64_t>() <= std::numeric_limits<std::int64_t>::max();
+    expect(field.is_number_integer() && fits, key, field, "a 64-bit integer");
+    return field.get<std::int64_t>();
+  }
+
+ private:
+  using json = nlohmann::json;
+
+  const json& at(const char* key) const {
+    const auto field = json_.find(key);
+    if (field == json_.end()) throw CheckpointError(path_.string() + ": no key \"" + key + '"');
+    return *field;
+  }
+
+  void expect(bool good, const std::string& key, const json& found, const char* expected) const {
+    if (!good) reject(path_, key, describe(found), expected);
+  }
+
+  double number(const std::string& key, const json& field) const {
+    expect(field.is_number(), key, field, "a number");
+    return field.get<double>();
+  }
+
+  const std::filesystem::path& path_;
+  const json json_;
+};
+
+}  // namespace
+
+void Thresholds::save(const std::filesystem::path& path) const {
+  check_values(*this, path);
+  const nlohmann::ordered_json json = {
+      {"format", kFormat}, {"version", kVersion}, {"model", model},   {"fingerprint", fingerprint},
+      {"scope", scope},    {"error", error},      {"values", values}, {"reached", reached},
+      {"source", source},  {"texts", texts},      {"tokens", tokens}};
+  // Folder names need not be UTF-8, JSON must: `model` is for messages only.
+  write_file_atomically(path,
+                        json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+Thresholds Thresholds::load(const std::filesystem::path& path) {
+  const Fields fields(path);
+  if (const std::string format = fields.string("format"); format != kFormat) {
+    reject(path, "format", '"' + format + '"', std::string("\"") + kFormat + '"');
+  }
+  if (const std::int64_t version = fields.integer("version"); version != kVersion) {
+    reject(path, "version", std::to_string(version), std::to_string(kVersion));
+  }
+  Thresholds result;
+  result.model = fields.string("model");
+  result.fingerprint = fields.string("fingerprint");
+  result.scope = fields.string("scope");
+  result.error = fields.number("error");
+  result.values = fields.numbers("values");
+  result.reached = fields.numbers("reached");
+  result.source = fields.string("source");
+  result.texts = fields.integer("texts");
+  result.tokens = fields.integer("tokens");
+  check_values(result, path);
+  return result;
+}
+
+}  // namespace tda

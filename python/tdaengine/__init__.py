@@ -1,0 +1,43 @@
+"""LLaMA-family inference with threshold-based dynamic activation (TDA).
+
+from tdaengine import TDA, Engine
+
+engine = Engine("path/to/checkpoint")
+print(engine.generate("The sky is", max_new_tokens=32, tda=TDA(error=0.1)).text)
+"""
+
+from ._native import (
+    TDA,
+    CalibrateOptions,
+    CheckpointError,
+    ContextOverflow,
+    DeviceError,
+    Error,
+    GenerateOptions,
+    GenerationStats,
+    OptionError,
+    Session,
+    Thresholds,
+    __version__,
+    measure_read_bandwidth,
+)
+from .engine import Engine, Output, Stream
+
+__all__ = [
+    "TDA",
+    "CalibrateOptions",
+    "CheckpointError",
+    "ContextOverflow",
+    "DeviceError",
+    "Engine",
+    "Error",
+    "GenerateOptions",
+    "GenerationStats",
+    "OptionError",
+    "Output",
+    "Session",
+    "Stream",
+    "Thresholds",
+    "__version__",
+    "measure_read_bandwidth",
+]

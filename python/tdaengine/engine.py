@@ -1,0 +1,311 @@
+"""The engine with text on both sides: prompts and chats in, pieces of text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _native, hub
+from ._native import (
+    TDA,
+    CalibrateOptions,
+    GenerateOptions,
+    GenerationStats,
+    OptionError,
+    Thresholds,
+)
+from .chat import ChatTemplate
+from .tokenizer import TextStream, Tokenizer, has_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was generated. text: None if the checkpoint has no tokenizer. finish_reason: "stop"
+    (end-of-text token or stop string), "length" (max_new_tokens), or None while under way.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str | None
+    stats: GenerationStats
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they are generated. `output` holds what there is so far, and the whole once
+    the pieces are exhausted; its text is the pieces put together.
+    """
+
+    def __init__(
+        self, generation: _native.Generation, text: TextStream | None, stop: tuple[str, ...]
+    ) -> None:
+        self._generation = generation
+        self._text = text
+        self._stop = StopStrings(stop)
+        self._token_ids: list[int] = []
+        self._pieces: list[str] = []
+        self._is_done = False
+
+    def __next__(self) -> str:
+        while not self._is_done:
+            piece = self._advance()
+            if piece:
+                self._pieces.append(piece)
+                return piece
+        raise StopIteration
+
+    @property
+    def output(self) -> Output:
+        return Output(
+            text=None if self._text is None else "".join(self._pieces),
+            token_ids=list(self._token_ids),
+            finish_reason="stop" if self._stop.is_found else self._generation.finish_reason,
+            stats=self._generation.stats,
+        )
+
+    def _advance(self) -> str:
+        token = self._generation.next()
+        if token is not None:
+            self._token_ids.append(token)
+        if self._text is None:
+            self._is_done = token is None
+            return ""
+        if token is not None:
+            piece = self._stop.push(self._text.push(token))
+        else:
+            piece = self._stop.push(self._text.flush()) + self._stop.flush()
+        self._is_done = token is None or self._stop.is_found
+        return piece
+
+
+class StopStrings:
+    """Cuts a text, given in pieces, before the first stop string."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""  # the end of the text that may be the beginning of a stop string
+        self.is_found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text is now certain to stand before any stop string."""
+        text = self._held + piece
+        # The one complete first, whatever the pieces; of several with one end the longest.
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.is_found = True
+            self._held = ""
+            return text[: min(ends)[1]]
+        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that stop, as a whole longer, begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Engine(_native.Engine):
+    """A loaded model.
+
+    model: a checkpoint folder, or a Hugging Face hub id.
+    device: auto | cpu. weights and kv (how keys and values are cached): auto | f32 | bf16.
+    threads: default as many as this process may run on.
+    max_context: in tokens, default the checkpoint's own.
+    tda: used wherever a call gives none; `tda=False` in a call turns it off there.
+    Raises CheckpointError, OptionError or DeviceError.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        device: str = "auto",
+        weights: str = "auto",
+        threads: int | None = None,
+        max_context: int | None = None,
+        kv: str = "auto",
+        tda: TDA | None = None,
+    ) -> None:
+        self.path: Path = hub.find(model)
+        self.tda = _check_tda(tda)
+        super().__init__(
+            str(self.path),
+            device=_check(device, "device", str),
+            weights=_check(weights, "weights", str),
+            kv=_check(kv, "kv", str),
+            threads=_count(threads, "threads"),
+            max_context=_count(max_context, "max_context"),
+        )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError if the checkpoint has none."""
+        return Tokenizer.load(self.path, self.config.vocab_size)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Raises CheckpointError if the checkpoint has none."""
+        return ChatTemplate.load(self.path)
+
+    def generate(
+        self,
+        prompt: Prompt | list[str] | list[Sequence[int]],
+        *,
+        stop: str | Sequence[str] | None = None,
+        tda: TDA | bool | None = None,
+        **options: Any,
+    ) -> Output | list[Output]:
+        """Continues a text or a list of token ids; of several in a list each by itself, in order.
+
+        stop: strings that end the text, which stops before them.
+        options: the fields of GenerateOptions, as max_new_tokens=128, temperature=0.0 (greedy),
+        top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False.
+        Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
+        """
+        if isinstance(prompt, list | tuple) and prompt and not _is_id(prompt[0]):
+            return [self._generate(each, stop, tda, options) for each in prompt]
+        return self._generate(prompt, stop, tda, options)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        stop: str | Sequence[str] | None = None,
+        tda: TDA | bool | None = None,
+        **options: Any,
+    ) -> Stream:
+        """`generate` for one prompt, piece by piece. For a chat pass `chat_prompt(messages)`."""
+        self.tokenizer  # noqa: B018  raises where there is none: ids alone make no pieces
+        return self._stream(prompt, stop, tda, options)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stop: str | Sequence[str] | None = None,
+        tda: TDA | bool | None = None,
+        **options: Any,
+    ) -> Output:
+        """Answers [{"role": "user", "content": "..."}, ...], as `generate` otherwise."""
+        return self._generate(self.chat_prompt(messages), stop, tda, options)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins.
+
+        Raises CheckpointError if the checkpoint has no chat template, OptionError for messages that
+        are of the wrong shape or that the template refuses.
+        """
+        # The template writes all special tokens itself.
+        return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
+
+    def score(
+        self,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        tda: TDA | bool | None = None,
+    ) -> np.ndarray:
+        """Log-probability of each token after the first `prompt_tokens`, [T - prompt_tokens] f32.
+
+        The prompt is prefilled, the rest goes through the decode path that `generate` uses.
+        """
+        return super().score(token_ids, prompt_tokens, self._tda(tda)).log_probabilities
+
+    def calibrate(
+        self,
+        texts: Sequence[str | Sequence[int]] | None = None,
+        error: float = 0.1,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Thresholds:
+        """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
+        under `error`. Without texts the model writes its own.
+
+        options: the further fields of CalibrateOptions. progress(done, total) counts texts.
+        Raises OptionError.
+        """
+        if isinstance(texts, str) or (texts is not None and len(texts) == 0):
+            raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
+        ids = [self._encode(text) for text in texts or ()]
+        return super().calibrate(ids, CalibrateOptions(error=error, **options), progress)
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        stop: str | Sequence[str] | None,
+        tda: TDA | bool | None,
+        options: dict[str, Any],
+    ) -> Output:
+        stream = self._stream(prompt, stop, tda, options)
+        for _ in stream:
+            pass
+        return stream.output
+
+    def _stream(
+        self,
+        prompt: Prompt,
+        stop: str | Sequence[str] | None,
+        tda: TDA | bool | None,
+        options: dict[str, Any],
+    ) -> Stream:
+        stop = _check_stop(stop)
+        needs_text = bool(stop) or has_tokenizer(self.path)
+        text = self.tokenizer.stream() if needs_text else None
+        generation = self.start(self._encode(prompt), GenerateOptions(**options), self._tda(tda))
+        return Stream(generation, text, stop)
+
+    def _encode(self, text: Prompt) -> Sequence[int]:
+        if isinstance(text, str):
+            return self.tokenizer.encode(text)
+        if isinstance(text, Mapping) or not isinstance(text, Iterable):
+            raise OptionError(f"found {text!r}, expected a text or a list of token ids")
+        return text
+
+    def _tda(self, tda: TDA | bool | None) -> TDA | None:
+        if tda is False:
+            return None
+        return self.tda if tda is None else _check_tda(tda)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer)
+
+
+def _check(value: Any, name: str, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise OptionError(f"{name}: found {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _check_tda(tda: Any) -> TDA | None:
+    return None if tda is None else _check(tda, "tda", TDA)
+
+
+def _check_stop(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
+        raise OptionError(f"stop: found {stop!r}, expected a string or several, none of them empty")
+    return tuple(strings)
+
+
+def _count(value: int | None, name: str) -> int:
+    """The engine takes 0 for "not given"."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not _is_id(value) or value < 1:
+        raise OptionError(f"{name}: found {value!r}, expected 1 or more")
+    return int(value)

@@ -1,0 +1,188 @@
+"""The tokenizer inside a GGUF file -> tokenizer.json or tokenizer.model, and their companions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from ._native import CheckpointError
+from .convert import json_bytes
+
+if TYPE_CHECKING:
+    from .gguf import Metadata
+
+# tokenizer.ggml.token_type; SentencePiece's own numbers.
+CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
+TYPES = range(1, 7)
+
+# Names in tokenizer_config.json and in GGUF.
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+# How Llama 3 and Qwen 2 cut text before merging; they differ in how long a run of digits may be.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict]:
+    """The tokenizer's files by name, and the token ids for generation_config.json. Raises
+    CheckpointError."""
+    vocabulary = _Vocabulary(metadata)
+    kind = metadata.get("tokenizer.ggml.model", str)
+    if kind == "gpt2":
+        files = {"tokenizer.json": _byte_level_bpe(metadata, vocabulary)}
+        tokenizer_class = "PreTrainedTokenizerFast"
+    elif kind == "llama":
+        files = {"tokenizer.model": _sentencepiece(metadata, vocabulary)}
+        tokenizer_class = "LlamaTokenizer"
+    else:
+        raise metadata.error("tokenizer.ggml.model", kind, "gpt2 or llama")
+    config = {
+        "tokenizer_class": tokenizer_class,
+        "add_bos_token": vocabulary.add_bos,
+        "add_eos_token": vocabulary.add_eos,
+        "model_max_length": metadata.get("@.context_length", int),
+        "clean_up_tokenization_spaces": False,
+    }
+    for role, token in vocabulary.roles.items():
+        config[f"{role}_token"] = vocabulary.tokens[token]
+    template = metadata.get("tokenizer.chat_template", str, None)
+    if template is not None:
+        config["chat_template"] = template
+    files["tokenizer_config.json"] = json_bytes(config)
+    return files, vocabulary.generation_ids()
+
+
+class _Vocabulary:
+    def __init__(self, metadata: Metadata):
+        get = metadata.get
+        self.tokens: list[str] = metadata.get_list("tokenizer.ggml.tokens", str)
+        self.types: list[int] = metadata.get_list("tokenizer.ggml.token_type", int)
+        if len(self.types) != len(self.tokens):
+            raise metadata.error(
+                "tokenizer.ggml.token_type",
+                f"a list of {len(self.types)}",
+                f"as many as tokens, {len(self.tokens)}",
+            )
+        for kind in set(self.types) - set(TYPES):
+            raise metadata.error("tokenizer.ggml.token_type", f"a list with {kind}", "1 to 6")
+        if len(set(self.tokens)) != len(self.tokens):
+            raise metadata.error("tokenizer.ggml.tokens", "a list with repetitions", "none")
+        self._metadata = metadata
+        self.roles: dict[str, int] = {}
+        for role, name in ROLES.items():
+            if (token := self._id(name)) is not None:
+                self.roles[role] = token
+        sentencepiece = get("tokenizer.ggml.model", str) == "llama"
+        llama3 = get("tokenizer.ggml.pre", str, "") == "llama-bpe"
+        self.add_bos = get("tokenizer.ggml.add_bos_token", bool, sentencepiece or llama3)
+        self.add_eos = get("tokenizer.ggml.add_eos_token", bool, False)
+
+    def _id(self, name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = self._metadata.get(key, int, None)
+        if token is not None and not 0 <= token < len(self.tokens):
+            raise self._metadata.error(key, token, f"0 to {len(self.tokens) - 1}")
+        return token
+
+    def generation_ids(self) -> dict:
+        """bos_token_id, and all that end a text: end of text, of a turn, of a message."""
+        result = {"bos_token_id": self.roles["bos"]} if "bos" in self.roles else {}
+        ends = [self._id(name) for name in ("eos", "eot", "eom")]
+        ends = list(dict.fromkeys(token for token in ends if token is not None))
+        if ends:
+            result["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        return result
+
+
+def _byte_level_bpe(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
+    merges = [tuple(m.split(" ")) for m in metadata.get_list("tokenizer.ggml.merges", str)]
+    pre = metadata.get("tokenizer.ggml.pre", str)
+    ids = {
+        token: i
+        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind != UNUSED
+    }
+    try:
+        # Llama 3 takes a word that is in the vocabulary whole, whatever its merges.
+        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # the package raises nothing narrower
+        raise metadata.error(
+            "tokenizer.ggml.merges", f"unusable ({error})", "pairs of tokens"
+        ) from error
+
+    tokenizer.pre_tokenizer = _pre_tokenizer(metadata, pre)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    before = ["bos"] * vocabulary.add_bos
+    after = ["eos"] * vocabulary.add_eos
+    if before or after:
+        used = {role: (vocabulary.tokens[i], i) for role, i in vocabulary.roles.items()}
+        for role in before + after:
+            if role not in used:
+                raise metadata.error(f"tokenizer.ggml.{role}_token_id", "nothing", "a token id")
+        tokenizer.post_processor = TemplateProcessing(
+            single=[used[r][0] for r in before] + ["$A"] + [used[r][0] for r in after],
+            special_tokens=[used[r] for r in before + after],
+        )
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def _pre_tokenizer(metadata: Metadata, pre: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut into the words within which merges happen."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's rule
+    if pre == "gpt-2":
+        return words
+    if pre == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    if pre in ("llama-bpe", "qwen2"):
+        pattern = SPLIT.replace("DIGITS", "{1,3}" if pre == "llama-bpe" else "")
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([split, to_bytes])
+    raise metadata.error("tokenizer.ggml.pre", pre, "gpt-2, smollm, llama-bpe or qwen2")
+
+
+def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as pb2
+    except ImportError as error:
+        raise CheckpointError(
+            f"{metadata.file}: its SentencePiece vocabulary needs the package protobuf: "
+            "pip install 'tdaengine[convert]'"
+        ) from error
+    scores = metadata.get_list("tokenizer.ggml.scores", float)
+    if len(scores) != len(vocabulary.tokens):
+        raise metadata.error(
+            "tokenizer.ggml.scores", f"a list of {len(scores)}", f"{len(vocabulary.tokens)} values"
+        )
+    model = pb2.ModelProto()
+    for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = pb2.TrainerSpec.BPE
+    trainer.vocab_size = len(vocabulary.tokens)
+    trainer.byte_fallback = BYTE in vocabulary.types
+    for role, token in vocabulary.roles.items():
+        setattr(trainer, f"{role}_id", token)
+        setattr(trainer, f"{role}_piece", vocabulary.tokens[token])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", bool, True)
+    normalizer.remove_extra_whitespaces = metadata.get(
+        "tokenizer.ggml.remove_extra_whitespaces", bool, False
+    )
+    normalizer.precompiled_charsmap = bytes(
+        metadata.get("tokenizer.ggml.precompiled_charsmap", list, [])
+    )
+    return model.SerializeToString()

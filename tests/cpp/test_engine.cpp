@@ -1,0 +1,298 @@
+// Sampler, sessions and the generate loop over a tiny checkpoint.
+#include <tda/engine.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+#include <thread>
+
+#include "check.h"
+#include "engine/sampler.h"
+#include "tiny_checkpoint.h"
+
+using tda::GenerateOptions;
+using tda::Token;
+
+namespace {
+
+const std::vector<float> kLogits = {1.0f, 3.0f, 2.0f, 3.0f, -1.0f, 0.5f};
+const std::vector<Token> kPrompt = {1, 5, 9, 13, 17, 21, 4, 8, 15, 16, 23, 42};
+
+/// Shares of 20,000 draws.
+std::map<Token, double> frequencies(GenerateOptions options) {
+  options.seed = 7;
+  tda::Sampler sampler(options, {});
+  std::map<Token, double> shares;
+  for (int i = 0; i < 20000; ++i) shares[sampler.sample(kLogits)] += 1.0 / 20000;
+  return shares;
+}
+
+double softmax(Token token, double temperature, std::vector<Token> among) {
+  double sum = 0;
+  for (const Token t : among) sum += std::exp(kLogits[t] / temperature);
+  return std::exp(kLogits[token] / temperature) / sum;
+}
+
+void check_distribution(const GenerateOptions& options, const std::vector<Token>& among) {
+  const auto shares = frequencies(options);
+  CHECK(shares.size() == among.size());
+  for (const Token token : among) {
+    CHECK(shares.contains(token));
+    if (shares.contains(token)) {
+      CHECK_NEAR(shares.at(token), softmax(token, options.temperature, among), 0.015);
+    }
+  }
+}
+
+std::vector<Token> generate(const tda::Engine& engine, const GenerateOptions& options,
+                            const std::optional<tda::TdaOptions>& tda = {}) {
+  return engine.generate(kPrompt, options, tda).tokens;
+}
+
+GenerateOptions tokens(std::int64_t count) {
+  GenerateOptions options;
+  options.max_new_tokens = count;
+  options.ignore_eos = true;
+  return options;
+}
+
+tda::TdaOptions with_error(double error) {
+  tda::TdaOptions options;
+  options.error = error;
+  return options;
+}
+
+tda::TdaOptions with_active(double active) {
+  tda::TdaOptions options;
+  options.active = active;
+  return options;
+}
+
+}  // namespace
+
+TEST(greedy_takes_the_lowest_of_equal_ids) {
+  CHECK(tda::Sampler({}, {}).sample(kLogits) == 1);
+  CHECK(tda::argmax(kLogits) == 1);
+}
+
+TEST(sampling_follows_the_softmax) {
+  check_distribution({.temperature = 1.0}, {0, 1, 2, 3, 4, 5});
+  check_distribution({.temperature = 2.5}, {0, 1, 2, 3, 4, 5});
+  check_distribution({.temperature = 1.0, .top_k = 3}, {1, 2, 3});
+  check_distribution({.temperature = 1.0, .top_k = 1}, {1});
+}
+
+TEST(top_p_keeps_the_fewest_that_reach_it) {
+  // At temperature 1 the tokens 1 and 3 have 0.39 each, 2 has 0.14.
+  check_distribution({.temperature = 1.0, .top_p = 0.3}, {1});
+  check_distribution({.temperature = 1.0, .top_p = 0.7}, {1, 3});
+  check_distribution({.temperature = 1.0, .top_p = 0.85}, {1, 2, 3});
+}
+
+TEST(min_p_is_relative_to_the_best) {
+  check_distribution({.temperature = 1.0, .min_p = 0.3}, {1, 2, 3});
+  check_distribution({.temperature = 1.0, .min_p = 1.0}, {1, 3});
+}
+
+TEST(repetition_penalty_counts_the_prompt_and_the_output) {
+  const std::vector<Token> prompt = {1, 1};
+  tda::Sampler sampler({.repetition_penalty = 2.0}, prompt);
+  CHECK(sampler.sample(kLogits) == 3);  // 1 is now at 1.5
+  CHECK(sampler.sample(kLogits) == 2);  // and so is 3
+  CHECK(sampler.sample(kLogits) == 1);
+  // A negative logit is made smaller too.
+  const std::vector<float> negative = {-1.0f, -1.5f};
+  tda::Sampler other({.repetition_penalty = 2.0}, std::vector<Token>{0});
+  CHECK(other.sample(negative) == 1);
+}
+
+TEST(logits_that_are_not_finite_are_an_error) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  tda::Sampler sampler({}, {});
+  CHECK_THROWS(sampler.sample(std::vector<float>{nan, nan}), tda::Error, "not finite");
+  CHECK_THROWS(sampler.sample(std::vector<float>{0, inf}), tda::Error, "not finite");
+}
+
+TEST(log_probability_is_normalised) {
+  double sum = 0;
+  for (Token t = 0; t < 6; ++t) sum += std::exp(tda::log_probability(kLogits, t));
+  CHECK_NEAR(sum, 1.0, 1e-6);
+}
+
+TEST(options_are_checked) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const auto rejects = [](GenerateOptions options, const char* name) {
+    CHECK_THROWS(options.validate(), tda::OptionError, name);
+  };
+  rejects({.max_new_tokens = 0}, "max_new_tokens");
+  rejects({.temperature = -1}, "temperature");
+  rejects({.temperature = nan}, "temperature");
+  rejects({.temperature = std::numeric_limits<double>::infinity()}, "temperature");
+  rejects({.top_k = -1}, "top_k");
+  rejects({.top_p = 0}, "top_p");
+  rejects({.top_p = 1.5}, "top_p");
+  rejects({.top_p = nan}, "top_p");
+  rejects({.min_p = -0.1}, "min_p");
+  rejects({.min_p = nan}, "min_p");
+  rejects({.repetition_penalty = 0}, "repetition_penalty");
+  rejects({.repetition_penalty = nan}, "repetition_penalty");
+}
+
+TEST(generation_equals_the_argmax_of_growing_prompts) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const auto result = engine.generate(kPrompt, tokens(20));
+  CHECK(result.tokens.size() == 20);
+  CHECK(result.finish_reason == tda::FinishReason::length);
+  std::vector<Token> text = kPrompt;
+  for (const Token token : result.tokens) {
+    const auto logits = engine.logits(text);
+    const std::size_t vocab = TinyCheckpoint::kVocab;
+    CHECK(tda::argmax(std::span(logits).last(vocab)) == token);
+    text.push_back(token);
+  }
+}
+
+TEST(seeds_reproduce) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  auto options = tokens(30);
+  options.temperature = 1.5;
+  options.seed = 3;
+  const auto first = generate(engine, options);
+  CHECK(first == generate(engine, options));
+  options.seed = 4;
+  CHECK(first != generate(engine, options));
+}
+
+TEST(an_end_of_text_token_stops_and_is_not_returned) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  GenerateOptions options;
+  options.temperature = 3.0;  // hot enough to meet token 2 soon
+  options.max_new_tokens = 200;
+  options.seed = 1;
+  const auto result = engine.generate(kPrompt, options);
+  CHECK(result.finish_reason == tda::FinishReason::stop);
+  CHECK(result.tokens.size() < 200);
+  CHECK(std::ranges::count(result.tokens, 2) == 0);
+}
+
+TEST(error_zero_and_all_active_equal_dense) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const auto dense = engine.score(kPrompt, 4).log_probabilities;
+  CHECK(engine.score(kPrompt, 4, with_error(0)).log_probabilities == dense);
+  CHECK(engine.score(kPrompt, 4, with_active(1)).log_probabilities == dense);
+  CHECK(engine.score(kPrompt, 4, with_active(0.5)).log_probabilities != dense);
+}
+
+TEST(bytes_are_those_of_the_mask) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const auto stats = engine.generate(kPrompt, tokens(41), with_active(0.4)).stats;
+  const std::int64_t neuron = 3 * TinyCheckpoint::kHidden * sizeof(float);
+  CHECK(stats.ffn_bytes == 40 * TinyCheckpoint::kLayers * 20 * neuron);
+  CHECK_NEAR(stats.ffn_bytes_fraction, 0.4, 1e-12);
+  CHECK_NEAR(stats.ffn_active, 0.4, 1e-12);
+  CHECK(stats.prompt_tokens == 12);
+  CHECK(stats.new_tokens == 41);
+}
+
+TEST(refresh_makes_the_cache_exact_and_renews_the_masks) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  // After a refresh of all decoded tokens the cache holds what a dense prefill would have put
+  // there.
+  tda::Session session = engine.session(40);
+  session.prefill(std::span(kPrompt).first(6));
+  auto options = with_active(0.3);
+  options.refresh = 3;
+  session.apply(options);
+  const auto before = session.mask(0);
+  for (int i = 6; i < 9; ++i) session.decode(kPrompt[i]);
+  const auto logits = session.decode(kPrompt[9]);  // refreshes first
+  tda::Session dense = engine.session(40);
+  dense.prefill(std::span(kPrompt).first(9));
+  for (std::int64_t layer = 0; layer < TinyCheckpoint::kLayers; ++layer) {
+    dense.set_mask(layer, session.mask(layer));
+  }
+  const auto expected = dense.decode(kPrompt[9]);
+  for (std::size_t i = 0; i < logits.size(); ++i) CHECK_NEAR(logits[i], expected[i], 1e-4);
+  CHECK(session.mask(0) != before);
+}
+
+TEST(sessions_check_their_input) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  tda::Session session = engine.session(8);
+  CHECK_THROWS(session.statistic(0), tda::OptionError, "no statistic");
+  CHECK_THROWS(session.prefill(kPrompt), tda::ContextOverflow, "capacity");
+  CHECK_THROWS(session.prefill({}), tda::OptionError, "none");
+  CHECK_THROWS(session.decode(61), tda::OptionError, "61");
+  CHECK_THROWS(session.decode(-1), tda::OptionError, "-1");
+  CHECK_THROWS(session.mask(2), tda::OptionError, "layer 2");
+  session.prefill(std::span(kPrompt).first(4));
+  CHECK_THROWS(session.apply(with_error(0.1)), tda::OptionError, "sample_tokens");
+  const std::vector<std::int32_t> unsorted = {3, 2};
+  CHECK_THROWS(session.set_mask(0, unsorted), tda::OptionError, "ascending");
+  CHECK_THROWS(engine.session(0), tda::OptionError, "capacity");
+  CHECK_THROWS(engine.session(1000), tda::ContextOverflow, "256");
+  CHECK_THROWS(engine.generate(kPrompt, tokens(250)), tda::ContextOverflow, "max_context 256");
+  CHECK_THROWS(engine.score(kPrompt, 12), tda::OptionError, "prompt_tokens");
+  CHECK_THROWS(engine.score(kPrompt, 0), tda::OptionError, "prompt_tokens");
+}
+
+TEST(calibration_makes_thresholds_for_its_model_only) {
+  const TinyCheckpoint checkpoint, other(2);
+  const tda::Engine engine(checkpoint.folder()), stranger(other.folder());
+  tda::CalibrateOptions options;
+  options.error = 0.2;
+  const std::vector<std::vector<Token>> texts = {kPrompt, {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5}};
+  const auto thresholds = engine.calibrate(texts, options);
+  CHECK(thresholds.texts == 2);
+  CHECK(thresholds.tokens == 23);
+  CHECK(thresholds.source == "texts");
+  for (const float reached : thresholds.reached) CHECK(reached <= 0.2f);
+  tda::TdaOptions tda;
+  tda.thresholds = std::make_shared<const tda::Thresholds>(thresholds);
+  CHECK(generate(engine, tokens(5), tda).size() == 5);
+  CHECK_THROWS(generate(stranger, tokens(5), tda), tda::CheckpointError, "do not fit model");
+
+  options.self_texts = 3;
+  options.self_tokens = 20;
+  const auto own = engine.calibrate({}, options);
+  CHECK(own.source == "self-generated");
+  CHECK(own.tokens == 60);
+  CHECK(own.values == engine.calibrate({}, options).values);
+}
+
+TEST(threads_share_an_engine) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const auto alone = generate(engine, tokens(20), with_active(0.5));
+  std::vector<std::vector<Token>> results(4);
+  {
+    std::vector<std::jthread> threads;
+    for (auto& result : results) {
+      threads.emplace_back([&] { result = generate(engine, tokens(20), with_active(0.5)); });
+    }
+  }
+  for (const auto& result : results) CHECK(result == alone);
+}
+
+TEST(results_do_not_depend_on_the_number_of_threads) {
+  const TinyCheckpoint checkpoint;
+  std::vector<std::vector<float>> results;
+  for (const int count : {1, 2, 3, 5}) {
+    tda::EngineOptions options;
+    options.threads = count;
+    results.push_back(tda::Engine(checkpoint.folder(), options)
+                          .score(kPrompt, 5, with_error(0.1))
+                          .log_probabilities);
+  }
+  for (const auto& result : results) CHECK(result == results.front());
+}
+
+int main() { return run_tests(); }

@@ -1,0 +1,227 @@
+// A checkpoint's tensors, packed into engine layout.
+#include <tda/error.h>
+#include <tda/types.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "check.h"
+#include "checkpoint/checkpoint.h"
+#include "fixtures.h"
+#include "model/half.h"
+#include "model/model.h"
+
+namespace {
+
+using namespace fixtures;
+using tda::CheckpointError;
+using tda::WeightFormat;
+
+Values row_values(const tda::Matrix& matrix, std::int64_t row) {
+  Values result(matrix.cols);
+  if (matrix.format == WeightFormat::f32) {
+    std::memcpy(result.data(), matrix.row(row), matrix.row_bytes());
+  } else {
+    const auto* bits = reinterpret_cast<const std::uint16_t*>(matrix.row(row));
+    for (std::int64_t i = 0; i < matrix.cols; ++i) result[i] = tda::bf16_to_f32(bits[i]);
+  }
+  return result;
+}
+
+bool holds(const tda::Matrix& matrix, const std::vector<Tensor>& parts) {
+  Values all, found;
+  for (const Tensor& part : parts) all.insert(all.end(), part.values.begin(), part.values.end());
+  for (std::int64_t r = 0; r < matrix.rows; ++r) {
+    const Values row = row_values(matrix, r);
+    found.insert(found.end(), row.begin(), row.end());
+  }
+  return found == all && reinterpret_cast<std::uintptr_t>(matrix.data) % 64 == 0;
+}
+
+bool holds(std::span<const float> vector, const std::vector<Tensor>& parts) {
+  Values all;
+  for (const Tensor& part : parts) all.insert(all.end(), part.values.begin(), part.values.end());
+  return Values(vector.begin(), vector.end()) == all;
+}
+
+TEST(f16_agrees_with_its_definition) {
+  int wrong = 0;
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const double sign = bits >> 15 ? -1 : 1;
+    const double expected = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                            : exponent == 0 ? std::ldexp(mantissa, -24)
+                                            : std::ldexp(1024 + mantissa, exponent - 25);
+    const float found = tda::f16_to_f32(static_cast<std::uint16_t>(bits));
+    wrong += std::isnan(expected) ? !std::isnan(found)
+                                  : found != sign * expected || std::signbit(found) != (sign < 0);
+  }
+  CHECK(wrong == 0);
+}
+
+TEST(bf16_rounds_to_nearest_even) {
+  const auto rounded = [](std::uint32_t bits) {
+    return tda::f32_to_bf16(std::bit_cast<float>(bits));
+  };
+  CHECK(rounded(0x3f808000) == 0x3f80);  // a tie, down to even
+  CHECK(rounded(0x3f818000) == 0x3f82);  // a tie, up to even
+  CHECK(rounded(0x3f807fff) == 0x3f80);
+  CHECK(rounded(0xbf808001) == 0xbf81);
+  CHECK(rounded(0x00018000) == 0x0002);  // subnormal
+  CHECK(rounded(0x7f7fffff) == 0x7f80);  // beyond the largest
+  CHECK(rounded(0xff800000) == 0xff80);
+  CHECK(std::isnan(tda::bf16_to_f32(rounded(0x7f800001))));
+  CHECK(std::isnan(tda::bf16_to_f32(rounded(0xffffffff))));
+}
+
+TEST(names_are_parsed_back) {
+  for (auto device : {tda::Device::automatic, tda::Device::cpu, tda::Device::cuda})
+    CHECK(tda::parse_device(tda::name_of(device)) == device);
+  for (auto format : {WeightFormat::automatic, WeightFormat::f32, WeightFormat::bf16})
+    CHECK(tda::parse_weight_format(tda::name_of(format)) == format);
+  CHECK(tda::parse_kv_format("auto") == tda::KvFormat::automatic);
+  CHECK(tda::parse_kv_format("bf16") == tda::KvFormat::bf16);
+  CHECK_THROWS(tda::parse_device("gpu"), tda::OptionError,
+               "device is \"gpu\", expected auto, cpu or cuda");
+  CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError, "auto, f32 or bf16");
+}
+
+void check_layer(const tda::LayerWeights& layer, const Tensors& tensors,
+                 const std::string& prefix) {
+  const auto get = [&](const std::string& name) { return tensors.at(prefix + name); };
+  const std::string a = "self_attn.";
+  CHECK(holds(layer.attention_norm, {get("input_layernorm.weight")}));
+  CHECK(holds(layer.ffn_norm, {get("post_attention_layernorm.weight")}));
+  CHECK(holds(layer.qkv,
+              {get(a + "q_proj.weight"), get(a + "k_proj.weight"), get(a + "v_proj.weight")}));
+  CHECK(holds(layer.output, {get(a + "o_proj.weight")}));
+  CHECK(holds(layer.gate, {get("mlp.gate_proj.weight")}));
+  CHECK(holds(layer.up, {get("mlp.up_proj.weight")}));
+
+  const Tensor source = get("mlp.down_proj.weight");
+  const std::int64_t hidden = source.shape[0], neurons = source.shape[1];
+  CHECK(layer.down.rows == neurons && layer.down.cols == hidden);
+  CHECK(layer.down_lengths.size() == static_cast<std::size_t>(neurons));
+  Tensor down{{neurons, hidden}, {}};
+  for (std::int64_t j = 0; j < neurons; ++j) {
+    double squares = 0;
+    for (std::int64_t i = 0; i < hidden; ++i) {
+      down.values.push_back(source.values[i * neurons + j]);
+      squares += static_cast<double>(down.values.back()) * down.values.back();
+    }
+    CHECK_NEAR(layer.down_lengths[j], std::sqrt(squares), 1e-5);
+  }
+  CHECK(holds(layer.down, {down}));
+}
+
+TEST(load_packs_every_dtype_into_every_format) {
+  const Tensors tensors = tensors_of(tiny);
+  for (const char* dtype : {"F32", "F16", "BF16"}) {
+    Folder folder;
+    write_model(folder, tiny, tensors, dtype);
+    const tda::Checkpoint checkpoint(folder.path);
+    const auto natural = tda::load_model(checkpoint, WeightFormat::automatic, 0);
+    CHECK(natural->format ==
+          (std::string(dtype) == "F32" ? WeightFormat::f32 : WeightFormat::bf16));
+    for (const auto format : {WeightFormat::f32, WeightFormat::bf16}) {
+      for (const int threads : {1, 3}) {
+        const auto model = tda::load_model(checkpoint, format, threads);
+        CHECK(model->format == format && model->layers.size() == 2);
+        CHECK(holds(model->embedding, {tensors.at("model.embed_tokens.weight")}));
+        CHECK(holds(model->head, {tensors.at("lm_head.weight")}));
+        CHECK(holds(model->final_norm, {tensors.at("model.norm.weight")}));
+        for (int i = 0; i < 2; ++i)
+          check_layer(model->layers[i], tensors, "model.layers." + std::to_string(i) + ".");
+        CHECK(model->layers[0].qkv_bias.empty() && model->layers[0].q_norm.empty());
+        CHECK(model->name == folder.path.filename().string());
+        CHECK(model->fingerprint == checkpoint.fingerprint());
+      }
+    }
+  }
+}
+
+TEST(load_takes_what_the_family_adds) {
+  const auto load = [](const json& config, const Tensors& tensors) {
+    Folder folder;
+    write_model(folder, config, tensors, "F32");
+    return tda::load_model(tda::Checkpoint(folder.path), WeightFormat::bf16, 2);
+  };
+  const std::string a = "model.layers.1.self_attn.";
+
+  const json biased = updated(tiny, {{"attention_bias", true}, {"tie_word_embeddings", true}});
+  Tensors tensors = tensors_of(biased);
+  tensors.emplace("model.layers.0.self_attn.rotary_emb.inv_freq", pattern({6}));
+  auto model = load(biased, tensors);
+  CHECK(holds(model->layers[1].qkv_bias,
+              {tensors.at(a + "q_proj.bias"), tensors.at(a + "k_proj.bias"),
+               tensors.at(a + "v_proj.bias")}));
+  CHECK(holds(model->layers[1].output_bias, {tensors.at(a + "o_proj.bias")}));
+  CHECK(model->head.data == model->embedding.data);
+
+  json config =
+      updated(tiny, {{"model_type", "qwen3"}, {"architectures", nullptr}, {"head_dim", 12}});
+  tensors = tensors_of(config);
+  model = load(config, tensors);
+  CHECK(holds(model->layers[1].q_norm, {tensors.at(a + "q_norm.weight")}));
+  CHECK(holds(model->layers[1].k_norm, {tensors.at(a + "k_norm.weight")}));
+
+  config["model_type"] = "qwen2";
+  tensors = tensors_of(config);
+  model = load(config, tensors);
+  CHECK(!model->layers[0].qkv_bias.empty() && model->layers[0].output_bias.empty());
+}
+
+TEST(load_measures_down_rows_as_stored) {
+  Tensors tensors = tensors_of(tiny);
+  Tensor& down = tensors.at("model.layers.0.mlp.down_proj.weight");
+  for (float& value : down.values) value = 0;
+  down.values[69] = 1.005859375f;  // rounds to 1.0078125 in bf16
+  Folder folder;
+  write_model(folder, tiny, tensors, "F32");
+  const tda::Checkpoint checkpoint(folder.path);
+  const auto model = tda::load_model(checkpoint, WeightFormat::bf16, 1);
+  CHECK(row_values(model->layers[0].down, 69)[0] == 1.0078125f);
+  CHECK(model->layers[0].down_lengths[69] == 1.0078125f);
+  CHECK(model->layers[0].down_lengths[68] == 0);
+  CHECK(tda::load_model(checkpoint, WeightFormat::f32, 1)->layers[0].down_lengths[69] ==
+        1.005859375f);
+}
+
+TEST(load_refuses_wrong_tensors) {
+  const Tensors tensors = tensors_of(tiny);
+  const auto load = [](const Tensors& t, const std::string& dtype = "F32", int threads = 3) {
+    Folder folder;
+    write_model(folder, tiny, t, dtype);
+    return tda::load_model(tda::Checkpoint(folder.path), WeightFormat::bf16, threads);
+  };
+  const std::string gate = "model.layers.1.mlp.gate_proj.weight";
+  Tensors changed = tensors;
+  changed.erase(gate);
+  CHECK_THROWS(load(changed), CheckpointError,
+               "gate_proj.weight\" is missing, expected with shape [70, 72]");
+  changed = tensors;
+  changed.at(gate).shape = {72, 70};
+  CHECK_THROWS(load(changed), CheckpointError, "has shape [72, 70], expected [70, 72]");
+  CHECK_THROWS(load(tensors, "F32", -1), tda::OptionError, "option threads: -1");
+
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const float bad : {nan, -INFINITY, std::numeric_limits<float>::max()}) {
+    changed = tensors;
+    changed.at("model.layers.1.mlp.down_proj.weight").values.back() = bad;
+    CHECK_THROWS(load(changed), CheckpointError,
+                 "layers.1.mlp.down_proj.weight\" holds NaN or inf");
+    changed.at(gate).values.back() = bad;
+    CHECK_THROWS(load(changed), CheckpointError, gate + "\" holds NaN");  // always the first
+  }
+
+  Folder folder;
+  folder.write("config.json", tiny.dump());
+  folder.write("model.safetensors", relabelled(safetensors(tensors, "F16"), "\"F16\"", "\"I16\""));
+  CHECK_THROWS(tda::load_model(tda::Checkpoint(folder.path), WeightFormat::f32, 1), CheckpointError,
+               "has dtype I16, expected F32, F16 or BF16");
+}
+
+}  // namespace
+
+int main() { return run_tests(); }

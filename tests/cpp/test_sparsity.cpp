@@ -1,0 +1,256 @@
+#include <tda/error.h>
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <limits>
+#include <random>
+#include <set>
+
+#include "check.h"
+#include "model/half.h"
+#include "sparsity/sparsity.h"
+
+using namespace tda;
+using Ids = std::vector<std::int32_t>;
+
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// ---- samples and their naive reference ---------------------------------------------------------
+
+enum class Tail { gaussian, heavy };
+
+/// A down matrix with samples of `tokens[s]` tokens each, and scores from the real statistic.
+struct Case {
+  Case(Tail tail, WeightFormat format, std::int64_t neurons, std::int64_t width,
+       const std::vector<std::int64_t>& tokens, unsigned seed = 1)
+      : weights(neurons * width), halves(neurons * width) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      halves[i] = f32_to_bf16(normal(random));
+      weights[i] = format == WeightFormat::bf16 ? bf16_to_f32(halves[i]) : normal(random);
+    }
+    down = {format, neurons, width,
+            format == WeightFormat::bf16 ? reinterpret_cast<const std::byte*>(halves.data())
+                                         : reinterpret_cast<const std::byte*>(weights.data())};
+    for (const std::int64_t count : tokens) {
+      FfnSample sample;
+      std::vector<float> strength(neurons, 1.0f);
+      if (tail == Tail::heavy) {
+        for (float& s : strength) s = std::exp(2 * normal(random));
+      }
+      for (std::int64_t t = 0; t < count; ++t) {
+        for (std::int64_t j = 0; j < neurons; ++j) sample.h.push_back(normal(random) * strength[j]);
+      }
+      sample.scores = scores_of(sample.h);
+      samples.push_back(std::move(sample));
+    }
+  }
+  Case(const Case&) = delete;
+
+  std::vector<float> scores_of(const std::vector<float>& h) const {
+    std::vector<double> lengths(down.rows), sums(down.rows);
+    for (std::int64_t j = 0; j < down.rows; ++j) {
+      for (std::int64_t c = 0; c < down.cols; ++c) lengths[j] += std::pow(weight(j, c), 2);
+      lengths[j] = std::sqrt(lengths[j]);
+    }
+    const std::int64_t tokens = static_cast<std::int64_t>(h.size()) / down.rows;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      double total = 0;
+      for (std::int64_t j = 0; j < down.rows; ++j) {
+        total += std::pow(h[t * down.rows + j] * lengths[j], 2);
+      }
+      for (std::int64_t j = 0; j < down.rows; ++j) {
+        sums[j] += std::pow(h[t * down.rows + j] * lengths[j], 2) / total;
+      }
+    }
+    return relative_magnitudes(sums, static_cast<double>(tokens));
+  }
+
+  double weight(std::int64_t j, std::int64_t c) const { return weights[j * down.cols + c]; }
+
+  double naive_cett(float threshold) const {
+    double sum = 0;
+    std::int64_t tokens = 0;
+    for (const FfnSample& sample : samples) {
+      for (std::size_t h = 0; h < sample.h.size(); h += down.rows, ++tokens) {
+        double dropped_squares = 0, all_squares = 0;
+        for (std::int64_t c = 0; c < down.cols; ++c) {
+          double dropped = 0, all = 0;
+          for (std::int64_t j = 0; j < down.rows; ++j) {
+            const double contribution = sample.h[h + j] * weight(j, c);
+            all += contribution;
+            if (sample.scores[j] < threshold) dropped += contribution;
+          }
+          dropped_squares += dropped * dropped;
+          all_squares += all * all;
+        }
+        if (all_squares > 0) sum += std::sqrt(dropped_squares / all_squares);
+      }
+    }
+    return sum / static_cast<double>(tokens);
+  }
+
+  std::set<float> pooled() const {
+    std::set<float> scores;
+    for (const FfnSample& sample : samples)
+      scores.insert(sample.scores.begin(), sample.scores.end());
+    return scores;
+  }
+
+  std::vector<float> weights;         // [F, H], the values that `down` stands for
+  std::vector<std::uint16_t> halves;  // [F, H]
+  Matrix down;
+  std::vector<FfnSample> samples;
+};
+
+void for_each_kind(const std::function<void(const Case&)>& body) {
+  for (const Tail tail : {Tail::gaussian, Tail::heavy}) {
+    for (const WeightFormat format : {WeightFormat::f32, WeightFormat::bf16}) {
+      body(Case(tail, format, 203, 250, {1, 33, 40}));
+    }
+  }
+}
+
+void check_contract(const Case& c, double target) {
+  const ThresholdSearch found = search_threshold(c.samples, c.down, target);
+  const std::set<float> scores = c.pooled();
+  CHECK(found.error <= target);
+  CHECK_NEAR(found.error, c.naive_cett(found.threshold), 1e-6);
+  CHECK(scores.contains(found.threshold));
+  const auto next = scores.upper_bound(found.threshold);
+  if (next != scores.end()) CHECK(c.naive_cett(*next) > target - 1e-6);
+}
+
+}  // namespace
+
+// ---- search ------------------------------------------------------------------------------------
+
+TEST(cett_equals_naive_reference) {
+  for_each_kind([](const Case& c) {
+    const std::set<float> scores = c.pooled();
+    for (const std::size_t rank : {1, 50, 300, 550, 608}) {
+      const float threshold = *std::next(scores.begin(), rank);
+      const double expected = c.naive_cett(threshold);
+      CHECK_NEAR(cett(c.samples, c.down, threshold), expected, 1e-6 * expected);
+    }
+  });
+}
+
+TEST(cett_is_0_at_0_and_1_above_every_score) {
+  for_each_kind([](const Case& c) {
+    CHECK(cett(c.samples, c.down, 0) == 0);
+    CHECK(cett(c.samples, c.down, *c.pooled().rbegin() * 2) == 1);
+  });
+}
+
+TEST(cett_of_a_token_without_ffn_is_0) {
+  Case c(Tail::gaussian, WeightFormat::f32, 20, 10, {2});
+  std::fill_n(c.samples[0].h.begin(), 20, 0.0f);
+  CHECK(cett(c.samples, c.down, 1e9f) == 0.5);
+}
+
+TEST(search_meets_target_and_next_score_exceeds_it) {
+  for_each_kind([](const Case& c) {
+    for (const double target : {1e-6, 0.01, 0.1, 0.3, 0.7, 0.95, 1 - 1e-9}) {
+      check_contract(c, target);
+    }
+  });
+}
+
+TEST(search_comes_within_one_percent_of_target) {
+  const auto check_close = [](Tail tail, double target) {
+    const Case c(tail, WeightFormat::bf16, 1536, 48, {8});
+    const double error = search_threshold(c.samples, c.down, target).error;
+    CHECK(error <= target);
+    CHECK(error >= 0.99 * target);
+  };
+  // Targets at which so many neurons are dropped that one more changes the error little.
+  check_close(Tail::gaussian, 0.3);
+  check_close(Tail::gaussian, 0.6);
+  check_close(Tail::heavy, 0.05);
+  check_close(Tail::heavy, 0.1);
+}
+
+TEST(search_with_target_0_keeps_every_neuron) {
+  const Case c(Tail::gaussian, WeightFormat::f32, 20, 10, {4});
+  const ThresholdSearch found = search_threshold(c.samples, c.down, 0);
+  CHECK(found.threshold == 0);
+  CHECK(found.error == 0);
+}
+
+TEST(search_with_all_tokens_zero) {
+  Case c(Tail::gaussian, WeightFormat::f32, 20, 10, {4});
+  std::fill(c.samples[0].h.begin(), c.samples[0].h.end(), 0.0f);
+  std::fill(c.samples[0].scores.begin(), c.samples[0].scores.end(), 0.0f);
+  const ThresholdSearch found = search_threshold(c.samples, c.down, 0.1);
+  CHECK(found.threshold == 0);
+  CHECK(found.error == 0);
+}
+
+TEST(search_never_drops_all_neurons) {
+  const Case single(Tail::gaussian, WeightFormat::f32, 1, 10, {4});
+  Case equal(Tail::gaussian, WeightFormat::f32, 20, 10, {4});
+  std::fill(equal.samples[0].scores.begin(), equal.samples[0].scores.end(), 0.25f);
+  for (const Case* c : {&single, static_cast<const Case*>(&equal)}) {
+    const ThresholdSearch found = search_threshold(c->samples, c->down, 1 - 1e-9);
+    CHECK(found.threshold == c->samples[0].scores[0]);
+    CHECK(found.error == 0);
+  }
+}
+
+// ---- masks and options -------------------------------------------------------------------------
+
+TEST(relative_magnitudes) {
+  const std::vector<double> sums = {0, 1, 8, 2};
+  CHECK((relative_magnitudes(sums, 2) == std::vector<float>{0, std::sqrt(0.5f), 2, 1}));
+  const std::vector<double> broken = {1, kNaN};
+  CHECK_THROWS(relative_magnitudes(broken, 2), Error, "neuron 1 is nan");
+}
+
+TEST(mask_at_least) {
+  const std::vector<float> scores = {0.5f, 0.0f, 0.25f, 0.5f};
+  CHECK((mask_at_least(scores, 0.25f) == Ids{0, 2, 3}));
+  CHECK((mask_at_least(scores, 0.0f) == Ids{0, 1, 2, 3}));
+  CHECK(mask_at_least(scores, 0.51f).empty());
+  CHECK(mask_at_least({}, 0.0f).empty());
+}
+
+TEST(mask_top_share) {
+  const std::vector<float> scores = {1, 3, 2, 3, 2, 0};
+  CHECK((mask_top_share(scores, 0.5) == Ids{1, 2, 3}));
+  CHECK((mask_top_share(scores, 1.0 / 6) == Ids{1}));
+  CHECK((mask_top_share(scores, 0.24) == Ids{1}));     // 1.44 rounds to 1
+  CHECK((mask_top_share(scores, 0.26) == Ids{1, 3}));  // 1.56 rounds to 2
+  CHECK((mask_top_share(scores, 1e-9) == Ids{1}));
+  CHECK((mask_top_share(scores, 1) == Ids{0, 1, 2, 3, 4, 5}));
+  CHECK((mask_top_share(std::vector<float>(5, 1.0f), 0.6) == Ids{0, 1, 2}));
+}
+
+TEST(tda_options) {
+  const auto thresholds = std::make_shared<Thresholds>();
+  TdaOptions{.error = 0.0}.validate();
+  TdaOptions{.active = 1.0, .refresh = 16}.validate();
+  TdaOptions{.thresholds = thresholds}.validate();
+
+  CHECK_THROWS(TdaOptions{}.validate(), OptionError, "found none, expected exactly one");
+  CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5}.validate()), OptionError,
+               "found error and active");
+  CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5, .thresholds = thresholds}.validate()),
+               OptionError, "found error and active and thresholds");
+  CHECK_THROWS((TdaOptions{.scope = "token", .error = 0.1}.validate()), OptionError,
+               "tda scope \"token\": expected \"sequence\"");
+  for (const double error : {-0.1, 1.0, kNaN, kInfinity}) {
+    CHECK_THROWS(TdaOptions{.error = error}.validate(), OptionError, "tda error");
+  }
+  for (const double active : {0.0, -0.5, 1.001, kNaN}) {
+    CHECK_THROWS(TdaOptions{.active = active}.validate(), OptionError, "tda active");
+  }
+  CHECK_THROWS((TdaOptions{.error = 0.1, .refresh = -1}.validate()), OptionError, "tda refresh -1");
+}
+
+int main() { return run_tests(); }

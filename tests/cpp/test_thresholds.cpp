@@ -1,0 +1,173 @@
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <tda/error.h>
+#include <tda/sparsity.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "check.h"
+#include "fixtures.h"
+
+using namespace tda;
+using fixtures::Folder;
+
+namespace {
+
+std::int64_t files_in(const Folder& folder) {
+  return std::distance(std::filesystem::directory_iterator(folder.path), {});
+}
+
+Thresholds example() {
+  return {.model = "smol \"quoted\" ü",
+          .fingerprint = "0123456789abcdef",
+          .error = 0.1,
+          .values = {0.0f, 0.1f, 1.0f / 3.0f},
+          .reached = {0.0f, 0.099f, 0.0999f},
+          .source = "self-generated",
+          .texts = 16,
+          .tokens = 2048};
+}
+
+void check_example(const Thresholds& found) {
+  const Thresholds expected = example();
+  CHECK(found.model == expected.model);
+  CHECK(found.fingerprint == expected.fingerprint);
+  CHECK(found.scope == expected.scope);
+  CHECK(found.error == expected.error);
+  CHECK(found.values == expected.values);
+  CHECK(found.reached == expected.reached);
+  CHECK(found.source == expected.source);
+  CHECK(found.texts == expected.texts);
+  CHECK(found.tokens == expected.tokens);
+}
+
+}  // namespace
+
+TEST(thresholds_round_trip) {
+  const Folder folder;
+  const auto path = folder.path / "thresholds.json";
+  std::ofstream(path) << "what was there before";
+  example().save(path);
+  check_example(Thresholds::load(path));
+  CHECK(files_in(folder) == 1);
+  const auto json = nlohmann::json::parse(std::ifstream(path));
+  CHECK(json["format"] == "tdaengine-thresholds");
+  CHECK(json["version"] == 1);
+}
+
+TEST(thresholds_of_a_model_whose_name_is_not_utf8) {
+  const Folder folder;
+  Thresholds thresholds = example();
+  thresholds.model = "caf\xe9";
+  thresholds.save(folder.path / "t");
+  CHECK(Thresholds::load(folder.path / "t").model == "caf\uFFFD");
+}
+
+TEST(thresholds_load_errors) {
+  const Folder folder;
+  const auto path = folder.path / "thresholds.json";
+  example().save(path);
+  const auto good = nlohmann::json::parse(std::ifstream(path));
+  const auto rejected = [&](const std::string& key, const nlohmann::json& value,
+                            const std::string& found, const std::string& expected) {
+    auto json = good;
+    json[key] = value;
+    std::ofstream(path) << json;
+    for (const std::string& part : {path.string(), key, found, expected}) {
+      CHECK_THROWS(Thresholds::load(path), CheckpointError, part);
+    }
+  };
+  rejected("format", "safetensors", "\"safetensors\"", "\"tdaengine-thresholds\"");
+  rejected("format", 1, "1", "a string");
+  rejected("version", 2, "2", "expected 1");
+  rejected("version", 1.0, "1.0", "integer");
+  rejected("model", nullptr, "null", "a string");
+  rejected("fingerprint", 7, "7", "a string");
+  rejected("scope", "token", "\"token\"", "\"sequence\"");
+  rejected("scope", true, "true", "a string");
+  rejected("error", 1, "1", "less than 1");
+  rejected("error", -0.5, "-0.5", "0 or more");
+  rejected("error", "0.1", "\"0.1\"", "a number");
+  rejected("values", 0.1, "0.1", "an array");
+  rejected("values", nlohmann::json::array(), "none", "one for each layer");
+  rejected("values", {0.1, "x", 0.1}, "\"x\"", "a number");
+  rejected("values", {0.1, -0.1, 0.1}, "values[1]", "0 or more");
+  rejected("values", {0.1, 1e39, 0.1}, "1e+39", "f32");
+  rejected("reached", {0.1, 0.1}, "2 numbers", "expected 3");
+  rejected("reached", {0.1, 0.1, -1}, "reached[2]", "0 or more");
+  rejected("source", "books", "\"books\"", "\"texts\" or \"self-generated\"");
+  rejected("texts", -1, "-1", "0 or more");
+  rejected("texts", 1.5, "1.5", "integer");
+  rejected("tokens", -1, "-1", "0 or more");
+  rejected("tokens", 9223372036854775808u, "9223372036854775808", "64-bit integer");
+  rejected("tokens", "many", "\"many\"", "integer");
+  for (const auto& [key, value] : good.items()) {
+    auto json = good;
+    json.erase(key);
+    std::ofstream(path) << json;
+    CHECK_THROWS(Thresholds::load(path), CheckpointError, "\"" + key + "\"");
+  }
+  for (const char* text : {"", "{", "[1, 2]", "{\"values\": [1e999]}", "{} {}"}) {
+    std::ofstream(path) << text;
+    CHECK_THROWS(Thresholds::load(path), CheckpointError, path.string());
+  }
+  CHECK_THROWS(Thresholds::load(folder.path / "absent"), CheckpointError, "absent");
+  CHECK_THROWS(Thresholds::load(folder.path), CheckpointError, folder.path.string());
+}
+
+TEST(thresholds_that_could_not_be_loaded_are_not_saved) {
+  const Folder folder;
+  Thresholds thresholds = example();
+  thresholds.values[1] = std::numeric_limits<float>::quiet_NaN();
+  CHECK_THROWS(thresholds.save(folder.path / "t"), CheckpointError, "values[1]: found nan");
+  CHECK(files_in(folder) == 0);
+}
+
+TEST(thresholds_save_to_a_bad_place) {
+  const Folder folder;
+  CHECK_THROWS(example().save(folder.path / "absent" / "t"), CheckpointError, "No such file");
+  std::ofstream(folder.path / "file") << "x";
+  CHECK_THROWS(example().save(folder.path / "file" / "t"), CheckpointError, "Not a directory");
+  std::filesystem::create_directory(folder.path / "folder");
+  CHECK_THROWS(example().save(folder.path / "folder"), CheckpointError, "s a directory");
+  CHECK(files_in(folder) == 2);
+}
+
+TEST(thresholds_save_to_an_unwritable_folder) {
+  const Folder folder;
+  ::chmod(folder.path.c_str(), 0555);
+  const bool root = ::geteuid() == 0;  // may write anywhere: become nobody for a while
+  if (root && ::seteuid(65534) != 0) return;
+  CHECK_THROWS(example().save(folder.path / "t"), CheckpointError,
+               (folder.path / "t").string() + ": cannot be written: Permission denied");
+  if (root) CHECK(::seteuid(0) == 0);
+  ::chmod(folder.path.c_str(), 0755);
+  CHECK(files_in(folder) == 0);
+}
+
+TEST(thresholds_save_to_a_full_disk) {
+  const Folder folder;
+  const auto path = folder.path / "t";
+  example().save(path);
+  Thresholds large = example();
+  large.values.assign(2000, 0.125f);
+  large.reached = large.values;
+  // A limit on the size of files fails a write half-way, as a full disk does.
+  rlimit before;
+  ::getrlimit(RLIMIT_FSIZE, &before);
+  const rlimit small = {.rlim_cur = 1000, .rlim_max = before.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ::setrlimit(RLIMIT_FSIZE, &small);
+  CHECK_THROWS(large.save(path), CheckpointError, path.string() + ": cannot be written: File too");
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, handler);
+  CHECK(files_in(folder) == 1);
+  check_example(Thresholds::load(path));
+}
+
+int main() { return run_tests(); }

@@ -1,0 +1,312 @@
+"""The Python API on a tiny random model: prompts, TDA, calibration, chats, loading and errors."""
+
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import tiny
+from conftest import PROMPT, write_tokenizer
+
+from tdaengine import TDA, CheckpointError, ContextOverflow, Engine, Error, OptionError, Thresholds
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+
+
+@pytest.fixture(scope="module")
+def thresholds(engine: Engine) -> Thresholds:
+    return engine.calibrate([PROMPT, "Another text.", [1, 5, 9, 30]], error=0.2)
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], (), [[]], 5, None, b"bytes", [1.5], [1, "a"], ["a", 1], [["a"]], [None], {1: 2}]
+)
+def test_unusable_prompts(engine, prompt):
+    with pytest.raises(OptionError):
+        engine.generate(prompt, max_new_tokens=2)
+
+
+def test_a_stream_takes_one_prompt(engine):
+    with pytest.raises(OptionError):
+        engine.stream([PROMPT, PROMPT])
+
+
+@pytest.mark.parametrize("token", [-1, 96, 2**31, 2**70])
+def test_token_id_out_of_range(engine, token):
+    for call in (engine.generate, engine.logits):
+        with pytest.raises(OptionError, match=r"tokens\[2\]"):
+            call([1, 5, token])
+
+
+def test_lone_surrogate(engine):
+    with pytest.raises(OptionError, match="position 1"):
+        engine.generate("a\ud800")
+
+
+def test_context_overflow(engine):
+    assert engine.max_context == 128
+    ids = [5] * 100
+    assert len(engine.generate(ids, max_new_tokens=28, ignore_eos=True).token_ids) == 28
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(ContextOverflow, match="128"):
+            call(ids, max_new_tokens=29)
+        with pytest.raises(ContextOverflow):
+            call(ids, max_new_tokens=2**63 - 1)
+
+
+# ---- threshold-based dynamic activation ---------------------------------------------------------
+
+
+def test_tda_of_engine_and_of_call(folder, engine, dense):
+    options = {"max_new_tokens": 40, "ignore_eos": True}
+    half = engine.generate(PROMPT, tda=TDA(active=0.5), **options)
+    assert half.stats.ffn_active == half.stats.ffn_bytes_fraction == 0.5
+    assert half.text != dense.text
+    with_default = Engine(folder, threads=1, tda=TDA(active=0.5))
+    assert with_default.generate(PROMPT, **options).text == half.text
+    assert with_default.generate(PROMPT, tda=False, **options).text == dense.text
+    assert with_default.generate(PROMPT, tda=TDA(active=1.0), **options).text == dense.text
+    ids = engine.tokenizer.encode(PROMPT) + dense.token_ids
+    scores = engine.score(ids, 11, tda=TDA(active=0.5))
+    assert np.array_equal(with_default.score(ids, 11), scores)
+    assert not np.array_equal(with_default.score(ids, 11, tda=False), scores)
+
+
+@pytest.mark.parametrize("tda", [True, 0.1, "sequence", {"error": 0.1}])
+def test_tda_of_the_wrong_type(folder, engine, tda):
+    with pytest.raises(OptionError, match="tda"):
+        engine.generate(PROMPT, tda=tda)
+    with pytest.raises(OptionError, match="tda"):
+        engine.score([1, 5, 6], 1, tda=tda)
+    with pytest.raises(OptionError, match="tda"):
+        Engine(folder, tda=tda)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"error": 0.1, "active": 0.5},
+        {"error": 1.0},
+        {"error": math.nan},
+        {"active": 0.0},
+        {"active": 1.5},
+        {"active": 0.5, "refresh": -1},
+        {"active": 0.5, "scope": "page"},
+        {"thresholds": "file.json"},
+        {"share": 0.5},
+    ],
+)
+def test_tda_options(options):
+    with pytest.raises(OptionError):
+        TDA(**options)
+
+
+def test_calibrated_thresholds(tmp_path, engine, thresholds):
+    assert thresholds.fingerprint == engine.fingerprint
+    assert (thresholds.texts, thresholds.source, thresholds.error) == (3, "texts", 0.2)
+    assert len(thresholds.values) == 2
+    thresholds.save(str(tmp_path / "thresholds.json"))
+    again = Thresholds.load(str(tmp_path / "thresholds.json"))
+    assert again.values == thresholds.values
+    out = engine.generate(PROMPT, tda=TDA(thresholds=again), max_new_tokens=5, ignore_eos=True)
+    assert 0 < out.stats.ffn_active < 1
+
+
+def test_thresholds_of_another_model(tmp_path, thresholds):
+    other = Engine(tiny.write(tmp_path / "other", "llama_tied"), threads=1)
+    with pytest.raises(CheckpointError, match=r"thresholds.*do not fit"):
+        other.generate([1, 5], tda=TDA(thresholds=thresholds), max_new_tokens=2)
+
+
+def test_calibration_progress_and_own_texts(engine):
+    seen = []
+    thresholds = engine.calibrate(
+        self_texts=3, self_tokens=8, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert thresholds.source == "self-generated"
+    assert thresholds.error == 0.1
+
+
+def test_an_exception_in_progress_ends_calibration(engine):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.calibrate([PROMPT, PROMPT], progress=stop)
+
+
+@pytest.mark.parametrize("texts", [[], "text", [[]], [5], [[1, 96]], [None]])
+def test_unusable_calibration_texts(engine, texts):
+    with pytest.raises(OptionError):
+        engine.calibrate(texts)
+
+
+@pytest.mark.parametrize(
+    "options", [{"error": 1.0}, {"error": "x"}, {"max_tokens": 0}, {"scope": "token"}]
+)
+def test_calibration_options(engine, options):
+    with pytest.raises(OptionError):
+        engine.calibrate([PROMPT], **options)
+
+
+# ---- chats --------------------------------------------------------------------------------------
+
+
+def test_chat(engine):
+    rendered = "<s>[system] Be brief.\n[user] Hi.\n[assistant]"
+    ids = engine.chat_prompt(MESSAGES)
+    assert ids == engine.tokenizer.encode(rendered, add_special_tokens=False)
+    assert ids.count(1) == 1
+    out = engine.chat(MESSAGES, max_new_tokens=10, ignore_eos=True, stop="\x7f")
+    assert out.token_ids == engine.generate(ids, max_new_tokens=10, ignore_eos=True).token_ids
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "Hi.",
+        None,
+        {"role": "user", "content": "Hi."},
+        ["Hi."],
+        [{"role": "user"}],
+        [{"content": "Hi."}],
+        [{"role": "user", "content": None}],
+        [{"role": 1, "content": "Hi."}],
+    ],
+)
+def test_messages_of_the_wrong_shape(engine, messages):
+    with pytest.raises(OptionError, match="messages"):
+        engine.chat(messages)
+
+
+def test_messages_that_the_template_refuses(engine):
+    with pytest.raises(OptionError, match="no such role: pirate"):
+        engine.chat([{"role": "pirate", "content": "Arr."}])
+
+
+# ---- score, session, loading --------------------------------------------------------------------
+
+
+def test_score(engine, dense):
+    ids = engine.tokenizer.encode(PROMPT) + dense.token_ids
+    prompt = len(ids) - 40
+    scores = engine.score(ids, prompt_tokens=prompt)
+    logits = engine.logits(ids)[prompt - 1 : -1].astype(np.float64)
+    log_sum = np.log(np.exp(logits).sum(axis=1))
+    expected = logits[np.arange(40), dense.token_ids] - log_sum
+    assert (scores.shape, scores.dtype) == ((40,), np.float32)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    for wrong in (0, -1, len(ids), 2**40):
+        with pytest.raises(OptionError, match="prompt_tokens"):
+            engine.score(ids, wrong)
+
+
+def test_session(engine, dense):
+    ids = engine.tokenizer.encode(PROMPT)
+    session = engine.session(capacity=20)
+    token = int(session.prefill(ids).argmax())
+    assert token == dense.token_ids[0]
+    assert int(session.decode(token).argmax()) == dense.token_ids[1]
+    assert session.position == len(ids) + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "tpu"},
+        {"device": None},
+        {"weights": "int3"},
+        {"weights": 32},
+        {"kv": "f8"},
+        {"threads": 0},
+        {"threads": -1},
+        {"threads": True},
+        {"threads": "all"},
+        {"max_context": 0},
+        {"max_context": -5},
+        {"max_context": 1.5},
+    ],
+)
+def test_engine_options(folder, options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        Engine(folder, **options)
+
+
+def test_engine_properties(folder, engine):
+    limited = Engine(str(folder), weights="bf16", kv="f32", threads=2, max_context=16)
+    assert (limited.weights, limited.kv, limited.threads) == ("bf16", "f32", 2)
+    assert limited.max_context == 16
+    assert (engine.weights, engine.kv) == ("f32", "f32")
+    assert limited.fingerprint == engine.fingerprint
+    assert engine.weight_bytes > limited.weight_bytes > 0
+    assert engine.device.startswith("cpu")
+    config = engine.config
+    assert (config.model_type, config.num_layers, config.eos_tokens) == ("llama", 2, [2])
+    assert config.rope.theta == 10000
+
+
+def test_model_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        Engine(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Engine(tmp_path)
+    with pytest.raises(OptionError, match="model"):
+        Engine(None)
+
+
+def test_hub_id(tmp_path, monkeypatch, folder):
+    seen = []
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        seen.append(repo_id)
+        if repo_id == "some/model":
+            return str(folder)
+        raise ConnectionError("offline")
+
+    hub = types.SimpleNamespace(snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert Engine("some/model", threads=1).path == folder
+    with pytest.raises(CheckpointError, match=r"other/model: no such folder.*offline"):
+        Engine("other/model")
+    assert seen == ["some/model", "other/model"]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if not installed
+    with pytest.raises(CheckpointError, match=r"pip install 'tdaengine\[hub\]'"):
+        Engine("some/model")
+
+
+def test_without_a_tokenizer_only_token_ids_work(tmp_path):
+    engine = Engine(tiny.write(tmp_path / "bare", "llama"), threads=1)
+    out = engine.generate([1, 5, 6], max_new_tokens=4, ignore_eos=True)
+    assert out.text is None
+    assert len(out.token_ids) == 4
+    for call in (
+        lambda: engine.generate("text"),
+        lambda: engine.generate([1, 5], stop="x"),
+        lambda: engine.stream([1, 5]),
+        lambda: engine.calibrate(["text"]),
+        lambda: engine.chat(MESSAGES),
+    ):
+        with pytest.raises(CheckpointError, match=r"tokenizer|chat template"):
+            call()
+
+
+def test_without_a_chat_template(tmp_path):
+    folder = tiny.write(tmp_path / "plain", "llama")
+    write_tokenizer(folder)
+    (folder / "tokenizer_config.json").unlink()
+    engine = Engine(folder, threads=1)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
+        engine.chat(MESSAGES)
+
+
+def test_one_root_for_all_errors():
+    for error in (CheckpointError, OptionError, ContextOverflow):
+        assert issubclass(error, Error)

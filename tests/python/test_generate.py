@@ -1,0 +1,218 @@
+"""Generating on a tiny random model: outputs, streams, stop strings and sampling."""
+
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+from conftest import PROMPT
+
+from tdaengine import Engine, GenerateOptions, OptionError, Output
+from tdaengine.engine import StopStrings
+
+# ---- generating ---------------------------------------------------------------------------------
+
+
+def test_output(engine, dense):
+    assert dense.finish_reason == "length"
+    assert dense.text == engine.tokenizer.decode(dense.token_ids)
+    stats = dense.stats
+    assert stats.prompt_tokens == len(engine.tokenizer.encode(PROMPT))
+    assert stats.new_tokens == 40
+    assert stats.prefill_seconds > 0
+    assert stats.decode_seconds > 0
+    assert stats.tokens_per_second > 0
+    assert stats.ffn_active == stats.ffn_bytes_fraction == 1
+    assert stats.ffn_active_by_layer == [1, 1]
+    with pytest.raises(AttributeError):
+        dense.text = "frozen"
+
+
+def test_greedy_follows_the_logits(engine, dense):
+    ids = engine.tokenizer.encode(PROMPT) + dense.token_ids
+    logits = engine.logits(ids)
+    assert (logits.shape, logits.dtype) == ((len(ids), engine.config.vocab_size), np.float32)
+    assert logits.argmax(axis=1)[-41:-1].tolist() == dense.token_ids
+
+
+def test_text_and_token_ids_are_equal_prompts(engine, dense):
+    ids = engine.tokenizer.encode(PROMPT)
+    for prompt in (ids, tuple(ids), np.array(ids, np.int32), np.array(ids)):
+        out = engine.generate(prompt, max_new_tokens=40, ignore_eos=True)
+        assert out.token_ids == dense.token_ids
+
+
+def test_several_prompts(engine):
+    options = {"max_new_tokens": 5, "ignore_eos": True}
+    texts = [PROMPT, "Other", PROMPT]
+    ids = [engine.tokenizer.encode(text) for text in texts]
+    each = [engine.generate(text, **options).token_ids for text in texts]
+    assert [out.token_ids for out in engine.generate(texts, **options)] == each
+    assert [out.token_ids for out in engine.generate(ids, **options)] == each
+    assert len(engine.generate([PROMPT], **options)) == 1
+
+
+def test_streaming_is_generating(engine, dense):
+    stream = engine.stream(PROMPT, max_new_tokens=40, ignore_eos=True)
+    assert stream.output.token_ids == []
+    pieces = [next(stream), next(stream)]
+    assert "".join(pieces) == stream.output.text == dense.text[:2]
+    assert stream.output.finish_reason is None
+    pieces += stream
+    assert "".join(pieces) == stream.output.text == dense.text
+    assert stream.output.token_ids == dense.token_ids
+    assert stream.output.finish_reason == "length"
+    assert next(stream, "ended") == "ended"
+
+
+def test_end_of_text(tmp_path, folder, dense):
+    """The same model, with another token for the end."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    end = dense.token_ids[7]
+    (other / "generation_config.json").write_text(f'{{"eos_token_id": [{end}]}}')
+    engine = Engine(other, threads=1)
+    out = engine.generate(PROMPT, max_new_tokens=40)
+    length = dense.token_ids.index(end)
+    assert out.token_ids == dense.token_ids[:length]
+    assert out.text == dense.text[:length]
+    assert out.finish_reason == "stop"
+    assert engine.generate(PROMPT, max_new_tokens=40, ignore_eos=True).text == dense.text
+
+
+# ---- stop strings -------------------------------------------------------------------------------
+
+
+def check_stop(engine: Engine, dense: Output, stop: str | list[str], end: int, length: int) -> None:
+    """The text ends at `end`, after `length` tokens, also in pieces."""
+    stream = engine.stream(PROMPT, max_new_tokens=40, ignore_eos=True, stop=stop)
+    pieces = list(stream)
+    out = stream.output
+    assert out.text == "".join(pieces) == dense.text[:end]
+    assert out.token_ids == dense.token_ids[:length]
+    assert out.finish_reason == ("stop" if length < 40 or end < 40 else "length")
+    assert "" not in pieces
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_stop_string_over_several_tokens(engine, dense, size):
+    stop = dense.text[20 : 20 + size]
+    at = dense.text.find(stop)
+    check_stop(engine, dense, stop, at, at + size)
+
+
+def test_stop_string_is_the_whole_text(engine, dense):
+    check_stop(engine, dense, dense.text, 0, 40)
+
+
+def test_beginning_of_a_stop_string_is_held_back_then_returned(engine, dense):
+    check_stop(engine, dense, dense.text[10:14] + "\x7f", 40, 40)
+    check_stop(engine, dense, dense.text[-3:] + "\x7f", 40, 40)
+    stream = engine.stream(PROMPT, max_new_tokens=40, ignore_eos=True, stop=dense.text[:2] + "\x7f")
+    assert next(stream) == dense.text[:3]
+
+
+def test_of_several_stop_strings_the_first_complete_one_counts(engine, dense):
+    long, short = dense.text[10:16], dense.text[12:14]
+    at = dense.text.find(short)
+    check_stop(engine, dense, [long, short], at, at + 2)
+    check_stop(engine, dense, ["\x7f", short], at, at + 2)
+    at = min(dense.text.find(long), dense.text.find(long[1:]))
+    check_stop(engine, dense, (long[1:], long), at, at + 6)
+
+
+def test_stop_strings_cut_the_same_text_whatever_the_pieces():
+    rng = random.Random(0)
+
+    def draw(most: int) -> str:
+        return "".join(rng.choices("ab", k=rng.randint(1, most)))
+
+    for _ in range(2000):
+        text = draw(20)
+        stop = tuple(draw(4) for _ in range(rng.randint(1, 3)))
+        ends = [at for at in range(len(text) + 1) if text[:at].endswith(stop)]
+        expected = text
+        if ends:  # up to the longest stop string of those that are complete first
+            longest = max(len(s) for s in stop if text[: ends[0]].endswith(s))
+            expected = text[: ends[0] - longest]
+        strings, pieces, rest = StopStrings(stop), [], text
+        while rest and not strings.is_found:
+            size = rng.randint(1, 6)
+            pieces.append(strings.push(rest[:size]))
+            rest = rest[size:]
+        assert "".join(pieces) + strings.flush() == expected, (text, stop)
+        assert strings.is_found == bool(ends)
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], 5, b"a", ["a", 5], {"a": 1}])
+def test_unusable_stop_strings(engine, stop):
+    with pytest.raises(OptionError, match="stop"):
+        engine.generate(PROMPT, stop=stop)
+
+
+def test_no_stop_strings(engine, dense):
+    check_stop(engine, dense, [], 40, 40)
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+def test_seed_decides(engine):
+    def draw(seed: int | None) -> list[int]:
+        return engine.generate(
+            PROMPT, temperature=1.5, seed=seed, max_new_tokens=30, ignore_eos=True
+        ).token_ids
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+    assert draw(2**64 - 1) == draw(2**64 - 1)
+
+
+def test_one_candidate_is_greedy(engine, dense):
+    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        out = engine.generate(
+            PROMPT, temperature=5.0, max_new_tokens=40, ignore_eos=True, **options
+        )
+        assert out.text == dense.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 1.5),
+        ("max_new_tokens", None),
+        ("max_new_tokens", 2**70),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("top_k", -1),
+        ("top_k", "5"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1),
+        ("repetition_penalty", math.nan),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", "x"),
+        ("ignore_eos", "yes"),
+    ],
+)
+def test_options_out_of_range(engine, name, value):
+    with pytest.raises(OptionError, match=name):
+        engine.generate(PROMPT, **{name: value})
+    with pytest.raises(OptionError, match=name):
+        GenerateOptions(**{name: value})
+
+
+def test_unknown_option_lists_the_known_ones(engine):
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(OptionError, match=r"max_tokens.*max_new_tokens.*temperature"):
+            call(PROMPT, max_tokens=5)

@@ -1,0 +1,199 @@
+"""Tiny checkpoints with random weights, the same on every machine: one per thing a config can say.
+
+Values are such that activations stay near 1 in size, logits differ well, and every tensor, norms
+and biases included, has its effect on them.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# Scaled RoPE starts from this context, short, so that tests get beyond it cheaply.
+ORIGINAL = 32
+CONTEXT = 128
+LENGTH = 80  # tokens()
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    config: dict = field(default_factory=dict)  # what differs from BASE
+    storage: str = "F32"
+    shards: int = 1
+
+
+def _scaled(rope_type: str, factor: float = 4.0, **more: object) -> Variant:
+    if rope_type in ("llama3", "yarn"):
+        more["original_max_position_embeddings"] = ORIGINAL
+    return Variant({"rope_scaling": {"rope_type": rope_type, "factor": factor, **more}})
+
+
+VARIANTS = {
+    "llama": Variant(),
+    "llama_tied": Variant({"tie_word_embeddings": True}),
+    "llama_bias": Variant({"attention_bias": True}),
+    "llama_gelu": Variant({"hidden_act": "gelu", "num_key_value_heads": 4}),
+    "llama_gelu_tanh": Variant({"hidden_act": "gelu_pytorch_tanh", "num_hidden_layers": 3}),
+    "llama_relu": Variant({"hidden_act": "relu", "num_key_value_heads": 1}),
+    "llama_odd": Variant(
+        {
+            "vocab_size": 97,
+            "hidden_size": 36,
+            "intermediate_size": 50,
+            "num_attention_heads": 6,
+            "head_dim": 6,
+        }
+    ),
+    "llama_sharded": Variant(shards=3),
+    "llama_f16": Variant(storage="F16"),
+    "llama_bf16": Variant(storage="BF16"),
+    "linear": _scaled("linear"),
+    "dynamic": Variant(
+        {
+            "max_position_embeddings": ORIGINAL,  # what dynamic scaling starts from
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},  # the old name of rope_type
+        }
+    ),
+    "llama3": _scaled("llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+    "yarn": _scaled("yarn"),
+    "yarn_mscale": _scaled("yarn", mscale=0.8, mscale_all_dim=0.5),
+    "yarn_untruncated": _scaled("yarn", beta_fast=4.0, beta_slow=0.5, truncate=False),
+    "yarn_attention_factor": Variant(
+        {
+            "rope_theta": None,
+            "rope_parameters": {  # as transformers 5 writes it
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": ORIGINAL,
+                "attention_factor": 1.3,
+            },
+        }
+    ),
+    "mistral_sliding": Variant({**MISTRAL, "sliding_window": 16}),
+    "mistral_full": Variant({**MISTRAL, "sliding_window": None, "head_dim": 8}),
+    "qwen2": Variant(QWEN2),
+    "qwen2_sliding": Variant(
+        {
+            **QWEN2,
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+        }
+    ),
+    "qwen3": Variant(QWEN3),
+}
+
+
+def write(folder: Path, name: str) -> Path:
+    """Writes the checkpoint VARIANTS[name] to `folder`, which is made, and returns it."""
+    variant = VARIANTS[name]
+    folder.mkdir(parents=True)
+    config = {k: v for k, v in {**BASE, **variant.config}.items() if v is not None or k not in BASE}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    weights = make_weights(config, seed=zlib.crc32(name.encode()))
+    if variant.shards == 1:
+        write_safetensors(folder / "model.safetensors", weights, variant.storage)
+        return folder
+    weight_map = {}
+    for i in range(variant.shards):
+        shard = f"model-{i + 1:05}-of-{variant.shards:05}.safetensors"
+        part = dict(list(weights.items())[i :: variant.shards])
+        write_safetensors(folder / shard, part, variant.storage)
+        weight_map |= dict.fromkeys(part, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tokens(name: str, length: int = LENGTH) -> list[int]:
+    """A random text for the variant."""
+    vocab = {**BASE, **VARIANTS[name].config}["vocab_size"]
+    return np.random.RandomState(1).randint(0, vocab, length).tolist()
+
+
+def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
+    """All tensors by their Hugging Face names, f32."""
+    random = np.random.RandomState(seed)  # whose stream NumPy keeps as it is for good
+    hidden, neurons = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", hidden // heads)
+    family = config["model_type"]
+    qkv_bias = family == "qwen2" or config.get("attention_bias", False)
+    result = {}
+
+    def matrix(name: str, rows: int, cols: int, gain: float) -> None:
+        values = random.standard_normal((rows, cols)) * gain / np.sqrt(cols)
+        result[f"{name}.weight"] = values.astype(np.float32)
+
+    def norm(name: str, size: int) -> None:
+        result[f"{name}.weight"] = (1 + 0.3 * random.standard_normal(size)).astype(np.float32)
+
+    def bias(name: str, size: int) -> None:
+        result[f"{name}.bias"] = (0.3 * random.standard_normal(size)).astype(np.float32)
+
+    matrix("model.embed_tokens", config["vocab_size"], hidden, gain=2.5)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        norm(f"{prefix}.input_layernorm", hidden)
+        for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            matrix(f"{prefix}.self_attn.{part}_proj", rows * head_dim, hidden, gain=1.5)
+            if qkv_bias:
+                bias(f"{prefix}.self_attn.{part}_proj", rows * head_dim)
+        matrix(f"{prefix}.self_attn.o_proj", hidden, heads * head_dim, gain=1.0)
+        if family != "qwen2" and qkv_bias:
+            bias(f"{prefix}.self_attn.o_proj", hidden)
+        if family == "qwen3":
+            norm(f"{prefix}.self_attn.q_norm", head_dim)
+            norm(f"{prefix}.self_attn.k_norm", head_dim)
+        norm(f"{prefix}.post_attention_layernorm", hidden)
+        matrix(f"{prefix}.mlp.gate_proj", neurons, hidden, gain=1.5)
+        matrix(f"{prefix}.mlp.up_proj", neurons, hidden, gain=1.5)
+        matrix(f"{prefix}.mlp.down_proj", hidden, neurons, gain=1.0)
+    norm("model.norm", hidden)
+    if not config["tie_word_embeddings"]:
+        matrix("lm_head", config["vocab_size"], hidden, gain=2.5)
+    return result
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], storage: str) -> None:
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, values in tensors.items():
+        begin = len(data)
+        if storage == "BF16":  # cut off, not rounded: the stored value is the value
+            data += (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+        else:
+            data += values.astype({"F32": "<f4", "F16": "<f2"}[storage]).tobytes()
+        header[name] = {
+            "dtype": storage,
+            "shape": values.shape,
+            "data_offsets": [begin, len(data)],
+        }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)

