@@ -89,6 +89,12 @@ class OptionsClass {
     return *this;
   }
 
+  template <typename Make, typename... Extra>
+  OptionsClass& preset(const char* name, Make make, const Extra&... extra) {
+    class_.def_static(name, make, extra...);
+    return *this;
+  }
+
  private:
   using Setter = std::function<void(Options&, nb::handle)>;
   static std::map<std::string, Setter>& setters() {
@@ -216,9 +222,12 @@ void bind_options(nb::module_& m) {
           "Raises CheckpointError.")
       .def_ro("model", &Thresholds::model)
       .def_ro("fingerprint", &Thresholds::fingerprint)
+      .def_ro("weights", &Thresholds::weights)
       .def_ro("scope", &Thresholds::scope)
       .def_ro("error", &Thresholds::error)
+      .def_ro("bytes", &Thresholds::bytes)
       .def_ro("values", &Thresholds::values)
+      .def_ro("coarse", &Thresholds::coarse)
       .def_ro("reached", &Thresholds::reached)
       .def_ro("source", &Thresholds::source)
       .def_ro("texts", &Thresholds::texts)
@@ -242,25 +251,56 @@ void bind_options(nb::module_& m) {
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
       "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
+      "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
       "Exactly one of\n"
       "  error: 0 <= error < 1, target for the relative error of each layer's FFN on the prompt\n"
       "         (CETT); thresholds are searched on the prompt itself;\n"
       "  active: 0 < active <= 1, share of neurons kept in every layer;\n"
       "  thresholds: from Engine.calibrate or Thresholds.load.\n"
-      "refresh=0: renew the mask every so many generated tokens; 0: never.\n"
+      "coarse=0: scope \"token\" with int8 weights and active: a further share kept at 4 bits.\n"
+      "refresh=0: scope \"sequence\": renew the mask every so many generated tokens; 0: never.\n"
+      "estimate=\"contribution\"; \"hidden\" and \"gate\" serve TDA.griffin and TDA.cats.\n"
       "Raises OptionError.")
       .field("scope", &TdaOptions::scope)
       .field("error", &TdaOptions::error)
       .field("active", &TdaOptions::active)
       .field("thresholds", &TdaOptions::thresholds)
-      .field("refresh", &TdaOptions::refresh);
+      .field("coarse", &TdaOptions::coarse)
+      .field("estimate", &TdaOptions::estimate)
+      .field("refresh", &TdaOptions::refresh)
+      .preset(
+          "griffin",
+          [](double active) {
+            TdaOptions options{.estimate = "hidden", .active = active};
+            options.validate();
+            return options;
+          },
+          "active"_a,
+          "For comparison: a share of neurons by their activations in the prompt, as in GRIFFIN\n"
+          "(arXiv 2404.01365).")
+      .preset(
+          "cats",
+          [](double active) {
+            TdaOptions options{.scope = "token", .estimate = "gate", .active = active};
+            options.validate();
+            return options;
+          },
+          "active"_a,
+          "For comparison: per token those neurons whose gate is open widest, as in CATS\n"
+          "(arXiv 2404.08763).");
 
   OptionsClass<CalibrateOptions>(
       m, "CalibrateOptions",
-      "error=0.1: the CETT to meet; max_tokens=512 of each text; sample_tokens=32 of each text on\n"
+      "scope=\"sequence\" or \"token\"; error=0.1: the CETT to meet in every layer; bytes: instead "
+      "of\n"
+      "it, with scope \"token\", the share of FFN bytes to read, spent over the layers where it "
+      "helps\n"
+      "most; max_tokens=512 of each text; sample_tokens=32 of each text on\n"
       "which CETT is measured; self_texts=16 of self_tokens=128 that the model writes from\n"
       "seed=0 on if no texts are given. Raises OptionError.")
+      .field("scope", &CalibrateOptions::scope)
       .field("error", &CalibrateOptions::error)
+      .field("bytes", &CalibrateOptions::bytes)
       .field("max_tokens", &CalibrateOptions::max_tokens)
       .field("sample_tokens", &CalibrateOptions::sample_tokens)
       .field("self_texts", &CalibrateOptions::self_texts)
@@ -280,6 +320,7 @@ void bind_results(nb::module_& m) {
       .def_ro("decode_seconds", &GenerationStats::decode_seconds)
       .def_ro("tokens_per_second", &GenerationStats::tokens_per_second)
       .def_ro("ffn_active", &GenerationStats::ffn_active)
+      .def_ro("ffn_coarse", &GenerationStats::ffn_coarse)
       .def_ro("ffn_active_by_layer", &GenerationStats::ffn_active_by_layer)
       .def_ro("ffn_bytes", &GenerationStats::ffn_bytes)
       .def_ro("ffn_bytes_fraction", &GenerationStats::ffn_bytes_fraction)

@@ -15,10 +15,32 @@ namespace tda {
 enum class FfnMode {
   dense,   // all neurons
   gather,  // all neurons; the tokens join the state's statistic
-  masked,  // the state's active neurons only
+  sparse,  // of the state's mask, those that its selection takes for the token at hand
 };
 
-/// Sees h of dense or gathering FFN calls: layer, first row's index within the step, h [T, F] f32.
+/// What decides, token by token, which neurons of a mask are computed: an estimate of their
+/// contribution's length |h[j]| * ||down[j]||. From `exact` on a neuron is computed exactly, from
+/// `coarse` on at 4 bits (int8 weights only), else not at all. The default takes all.
+struct TokenThresholds {
+  float exact = 0, coarse = 0;  // 0 <= coarse <= exact; equal: no neuron is coarse
+  bool by_gate = false;         // the estimate is |act(gate[j])|, as in CATS; needs coarse == exact
+};
+
+/// What sparse and dense decode steps have read.
+struct FfnReads {
+  std::int64_t exact = 0, coarse = 0;  // neurons
+  std::int64_t bytes = 0;              // of weights
+};
+
+/// What a gathering step's statistic and recorder are about.
+enum class Estimate {
+  contribution,  // statistic of |n|, recorded h
+  hidden,        // statistic of |h|, recorded h
+  gate,          // statistic of |n|, recorded act(gate)
+};
+
+/// Sees dense or gathering FFN calls: layer, first row's index within the step, h [T, F] f32 (or
+/// act(gate), see Estimate).
 using FfnRecorder =
     std::function<void(std::int64_t layer, std::int64_t first, std::int64_t rows, const float* h)>;
 
@@ -30,6 +52,7 @@ struct Step {
   std::int64_t sequence_length = 0;
   FfnMode ffn = FfnMode::dense;
   const FfnRecorder* recorder = nullptr;  // optional
+  Estimate estimate = Estimate::contribution;
 };
 
 /// KV cache, scratch, statistic and masks of one session; each backend derives its own.
@@ -82,8 +105,10 @@ class Backend {
   /// Strictly ascending ids in [0, F).
   virtual void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const = 0;
   virtual const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const = 0;
-  /// FFN weight bytes that single-token steps of this state have read so far, counted where read.
-  virtual std::int64_t ffn_bytes(const State&) const = 0;
+  /// Throws OptionError for thresholds that contradict each other or the weight format.
+  virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
+  /// What single-token steps of this state have read so far, counted where read.
+  virtual FfnReads ffn_reads(const State&, std::int64_t layer) const = 0;
 };
 
 /// `threads` 0: as many as this process may run on. Throws OptionError.

@@ -49,8 +49,8 @@ void CpuBackend::append(CpuState& state, std::int64_t layer) const {
       std::byte* values = cache(state, state.values, layer, head) + offset;
       for (std::int64_t lane = 0; lane < tokens; ++lane) {
         const std::int64_t row = lane * cache_row_bytes(state);
-        rows(state.kv).store(k + lane, layout.width, config.head_dim, keys + row);
-        rows(state.kv).store(v + lane, layout.width, config.head_dim, values + row);
+        caches(state.kv).store(k + lane, layout.width, config.head_dim, keys + row);
+        caches(state.kv).store(v + lane, layout.width, config.head_dim, values + row);
       }
     }
   });
@@ -80,7 +80,7 @@ void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
   pool_.run(config.num_kv_heads * chunks, [&](std::int64_t task, int) {
     const std::int64_t head = task / chunks, first = begin + task % chunks * kAttendKeys;
     const std::int64_t offset = first * cache_row_bytes(state);
-    rows(state.kv).attend(
+    caches(state.kv).attend(
         cache(state, state.keys, layer, head) + offset,
         cache(state, state.values, layer, head) + offset, std::min(kAttendKeys, end - first), n,
         state.qkv.data() + head * group * n, group, scale, partials + task * chunk_size);
@@ -143,13 +143,14 @@ void CpuBackend::attend_panel(CpuState& state, std::int64_t layer, std::int64_t 
   for (std::int64_t key = begin; key < end; key += kBlockKeys) {
     const std::int64_t keys = std::min(kBlockKeys, end - key);
     const std::int64_t offset = key * cache_row_bytes(state);
-    panels(state.kv).multiply(cache(state, state.keys, layer, kv_head) + offset, keys, n, q, scores,
-                              group, false);
+    panels(state.kv).multiply({cache(state, state.keys, layer, kv_head) + offset, nullptr, n}, keys,
+                              q, scores, group, false);
     for (std::int64_t g = 0; g < group; ++g)
       kernels_.softmax({keys, key - query, window, n}, scale, scores.data + g * scores.stride,
                        maxima + g * width, sums + g * width, out.data + g * out.stride);
-    panels(state.kv).multiply_transposed(cache(state, state.values, layer, kv_head) + offset, keys,
-                                         n, 0, n, {scores.data, scores.stride}, out, group);
+    panels(state.kv).multiply_transposed(
+        {cache(state, state.values, layer, kv_head) + offset, nullptr, n}, keys, 0, n,
+        {scores.data, scores.stride}, out, group);
   }
   for (std::int64_t g = 0; g < group; ++g)
     for (std::int64_t i = 0; i < n; ++i)

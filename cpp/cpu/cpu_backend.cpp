@@ -74,6 +74,15 @@ std::byte* CpuBackend::cache(const CpuState& state, const Buffer<std::byte>& buf
          (layer * model_->config.num_kv_heads + head) * state.capacity * cache_row_bytes(state);
 }
 
+const void* CpuBackend::prepare(CpuState& state, WeightFormat format, const float* x,
+                                std::int64_t n) const {
+  const RowKernels& kernels = rows(format);
+  if (!kernels.prepare) return x;
+  std::byte* prepared = state.prepared.reserve(kernels.prepared_bytes(n), "a prepared vector");
+  kernels.prepare(x, n, prepared);
+  return prepared;
+}
+
 // ---- a step begins ------------------------------------------------------------------------------
 
 void CpuBackend::begin(State& s, const Step& step) const {
@@ -96,7 +105,9 @@ void CpuBackend::begin(State& s, const Step& step) const {
                         std::to_string(config.vocab_size - 1));
 
   state.step = step;
-  state.layout = layout_of(tokens);
+  // Gates are recorded by prefill alone, so there a single token goes by panels, too.
+  const bool gates = step.recorder && step.estimate == Estimate::gate;
+  state.layout = gates ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
   const std::int64_t lanes = state.layout.lanes();
   const char* needed_for = "a step's activations";
   state.x.reserve(lanes * config.hidden_size, needed_for);
@@ -111,7 +122,10 @@ void CpuBackend::begin(State& s, const Step& step) const {
 }
 
 Layout CpuBackend::layout_of(std::int64_t tokens) const {
-  const std::int64_t width = tokens == 1 ? 1 : kernels_.panel;
+  return layout_of(tokens, tokens == 1 ? 1 : kernels_.panel);
+}
+
+Layout CpuBackend::layout_of(std::int64_t tokens, std::int64_t width) {
   return {tokens, width, (tokens + width - 1) / width};
 }
 
@@ -146,7 +160,7 @@ void CpuBackend::embed(State& s) const {
                 layout.width * embedding.cols, 0.0f);
   pool_.run(layout.tokens, [&](std::int64_t t, int) {
     rows(embedding.format)
-        .load(embedding.row(state.step.tokens[t]), embedding.cols, x + layout.at(t, embedding.cols),
+        .load(rows_of(embedding, state.step.tokens[t]), x + layout.at(t, embedding.cols),
               layout.width);
   });
 }
@@ -180,8 +194,21 @@ const std::vector<std::int32_t>& CpuBackend::mask(const State& state, std::int64
   return CpuState::of(state).layers[layer].mask;
 }
 
-std::int64_t CpuBackend::ffn_bytes(const State& state) const {
-  return CpuState::of(state).ffn_bytes;
+void CpuBackend::set_thresholds(State& state, std::int64_t layer,
+                                const TokenThresholds& thresholds) const {
+  const auto [exact, coarse, by_gate] = thresholds;
+  const std::string where = "thresholds of layer " + std::to_string(layer) + ": exact " +
+                            std::to_string(exact) + ", coarse " + std::to_string(coarse);
+  if (!(coarse >= 0 && exact >= coarse))
+    throw OptionError(where + ", expected 0 <= coarse <= exact");
+  if (exact > coarse && (by_gate || !model_->layers[layer].gate.low))
+    throw OptionError(where + (by_gate ? " with a gate estimate" : " with weights of one plane") +
+                      ", expected the same, since no neuron can be coarse");
+  CpuState::of(state).layers[layer].thresholds = thresholds;
+}
+
+FfnReads CpuBackend::ffn_reads(const State& state, std::int64_t layer) const {
+  return CpuState::of(state).layers[layer].reads;
 }
 
 }  // namespace tda

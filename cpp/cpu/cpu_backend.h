@@ -33,6 +33,11 @@ struct Layout {
   }
 };
 
+/// The matrix's rows from `first` on, for kernels.
+inline Rows rows_of(const Matrix& w, std::int64_t first = 0) {
+  return {w.row(first), w.low_row(first), w.cols, w.gap, w.low_gap};
+}
+
 struct CpuState final : State {
   static CpuState& of(State& state) { return static_cast<CpuState&>(state); }
   static const CpuState& of(const State& state) { return static_cast<const CpuState&>(state); }
@@ -41,13 +46,14 @@ struct CpuState final : State {
     std::vector<std::int32_t> mask;  // active neurons, ascending
     std::vector<double> sums;        // [F] the statistic
     double tokens = 0;               // that it has gathered
+    TokenThresholds thresholds;
+    FfnReads reads;
   };
 
   std::int64_t capacity = 0;
   KvFormat kv = KvFormat::automatic;
   Buffer<std::byte> keys, values;  // [L, kv heads, capacity, head_dim]
   std::vector<Layer> layers;       // [L]
-  std::atomic<std::int64_t> ffn_bytes = 0;
 
   // Of the current step.
   Step step;
@@ -57,9 +63,11 @@ struct CpuState final : State {
   Buffer<float> qkv;             // [panels, q_size + 2 kv_size, P]
   Buffer<float> attended;        // [panels, q_size, P]
   Buffer<float> hidden;          // [panels, F, P] h; decode: of the active neurons, in mask order
+  Buffer<float> gates;           // [panels, F, P] act(gate), when the step records it
   Buffer<float> cos, sin;        // [panels, head_dim / 2, P]
   Buffer<float> partials;        // decode: what tasks hand over to be added up
   Buffer<float> thread_scratch;  // [threads, scratch_size]
+  Buffer<std::byte> prepared;    // decode: x as the weight format wants it, see RowKernels
   Buffer<float> logits;          // [rows, V]
 };
 
@@ -91,20 +99,28 @@ class CpuBackend final : public Backend {
   void fade_statistic(State&, double factor) const override;
   void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
   const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const override;
-  std::int64_t ffn_bytes(const State&) const override;
+  void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
+  FfnReads ffn_reads(const State&, std::int64_t layer) const override;
 
  private:
   // cpu_backend.cpp
   Layout layout_of(std::int64_t tokens) const;
+  static Layout layout_of(std::int64_t tokens, std::int64_t width);
   void angles(CpuState&) const;
-  template <class Format>  // WeightFormat or KvFormat
-  const RowKernels& rows(Format format) const {
-    return kernels_.rows[format == Format::f32 ? 0 : 1];
+  const RowKernels& rows(WeightFormat format) const {
+    return kernels_.rows[static_cast<int>(format) - 1];
   }
-  template <class Format>
-  const PanelKernels& panels(Format format) const {
-    return kernels_.panels[format == Format::f32 ? 0 : 1];
+  const PanelKernels& panels(WeightFormat format) const {
+    return kernels_.panels[static_cast<int>(format) - 1];
   }
+  const CacheKernels& caches(KvFormat format) const {
+    return kernels_.caches[static_cast<int>(format) - 1];
+  }
+  const PanelKernels& panels(KvFormat format) const {
+    return kernels_.panels[static_cast<int>(format) - 1];
+  }
+  /// x: [n] as decode kernels of the format want it; valid until the next call.
+  const void* prepare(CpuState&, WeightFormat, const float* x, std::int64_t n) const;
   float* scratch(const CpuState&, int thread) const;
   /// Start of head `head`'s keys or values, [capacity, head_dim].
   std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
@@ -115,7 +131,8 @@ class CpuBackend final : public Backend {
   /// out = rmsnorm(in) of every token. in, out: [panels, H, P]
   void norm(const Layout&, const float* in, std::span<const float> weight, float* out) const;
   /// out = w in, or += with `add`. in: [panels, w.cols, P], out: [panels, w.rows, P]
-  void multiply(const Layout&, const Matrix& w, const float* in, float* out, bool add) const;
+  void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out,
+                bool add) const;
   /// The same for several tokens, but out: [T, w.rows].
   void multiply_to_rows(const CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;
@@ -133,9 +150,11 @@ class CpuBackend final : public Backend {
                     float* scratch) const;
 
   // ffn.cpp
-  void ffn_masked(CpuState&, std::int64_t layer) const;
+  void ffn_sparse(CpuState&, std::int64_t layer) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
                    const float* in, float* x, std::int64_t x_stride) const;
+  void count_reads(CpuState&, std::int64_t layer, std::int64_t considered,
+                   const SelectedCounts&) const;
   void ffn_panels(CpuState&, std::int64_t layer) const;
   void gather(CpuState&, std::int64_t layer) const;
   void record(const CpuState&, std::int64_t layer) const;

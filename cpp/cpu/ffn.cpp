@@ -1,5 +1,6 @@
-// The feed-forward network: dense, gathering TDA's statistic, or masked.
+// The feed-forward network: dense, gathering TDA's statistic, or sparse.
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/cpu_backend.h"
 
@@ -7,7 +8,7 @@ namespace tda {
 namespace {
 
 /// Decode: neurons per task, and most tasks: each has a partial sum of its own to be added up.
-constexpr std::int64_t kTaskNeurons = 32;
+constexpr std::int64_t kTaskNeurons = 96;
 constexpr std::int64_t kMostTasks = 64;
 /// Columns per task when partial sums are added up.
 constexpr std::int64_t kTaskColumns = 256;
@@ -18,7 +19,7 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   norm(state.layout, state.x.data(), model_->layers[layer].ffn_norm, state.normed.data());
   const FfnMode mode = state.step.ffn;
-  if (mode == FfnMode::masked) return ffn_masked(state, layer);
+  if (mode == FfnMode::sparse) return ffn_sparse(state, layer);
   if (state.layout.width == 1)
     ffn_neurons(state, layer, all_neurons_, state.normed.data(), state.x.data(), 1);
   else
@@ -27,7 +28,7 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   if (state.step.recorder) record(state, layer);
 }
 
-void CpuBackend::ffn_masked(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::vector<std::int32_t>& active = state.layers[layer].mask;
   const std::int64_t n = model_->config.hidden_size;
@@ -39,8 +40,9 @@ void CpuBackend::ffn_masked(CpuState& state, std::int64_t layer) const {
   }
 }
 
-/// x += FFN(in) of one token in one pass over the given neurons. The split into tasks depends on
-/// their number alone, so a mask of all gives the same bits as no mask.
+/// x += FFN(in) of one token in one pass over the given neurons, or in a sparse step over those of
+/// them that the layer's thresholds select. The split into tasks depends on their number alone, so
+/// a mask of all and thresholds of 0 give the same bits as a dense step.
 void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
                              std::span<const std::int32_t> neurons, const float* in, float* x,
                              std::int64_t x_stride) const {
@@ -48,18 +50,35 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::int64_t n = model_->config.hidden_size;
   const std::int64_t count = static_cast<std::int64_t>(neurons.size());
   const std::int64_t tasks = std::min((count + kTaskNeurons - 1) / kTaskNeurons, kMostTasks);
-  const std::int64_t stride = (n + 15) / 16 * 16;  // tasks share no cache line
+  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
   float* partials = state.partials.reserve(kMostTasks * stride, "partial sums");
-  const bool counted = state.layout.tokens == 1 && state.step.ffn != FfnMode::gather;
+  const void* prepared = prepare(state, weights.gate.format, in, n);
+  const NeuronRows neuron_rows = {rows_of(weights.gate), rows_of(weights.up),
+                                  rows_of(weights.down)};
+  const Activation activation = model_->config.activation;
+  const TokenThresholds& thresholds = state.layers[layer].thresholds;
+  const Selection selection = {thresholds.exact, thresholds.coarse, thresholds.by_gate,
+                               weights.down_lengths.data()};
+  const bool select = state.step.ffn == FfnMode::sparse && thresholds.exact > 0;
+  std::atomic<std::int64_t> exact = 0, coarse = 0;
 
   pool_.run(tasks, [&](std::int64_t task, int) {
     const std::int64_t first = task * count / tasks, end = (task + 1) * count / tasks;
-    rows(weights.gate.format)
-        .neurons({weights.gate.data, weights.up.data, weights.down.data, n},
-                 model_->config.activation, neurons.data() + first, end - first, in,
-                 state.hidden.data() + first, partials + task * stride);
-    if (counted) state.ffn_bytes += (end - first) * model_->neuron_bytes();
+    const RowKernels& kernels = rows(weights.gate.format);
+    const std::int32_t* ids = neurons.data() + first;
+    float *h = state.hidden.data() + first, *y = partials + task * stride;
+    if (select) {
+      const SelectedCounts counts =
+          kernels.selected(neuron_rows, activation, selection, ids, end - first, prepared, h, y);
+      exact += counts.exact;
+      coarse += counts.coarse;
+    } else {
+      kernels.neurons(neuron_rows, activation, ids, end - first, prepared, h, y);
+      exact += end - first;
+    }
   });
+  if (state.layout.tokens == 1 && state.step.ffn != FfnMode::gather)
+    count_reads(state, layer, count, {exact, coarse});
   pool_.run((n + kTaskColumns - 1) / kTaskColumns, [&](std::int64_t block, int) {
     const std::int64_t first = block * kTaskColumns, end = std::min(n, first + kTaskColumns);
     float sums[kTaskColumns] = {};
@@ -67,6 +86,22 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
       for (std::int64_t i = first; i < end; ++i) sums[i - first] += partials[task * stride + i];
     for (std::int64_t i = first; i < end; ++i) x[i * x_stride] += sums[i - first];
   });
+}
+
+/// A token looked at `considered` neurons and selected some of them.
+void CpuBackend::count_reads(CpuState& state, std::int64_t layer, std::int64_t considered,
+                             const SelectedCounts& counts) const {
+  const LayerWeights& weights = model_->layers[layer];
+  const std::int64_t row = weights.gate.row_bytes(), low = weights.gate.low_row_bytes();
+  const CpuState::Layer& of_layer = state.layers[layer];
+  FfnReads& reads = state.layers[layer].reads;
+  reads.exact += counts.exact;
+  reads.coarse += counts.coarse;
+  // Every neuron pays for its estimate (two high rows, or the gate's both), the rest is for those
+  // selected: all three rows of the exact, the high down row of the coarse.
+  reads.bytes += of_layer.thresholds.by_gate
+                     ? considered * (row + low) + 2 * counts.exact * (row + low)
+                     : considered * 2 * row + counts.exact * (row + 3 * low) + counts.coarse * row;
 }
 
 /// Prefill: h = act(gate) * up, then x += Wᵀ_down h, dense.
@@ -77,21 +112,30 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   const std::int64_t n = model_->config.hidden_size, neurons = model_->config.intermediate_size;
   const std::int64_t x_stride = n * width, h_stride = neurons * width;
 
+  float* const gates = state.step.recorder && state.step.estimate == Estimate::gate
+                           ? state.gates.reserve(panels * h_stride, "gates")
+                           : nullptr;
+
   for_blocks(neurons, panels, [&](const Block& block, int thread) {
     const ConstPanels in = {state.normed.data() + block.panel * x_stride, x_stride};
     const Panels h = {state.hidden.data() + block.panel * h_stride + block.row * width, h_stride};
     const Panels up = {scratch(state, thread), kBlockRows * width};
-    kernels.multiply(weights.gate.row(block.row), block.rows, n, in, h, block.panels, false);
-    kernels.multiply(weights.up.row(block.row), block.rows, n, in, up, block.panels, false);
+    kernels.multiply(rows_of(weights.gate, block.row), block.rows, in, h, block.panels, false);
+    kernels.multiply(rows_of(weights.up, block.row), block.rows, in, up, block.panels, false);
     for (std::int64_t p = 0; p < block.panels; ++p) {
       float* gate = h.data + p * h.stride;
+      if (gates) {
+        const std::vector<float> ones(block.rows * width, 1.0f);
+        kernels_.gated(model_->config.activation, gate, ones.data(),
+                       gates + (gate - state.hidden.data()), block.rows * width);
+      }
       kernels_.gated(model_->config.activation, gate, up.data + p * up.stride, gate,
                      block.rows * width);
     }
   });
   for_blocks(n, panels, [&](const Block& block, int) {
     kernels.multiply_transposed(
-        weights.down.data, neurons, n, block.row, block.rows,
+        rows_of(weights.down), neurons, block.row, block.rows,
         {state.hidden.data() + block.panel * h_stride, h_stride},
         {state.x.data() + block.panel * x_stride + block.row * width, x_stride}, block.panels);
   });
@@ -101,8 +145,9 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
 /// ||down[j]||, relative to the token's own.
 void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
-  const float* lengths = model_->layers[layer].down_lengths.data();
   const std::int64_t neurons = model_->config.intermediate_size, width = layout.width;
+  const std::vector<float> ones(state.step.estimate == Estimate::hidden ? neurons : 0, 1.0f);
+  const float* lengths = ones.empty() ? model_->layers[layer].down_lengths.data() : ones.data();
   CpuState::Layer& statistic = state.layers[layer];
 
   // 1 / ||contributions||² per token; 0 for a token without any, and for the lanes behind the last.
@@ -138,10 +183,12 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
 void CpuBackend::record(const CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::int64_t neurons = model_->config.intermediate_size;
+  const bool gates = state.step.estimate == Estimate::gate;
+  const Buffer<float>& recorded = gates ? state.gates : state.hidden;
   std::vector<float> h(layout.width * neurons);
   for (std::int64_t first = 0; first < layout.tokens; first += layout.width) {
     const std::int64_t tokens = std::min(layout.width, layout.tokens - first);
-    const float* panel = state.hidden.data() + first * neurons;
+    const float* panel = recorded.data() + first * neurons;
     for (std::int64_t t = 0; t < tokens; ++t)
       for (std::int64_t j = 0; j < neurons; ++j) h[t * neurons + j] = panel[j * layout.width + t];
     (*state.step.recorder)(layer, first, tokens, h.data());

@@ -24,7 +24,8 @@ std::vector<const Kernels*> available_kernels() {
                     __builtin_cpu_supports("f16c");
   if (avx2) tables.push_back(&avx2::kernels());
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni"))
     tables.push_back(&avx512::kernels());
 #endif
   return tables;

@@ -54,8 +54,9 @@ namespace TDA_ISA {
 const Kernels& kernels() {
   static const Kernels table = {TDA_NAME(TDA_ISA),
                                 panel,
-                                {f32_rows, bf16_rows},
-                                {f32_panels, bf16_panels},
+                                {f32_rows, bf16_rows, int8_rows},
+                                {f32_panels, bf16_panels, int8_panels},
+                                {f32_cache, bf16_cache},
                                 rms_norm,
                                 rms_norm_panel,
                                 rotate,

@@ -7,6 +7,7 @@
 
 #include <tda/model_config.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace tda {
@@ -27,39 +28,72 @@ struct ConstPanels {
   std::int64_t stride;
 };
 
-/// A layer's feed-forward rows, each [F, n]: row j of the three is neuron j.
-struct NeuronRows {
-  const void *gate, *up, *down;
+/// Weight rows from some row on, n values each; pointers and gaps are those of Matrix.
+struct Rows {
+  const std::byte* data;
+  const std::byte* low;
   std::int64_t n;
+  std::int64_t gap = 0, low_gap = 0;
 };
 
-/// Kernels for rows of weights, keys or values in one storage format.
+/// A layer's feed-forward rows: row j of the three is neuron j.
+struct NeuronRows {
+  Rows gate, up, down;
+};
+
+/// Which neurons a token uses: those whose estimated contribution |h[j]| * lengths[j] reaches
+/// `exact` are computed exactly, those that reach only `coarse` from the high planes alone (formats
+/// with one plane know no difference, they need coarse == exact), the others are left out.
+struct Selection {
+  float exact = 0, coarse = 0;
+  bool by_gate = false;            // compare |act(gate)| alone: the estimate of CATS
+  const float* lengths = nullptr;  // [F] ||down[j]||
+};
+
+struct SelectedCounts {
+  std::int64_t exact = 0, coarse = 0;
+};
+
+/// Kernels for rows of weights in one format. Those that take x as `void` want it prepared.
 struct RowKernels {
-  /// out[i * stride] = row[i], i < n
-  void (*load)(const void* row, std::int64_t n, float* out, std::int64_t stride);
+  /// Bytes of a prepared x of length n, and its making; null where x itself, [n] f32, is what the
+  /// kernels want.
+  std::int64_t (*prepared_bytes)(std::int64_t n);
+  void (*prepare)(const float* x, std::int64_t n, void* prepared);
+
+  /// out[i * stride] = w[0][i], i < n
+  void (*load)(const Rows& w, float* out, std::int64_t stride);
+  /// y[r] = w[r]·x, or += with `add`, r < rows. x: [n]
+  void (*dot)(const Rows& w, std::int64_t rows, const void* x, float* y, bool add);
+  /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < count.
+  /// x: [n], y: [n], with room for whole groups of 64
+  void (*neurons)(const NeuronRows&, Activation, const std::int32_t* ids, std::int64_t count,
+                  const void* x, float* h, float* y);
+  /// The same for the selected of these neurons; h is 0 for the others. With thresholds of 0 it
+  /// gives the same bits as `neurons`.
+  SelectedCounts (*selected)(const NeuronRows&, Activation, const Selection&,
+                             const std::int32_t* ids, std::int64_t count, const void* x, float* h,
+                             float* y);
+};
+
+/// Kernels for keys and values in one format.
+struct CacheKernels {
   /// row[i] = in[i * stride], i < n
   void (*store)(const float* in, std::int64_t stride, std::int64_t n, void* row);
-
-  /// y[r] = w[r]·x, or += with `add`. w: [rows, n], x: [n]
-  void (*dot)(const void* w, std::int64_t rows, std::int64_t n, const float* x, float* y, bool add);
-  /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < count.
-  /// x, y: [n]
-  void (*neurons)(const NeuronRows&, Activation, const std::int32_t* ids, std::int64_t count,
-                  const float* x, float* h, float* y);
   /// One chunk of keys seen by `queries` heads, q: [queries, n]. partial: [queries, 2 + n], each
   /// the largest score m, sum_i e^(s_i - m) and sum_i e^(s_i - m) v[i], for s = scale k q.
   void (*attend)(const void* k, const void* v, std::int64_t keys, std::int64_t n, const float* q,
                  std::int64_t queries, float scale, float* partial);
 };
 
-/// The same kinds of rows times `count` panels.
+/// Rows times `count` panels. Keys and values are weights here, too.
 struct PanelKernels {
   /// c = w b, or += with `add`. w: [rows, n], b: [n, P], c: [rows, P]
-  void (*multiply)(const void* w, std::int64_t rows, std::int64_t n, ConstPanels b, Panels c,
-                   std::int64_t count, bool add);
-  /// c += wᵀ b for the columns first <= i < first + columns. w: [rows, n], b: [rows, P],
-  /// c: [columns, P]
-  void (*multiply_transposed)(const void* w, std::int64_t rows, std::int64_t n, std::int64_t first,
+  void (*multiply)(const Rows& w, std::int64_t rows, ConstPanels b, Panels c, std::int64_t count,
+                   bool add);
+  /// c += wᵀ b for the columns first <= i < first + columns, `first` a multiple of kBlockRows.
+  /// w: [rows, n], b: [rows, P], c: [columns, P]
+  void (*multiply_transposed)(const Rows& w, std::int64_t rows, std::int64_t first,
                               std::int64_t columns, ConstPanels b, Panels c, std::int64_t count);
 };
 
@@ -74,8 +108,9 @@ struct SoftmaxBlock {
 struct Kernels {
   const char* name;
   std::int64_t panel;      // P of prefill
-  RowKernels rows[2];      // f32, bf16
-  PanelKernels panels[2];  // f32, bf16
+  RowKernels rows[3];      // f32, bf16, int8
+  PanelKernels panels[3];  // f32, bf16, int8
+  CacheKernels caches[2];  // f32, bf16
 
   /// out = x / sqrt(mean(x²) + eps) * weight; x, out: [n], may be the same
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);

@@ -55,8 +55,15 @@ inline void add_row(const typename Format::T* w, float h, int64_t n, float* y,
 }
 
 template <class Format>
-void dot(const void* weights, int64_t rows, int64_t n, const float* x, float* y, bool add) {
-  const auto* w = static_cast<const typename Format::T*>(weights);
+const typename Format::T* elements(const std::byte* rows) {
+  return reinterpret_cast<const typename Format::T*>(rows);
+}
+
+template <class Format>
+void dot(const Rows& matrix, int64_t rows, const void* vector, float* y, bool add) {
+  const auto* w = elements<Format>(matrix.data);
+  const auto* x = static_cast<const float*>(vector);
+  const int64_t n = matrix.n;
   const int64_t ahead = lookahead<Format>(n);  // past the end lies what a next call will read
   for (int64_t r = 0; r < rows; ++r)
     y[r] = dot_row<Format>(w + r * n, n, x, w + (r + ahead) * n) + (add ? y[r] : 0.0f);
@@ -64,15 +71,15 @@ void dot(const void* weights, int64_t rows, int64_t n, const float* x, float* y,
 
 template <class Format>
 void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
-             const float* x, float* h, float* y) {
-  using T = typename Format::T;
-  const int64_t n = rows.n, ahead = lookahead<Format>(n);
+             const void* vector, float* h, float* y) {
+  const auto* x = static_cast<const float*>(vector);
+  const int64_t n = rows.gate.n, ahead = lookahead<Format>(n);
   // All rows in the order they are read: gates, ups, downs; past the end, the last one again.
   const auto row = [&](int64_t i) {
     i = min(i, 3 * count - 1);
-    const void* matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
+    const Rows& matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
     const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
-    return static_cast<const T*>(matrix) + ids[at] * n;
+    return elements<Format>(matrix.data) + ids[at] * n;
   };
   for (int64_t i = 0; i < count; ++i) h[i] = dot_row<Format>(row(i), n, x, row(i + ahead));
   for (int64_t i = 0; i < count; i += kLanes)
@@ -82,6 +89,42 @@ void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, 
   for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
   for (int64_t i = 2 * count; i < 3 * count; ++i)
     add_row<Format>(row(i), h[i - 2 * count], n, y, row(i + ahead));
+}
+
+/// Gates (and, unless they decide alone, ups) of all neurons, then what is left to read of those
+/// that pass. Sums in the order of `neurons`, so thresholds of 0 give its bits.
+template <class Format>
+SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
+                        const int32_t* ids, int64_t count, const void* vector, float* h, float* y) {
+  const auto* x = static_cast<const float*>(vector);
+  const int64_t n = rows.gate.n;
+  const auto row = [&](const Rows& matrix, int64_t i) {
+    return elements<Format>(matrix.data) + ids[min(i, count - 1)] * n;
+  };
+  const int64_t ahead = lookahead<Format>(n);
+  for (int64_t i = 0; i < count; ++i)
+    h[i] = dot_row<Format>(row(rows.gate, i), n, x, row(rows.gate, i + ahead));
+  for (int64_t i = 0; i < count; i += kLanes)
+    store_part(h + i, activate(activation, load_part<F32>(h + i, count - i)), count - i);
+  const auto up = [&](int64_t i) {
+    h[i] *= dot_row<Format>(row(rows.up, i), n, x, row(rows.up, i + ahead));
+  };
+  if (!selection.by_gate)
+    for (int64_t i = 0; i < count; ++i) up(i);
+  for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
+  SelectedCounts counts;
+  for (int64_t i = 0; i < count; ++i) {
+    const float estimate = selection.by_gate ? __builtin_fabsf(h[i])
+                                             : __builtin_fabsf(h[i]) * selection.lengths[ids[i]];
+    if (estimate < selection.exact) {  // a NaN is kept, and seen
+      h[i] = 0.0f;
+      continue;
+    }
+    ++counts.exact;
+    if (selection.by_gate) up(i);
+    add_row<Format>(row(rows.down, i), h[i], n, y, row(rows.down, i + ahead));
+  }
+  return counts;
 }
 
 // Attention takes up to three queries at a time: keys and values are converted once for all.
@@ -178,9 +221,9 @@ void attend(const void* k, const void* v, int64_t keys, int64_t n, const float* 
 }
 
 template <class Format>
-void load_row(const void* row, int64_t n, float* out, int64_t stride) {
-  const auto* in = static_cast<const typename Format::T*>(row);
-  for (int64_t i = 0; i < n; ++i) out[i * stride] = Format::load_one(in[i]);
+void load_row(const Rows& w, float* out, int64_t stride) {
+  const auto* in = elements<Format>(w.data);
+  for (int64_t i = 0; i < w.n; ++i) out[i * stride] = Format::load_one(in[i]);
 }
 
 template <class Format>
@@ -192,9 +235,12 @@ void store_row(const float* in, int64_t stride, int64_t n, void* row) {
 }  // namespace
 
 namespace TDA_ISA {
-const RowKernels f32_rows = {load_row<F32>, store_row<F32>, dot<F32>, neurons<F32>, attend<F32>};
-const RowKernels bf16_rows = {load_row<Bf16>, store_row<Bf16>, dot<Bf16>, neurons<Bf16>,
-                              attend<Bf16>};
+const RowKernels f32_rows = {nullptr,  nullptr,      load_row<F32>,
+                             dot<F32>, neurons<F32>, selected<F32>};
+const RowKernels bf16_rows = {nullptr,   nullptr,       load_row<Bf16>,
+                              dot<Bf16>, neurons<Bf16>, selected<Bf16>};
+const CacheKernels f32_cache = {store_row<F32>, attend<F32>};
+const CacheKernels bf16_cache = {store_row<Bf16>, attend<Bf16>};
 }  // namespace TDA_ISA
 
 }  // namespace tda

@@ -7,10 +7,14 @@ namespace tda::TDA_ISA {
 
 // kernels_decode.cpp
 extern const RowKernels f32_rows, bf16_rows;
+extern const CacheKernels f32_cache, bf16_cache;
+
+// kernels_int8.cpp
+extern const RowKernels int8_rows;
 
 // kernels_prefill.cpp
 extern const std::int64_t panel;
-extern const PanelKernels f32_panels, bf16_panels;
+extern const PanelKernels f32_panels, bf16_panels, int8_panels;
 void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
 void rms_norm_panel(const float* x, const float* weight, float eps, std::int64_t n, float* out);
 

@@ -1,4 +1,5 @@
 // Kernels of prefill: weights, keys or values times panels of tokens.
+#include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/simd.h"
 
@@ -38,28 +39,34 @@ inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, 
   }
 }
 
-/// out[i] = row[i] as floats, i < n
+/// out[i] = w[r][first + i], i < n; Int8 may write up to the next multiple of 16, and `first` is
+/// one.
 template <class Format>
-inline void convert(const typename Format::T* row, int64_t n, float* out) {
+inline void convert(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
+  const auto* row = reinterpret_cast<const typename Format::T*>(w.data) + r * w.n + first;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, Format::load(row + i));
   for (; i < n; ++i) out[i] = Format::load_one(row[i]);
 }
 
+template <>
+inline void convert<Int8>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
+  const Int8Row row(w, r);
+  for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
+}
+
 inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
 template <class Format>
-void multiply(const void* weights, int64_t rows, int64_t n, ConstPanels b, Panels c, int64_t count,
-              bool add) {
+void multiply(const Rows& w, int64_t rows, ConstPanels b, Panels c, int64_t count, bool add) {
+  const int64_t n = w.n;
   constexpr int64_t kStride = kDepth + 16;  // rows a power of two apart would share cache sets
   alignas(64) float a[kBlockRows * kStride];
-  const auto* w = static_cast<const typename Format::T*>(weights);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
     for (int64_t k0 = 0; k0 < n; k0 += kDepth) {
       const int64_t depth = min(kDepth, n - k0);
-      for (int64_t r = 0; r < block; ++r)
-        convert<Format>(w + (r0 + r) * n + k0, depth, a + r * kStride);
+      for (int64_t r = 0; r < block; ++r) convert<Format>(w, r0 + r, k0, depth, a + r * kStride);
       for (int64_t r = block; r < whole_tiles(block); ++r)
         for (int64_t k = 0; k < depth; ++k) a[r * kStride + k] = 0.0f;
       for (int64_t p = 0; p < count; ++p)
@@ -71,16 +78,15 @@ void multiply(const void* weights, int64_t rows, int64_t n, ConstPanels b, Panel
 }
 
 template <class Format>
-void multiply_transposed(const void* weights, int64_t rows, int64_t n, int64_t first,
-                         int64_t columns, ConstPanels b, Panels c, int64_t count) {
+void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t columns, ConstPanels b,
+                         Panels c, int64_t count) {
   alignas(64) float a[kDepth * kBlockRows];
-  const auto* w = static_cast<const typename Format::T*>(weights) + first;
   for (int64_t c0 = 0; c0 < columns; c0 += kBlockRows) {
     const int64_t block = min(kBlockRows, columns - c0);
     for (int64_t k0 = 0; k0 < rows; k0 += kDepth) {
       const int64_t depth = min(kDepth, rows - k0);
       for (int64_t k = 0; k < depth; ++k) {
-        convert<Format>(w + (k0 + k) * n + c0, block, a + k * kBlockRows);
+        convert<Format>(w, k0 + k, first + c0, block, a + k * kBlockRows);
         for (int64_t r = block; r < whole_tiles(block); ++r) a[k * kBlockRows + r] = 0.0f;
       }
       for (int64_t p = 0; p < count; ++p)
@@ -103,6 +109,7 @@ namespace TDA_ISA {
 const std::int64_t panel = kPanel;
 const PanelKernels f32_panels = {multiply<F32>, multiply_transposed<F32>};
 const PanelKernels bf16_panels = {multiply<Bf16>, multiply_transposed<Bf16>};
+const PanelKernels int8_panels = {multiply<Int8>, multiply_transposed<Int8>};
 
 void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {
   for (int half = 0; half < 2; ++half) {

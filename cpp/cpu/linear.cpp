@@ -33,20 +33,22 @@ void CpuBackend::norm(const Layout& layout, const float* in, std::span<const flo
   });
 }
 
-void CpuBackend::multiply(const Layout& layout, const Matrix& w, const float* in, float* out,
-                          bool add) const {
+void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
+                          float* out, bool add) const {
   if (layout.width == 1) {
-    const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / w.row_bytes() / 4) * 4;
+    const std::int64_t row_bytes = w.row_bytes() + w.low_row_bytes();
+    const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / row_bytes / 4) * 4;
+    const void* x = prepare(state, w.format, in, w.cols);
     pool_.run((w.rows + task_rows - 1) / task_rows, [&](std::int64_t task, int) {
       const std::int64_t row = task * task_rows;
-      rows(w.format).dot(w.row(row), std::min(task_rows, w.rows - row), w.cols, in, out + row, add);
+      rows(w.format).dot(rows_of(w, row), std::min(task_rows, w.rows - row), x, out + row, add);
     });
     return;
   }
   const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
   for_blocks(w.rows, layout.panels, [&](const Block& block, int) {
     panels(w.format).multiply(
-        w.row(block.row), block.rows, w.cols, {in + block.panel * in_stride, in_stride},
+        rows_of(w, block.row), block.rows, {in + block.panel * in_stride, in_stride},
         {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels, add);
   });
 }
@@ -61,7 +63,7 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
   norm(state.layout, state.x.data(), weights.attention_norm, state.normed.data());
-  multiply(state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false);
+  multiply(state, state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false);
   if (!weights.qkv_bias.empty()) add_bias(state.layout, weights.qkv_bias, state.qkv.data());
   append(state, layer);
 }
@@ -69,7 +71,7 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
 void CpuBackend::attention_out(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
-  multiply(state.layout, weights.output, state.attended.data(), state.x.data(), true);
+  multiply(state, state.layout, weights.output, state.attended.data(), state.x.data(), true);
   if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.x.data());
 }
 
@@ -88,7 +90,7 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   const std::int64_t size = count * head.rows;
   float* out = state.logits.reserve(size, "the logits");
   if (count == 1)
-    multiply(wanted, head, in, out, false);
+    multiply(state, wanted, head, in, out, false);
   else
     multiply_to_rows(state, wanted, head, in, out);
   return {out, static_cast<std::size_t>(size)};
@@ -100,7 +102,7 @@ void CpuBackend::multiply_to_rows(const CpuState& state, const Layout& layout, c
   const Layout of_block = layout_of(kTaskTokens);
   for_blocks(w.rows, layout.panels, [&](const Block& block, int thread) {
     float* c = scratch(state, thread);
-    panels(w.format).multiply(w.row(block.row), block.rows, w.cols,
+    panels(w.format).multiply(rows_of(w, block.row), block.rows,
                               {in + block.panel * in_stride, in_stride},
                               {c, kBlockRows * layout.width}, block.panels, false);
     const std::int64_t first = block.panel * layout.width;

@@ -55,6 +55,43 @@ inline float sum(Floats v) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
+/// One stage of `sums`: lanes whose number has the bit `distance` take from b, the others from a,
+/// and add the lane that differs in that bit.
+template <int distance>
+inline Floats fold(Floats a, Floats b) {
+  Words own, other;
+  for (int i = 0; i < kLanes; ++i) {
+    const int from = i & distance ? kLanes : 0;
+    own[i] = from + i;
+    other[i] = from + (i ^ distance);
+  }
+#if defined(__clang__)
+  Floats x, y;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = own[i] < kLanes ? a[own[i]] : b[own[i] - kLanes];
+    y[i] = other[i] < kLanes ? a[other[i]] : b[other[i] - kLanes];
+  }
+  return x + y;
+#else
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+
+/// Lane i is the sum of v[i]'s lanes, for kLanes vectors at once; in an order that does not depend
+/// on i.
+inline Floats sums(const Floats* v) {
+  Floats s[kLanes / 2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / 2; ++i) s[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / 4; ++i) s[i] = fold<2>(s[2 * i], s[2 * i + 1]);
+  if constexpr (kLanes >= 8)
+#pragma GCC unroll 2
+    for (int i = 0; i < kLanes / 8; ++i) s[i] = fold<4>(s[2 * i], s[2 * i + 1]);
+  if constexpr (kLanes >= 16) s[0] = fold<8>(s[0], s[1]);
+  return s[0];
+}
+
 /// GCC makes four instructions of __builtin_convertvector where these are one.
 inline Words widen(Halves v) {
 #if defined(__AVX512F__)

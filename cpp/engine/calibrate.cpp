@@ -1,5 +1,7 @@
 #include <cmath>
+#include <limits>
 
+#include "engine/budget.h"
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
 
@@ -11,8 +13,17 @@ void CalibrateOptions::validate() const {
       throw OptionError(std::string(name) + " " + std::to_string(found) + ": expected 1 or more");
     }
   };
+  if (scope != "sequence" && scope != "token") {
+    throw OptionError("scope \"" + scope + "\": expected \"sequence\" or \"token\"");
+  }
   if (!(error >= 0 && error < 1)) {
     throw OptionError("error " + std::to_string(error) + ": expected 0 or more, less than 1");
+  }
+  if (bytes && scope != "token") {
+    throw OptionError("bytes: expected with scope \"token\" only");
+  }
+  if (bytes && !(*bytes > 0 && *bytes <= 1)) {
+    throw OptionError("bytes " + std::to_string(*bytes) + ": expected more than 0, at most 1");
   }
   at_least_one("max_tokens", max_tokens);
   at_least_one("sample_tokens", sample_tokens);
@@ -43,6 +54,44 @@ std::vector<std::vector<Token>> write_texts(const Engine& engine, const Calibrat
   return texts;
 }
 
+void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
+                      std::span<const std::vector<Token>> texts, const CalibrateOptions& options,
+                      const std::vector<std::vector<FfnSample>>& samples, Thresholds& result,
+                      const std::function<void(std::int64_t, std::int64_t)>& progress) {
+  const Model& model = runtime->model();
+  const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
+  std::vector<std::vector<float>> h(layers), contributions(layers);  // of all texts' sampled tokens
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    for (const FfnSample& sample : samples[layer])
+      h[layer].insert(h[layer].end(), sample.h.begin(), sample.h.end());
+    contributions[layer] = h[layer];
+    for (std::size_t i = 0; i < h[layer].size(); ++i)
+      contributions[layer][i] =
+          std::abs(h[layer][i]) * model.layers[layer].down_lengths[i % neurons];
+  }
+  result.values.resize(layers);
+  result.reached.resize(layers);
+  if (!options.bytes) {
+    parallel_for(runtime->backend->threads(), layers, [&](std::int64_t layer) {
+      const ThresholdSearch found = search_token_threshold(h[layer], contributions[layer],
+                                                           model.layers[layer].down, options.error);
+      result.values[layer] = found.threshold;
+      result.reached[layer] = static_cast<float>(found.error);
+    });
+    return;
+  }
+  const Spent spent = spend(model, measure_harm(runtime, texts, contributions, progress),
+                            contributions, *options.bytes);
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    // What no contribution reaches is as good as infinity, and can be written as JSON.
+    const auto finite = [](float v) { return std::min(v, std::numeric_limits<float>::max()); };
+    result.values[layer] = finite(spent.thresholds[layer].exact);
+    if (model.layers[layer].gate.low)
+      result.coarse.push_back(finite(spent.thresholds[layer].coarse));
+    result.reached[layer] = static_cast<float>(spent.bytes[layer]);
+  }
+}
+
 }  // namespace
 
 Thresholds Engine::calibrate(
@@ -59,7 +108,10 @@ Thresholds Engine::calibrate(
   Thresholds result;
   result.model = model.name;
   result.fingerprint = model.fingerprint;
-  result.error = options.error;
+  result.weights = name_of(model.format);
+  result.scope = options.scope;
+  result.error = options.bytes ? 0 : options.error;
+  result.bytes = options.bytes.value_or(0);
   result.source = own.empty() ? "texts" : "self-generated";
   result.texts = static_cast<std::int64_t>(texts.size());
 
@@ -73,6 +125,10 @@ Thresholds Engine::calibrate(
     }
     result.tokens += length;
     if (progress) progress(static_cast<std::int64_t>(samples[0].size()), result.texts);
+  }
+  if (options.scope == "token") {
+    token_thresholds(runtime_, texts, options, samples, result, progress);
+    return result;
   }
   result.values.resize(layers);
   result.reached.resize(layers);

@@ -9,6 +9,10 @@ namespace {
 /// about as much as the down projection of so many tokens.
 constexpr std::int64_t kPromptSamples = 64;
 
+bool needs_samples(const TdaOptions& tda) {
+  return tda.error || (tda.active && tda.scope == "token");
+}
+
 class Stopwatch {
  public:
   /// Seconds since construction or the last call.
@@ -27,9 +31,12 @@ class Stopwatch {
 
 Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
          const std::optional<TdaOptions>& tda)
-    : session_(std::move(runtime), capacity, tda && tda->error ? kPromptSamples : 0),
+    : session_(std::move(runtime), capacity, tda && needs_samples(*tda) ? kPromptSamples : 0),
       prompt_(prompt.begin(), prompt.end()),
-      tda_(tda) {}
+      tda_(tda) {
+  if (tda && tda->estimate == "hidden") session_.estimate = Estimate::hidden;
+  if (tda && tda->estimate == "gate") session_.estimate = Estimate::gate;
+}
 
 std::span<const float> Run::prefill() {
   Stopwatch watch;

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
@@ -16,13 +18,19 @@ void check_tokens(const ModelConfig& config, Tokens tokens) {
   }
 }
 
+static OptionError no_samples(const std::string& what) {
+  return OptionError("tda " + what +
+                     ": the session remembers no tokens to search thresholds on, "
+                     "make it with sample_tokens > 0 and prefill a prompt");
+}
+
 Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity,
                     std::int64_t sample_tokens)
     : runtime(std::move(shared)),
       backend(*runtime->backend),
       capacity(capacity),
       sample_tokens(sample_tokens),
-      active_sums_(runtime->config().num_layers, 0) {
+      reads_(runtime->config().num_layers) {
   if (capacity < 1) {
     throw OptionError("capacity " + std::to_string(capacity) + ": expected at least 1 token");
   }
@@ -85,6 +93,7 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   step.tokens = tokens;
   step.ffn = mode;
   step.recorder = wanted ? &recorder : nullptr;
+  step.estimate = estimate;
   return run(step, rows);
 }
 
@@ -107,7 +116,9 @@ std::span<const float> Session::Impl::decode(Token token) {
   }
   Step step;
   step.tokens = {&token, 1};
-  step.ffn = masked ? FfnMode::masked : FfnMode::dense;
+  step.ffn = decode_mode;
+  std::vector<FfnReads> before(config.num_layers);
+  for (std::int64_t l = 0; l < config.num_layers; ++l) before[l] = backend.ffn_reads(*state, l);
   const std::span<const float> logits = run(step, 1);
 
   ++decoded_;
@@ -116,8 +127,10 @@ std::span<const float> Session::Impl::decode(Token token) {
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::int64_t window = config.sliding_window[layer];
     kv_bytes_ += kv_token * (window ? std::min(window, position) : position);
-    active_sums_[layer] += masked ? static_cast<std::int64_t>(backend.mask(*state, layer).size())
-                                  : config.intermediate_size;
+    const FfnReads after = backend.ffn_reads(*state, layer);
+    reads_[layer].exact += after.exact - before[layer].exact;
+    reads_[layer].coarse += after.coarse - before[layer].coarse;
+    reads_[layer].bytes += after.bytes - before[layer].bytes;
   }
   return logits;
 }
@@ -132,34 +145,48 @@ std::vector<float> Session::Impl::statistic(std::int64_t layer) const {
 
 void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons) {
   backend.set_mask(*state, layer, {neurons.begin(), neurons.end()});
-  masked = true;
+  decode_mode = FfnMode::sparse;
 }
 
 void Session::Impl::apply(const TdaOptions& options) {
   options.validate();
+  if (options.scope == "token")
+    apply_token(options);
+  else
+    apply_sequence(options);
+  decode_mode = FfnMode::sparse;
+}
+
+void Session::Impl::check_thresholds(const Thresholds& file, const std::string& scope) const {
+  const Model& model = runtime->model();
+  const std::string who = "thresholds of model \"" + file.model + "\"";
+  if (file.fingerprint != model.fingerprint) {
+    throw CheckpointError(who + " (fingerprint " + file.fingerprint + ") do not fit model \"" +
+                          model.name + "\" (fingerprint " + model.fingerprint + ")");
+  }
+  if (file.weights != name_of(model.format)) {
+    throw CheckpointError(who + " are for " + file.weights + " weights, found " +
+                          std::string(name_of(model.format)));
+  }
+  if (file.scope != scope) {
+    throw OptionError(who + " are for scope \"" + file.scope + "\", found scope \"" + scope + "\"");
+  }
+  if (std::ssize(file.values) != model.config.num_layers) {
+    throw CheckpointError(who + ": found " + std::to_string(file.values.size()) +
+                          " values, expected one for each of " +
+                          std::to_string(model.config.num_layers) + " layers");
+  }
+}
+
+void Session::Impl::apply_sequence(const TdaOptions& options) {
   const Model& model = runtime->model();
   const std::int64_t layers = model.config.num_layers;
   thresholds_.clear();
   if (options.thresholds) {
-    const Thresholds& file = *options.thresholds;
-    if (file.fingerprint != model.fingerprint) {
-      throw CheckpointError("thresholds of model \"" + file.model + "\" (fingerprint " +
-                            file.fingerprint + ") do not fit model \"" + model.name +
-                            "\" (fingerprint " + model.fingerprint + ")");
-    }
-    if (static_cast<std::int64_t>(file.values.size()) != layers) {
-      throw CheckpointError("thresholds of model \"" + file.model + "\": found " +
-                            std::to_string(file.values.size()) +
-                            " values, expected one for each of " + std::to_string(layers) +
-                            " layers");
-    }
-    thresholds_ = file.values;
+    check_thresholds(*options.thresholds, "sequence");
+    thresholds_ = options.thresholds->values;
   } else if (options.error) {
-    if (samples.empty()) {
-      throw OptionError(
-          "tda error: the session remembers no tokens to search thresholds on, "
-          "make it with sample_tokens > 0 and prefill a prompt");
-    }
+    if (samples.empty()) throw no_samples("error");
     thresholds_.resize(layers);
     for (std::int64_t layer = 0; layer < layers; ++layer) samples[layer].scores = statistic(layer);
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
@@ -170,9 +197,55 @@ void Session::Impl::apply(const TdaOptions& options) {
   } else {
     active_ = *options.active;
   }
+  for (std::int64_t layer = 0; layer < layers; ++layer) backend.set_thresholds(*state, layer, {});
   refresh_every_ = options.refresh;
   recent_.clear();
   mask_from_statistic();
+}
+
+/// Thresholds on single contributions; the prompt's own tokens say where shares or errors lie.
+void Session::Impl::apply_token(const TdaOptions& options) {
+  const Model& model = runtime->model();
+  const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
+  if (options.coarse > 0 && model.format != WeightFormat::int8) {
+    throw OptionError("tda coarse " + std::to_string(options.coarse) +
+                      ": expected int8 weights, found " + std::string(name_of(model.format)));
+  }
+  std::vector<TokenThresholds> chosen(layers);
+  if (options.thresholds) {
+    check_thresholds(*options.thresholds, "token");
+    const Thresholds& file = *options.thresholds;
+    for (std::int64_t layer = 0; layer < layers; ++layer)
+      chosen[layer] = {file.values[layer],
+                       file.coarse.empty() ? file.values[layer] : file.coarse[layer]};
+  } else {
+    if (samples.empty()) throw no_samples(options.error ? "error" : "active, scope \"token\"");
+    const bool by_gate = options.estimate == "gate";
+    parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
+      const LayerWeights& weights = model.layers[layer];
+      std::vector<float> estimates = samples[layer].h;
+      for (std::size_t i = 0; i < estimates.size(); ++i)
+        estimates[i] =
+            std::abs(estimates[i]) * (by_gate ? 1.0f : weights.down_lengths[i % neurons]);
+      if (options.error) {
+        const float threshold =
+            search_token_threshold(samples[layer].h, estimates, weights.down, *options.error)
+                .threshold;
+        chosen[layer] = {threshold, threshold};
+      } else {
+        const auto [exact, coarse] =
+            thresholds_of_shares(estimates, *options.active, options.coarse);
+        chosen[layer] = {exact, coarse, by_gate};
+      }
+    });
+  }
+  std::vector<std::int32_t> all(neurons);
+  std::iota(all.begin(), all.end(), 0);
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    backend.set_mask(*state, layer, all);
+    backend.set_thresholds(*state, layer, chosen[layer]);
+  }
+  refresh_every_ = 0;
 }
 
 void Session::Impl::mask_from_statistic() {
@@ -182,7 +255,6 @@ void Session::Impl::mask_from_statistic() {
                      thresholds_.empty() ? mask_top_share(scores, active_)
                                          : mask_at_least(scores, thresholds_[layer]));
   }
-  masked = true;
 }
 
 /// The last refresh_every_ tokens again, dense: their keys and values become exact, their
@@ -195,6 +267,7 @@ void Session::Impl::refresh() {
   Step step;
   step.tokens = recent_;
   step.ffn = FfnMode::gather;
+  step.estimate = estimate;
   run(step, 0);
   const std::int64_t steps = (std::ssize(recent_) + backend.max_step() - 1) / backend.max_step();
   refresh_bytes_ += steps * runtime->model().neuron_bytes() * runtime->config().intermediate_size *
@@ -203,20 +276,28 @@ void Session::Impl::refresh() {
   mask_from_statistic();
 }
 
+std::int64_t Session::Impl::ffn_bytes() const {
+  std::int64_t bytes = refresh_bytes_;
+  for (const FfnReads& reads : reads_) bytes += reads.bytes;
+  return bytes;
+}
+
 void Session::Impl::add_to(GenerationStats& stats) const {
   const ModelConfig& config = runtime->config();
   const std::int64_t layers = config.num_layers;
   const std::int64_t neurons = config.intermediate_size;
   stats.ffn_active_by_layer.assign(layers, 1.0);
   if (decoded_ == 0) return;
-  double sum = 0;
+  double exact = 0, coarse = 0;
   for (std::int64_t layer = 0; layer < layers; ++layer) {
-    const double share =
-        static_cast<double>(active_sums_[layer]) / static_cast<double>(decoded_ * neurons);
-    stats.ffn_active_by_layer[layer] = share;
-    sum += share;
+    const auto all = static_cast<double>(decoded_ * neurons);
+    exact += static_cast<double>(reads_[layer].exact) / all;
+    coarse += static_cast<double>(reads_[layer].coarse) / all;
+    stats.ffn_active_by_layer[layer] =
+        static_cast<double>(reads_[layer].exact + reads_[layer].coarse) / all;
   }
-  stats.ffn_active = sum / static_cast<double>(layers);
+  stats.ffn_active = (exact + coarse) / static_cast<double>(layers);
+  stats.ffn_coarse = coarse / static_cast<double>(layers);
   stats.ffn_bytes = ffn_bytes();
   const Model& model = runtime->model();
   const double dense = static_cast<double>(decoded_) * static_cast<double>(layers * neurons) *

@@ -26,7 +26,7 @@ struct Session::Impl {
   std::vector<float> statistic(std::int64_t layer) const;
   void apply(const TdaOptions& options);
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
-  std::int64_t ffn_bytes() const { return backend.ffn_bytes(*state) + refresh_bytes_; }
+  std::int64_t ffn_bytes() const;
   /// Fills the fields about decoding that are known here; seconds and token counts are the
   /// caller's.
   void add_to(GenerationStats& stats) const;
@@ -37,23 +37,28 @@ struct Session::Impl {
   std::int64_t capacity;
   std::int64_t sample_tokens;
   std::int64_t position = 0;
-  bool masked = false;
-  std::vector<FfnSample> samples;  // [L] of the last prefill, h only; empty if sample_tokens is 0
+  FfnMode decode_mode = FfnMode::dense;
+  Estimate estimate = Estimate::contribution;  // of prefills to come
+  /// [L] of the last prefill: h (or act(gate), see Estimate), no scores; empty if sample_tokens is
+  /// 0
+  std::vector<FfnSample> samples;
 
  private:
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
+  void apply_sequence(const TdaOptions& options);
+  void apply_token(const TdaOptions& options);
+  void check_thresholds(const Thresholds& file, const std::string& scope) const;
   void mask_from_statistic();
   void refresh();
 
-  std::vector<std::vector<std::int32_t>> masks_;  // [L] once masked
-  std::vector<float> thresholds_;                 // [L]; empty if the masks go by active_
+  std::vector<float> thresholds_;  // [L]; empty if the masks go by active_
   double active_ = 1;
   std::int64_t refresh_every_ = 0;
   std::vector<Token> recent_;  // decoded since the masks were made
   std::int64_t refresh_bytes_ = 0;
   std::int64_t decoded_ = 0;
-  std::int64_t kv_bytes_ = 0;              // read while decoding
-  std::vector<std::int64_t> active_sums_;  // [L] active neurons, summed over decoded tokens
+  std::int64_t kv_bytes_ = 0;    // read while decoding
+  std::vector<FfnReads> reads_;  // [L] by decoded tokens
 };
 
 }  // namespace tda

@@ -23,8 +23,7 @@ std::int64_t round_up(std::int64_t value, std::int64_t unit) {
 /// A tensor's way into the arena. Target rows are the source's, or its columns if transposed.
 struct Copy {
   const TensorView* source;
-  Matrix target;
-  std::byte* data;  // the target's, to be written
+  Matrix target;  // writable: the arena is ours
   bool transposed;
   float* lengths;  // [rows] L2 norms of the target's rows; null if not transposed
 };
@@ -46,30 +45,61 @@ class Layout {
     return memory_ ? memory_ + offset : nullptr;
   }
 
+  void allocate(Matrix& matrix) {
+    matrix.data = allocate(matrix.rows * matrix.row_bytes());
+    if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows * matrix.low_row_bytes());
+  }
+
+  /// The FFN matrices, [F, H] each; int8 rows side by side (see LayerWeights).
+  void allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden) {
+    for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
+    if (format_ != WeightFormat::int8) {
+      for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
+      return;
+    }
+    const std::int64_t high = high_row_bytes(hidden), low = low_row_bytes(hidden);
+    const std::byte* const always = allocate(neurons * 2 * high);
+    const std::byte* const sometimes = allocate(neurons * (high + 3 * low));
+    const auto place = [&](Matrix& m, const std::byte* data, std::int64_t offset,
+                           std::int64_t record, std::int64_t low_offset) {
+      if (!memory_) return;
+      m.data = data + offset;
+      m.gap = record - high;
+      m.low = sometimes + low_offset;
+      m.low_gap = high + 2 * low;
+    };
+    place(w.gate, always, 0, 2 * high, 0);
+    place(w.up, always, high, 2 * high, low);
+    place(w.down, sometimes, 2 * low, high + 3 * low, 2 * low + high);
+  }
+
+  void fill(const Matrix& target, const std::string& name) {
+    const TensorView& source = checkpoint_.tensor(name, {target.rows, target.cols});
+    if (memory_) copies_.push_back({&source, target, false, nullptr});
+  }
+  void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths) {
+    const TensorView& source = checkpoint_.tensor(name, {target.cols, target.rows});
+    if (memory_) copies_.push_back({&source, target, true, row_lengths});
+  }
+
   /// Tensors [n, cols] one below the other.
   Matrix matrix(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
                 std::int64_t cols) {
-    Matrix result{format_, 0, cols, nullptr};
+    Matrix result{format_, 0, cols};
     for (std::int64_t n : rows) result.rows += n;
-    std::byte* data = allocate(result.bytes());
-    result.data = data;
-    for (std::size_t i = 0; i < names.size(); ++i) {
-      const Matrix part{format_, rows[i], cols, data};
-      add({&checkpoint_.tensor(names[i], {rows[i], cols}), part, data, false, nullptr});
-      if (memory_) data += part.bytes();
+    allocate(result);
+    std::int64_t row = 0;
+    for (std::size_t i = 0; i < names.size(); row += rows[i++]) {
+      Matrix part = result;
+      part.rows = rows[i];
+      part.data = result.row(row);
+      part.low = result.low_row(row);
+      fill(part, names[i]);
     }
     return result;
   }
   Matrix matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
     return matrix(std::vector{name}, {rows}, cols);
-  }
-
-  Matrix transposed(const std::string& name, std::int64_t rows, std::int64_t cols,
-                    float* row_lengths) {
-    std::byte* data = allocate(Matrix{format_, rows, cols, nullptr}.bytes());
-    const Matrix result{format_, rows, cols, data};
-    add({&checkpoint_.tensor(name, {cols, rows}), result, data, true, row_lengths});
-    return result;
   }
 
   /// Tensors [n] one after the other, as f32.
@@ -80,13 +110,11 @@ class Layout {
     float* const data = floats(total);
     float* next = data;
     for (std::size_t i = 0; i < names.size(); ++i) {
-      auto* bytes = reinterpret_cast<std::byte*>(next);
-      add({&checkpoint_.tensor(names[i], {sizes[i]}),
-           {WeightFormat::f32, 1, sizes[i], bytes},
-           bytes,
-           false,
-           nullptr});
-      if (memory_) next += sizes[i];
+      const TensorView& source = checkpoint_.tensor(names[i], {sizes[i]});
+      if (!memory_) continue;
+      const auto* bytes = reinterpret_cast<const std::byte*>(next);
+      copies_.push_back({&source, {WeightFormat::f32, 1, sizes[i], bytes}, false, nullptr});
+      next += sizes[i];
     }
     return {data, data ? static_cast<std::size_t>(total) : 0};
   }
@@ -95,10 +123,6 @@ class Layout {
   }
 
   float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count * 4)); }
-
-  void add(const Copy& copy) {
-    if (memory_) copies_.push_back(copy);
-  }
 
   LayerWeights layer(const std::string& prefix);
 
@@ -130,10 +154,11 @@ LayerWeights Layout::layer(const std::string& prefix) {
   w.output = matrix(attention + "o_proj.weight", hidden, config.q_size());
   if (config.output_bias) w.output_bias = vector(attention + "o_proj.bias", hidden);
   w.ffn_norm = vector(prefix + "post_attention_layernorm.weight", hidden);
-  w.gate = matrix(ffn + "gate_proj.weight", neurons, hidden);
-  w.up = matrix(ffn + "up_proj.weight", neurons, hidden);
   float* const lengths = floats(neurons);
-  w.down = transposed(ffn + "down_proj.weight", neurons, hidden, lengths);
+  allocate_neurons(w, neurons, hidden);
+  fill(w.gate, ffn + "gate_proj.weight");
+  fill(w.up, ffn + "up_proj.weight");
+  fill_transposed(w.down, ffn + "down_proj.weight", lengths);
   w.down_lengths = {lengths, lengths ? static_cast<std::size_t>(neurons) : 0};
   return w;
 }
@@ -178,63 +203,63 @@ void read_elements(const TensorView& source, std::int64_t first, std::int64_t co
     for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
 }
 
-/// Stores `count` values from element `first` on, rounded to the format, and leaves them in
-/// `values` as stored. False if one is not finite (any more).
-bool write_elements(WeightFormat format, float* values, std::int64_t count, std::byte* target) {
-  if (format == WeightFormat::f32) {
-    std::memcpy(target, values, static_cast<std::size_t>(4 * count));
-  } else {
-    auto* out = reinterpret_cast<std::uint16_t*>(target);
-    for (std::int64_t i = 0; i < count; ++i) {
-      out[i] = f32_to_bf16(values[i]);
-      values[i] = bf16_to_f32(out[i]);
-    }
-  }
+/// Stores a row, rounded to the format. False if one of the values is not finite (any more).
+bool write_row(const Matrix& target, std::int64_t row, const float* values) {
+  auto* const data = const_cast<std::byte*>(target.row(row));
+  const std::int64_t cols = target.cols;
   std::uint32_t overflow = 0;  // the top bit is set where an all-ones exponent carries into it
-  for (std::int64_t i = 0; i < count; ++i)
-    overflow |= (std::bit_cast<std::uint32_t>(values[i]) & 0x7fffffffu) + 0x00800000u;
-  return (overflow & 0x80000000u) == 0;
+  const auto check = [&](float value) {
+    overflow |= (std::bit_cast<std::uint32_t>(value) & 0x7fffffffu) + 0x00800000u;
+  };
+  if (target.format == WeightFormat::bf16) {
+    auto* out = reinterpret_cast<std::uint16_t*>(data);
+    for (std::int64_t i = 0; i < cols; ++i) {
+      out[i] = f32_to_bf16(values[i]);
+      check(bf16_to_f32(out[i]));
+    }
+    return (overflow & 0x80000000u) == 0;
+  }
+  for (std::int64_t i = 0; i < cols; ++i) check(values[i]);
+  const bool finite = (overflow & 0x80000000u) == 0;
+  if (target.format == WeightFormat::f32)
+    std::memcpy(data, values, static_cast<std::size_t>(4 * cols));
+  else if (finite)
+    quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
+  return finite;
 }
 
-std::int64_t element_bytes(WeightFormat format) { return format == WeightFormat::f32 ? 4 : 2; }
-
 bool copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t piece = 1024;
-  float values[piece];
+  const std::int64_t cols = copy.target.cols;
+  std::vector<float> values(cols);
   bool finite = true;
-  const std::int64_t last = end * copy.target.cols;
-  for (std::int64_t i = begin * copy.target.cols; i < last; i += piece) {
-    const std::int64_t count = std::min(piece, last - i);
-    read_elements(*copy.source, i, count, values);
-    finite &= write_elements(copy.target.format, values, count,
-                             copy.data + i * element_bytes(copy.target.format));
+  for (std::int64_t r = begin; r < end; ++r) {
+    read_elements(*copy.source, r * cols, cols, values.data());
+    finite &= write_row(copy.target, r, values.data());
   }
   return finite;
 }
 
-/// Rows [begin, end), at most `tile` of them, are columns of the source: taken tile by tile, so
-/// that both sides move in whole cache lines.
+/// Rows [begin, end), at most `tile` of them, are columns of the source, which is read `tile`
+/// elements at a time, so that both sides move in whole cache lines.
 bool copy_transposed(const Copy& copy, std::int64_t begin, std::int64_t end) {
   const Matrix& target = copy.target;
-  float values[tile][tile];
-  float row[tile];
-  double squares[tile] = {};
-  bool finite = true;
-  for (std::int64_t c = 0; c < target.cols; c += tile) {
-    const std::int64_t width = std::min(tile, target.cols - c);
-    for (std::int64_t i = 0; i < width; ++i)
-      read_elements(*copy.source, (c + i) * target.rows + begin, end - begin, values[i]);
-    for (std::int64_t r = begin; r < end; ++r) {
-      for (std::int64_t i = 0; i < width; ++i) row[i] = values[i][r - begin];
-      finite &=
-          write_elements(target.format, row, width,
-                         copy.data + r * target.row_bytes() + c * element_bytes(target.format));
-      for (std::int64_t i = 0; i < width; ++i)
-        squares[r - begin] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
-    }
+  std::vector<float> rows(tile * target.cols);
+  float column[tile];
+  for (std::int64_t c = 0; c < target.cols; ++c) {
+    read_elements(*copy.source, c * target.rows + begin, end - begin, column);
+    for (std::int64_t r = begin; r < end; ++r)
+      rows[(r - begin) * target.cols + c] = column[r - begin];
   }
-  for (std::int64_t r = begin; r < end; ++r)
-    copy.lengths[r] = static_cast<float>(std::sqrt(squares[r - begin]));
+  bool finite = true;
+  for (std::int64_t r = begin; r < end; ++r) {
+    float* const row = rows.data() + (r - begin) * target.cols;
+    finite &= write_row(target, r, row);
+    if (!finite) return false;
+    read_row(target, r, 0, target.cols, row);  // as stored
+    double squares = 0;
+    for (std::int64_t i = 0; i < target.cols; ++i) squares += double{row[i]} * row[i];
+    copy.lengths[r] = static_cast<float>(std::sqrt(squares));
+  }
   return finite;
 }
 

@@ -11,22 +11,46 @@
 #include <string>
 #include <vector>
 
+#include "model/quantize.h"
+
 namespace tda {
 
 class Checkpoint;
 
-/// A row-major matrix [rows, cols] in one of the weight formats; does not own its data.
-/// Rows are contiguous and data is 64-byte aligned.
+/// A row-major matrix [rows, cols] in one of the weight formats; does not own its data. Rows are
+/// contiguous and begin 64-byte aligned. int8 has two planes (see quantize.h), each with its rows.
 struct Matrix {
-  WeightFormat format = WeightFormat::automatic;  // f32 or bf16
+  WeightFormat format = WeightFormat::automatic;  // anything but automatic
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  const std::byte* data = nullptr;
+  const std::byte* data = nullptr;  // int8: the high plane
+  const std::byte* low = nullptr;   // int8: the low plane; else null
+  std::int64_t gap = 0;             // bytes between the end of a row of data and the next one,
+  std::int64_t low_gap = 0;         // and of low: other matrices' rows; 0 unless int8
 
-  std::int64_t row_bytes() const { return cols * (format == WeightFormat::f32 ? 4 : 2); }
-  std::int64_t bytes() const { return rows * row_bytes(); }
-  const std::byte* row(std::int64_t r) const { return data + r * row_bytes(); }
+  std::int64_t row_bytes() const {  // of data
+    switch (format) {
+      case WeightFormat::f32:
+        return cols * 4;
+      case WeightFormat::int8:
+        return high_row_bytes(cols);
+      default:
+        return cols * 2;
+    }
+  }
+  std::int64_t low_row_bytes() const {
+    return format == WeightFormat::int8 ? tda::low_row_bytes(cols) : 0;
+  }
+  std::int64_t bytes() const { return rows * (row_bytes() + low_row_bytes()); }
+  const std::byte* row(std::int64_t r) const { return data + r * (row_bytes() + gap); }
+  const std::byte* low_row(std::int64_t r) const {
+    return low ? low + r * (low_row_bytes() + low_gap) : nullptr;
+  }
 };
+
+/// Columns [first, first + count) of a row as f32; for int8 `first` is a multiple of 64.
+void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
+              float* out);
 
 /// Vectors are f32 whatever the weight format; an empty span means the model has none.
 struct LayerWeights {
@@ -37,7 +61,9 @@ struct LayerWeights {
   Matrix output;                          // [H, q_size]
   std::span<const float> output_bias;     // [H]
   std::span<const float> ffn_norm;        // [H]
-  // Neuron-major: row j of each of the three is all that neuron j needs.
+  // Neuron-major: row j of each of the three is all that neuron j needs. int8 rows of one neuron
+  // lie side by side: the high planes of gate and up, which token-scope TDA reads for every neuron,
+  // and elsewhere all that it reads for some: the low planes of gate and up, then both of down.
   Matrix gate, up, down;                // [F, H]; down is W_down transposed
   std::span<const float> down_lengths;  // [F] ||W_down[:,j]||_2
 };
@@ -55,7 +81,10 @@ struct Model {
   std::int64_t weight_bytes = 0;
 
   /// FFN weight bytes of one neuron: its rows of gate, up and down.
-  std::int64_t neuron_bytes() const { return 3 * layers.front().gate.row_bytes(); }
+  std::int64_t neuron_bytes() const {
+    const Matrix& gate = layers.front().gate;
+    return 3 * (gate.row_bytes() + gate.low_row_bytes());
+  }
 };
 
 /// Packs a checkpoint into engine layout. Throws CheckpointError for missing tensors, wrong shapes

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <numeric>
 #include <sstream>
 
@@ -46,9 +48,29 @@ std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double a
   return kept;
 }
 
+TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {
+  const auto smallest_of_top = [&](double share) {
+    const auto count = std::llround(share * static_cast<double>(estimates.size()));
+    if (count >= std::ssize(estimates)) return 0.0f;  // all, whatever comes
+    if (count < 1) return std::numeric_limits<float>::infinity();
+    const auto nth = estimates.begin() + (count - 1);
+    std::nth_element(estimates.begin(), nth, estimates.end(), std::greater<>());
+    return *nth;
+  };
+  TokenThresholdPair result;
+  result.exact = smallest_of_top(exact);
+  result.coarse = coarse > 0 ? smallest_of_top(exact + coarse) : result.exact;
+  return result;
+}
+
 void TdaOptions::validate() const {
-  if (scope != "sequence") {
-    throw OptionError("tda scope \"" + scope + "\": expected \"sequence\", the only one so far");
+  const bool token = scope == "token";
+  if (!token && scope != "sequence") {
+    throw OptionError("tda scope \"" + scope + "\": expected \"sequence\" or \"token\"");
+  }
+  if (estimate != "contribution" && estimate != (token ? "gate" : "hidden")) {
+    throw OptionError("tda estimate \"" + estimate + "\" with scope \"" + scope +
+                      "\": expected \"contribution\" or \"" + (token ? "gate" : "hidden") + "\"");
   }
   std::vector<std::string> given;
   if (error) given.push_back("error");
@@ -69,6 +91,20 @@ void TdaOptions::validate() const {
   };
   if (error) check(*error >= 0 && *error < 1, "error", *error, "0 or more, less than 1");
   if (active) check(*active > 0 && *active <= 1, "active", *active, "more than 0, at most 1");
+  check(coarse >= 0 && coarse <= 1, "coarse", coarse, "0 to 1");
+  if (coarse > 0 && (!token || !active || estimate != "contribution")) {
+    throw OptionError(
+        "tda coarse: expected only with scope \"token\", estimate \"contribution\" and active");
+  }
+  if (active) check(*active + coarse <= 1 + 1e-9, "active + coarse", *active + coarse, "at most 1");
+  if (estimate != "contribution" && !active) {
+    throw OptionError("tda estimate \"" + estimate + "\": expected with active only");
+  }
+  if (token && refresh > 0) {
+    throw OptionError(
+        "tda refresh: expected only with scope \"sequence\", scope \"token\" decides afresh for "
+        "every token anyway");
+  }
   check(refresh >= 0, "refresh", refresh, "0 (never) or a positive number of tokens");
 }
 

@@ -4,7 +4,6 @@
 #include <functional>
 #include <numeric>
 
-#include "model/half.h"
 #include "sparsity/sparsity.h"
 
 namespace tda {
@@ -15,21 +14,9 @@ constexpr std::int64_t kTokens = 32;
 // Columns of the sums worked on at a time: small enough for the L1 cache.
 constexpr std::int64_t kColumns = 192;
 // Contributions added up before they join the long sum.
-constexpr std::int64_t kGroup = 8;
+constexpr std::int64_t kTerms = 8;
 
 using Ids = std::span<const std::int32_t>;
-
-/// Columns [first, first + count) of a row of `matrix` as f32.
-void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
-              float* out) {
-  if (matrix.format == WeightFormat::f32) {
-    const float* source = reinterpret_cast<const float*>(matrix.row(row)) + first;
-    std::copy_n(source, count, out);
-  } else {
-    const auto* source = reinterpret_cast<const std::uint16_t*>(matrix.row(row)) + first;
-    std::transform(source, source + count, out, bf16_to_f32);
-  }
-}
 
 /// sum over i < n of weights[i] * column[i * kColumns], as a tree: short chains of additions are
 /// faster and more exact than one long one.
@@ -43,27 +30,27 @@ float pairwise_dot(const float* weights, const float* column) {
   }
 }
 
-/// sums[c] += sum over i of weights[i] * rows[i, c], c < count, rows: [kGroup, kColumns].
+/// sums[c] += sum over i of weights[i] * rows[i, c], c < count, rows: [kTerms, kColumns].
 void add_group(const float* weights, const float* rows, std::int64_t count, float* sums) {
-  for (std::int64_t c = 0; c < count; ++c) sums[c] += pairwise_dot<kGroup>(weights, rows + c);
+  for (std::int64_t c = 0; c < count; ++c) sums[c] += pairwise_dot<kTerms>(weights, rows + c);
 }
 
 /// sums [tokens, H] += sum over `neurons` of h[t, j] down[j], h: [tokens, F].
 void add_contributions(Ids neurons, const float* h, std::int64_t tokens, const Matrix& down,
                        float* sums) {
   const auto count = static_cast<std::int64_t>(neurons.size());
-  const std::int64_t padded = (count + kGroup - 1) / kGroup * kGroup;
+  const std::int64_t padded = (count + kTerms - 1) / kTerms * kTerms;
   std::vector<float> weights(tokens * padded);  // h of the neurons; 0 fills up the last group
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t i = 0; i < count; ++i) {
       weights[t * padded + i] = h[t * down.rows + neurons[i]];
     }
   }
-  std::array<float, kGroup * kColumns> rows{};
+  std::array<float, kTerms * kColumns> rows{};
   for (std::int64_t column = 0; column < down.cols; column += kColumns) {
     const std::int64_t columns = std::min(kColumns, down.cols - column);
-    for (std::int64_t group = 0; group < count; group += kGroup) {
-      for (std::int64_t i = 0; i < std::min(kGroup, count - group); ++i) {
+    for (std::int64_t group = 0; group < count; group += kTerms) {
+      for (std::int64_t i = 0; i < std::min(kTerms, count - group); ++i) {
         read_row(down, neurons[group + i], column, columns, rows.data() + i * kColumns);
       }
       for (std::int64_t t = 0; t < tokens; ++t) {
@@ -205,6 +192,21 @@ ThresholdSearch search_threshold(std::span<const FfnSample> samples, const Matri
     }
   }
   return best;
+}
+
+ThresholdSearch search_token_threshold(std::span<const float> h, std::span<const float> estimates,
+                                       const Matrix& down, double target) {
+  // To the search every token is a text of its own.
+  const std::int64_t neurons = down.rows, tokens = std::ssize(h) / neurons;
+  std::vector<FfnSample> samples(tokens);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const auto part = [&](std::span<const float> all) {
+      const auto row = all.subspan(t * neurons, neurons);
+      return std::vector<float>(row.begin(), row.end());
+    };
+    samples[t] = {part(estimates), part(h)};
+  }
+  return search_threshold(samples, down, target);
 }
 
 }  // namespace tda

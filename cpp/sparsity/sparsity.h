@@ -22,6 +22,13 @@ std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float thr
 /// scores the lower id stays.
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
 
+/// Thresholds that the shares `exact` and then `coarse` of all estimates reach, 0 < exact <= 1,
+/// 0 <= coarse <= 1 - exact. `estimates`: any number, in any order, not negative; is reordered.
+struct TokenThresholdPair {
+  float exact = 0, coarse = 0;
+};
+TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse);
+
 /// One calibration text (or prompt) as seen by one layer.
 struct FfnSample {
   std::vector<float> scores;  // [F] R over the whole text
@@ -43,5 +50,10 @@ struct ThresholdSearch {
 /// verified, the next larger score exceeds the target, and target 0 gives threshold 0.
 ThresholdSearch search_threshold(std::span<const FfnSample> samples, const Matrix& down,
                                  double target);
+
+/// The same for thresholds on single contributions: estimates [T, F] decide token by token.
+/// h: [T, F].
+ThresholdSearch search_token_threshold(std::span<const float> h, std::span<const float> estimates,
+                                       const Matrix& down, double target);
 
 }  // namespace tda

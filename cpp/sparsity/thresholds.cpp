@@ -13,7 +13,7 @@ namespace tda {
 namespace {
 
 constexpr const char* kFormat = "tdaengine-thresholds";
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kVersion = 2;
 
 /// Throws CheckpointError for one key of the file.
 [[noreturn]] void reject(const std::filesystem::path& path, const std::string& key,
@@ -40,7 +40,13 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
       at_least_zero(key + "[" + std::to_string(i) + "]", numbers[i]);
     }
   };
-  if (t.scope != "sequence") reject(path, "scope", '"' + t.scope + '"', "\"sequence\"");
+  if (t.scope != "sequence" && t.scope != "token") {
+    reject(path, "scope", '"' + t.scope + '"', "\"sequence\" or \"token\"");
+  }
+  if (!t.coarse.empty() && (t.scope != "token" || t.coarse.size() != t.values.size())) {
+    reject(path, "coarse", std::to_string(t.coarse.size()) + " numbers",
+           "none, or with scope \"token\" as many as values");
+  }
   if (t.source != "texts" && t.source != "self-generated") {
     reject(path, "source", '"' + t.source + '"', "\"texts\" or \"self-generated\"");
   }
@@ -53,7 +59,15 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
            std::to_string(t.values.size()) + ", as many as values");
   }
   all_at_least_zero("values", t.values);
+  all_at_least_zero("coarse", t.coarse);
+  for (std::size_t i = 0; i < t.coarse.size(); ++i) {
+    if (t.coarse[i] > t.values[i]) {
+      reject(path, "coarse[" + std::to_string(i) + "]", text_of(t.coarse[i]),
+             "at most values, " + text_of(t.values[i]));
+    }
+  }
   all_at_least_zero("reached", t.reached);
+  at_least_zero("bytes", t.bytes);
   at_least_zero("texts", t.texts);
   at_least_zero("tokens", t.tokens);
 }
@@ -119,10 +133,13 @@ class Fields {
 
 void Thresholds::save(const std::filesystem::path& path) const {
   check_values(*this, path);
-  const nlohmann::ordered_json json = {
-      {"format", kFormat}, {"version", kVersion}, {"model", model},   {"fingerprint", fingerprint},
-      {"scope", scope},    {"error", error},      {"values", values}, {"reached", reached},
-      {"source", source},  {"texts", texts},      {"tokens", tokens}};
+  const nlohmann::ordered_json json = {{"format", kFormat},  {"version", kVersion},
+                                       {"model", model},     {"fingerprint", fingerprint},
+                                       {"weights", weights}, {"scope", scope},
+                                       {"error", error},     {"bytes", bytes},
+                                       {"values", values},   {"coarse", coarse},
+                                       {"reached", reached}, {"source", source},
+                                       {"texts", texts},     {"tokens", tokens}};
   // Folder names need not be UTF-8, JSON must: `model` is for messages only.
   write_file_atomically(path,
                         json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
@@ -139,7 +156,10 @@ Thresholds Thresholds::load(const std::filesystem::path& path) {
   Thresholds result;
   result.model = fields.string("model");
   result.fingerprint = fields.string("fingerprint");
+  result.weights = fields.string("weights");
   result.scope = fields.string("scope");
+  result.bytes = fields.number("bytes");
+  result.coarse = fields.numbers("coarse");
   result.error = fields.number("error");
   result.values = fields.numbers("values");
   result.reached = fields.numbers("reached");

@@ -1,4 +1,4 @@
-"""The command line: tdaengine generate | chat | convert | calibrate | evaluate | info."""
+"""The command line: tdaengine generate | chat | convert | calibrate | evaluate | bench | info."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ._native import (
     RopeConfig,
     Thresholds,
 )
+from .bench import bench
 from .engine import Engine, Output, Stream
 from .evaluate import evaluate
 from .tensors import read_safetensors
@@ -86,22 +88,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSONL with a field "text"; without it the model writes its own texts',
     )
-    calibrate.add_argument("--error", type=float, default=0.1, help="target, default %(default)s")
+    calibrate.add_argument("--scope", default="sequence", help="sequence (default) or token")
+    target = calibrate.add_mutually_exclusive_group()
+    target.add_argument("--error", type=float, default=0.1, help="target, default %(default)s")
+    target.add_argument(
+        "--bytes", type=float, metavar="B", help="scope token: share of FFN bytes to read, e.g. 0.6"
+    )
     calibrate.add_argument("-o", "--output", required=True, metavar="FILE")
 
     evaluate = command("evaluate", _evaluate, "Quality and speed of TDA settings against dense.")
     _add_engine(evaluate)
     evaluate.add_argument("--data", required=True, metavar="FILE", help='JSONL with a field "text"')
-    evaluate.add_argument(
-        "--tda",
-        action="append",
-        default=[],
-        metavar="SETTING",
-        help="as error=0.1 or active=0.5,refresh=32 or thresholds=FILE; may be given repeatedly",
-    )
+    _add_settings(evaluate)
     evaluate.add_argument("--prompt-tokens", type=int, default=256)
     evaluate.add_argument("--score-tokens", type=int, default=256)
     evaluate.add_argument("--texts", type=int, metavar="N", help="only the first N texts")
+
+    bench = command("bench", _bench, "Speed and memory, beside the speed of reading memory.")
+    _add_engine(bench)
+    _add_settings(bench)
+    bench.add_argument("--prefill", default="128,512", metavar="TOKENS", help="lengths of prompts")
+    bench.add_argument(
+        "--context", default="128,1024", metavar="TOKENS", help="lengths of prompts to decode after"
+    )
+    bench.add_argument("--new-tokens", type=int, default=64)
+    bench.add_argument("--rounds", type=int, default=5)
 
     _add_engine(command("info", _info, "Show what a checkpoint holds."))
     return parser
@@ -111,7 +122,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub id")
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", help="auto or cpu")
-    group.add_argument("--weights", default="auto", help="auto, f32 or bf16")
+    group.add_argument("--weights", default="auto", help="auto, f32, bf16 or int8")
     group.add_argument("--kv", default="auto", help="auto, f32 or bf16")
     group.add_argument("--threads", type=int)
     group.add_argument("--max-context", type=int, metavar="TOKENS")
@@ -141,7 +152,19 @@ def _add_tda(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--tda-error", type=float, metavar="E", help="target error, e.g. 0.1")
     kind.add_argument("--tda-active", type=float, metavar="A", help="share of neurons, e.g. 0.5")
     kind.add_argument("--tda-thresholds", metavar="FILE", help="made by calibrate")
+    group.add_argument("--tda-scope", metavar="SCOPE", help="sequence (default) or token")
+    group.add_argument("--tda-coarse", type=float, metavar="C", help="share at 4 bits, scope token")
     group.add_argument("--refresh", type=int, metavar="N", help="renew the mask every N tokens")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tda",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="as error=0.1 or active=0.5,refresh=32 or thresholds=FILE; may be given repeatedly",
+    )
 
 
 def _engine(args: argparse.Namespace) -> Engine:
@@ -150,16 +173,19 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 
 def _tda(args: argparse.Namespace) -> TDA | None:
-    given = {name: getattr(args, f"tda_{name}", None) for name in ("error", "active", "thresholds")}
-    given = {name: value for name, value in given.items() if value is not None}
-    refresh = getattr(args, "refresh", None)
-    if refresh is not None and not given:
-        raise OptionError("--refresh: needs --tda-error, --tda-active or --tda-thresholds")
+    names = {name: f"tda_{name}" for name in ("error", "active", "thresholds", "scope", "coarse")}
+    names["refresh"] = "refresh"
+    values = {name: getattr(args, option, None) for name, option in names.items()}
+    given = {name: value for name, value in values.items() if value is not None}
     if not given:
         return None
+    if given.keys().isdisjoint(("error", "active", "thresholds")):
+        option = names[next(iter(given))].replace("_", "-")
+        raise OptionError(f"--{option}: needs --tda-error, --tda-active or --tda-thresholds")
     if "thresholds" in given:
         given["thresholds"] = Thresholds.load(given["thresholds"])
-    return TDA(refresh=refresh or 0, **given)
+        given.setdefault("scope", given["thresholds"].scope)
+    return TDA(**given)
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -251,15 +277,18 @@ def _calibrate(args: argparse.Namespace) -> None:
     texts = None if args.data is None else _read_texts(Path(args.data))
     engine = _engine(args)
     with _progress_bar(unit="text", disable=args.json) as progress:
-        thresholds = engine.calibrate(texts, error=args.error, progress=progress)
+        thresholds = engine.calibrate(
+            texts, error=args.error, scope=args.scope, bytes=args.bytes, progress=progress
+        )
     thresholds.save(args.output)
     if args.json:
         _print_json(_fields(thresholds))
     else:
         reached = sum(thresholds.reached) / len(thresholds.reached)
+        what = "bytes" if thresholds.bytes else "error"
         print(
-            f"{args.output}: {len(thresholds.values)} thresholds, error {reached:.3f} reached "
-            f"(target {thresholds.error}) on {thresholds.tokens} tokens of "
+            f"{args.output}: thresholds of {len(thresholds.values)} layers, {what} {reached:.3f} "
+            f"reached (target {getattr(thresholds, what)}) on {thresholds.tokens} tokens of "
             f"{thresholds.texts} {thresholds.source} texts"
         )
 
@@ -289,6 +318,74 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
 
 
+def _bench(args: argparse.Namespace) -> None:
+    lengths = {name: _lengths(args, name) for name in ("prefill", "context")}
+    settings = {setting: _setting(setting) for setting in args.tda}
+    start = time.perf_counter()
+    engine = _engine(args)
+    load_seconds = time.perf_counter() - start
+    with _progress_bar(unit="run", disable=args.json) as progress:
+        measured = bench(
+            engine,
+            settings,
+            **lengths,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            progress=progress,
+        )
+    names = ("device", "threads", "weights", "kv", "weight_bytes")
+    result = {name: getattr(engine, name) for name in names}
+    result |= {"path": str(engine.path), "load_seconds": load_seconds, **measured}
+    if args.json:
+        _print_json(result)
+    else:
+        _print_bench(result)
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    def spread(summary: dict[str, float], form: str, unit: float = 1) -> str:
+        low, middle, high = (format(summary[n] / unit, form) for n in ("min", "median", "max"))
+        return f"{middle} ({low}..{high})"
+
+    weights, peak = result["weight_bytes"] / 1e6, result["peak_rss_bytes"] / 1e6
+    print(
+        f"{result['path']}: weights {result['weights']}, kv {result['kv']}, {result['device']}, "
+        f"{result['threads']} threads\n"
+        f"loaded in {result['load_seconds']:.2f} s; weights {weights:.0f} MB, "
+        f"peak of the process {peak:.0f} MB\n"
+        f"read roof {spread(result['read_roof'], '.1f', 1e9)} GB/s; "
+        f"median (min..max) of {result['rounds']} rounds\n"
+    )
+    print("| prefill of | tokens/s |")
+    print("|---|---|")
+    for row in result["prefill"]:
+        print(f"| {row['tokens']} | {spread(row['tokens_per_second'], '.1f')} |")
+    print(
+        f"\n| decode {result['new_tokens']} after | setting | tokens/s | MB per token | GB/s ",
+        end="",
+    )
+    print("| share of the roof |")
+    print("|---|---|---|---|---|---|")
+    for row in result["decode"]:
+        print(
+            f"| {row['context']} | {row['setting']} | {spread(row['tokens_per_second'], '.1f')} "
+            f"| {row['bytes_per_token'] / 1e6:.1f} "
+            f"| {spread(row['bytes_per_second'], '.1f', 1e9)} "
+            f"| {spread(row['roof_share'], '.0%')} |"
+        )
+
+
+def _lengths(args: argparse.Namespace, name: str) -> list[int]:
+    """The numbers in "128,512"."""
+    text = getattr(args, name)
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--{name}: found {text!r}, expected numbers of tokens, as 128,512"
+        ) from None
+
+
 def _setting(text: str) -> TDA:
     """TDA from "name=value,name=value"."""
     values: dict[str, Any] = {}
@@ -298,6 +395,7 @@ def _setting(text: str) -> TDA:
             raise OptionError(f"--tda {text}: found {part!r}, expected NAME=VALUE")
         if name == "thresholds":
             values[name] = Thresholds.load(value)
+            values.setdefault("scope", values[name].scope)
             continue
         try:
             values[name] = json.loads(value)

@@ -28,17 +28,9 @@ using tda::WeightFormat;
 using Vector = std::vector<double>;
 
 inline std::vector<double> values(const Matrix& m, std::int64_t row) {
-  std::vector<double> out(m.cols);
-  for (std::int64_t i = 0; i < m.cols; ++i) {
-    float f = 0;
-    std::uint16_t half = 0;
-    if (m.format == WeightFormat::f32)
-      std::memcpy(&f, m.row(row) + 4 * i, 4);
-    else
-      std::memcpy(&half, m.row(row) + 2 * i, 2), f = tda::bf16_to_f32(half);
-    out[i] = f;
-  }
-  return out;
+  std::vector<float> out(m.cols);
+  tda::read_row(m, row, 0, m.cols, out.data());
+  return {out.begin(), out.end()};
 }
 
 /// Awkward on purpose: no size is a multiple of a vector.
@@ -133,6 +125,15 @@ class RandomModel {
     if (deviation == 0) deviation = 1 / std::sqrt(static_cast<double>(cols));
     const std::span<const float> data = vector(rows * cols, 0, deviation);
     Matrix m{format, rows, cols, reinterpret_cast<const std::byte*>(data.data())};
+    if (format == WeightFormat::int8) {
+      m.data =
+          reinterpret_cast<std::byte*>(keep(std::vector<float>(rows * m.row_bytes() / 4)).data());
+      m.low = reinterpret_cast<std::byte*>(
+          keep(std::vector<float>(rows * m.low_row_bytes() / 4)).data());
+      for (std::int64_t r = 0; r < rows; ++r)
+        tda::quantize_int8(data.data() + r * cols, cols, const_cast<std::byte*>(m.row(r)),
+                           const_cast<std::byte*>(m.low_row(r)));
+    }
     if (format == WeightFormat::bf16) {  // in place, front to back
       auto* halves = reinterpret_cast<std::byte*>(const_cast<float*>(data.data()));
       for (std::size_t i = 0; i < data.size(); ++i) {
@@ -295,7 +296,7 @@ struct Session {
       const Vector gate = product(w.gate, in), up = product(w.up, in);
       for (std::int64_t j = 0; j < w.gate.rows; ++j)
         hidden[t][j] = activate(model->config.activation, gate[j]) * up[j];
-      const bool masked = step.ffn == FfnMode::masked;
+      const bool masked = step.ffn == FfnMode::sparse;
       for (std::int64_t j = 0; j < w.gate.rows; ++j) {
         if (masked && !std::binary_search(masks[layer].begin(), masks[layer].end(), j)) continue;
         const Vector down = values(w.down, j);

@@ -184,6 +184,17 @@ TEST(verbs_match_doubles) {
     }
 }
 
+namespace {
+
+std::int64_t ffn_bytes(const Backend& backend, const State& state) {
+  std::int64_t bytes = 0;
+  for (std::int64_t l = 0; l < backend.model().config.num_layers; ++l)
+    bytes += backend.ffn_reads(state, l).bytes;
+  return bytes;
+}
+
+}  // namespace
+
 TEST(masked_steps_match_doubles) {
   for (const std::int64_t active : {0, 1, 5, 100, 511}) {
     ModelConfig config = small_config();
@@ -202,13 +213,13 @@ TEST(masked_steps_match_doubles) {
       session.masks[l] = mask;
     }
     const auto tokens = random_tokens(20, config.vocab_size);
-    check_verbs(*backend, *state, session, step_of(Tokens(tokens).first(18), 0, FfnMode::masked),
+    check_verbs(*backend, *state, session, step_of(Tokens(tokens).first(18), 0, FfnMode::sparse),
                 1e-4);
-    CHECK(backend->ffn_bytes(*state) == 0);
+    CHECK(ffn_bytes(*backend, *state) == 0);
     for (const std::int64_t position : {18, 19})
       check_verbs(*backend, *state, session,
-                  step_of(Tokens(tokens).subspan(position, 1), position, FfnMode::masked), 1e-4);
-    CHECK(backend->ffn_bytes(*state) == 2 * 2 * active * 3 * config.hidden_size * 2);
+                  step_of(Tokens(tokens).subspan(position, 1), position, FfnMode::sparse), 1e-4);
+    CHECK(ffn_bytes(*backend, *state) == 2 * 2 * active * 3 * config.hidden_size * 2);
   }
 }
 
@@ -222,10 +233,10 @@ TEST(mask_of_all_is_dense_to_the_bit) {
     for (std::int64_t t = 0; t < 8; ++t) {
       const Tokens token = Tokens(tokens).subspan(t, 1);
       CHECK(run(*backend, *dense, step_of(token, t), 1) ==
-            run(*backend, *masked, step_of(token, t, FfnMode::masked), 1));
+            run(*backend, *masked, step_of(token, t, FfnMode::sparse), 1));
     }
-    CHECK(backend->ffn_bytes(*dense) == 8 * 2 * 37 * model.get()->neuron_bytes());
-    CHECK(backend->ffn_bytes(*masked) == backend->ffn_bytes(*dense));
+    CHECK(ffn_bytes(*backend, *dense) == 8 * 2 * 37 * model.get()->neuron_bytes());
+    CHECK(ffn_bytes(*backend, *masked) == ffn_bytes(*backend, *dense));
   }
 }
 
@@ -240,10 +251,10 @@ TEST(inactive_neurons_are_never_read) {
     const auto state = backend->new_state(9, KvFormat::bf16);
     for (std::int64_t l = 0; l < 2; ++l) backend->set_mask(*state, l, mask);
     logits->push_back(
-        run(*backend, *state, step_of(Tokens(tokens).first(4), 0, FfnMode::masked), 4));
+        run(*backend, *state, step_of(Tokens(tokens).first(4), 0, FfnMode::sparse), 4));
     for (std::int64_t t = 4; t < 9; ++t)
       logits->push_back(
-          run(*backend, *state, step_of(Tokens(tokens).subspan(t, 1), t, FfnMode::masked), 1));
+          run(*backend, *state, step_of(Tokens(tokens).subspan(t, 1), t, FfnMode::sparse), 1));
     for (const LayerWeights& layer : model.get()->layers)
       for (std::int32_t j = 0; j < 37; ++j)
         if (!std::binary_search(mask.begin(), mask.end(), j))
@@ -350,7 +361,7 @@ TEST(statistic_matches_doubles) {
     CHECK(backend->statistic(*state, l).sums[3] == found.sums[3] / 2);
     backend->fade_statistic(*state, 2);
   }
-  CHECK(backend->ffn_bytes(*state) == 2 * 37 * model.get()->neuron_bytes());
+  CHECK(ffn_bytes(*backend, *state) == 2 * 37 * model.get()->neuron_bytes());
 }
 
 TEST(tokens_without_contributions_count) {

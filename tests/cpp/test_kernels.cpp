@@ -32,16 +32,19 @@ std::vector<float> random_floats(std::int64_t count) {
   return values;
 }
 
-/// Rows in one format, and what they hold.
-struct Rows {
+/// Rows in one format (0: f32, 1: bf16), and what they hold.
+struct Stored {
+  std::int64_t n;
   std::vector<float> values;
   std::vector<float> stored;  // the bytes; bf16 needs half of them
 
-  Rows(const RowKernels& kernels, std::int64_t count)
-      : values(random_floats(count)), stored(count) {
-    kernels.store(values.data(), 1, count, stored.data());
-    kernels.load(stored.data(), count, values.data(), 1);
+  Stored(const Kernels& kernels, int format, std::int64_t rows, std::int64_t length)
+      : n(length), values(random_floats(rows * n)), stored(rows * n) {
+    kernels.caches[format].store(values.data(), 1, rows * n, stored.data());
+    if (format == 1)
+      for (float& v : values) v = bf16_to_f32(f32_to_bf16(v));
   }
+  Rows rows() const { return {reinterpret_cast<const std::byte*>(stored.data()), nullptr, n}; }
 };
 
 template <class Body>
@@ -63,8 +66,9 @@ TEST(rows_are_stored_and_loaded) {
     x[3] = INFINITY;
     x[4] = NAN;
     std::vector<float> row(35), back(70, 7);
-    kernels.rows[format].store(x.data(), 2, 35, row.data());
-    kernels.rows[format].load(row.data(), 35, back.data(), 2);
+    kernels.caches[format].store(x.data(), 2, 35, row.data());
+    kernels.rows[format].load({reinterpret_cast<const std::byte*>(row.data()), nullptr, 35},
+                              back.data(), 2);
     for (std::int64_t i = 0; i < 35; ++i) {
       const float expected = format == 0 ? x[2 * i] : bf16_to_f32(f32_to_bf16(x[2 * i]));
       CHECK(back[2 * i] == expected || (std::isnan(back[2 * i]) && std::isnan(expected)));
@@ -77,12 +81,12 @@ TEST(dot_matches_doubles) {
   for_all_kernels([](const Kernels& kernels, int format) {
     for (std::int64_t n = 1; n < 150; n += n % 7 + 1) {
       const std::int64_t rows = n % 6;
-      const Rows w(kernels.rows[format], rows * n);
+      const Stored w(kernels, format, rows, n);
       const auto x = random_floats(n);
       std::vector<float> y(rows + 1, 3);
-      kernels.rows[format].dot(w.stored.data(), rows, n, x.data(), y.data(), false);
+      kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), false);
       const std::vector<float> once = y;
-      kernels.rows[format].dot(w.stored.data(), rows, n, x.data(), y.data(), true);
+      kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), true);
       for (std::int64_t r = 0; r < rows; ++r) {
         double expected = 0;
         for (std::int64_t i = 0; i < n; ++i) expected += double{w.values[r * n + i]} * x[i];
@@ -97,17 +101,16 @@ TEST(dot_matches_doubles) {
 TEST(neurons_match_doubles) {
   for_all_kernels([](const Kernels& kernels, int format) {
     const std::int64_t n = 45, size = 40;
-    const Rows gate(kernels.rows[format], size * n), up(kernels.rows[format], size * n),
-        down(kernels.rows[format], size * n);
+    const Stored gate(kernels, format, size, n), up(kernels, format, size, n),
+        down(kernels, format, size, n);
     const auto x = random_floats(n);
     for (const std::int64_t count : {1, 3, 8, 21, 40}) {
       std::vector<std::int32_t> ids;
       for (std::int64_t i = 0; i < count; ++i)
         ids.push_back(static_cast<std::int32_t>(i * 39 / 40));
       std::vector<float> h(count + 1, 3), y(n + 1, 3);
-      kernels.rows[format].neurons({gate.stored.data(), up.stored.data(), down.stored.data(), n},
-                                   Activation::silu, ids.data(), count, x.data(), h.data(),
-                                   y.data());
+      kernels.rows[format].neurons({gate.rows(), up.rows(), down.rows()}, Activation::silu,
+                                   ids.data(), count, x.data(), h.data(), y.data());
       naive::Vector expected(n);
       for (std::int64_t i = 0; i < count; ++i) {
         double g = 0, u = 0;
@@ -130,11 +133,11 @@ TEST(attend_matches_doubles) {
     for (const std::int64_t n : {10, 64, 80})
       for (const std::int64_t keys : {1, 5, 127, 128})
         for (const std::int64_t queries : {1, 2, 3, 7}) {
-          const Rows k(kernels.rows[format], keys * n), v(kernels.rows[format], keys * n);
+          const Stored k(kernels, format, keys, n), v(kernels, format, keys, n);
           const auto q = random_floats(queries * n);
           std::vector<float> partial(queries * (2 + n) + 1, 3);
-          kernels.rows[format].attend(k.stored.data(), v.stored.data(), keys, n, q.data(), queries,
-                                      0.5f, partial.data());
+          kernels.caches[format].attend(k.stored.data(), v.stored.data(), keys, n, q.data(),
+                                        queries, 0.5f, partial.data());
           for (std::int64_t j = 0; j < queries; ++j) {
             const float* part = partial.data() + j * (2 + n);
             naive::Vector scores(keys), out(n);
@@ -160,17 +163,17 @@ TEST(multiply_matches_doubles) {
     const std::int64_t width = kernels.panel, count = 2;
     for (const std::int64_t rows : {1, 7, 48, 61})
       for (const std::int64_t n : {1, 33, 300}) {
-        const Rows w(kernels.rows[format], rows * n);
+        const Stored w(kernels, format, rows, n);
         const auto b = random_floats(count * n * width), b2 = random_floats(count * rows * width);
         std::vector<float> c(count * rows * width + 1, 3);
         const ConstPanels in = {b.data(), n * width};
         const Panels out = {c.data(), rows * width};
-        kernels.panels[format].multiply(w.stored.data(), rows, n, in, out, count, false);
-        kernels.panels[format].multiply(w.stored.data(), rows, n, in, out, count, true);
+        kernels.panels[format].multiply(w.rows(), rows, in, out, count, false);
+        kernels.panels[format].multiply(w.rows(), rows, in, out, count, true);
         // Some of the columns.
-        const std::int64_t first = n / 3, columns = n - first;
+        const std::int64_t first = n / 96 * 48, columns = n - first;
         std::vector<float> c2(count * columns * width + 1, 3);
-        kernels.panels[format].multiply_transposed(w.stored.data(), rows, n, first, columns,
+        kernels.panels[format].multiply_transposed(w.rows(), rows, first, columns,
                                                    {b2.data(), rows * width},
                                                    {c2.data(), columns * width}, count);
         for (std::int64_t p = 0; p < count; ++p)

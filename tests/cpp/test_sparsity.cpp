@@ -242,8 +242,23 @@ TEST(tda_options) {
                "found error and active");
   CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5, .thresholds = thresholds}.validate()),
                OptionError, "found error and active and thresholds");
-  CHECK_THROWS((TdaOptions{.scope = "token", .error = 0.1}.validate()), OptionError,
-               "tda scope \"token\": expected \"sequence\"");
+  TdaOptions{.scope = "token", .active = 0.5, .coarse = 0.5}.validate();
+  TdaOptions{.scope = "token", .estimate = "gate", .active = 0.5}.validate();
+  TdaOptions{.estimate = "hidden", .active = 0.5}.validate();
+  CHECK_THROWS((TdaOptions{.scope = "page", .error = 0.1}.validate()), OptionError,
+               "tda scope \"page\": expected \"sequence\" or \"token\"");
+  CHECK_THROWS((TdaOptions{.scope = "token", .estimate = "hidden", .active = 0.5}.validate()),
+               OptionError,
+               "\"hidden\" with scope \"token\": expected \"contribution\" or \"gate\"");
+  CHECK_THROWS((TdaOptions{.estimate = "hidden", .error = 0.1}.validate()), OptionError,
+               "with active only");
+  CHECK_THROWS((TdaOptions{.active = 0.5, .coarse = 0.1}.validate()), OptionError, "tda coarse");
+  CHECK_THROWS((TdaOptions{.scope = "token", .error = 0.5, .coarse = 0.1}.validate()), OptionError,
+               "tda coarse");
+  CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.6, .coarse = 0.5}.validate()), OptionError,
+               "active + coarse");
+  CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.6, .refresh = 5}.validate()), OptionError,
+               "refresh");
   for (const double error : {-0.1, 1.0, kNaN, kInfinity}) {
     CHECK_THROWS(TdaOptions{.error = error}.validate(), OptionError, "tda error");
   }

@@ -47,9 +47,12 @@ class Reference:
         tokens: list[int],
         masks: list[np.ndarray] | None = None,
         dense_tokens: int = 0,
+        thresholds: list[float] | None = None,
+        by_gate: bool = False,
     ) -> np.ndarray:
-        """Logits [T, V]. After the first dense_tokens, layer l uses the neurons masks[l] alone."""
-        self.h = []
+        """Logits [T, V]. After the first dense_tokens, layer l uses the neurons masks[l] alone, or
+        those whose |h| * ||down|| (or |act(gate)|) reaches thresholds[l] for the token."""
+        self.h, self.gates = [], []
         embedding = self.weights["model.embed_tokens"]
         x = embedding[tokens]
         for layer in self.layers:
@@ -58,13 +61,20 @@ class Reference:
             y = self._norm(x, f"{prefix}.post_attention_layernorm")
             act = ACTIVATIONS[self.config["hidden_act"]]
             gate, up = (self.weights[f"{prefix}.mlp.{part}_proj"] for part in ("gate", "up"))
-            h = act(y @ gate.T) * (y @ up.T)
+            open_gates = act(y @ gate.T)
+            h = open_gates * (y @ up.T)
             self.h.append(h)
+            self.gates.append(open_gates)
             if masks is not None:
                 kept = np.zeros(h.shape, bool)
                 kept[:dense_tokens] = True
                 kept[dense_tokens:, masks[layer]] = True
                 h = np.where(kept, h, 0)
+            if thresholds is not None:
+                sizes = np.linalg.norm(self.down(layer), axis=1)
+                estimates = np.abs(open_gates) if by_gate else np.abs(h) * sizes
+                estimates[:dense_tokens] = np.inf
+                h = np.where(estimates >= thresholds[layer], h, 0)
             x = x + h @ self.down(layer)
         head = embedding if self.config["tie_word_embeddings"] else self.weights["lm_head"]
         return self._norm(x, "model.norm") @ head.T

@@ -181,7 +181,7 @@ def test_calibrate_then_generate(run, folder, engine, tmp_path):
     data.write_text('{"text": "One text."}\n\n{"text": "Another.", "id": 2}\n')
     code, out, err = run("calibrate", folder, "--data", data, "--error", "0.3", "-o", output)
     assert code == 0
-    assert "2 thresholds" in out
+    assert "thresholds of 2 layers" in out
     assert "2/2" in err  # the progress bar
     thresholds = Thresholds.load(str(output))
     assert (thresholds.texts, thresholds.error) == (2, 0.3)

@@ -148,7 +148,7 @@ def test_unusable_calibration_texts(engine, texts):
 
 
 @pytest.mark.parametrize(
-    "options", [{"error": 1.0}, {"error": "x"}, {"max_tokens": 0}, {"scope": "token"}]
+    "options", [{"error": 1.0}, {"error": "x"}, {"max_tokens": 0}, {"scope": "page"}]
 )
 def test_calibration_options(engine, options):
     with pytest.raises(OptionError):

@@ -51,6 +51,7 @@ struct GenerationStats {
   double decode_seconds = 0;     // the other new tokens
   double tokens_per_second = 0;  // decode steps / decode_seconds
   double ffn_active = 1;         // mean share of neurons used while decoding
+  double ffn_coarse = 0;         // of them, what was used at 4 bits, as a share of all neurons
   std::vector<double> ffn_active_by_layer;  // [L]
   std::int64_t ffn_bytes = 0;        // feed-forward weight bytes read while decoding, as counted
   double ffn_bytes_fraction = 1;     // ffn_bytes relative to dense decoding in the same format
@@ -59,6 +60,7 @@ struct GenerationStats {
 
 enum class FinishReason { none, stop, length };
 
+class HarmProbe;
 class Run;
 class Runtime;
 class Session;
@@ -172,6 +174,7 @@ class Session {
 
  private:
   friend class Engine;
+  friend class HarmProbe;
   friend class Run;
   struct Impl;
   explicit Session(std::unique_ptr<Impl>);

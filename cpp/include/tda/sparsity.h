@@ -7,6 +7,11 @@
 //   prompt
 // Scope "sequence" (Ma et al., arXiv 2408.11393): the prompt runs dense, neurons with
 // R[j] >= threshold[layer] stay for the whole generation, the others are never read again.
+// Scope "token" (ours): the threshold is put to |n[t,j]| = |h[t,j]| ||W_down[:,j]|| afresh for
+// every generated token. int8 weights lie in two planes of 4 bits: the high planes of gate and up
+// give an estimate for all neurons, and only those that reach the threshold read the rest, exactly;
+// with a second, lower threshold those between stay coarse, at their 4 high bits. Other formats
+// read gate and up whole and save down rows.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +23,17 @@
 
 namespace tda {
 
-/// One threshold per layer, and where it came from. Stored as JSON.
+/// One threshold per layer (or two), and where it came from. Stored as JSON.
 struct Thresholds {
   std::string model;        // folder name of the model, for messages
   std::string fingerprint;  // of the checkpoint's tensors; must match the model used with
+  std::string weights;      // format of the weights, "int8": must match, too
   std::string scope = "sequence";
-  double error = 0;            // the CETT that the search was asked to meet, see TdaOptions
-  std::vector<float> values;   // [L]
-  std::vector<float> reached;  // [L] CETT at values, on the calibration text
+  double error = 0;            // the CETT that the search was asked to meet, see TdaOptions,
+  double bytes = 0;            // or else the share of FFN bytes, see CalibrateOptions
+  std::vector<float> values;   // [L] on R ("sequence") or |n| ("token")
+  std::vector<float> coarse;   // [L] scope "token", int8: the second threshold; else empty
+  std::vector<float> reached;  // [L] CETT at values, or the share of bytes, on the calibration text
   std::string source;          // "texts" or "self-generated"
   std::int64_t texts = 0;      // calibration texts used
   std::int64_t tokens = 0;     // tokens in them
@@ -37,17 +45,24 @@ struct Thresholds {
 
 /// Exactly one of `error`, `active` and `thresholds` is set.
 struct TdaOptions {
-  std::string scope = "sequence";
+  std::string scope = "sequence";  // or "token"
+  /// What thresholds are put to. "contribution": R or |n| as above. For comparison with other
+  /// methods: "hidden", R without ||W_down[:,j]|| (scope "sequence": GRIFFIN, arXiv 2404.01365),
+  /// and "gate", |act(W_gate[j]·x_t)| (scope "token": CATS, arXiv 2404.08763).
+  std::string estimate = "contribution";
   /// Target for CETT, the cumulative error of tail truncation (arXiv 2402.03804):
   /// ||sum of the dropped n[t,j]|| / ||FFN(x_t)||, averaged over the prompt's tokens; 0 <= error
   /// < 1. The threshold of each layer is searched on the prompt itself.
   std::optional<double> error = {};
-  /// Keep this share of every layer's neurons, those with the largest R; 0 < active <= 1.
+  /// Keep this share of every layer's neurons, those with the largest R; 0 < active <= 1. Scope
+  /// "token": the share that the prompt's own tokens would have kept on average.
   std::optional<double> active = {};
   /// Calibrated beforehand, see Engine::calibrate.
   std::shared_ptr<const Thresholds> thresholds = {};
-  /// Every `refresh` generated tokens, run those tokens again, dense and as one batch, let their
-  /// statistic count as much as all before, and renew the mask. 0: never.
+  /// Scope "token" with int8 weights and `active`: a further share that stays at 4 bits.
+  double coarse = 0;
+  /// Scope "sequence": every `refresh` generated tokens, run those tokens again, dense and as one
+  /// batch, let their statistic count as much as all before, and renew the mask. 0: never.
   std::int64_t refresh = 0;
 
   /// Throws OptionError.
@@ -55,7 +70,12 @@ struct TdaOptions {
 };
 
 struct CalibrateOptions {
-  double error = 0.1;
+  std::string scope = "sequence";
+  double error = 0.1;  // the CETT to meet in every layer
+  /// Scope "token", instead of error: the share of FFN bytes to read, over all layers, relative to
+  /// dense decoding. It is spent where it helps most: what a contribution's loss does to the
+  /// model's predictions is measured layer by layer (see cpp/engine/budget.h). 0 < bytes <= 1.
+  std::optional<double> bytes = {};
   std::int64_t max_tokens = 512;    // of each text
   std::int64_t sample_tokens = 32;  // of each text CETT is measured on so many, evenly spread
   std::int64_t self_texts = 16;     // with no texts given, the model writes so many itself,

@@ -13,8 +13,9 @@ using Tokens = std::span<const Token>;
 
 enum class Device { automatic, cpu, cuda };
 
-/// How weights are stored in memory. `automatic`: f32 for an f32 checkpoint, else bf16.
-enum class WeightFormat { automatic, f32, bf16 };
+/// How weight matrices are stored in memory (norms and biases are always f32). `automatic`: f32 for
+/// an f32 checkpoint, else bf16. int8: groups of 64 with one scale, as two planes of 4 bits.
+enum class WeightFormat { automatic, f32, bf16, int8 };
 
 /// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16.
 enum class KvFormat { automatic, f32, bf16 };

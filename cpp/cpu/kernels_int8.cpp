@@ -1,0 +1,541 @@
+// Kernels of decode for int8 rows: integer products with an x that is rounded to int8, too.
+//
+// A group's product with x is   sx sw (16 sum((high - 8) q) + sum((low - 8) q)),
+// x = sx q in the group. Nibbles are unsigned, as the instructions want it; the -8 sum(q) is where
+// the integer sums start. The planes' sums stay apart to the end, exact = 16 high + low: so a
+// neuron that is finished after a look at its high planes has the bits of one computed at once.
+#include "cpu/int8.h"
+#include "cpu/kernels_isa.h"
+
+namespace tda {
+namespace {
+
+/// Neurons worked on at a time: their down rows share what is loaded and stored of y.
+constexpr int64_t kBatch = 16;
+
+#if defined(__AVX512VNNI__)
+/// The upper half of the lanes works on nibbles that stay where they are, 16 times too large.
+inline int32_t lane_factor(int lane) { return lane < 8 ? 1 : 16; }
+inline Floats level(Floats v) {
+  return v * (Floats)_mm512_set_ps(0.0625f, 0.0625f, 0.0625f, 0.0625f, 0.0625f, 0.0625f, 0.0625f,
+                                   0.0625f, 1, 1, 1, 1, 1, 1, 1, 1);
+}
+#else
+inline int32_t lane_factor(int) { return 1; }
+inline Floats level(Floats v) { return v; }
+#endif
+
+struct Group {  // of a prepared x
+  std::int8_t q[kGroup];
+  int32_t start[kLanes];  // -8 sum of the q that the lane adds up
+};
+
+/// A prepared x: groups, and their scales, filled up with zeros to whole vectors.
+struct Vector {
+  Group* groups;
+  float* scales;
+  int64_t count;
+
+  Vector(const void* prepared, int64_t n)
+      : groups(static_cast<Group*>(const_cast<void*>(prepared))),
+        scales(reinterpret_cast<float*>(groups + groups_of(n))),
+        count(groups_of(n)) {}
+};
+
+int64_t prepared_bytes(int64_t n) {
+  return groups_of(n) * sizeof(Group) + (groups_of(n) + kLanes) * sizeof(float);
+}
+
+void prepare(const float* x, int64_t n, void* prepared) {
+  const Vector out(prepared, n);
+  for (int64_t g = 0; g < out.count; ++g) {
+    Group& group = out.groups[g];
+    const int64_t left = n - g * kGroup;
+    Floats values[kGroup / kLanes];
+    Floats largest = {};
+    for (int i = 0; i < kGroup / kLanes; ++i) {
+      const int64_t count = left - i * kLanes;
+      values[i] = count > 0 ? load_part<F32>(x + g * kGroup + i * kLanes, count) : Floats{};
+      largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
+    }
+    float most = largest[0];
+    for (int lane = 1; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    out.scales[g] = most / 127.0f;
+    int32_t bits[kGroup];
+    for (int i = 0; i < kGroup / kLanes; ++i) {
+      // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+      const Floats shifted = values[i] * inverse + 12582912.0f;
+      __builtin_memcpy(bits + i * kLanes, &shifted, sizeof shifted);
+    }
+    int32_t start[kLanes] = {};
+    for (int i = 0; i < kGroup; ++i) {
+      group.q[i] = static_cast<std::int8_t>(bits[i]);
+      start[i % kVectorBytes / 4] -= 8 * group.q[i];
+    }
+    for (int lane = 0; lane < kLanes; ++lane) group.start[lane] = lane_factor(lane) * start[lane];
+  }
+  for (int lane = 0; lane < kLanes; ++lane) out.scales[out.count + lane] = 0.0f;
+}
+
+/// start + sums of nibbles times q over four neighbours each
+inline Ints add_products(const std::uint8_t* nibbles, const std::int8_t* q, Ints start) {
+#if defined(__AVX512VNNI__)
+  const __m512i masks = _mm512_set_epi64(0xf0f0f0f0f0f0f0f0, 0xf0f0f0f0f0f0f0f0, 0xf0f0f0f0f0f0f0f0,
+                                         0xf0f0f0f0f0f0f0f0, 0x0f0f0f0f0f0f0f0f, 0x0f0f0f0f0f0f0f0f,
+                                         0x0f0f0f0f0f0f0f0f, 0x0f0f0f0f0f0f0f0f);
+  const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)nibbles));
+  return (Ints)_mm512_dpbusd_epi32((__m512i)start, _mm512_and_si512(twice, masks),
+                                   _mm512_loadu_si512(q));
+#elif defined(__AVX2__)
+  Bytes w[kParts];
+  expand(nibbles, w);
+  const __m256i q0 = _mm256_loadu_si256((const __m256i*)q);
+  const __m256i q1 = _mm256_loadu_si256((const __m256i*)q + 1);
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[0], q0),
+                                         _mm256_maddubs_epi16((__m256i)w[1], q1));
+  return start + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  Bytes w[kParts];
+  expand(nibbles, w);
+  Ints sums = start;
+  for (int part = 0; part < kParts; ++part)
+    for (int i = 0; i < kVectorBytes; ++i) sums[i / 4] += w[part][i] * q[part * kVectorBytes + i];
+  return sums;
+#endif
+}
+
+/// Loads are what these loops run out of, and compilers like to repeat them.
+inline void keep_in_register([[maybe_unused]] Ints& v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+}
+
+inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+/// The groups' scales as floats, kLanes of them from g on.
+inline Floats scales_of(const Int8Row& row, int64_t g) {
+  return (Floats)(widen(load_as<Halves>(row.scales + g)) << 16);
+}
+
+/// The planes' shares in a row's product with x, still one sum per lane.
+template <bool kHigh, bool kLow>
+inline void multiply(const Int8Row& row, const Vector& x, Floats* highs, Floats* lows) {
+  Floats high[2] = {}, low[2] = {};
+  for (int64_t g0 = 0; g0 < x.count; g0 += kLanes) {
+    float factors[kLanes];
+    store(factors, scales_of(row, g0) * load_as<Floats>(x.scales + g0));
+    const auto add = [&](int64_t g, int chain) {
+      const Group& group = x.groups[g];
+      Ints start = load_as<Ints>(group.start);
+      keep_in_register(start);
+      const float factor = factors[g - g0];
+      const int64_t at = g * kGroupBytes;
+      if (kHigh) high[chain] += factor * to_floats(add_products(row.high + at, group.q, start));
+      if (kLow) low[chain] += factor * to_floats(add_products(row.low + at, group.q, start));
+    };
+    const int64_t end = min(g0 + kLanes, x.count);
+    int64_t g = g0;
+    for (; g + 2 <= end; g += 2) {
+      add(g, 0);
+      add(g + 1, 1);
+    }
+    if (g < end) add(g, 0);
+  }
+  if (kHigh) *highs = high[0] + high[1];
+  if (kLow) *lows = low[0] + low[1];
+}
+
+/// Per-lane sums of up to kBatch rows on their way to one float each.
+struct Products {
+  Floats lanes[kBatch];
+
+  /// The first `count`, up to a whole vector of them; whatever stands behind them becomes 0.
+  void store_to(float* out, int64_t count) {
+    for (int64_t i = count; i % kLanes != 0; ++i) lanes[i] = Floats{};
+    for (int64_t i = 0; i < count; i += kLanes) store(out + i, sums(lanes + i));
+  }
+};
+inline Floats exact_lanes(Floats high, Floats low) { return level(16.0f * high + low); }
+inline Floats coarse_lanes(Floats high) { return level(16.0f * high); }
+inline Floats exact_lanes(const Int8Row& row, const Vector& x) {
+  Floats high, low;
+  multiply<true, true>(row, x, &high, &low);
+  return exact_lanes(high, low);
+}
+
+/// A neuron's down row and what it is taken times; coarse: its high plane alone.
+struct Down {
+  Int8Row row;
+  float h;
+  bool exact;
+};
+
+#if defined(__AVX512VNNI__)
+
+/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
+///
+/// In integers as well: within a batch and a group the h * scale become 16-bit integers, relative
+/// to the largest, and go into byte products by halves. Four rows' bytes are interleaved for that.
+inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
+  const __m512i up = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
+                                      0x0004000400040004, 0x0004000400040004);
+  const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
+                                        0x0004000400040004, 0, 0, 0, 0);
+  const auto twice = [](const std::uint8_t* p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+  };
+  if (count == 0) return;
+  const int64_t quads = (count + 3) / 4;
+  alignas(64) float factors[kLanes][kBatch] = {};  // [group][row]
+  for (int64_t g = 0; g < groups; ++g, y += kGroup) {
+    if (g % kLanes == 0) {
+      for (int64_t r = 0; r < count; ++r) {
+        float of_row[kLanes];
+        store(of_row, downs[r].h * scales_of(downs[r].row, g));
+        for (int64_t i = 0; i < min(kLanes, groups - g); ++i) factors[i][r] = of_row[i];
+      }
+    }
+    const __m512 exact = _mm512_loadu_ps(factors[g % kLanes]);
+    const float largest = _mm512_reduce_max_ps(_mm512_abs_ps(exact));
+    if (largest == 0.0f) continue;
+    const float step = largest / 32512.0f;  // 127 * 256
+    const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(exact, _mm512_set1_ps(1.0f / step)));
+    const __m512i highs = _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
+    const __m512i lows = _mm512_sub_epi32(integers, _mm512_slli_epi32(highs, 8));
+    int32_t high_bytes[4], low_bytes[4];  // of four rows each
+    _mm_storeu_si128((__m128i*)high_bytes, _mm512_cvtepi32_epi8(highs));
+    _mm_storeu_si128((__m128i*)low_bytes, _mm512_cvtepi32_epi8(lows));
+    const __m512i high_start = _mm512_set1_epi32(-136 * _mm512_reduce_add_epi32(highs));
+    const __m512i low_start = _mm512_set1_epi32(-136 * _mm512_reduce_add_epi32(lows));
+    __m512i high[4] = {high_start, high_start, high_start, high_start};
+    __m512i low[4] = {low_start, low_start, low_start, low_start};
+    for (int64_t q = 0; q < quads; ++q) {
+      __m512i w[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Down& d = downs[min(4 * q + i, count - 1)];  // beyond the last, times zero
+        const __m512i h = twice(d.row.high + g * kGroupBytes);
+        const __m512i l = d.exact ? _mm512_srlv_epi16(twice(d.row.low + g * kGroupBytes), down)
+                                  : _mm512_set1_epi8(8);
+        // The high nibbles of h as they are shifted, the low ones of l.
+        w[i] = _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
+                                         _mm512_sllv_epi16(h, up), l, 0xca);
+      }
+      const __m512i a = _mm512_unpacklo_epi8(w[0], w[1]), b = _mm512_unpackhi_epi8(w[0], w[1]);
+      const __m512i c = _mm512_unpacklo_epi8(w[2], w[3]), d = _mm512_unpackhi_epi8(w[2], w[3]);
+      const __m512i columns[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c),
+                                  _mm512_unpacklo_epi16(b, d), _mm512_unpackhi_epi16(b, d)};
+      const __m512i high_factors = _mm512_set1_epi32(high_bytes[q]);
+      const __m512i low_factors = _mm512_set1_epi32(low_bytes[q]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        high[i] = _mm512_dpbusd_epi32(high[i], columns[i], high_factors);
+        low[i] = _mm512_dpbusd_epi32(low[i], columns[i], low_factors);
+      }
+    }
+    __m512i sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
+    // 128 bits of sums[i] are columns 4i to 4i+3 of each 16: transposed, they are in order.
+    const __m512i ab = _mm512_shuffle_i32x4(sums[0], sums[1], 0x88);
+    const __m512i AB = _mm512_shuffle_i32x4(sums[0], sums[1], 0xdd);
+    const __m512i cd = _mm512_shuffle_i32x4(sums[2], sums[3], 0x88);
+    const __m512i CD = _mm512_shuffle_i32x4(sums[2], sums[3], 0xdd);
+    const __m512i ordered[4] = {
+        _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
+        _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* const out = y + i * kLanes;
+      store(out, load_as<Floats>(out) + step * to_floats((Ints)ordered[i]));
+    }
+  }
+}
+
+#else
+
+/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
+inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
+  constexpr int kVectors = kGroup / kLanes;
+  float factors[kBatch][kLanes];
+  for (int64_t g = 0; g < groups; ++g, y += kGroup) {
+    if (g % kLanes == 0)
+      for (int64_t r = 0; r < count; ++r)
+        store(factors[r], downs[r].h * scales_of(downs[r].row, g));
+    Floats sums[kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) sums[i] = load_as<Floats>(y + i * kLanes);
+    for (int64_t r = 0; r < count; ++r) {
+      std::int8_t codes[kGroup];
+      downs[r].row.codes(g, downs[r].exact, codes);
+      const float factor = factors[r][g % kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) sums[i] += factor * signed_floats(codes + i * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) store(y + i * kLanes, sums[i]);
+  }
+}
+
+#endif
+
+// ---- memory ---------------------------------------------------------------------------------
+//
+// Rows that follow each other are read in order and left to the hardware, which prefetches plain
+// streams best. What a selection wants is scattered: its cache lines are asked for a few at a time,
+// between rows that are worked on, so that memory is never idle and never overrun.
+
+class Wanted {
+ public:
+  void clear() { next_ = count_ = 0; }
+  void add_high(const Rows& w, int64_t r) {
+    rows_[count_] = Int8Row(w, r).high;
+    lines_[count_++] = static_cast<int>((high_row_bytes(w.n) + 63) / 64);
+  }
+  void add_low(const Rows& w, int64_t r) {
+    rows_[count_] = Int8Row(w, r).low;
+    lines_[count_++] = static_cast<int>((low_row_bytes(w.n) + 63) / 64);
+  }
+  void add(const Rows& w, int64_t r) {
+    add_high(w, r);
+    add_low(w, r);
+  }
+  /// All that is left, spread over so many calls of `ask`.
+  void spread(int64_t calls) { step_ = (count_ - next_ + calls - 1) / calls; }
+  void ask() {
+    for (const int64_t end = min(next_ + step_, count_); next_ < end; ++next_)
+      for (int i = 0; i < lines_[next_]; ++i)
+        __builtin_prefetch(rows_[next_] + i * 64, 0, 2);  // to the second level
+  }
+
+ private:
+  static constexpr int64_t kMost = 6 * kBatch;
+  const std::uint8_t* rows_[kMost];
+  int lines_[kMost];
+  int64_t count_ = 0, next_ = 0, step_ = 0;
+};
+
+// ---- kernels --------------------------------------------------------------------------------
+
+void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) {
+  const Vector x(prepared, w.n);
+  for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
+    const int64_t count = min(kBatch, rows - first);
+    Products products;
+    for (int64_t r = 0; r < count; ++r) products.lanes[r] = exact_lanes(Int8Row(w, first + r), x);
+    float results[kBatch];
+    products.store_to(results, count);
+    for (int64_t r = 0; r < count; ++r) y[r] = results[r] + (add ? y[r] : 0.0f);
+  }
+}
+
+/// Whole vectors of them.
+inline void activate(Activation activation, float* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(values + i, activate(activation, load_as<Floats>(values + i)));
+}
+
+/// act(gate) * up for the exact products of some neurons.
+struct Gated {
+  Products gates, ups;
+  float h[kBatch];
+
+  void finish(Activation activation, int64_t count) {
+    float up[kBatch];
+    gates.store_to(h, count);
+    ups.store_to(up, count);
+    activate(activation, h, count);
+    for (int64_t i = 0; i < count; ++i) h[i] *= up[i];
+  }
+};
+
+void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
+             const void* prepared, float* h, float* y) {
+  const Vector x(prepared, rows.gate.n);
+  Wanted wanted;
+  for (int64_t i = 0; i < x.count * kGroup; ++i) y[i] = 0.0f;
+  for (; count > 0; count -= kBatch, ids += kBatch, h += kBatch) {
+    const int64_t some = min(kBatch, count), next = min(2 * kBatch, count);
+    wanted.clear();
+    for (int64_t i = 0; i < some; ++i) wanted.add(rows.down, ids[i]);
+    for (int64_t i = kBatch; i < next; ++i) {
+      wanted.add(rows.gate, ids[i]);
+      wanted.add(rows.up, ids[i]);
+    }
+    wanted.spread(some);
+    Gated gated;
+    for (int64_t i = 0; i < some; ++i) {
+      wanted.ask();
+      gated.gates.lanes[i] = exact_lanes(Int8Row(rows.gate, ids[i]), x);
+      gated.ups.lanes[i] = exact_lanes(Int8Row(rows.up, ids[i]), x);
+    }
+    gated.finish(activation, some);
+    Down downs[kBatch];
+    for (int64_t i = 0; i < some; ++i) {
+      h[i] = gated.h[i];
+      downs[i] = {Int8Row(rows.down, ids[i]), h[i], true};
+    }
+    add_rows(downs, some, x.count, y);
+  }
+}
+
+/// Some neurons between the look at their high planes and the rest of the work.
+struct Sketch {
+  const int32_t* ids;
+  int64_t count = 0;
+  Floats gates[kBatch], ups[kBatch];  // the high planes' shares
+  float estimates[kBatch];            // of |h| ||down||
+  float coarse_h[kBatch];
+
+  /// Meanwhile memory brings what is wanted.
+  void make(const NeuronRows& rows, Activation activation, const Selection& selection,
+            const Vector& x, Wanted& wanted) {
+    Gated gated;
+    wanted.spread(count);
+    for (int64_t i = 0; i < count; ++i) {
+      wanted.ask();
+      multiply<true, false>(Int8Row(rows.gate, ids[i]), x, &gates[i], nullptr);
+      gated.gates.lanes[i] = coarse_lanes(gates[i]);
+      multiply<true, false>(Int8Row(rows.up, ids[i]), x, &ups[i], nullptr);
+      gated.ups.lanes[i] = coarse_lanes(ups[i]);
+    }
+    gated.finish(activation, count);
+    for (int64_t i = 0; i < count; ++i) {
+      coarse_h[i] = gated.h[i];
+      estimates[i] = __builtin_fabsf(gated.h[i]) * selection.lengths[ids[i]];
+    }
+  }
+
+  // A NaN is no reason to leave a neuron out: it is to be seen.
+  bool is_used(int64_t i, const Selection& s) const { return !(estimates[i] < s.coarse); }
+  bool is_exact(int64_t i, const Selection& s) const { return !(estimates[i] < s.exact); }
+
+  void want(const NeuronRows& rows, const Selection& selection, Wanted& wanted) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (is_exact(i, selection)) {
+        wanted.add_low(rows.gate, ids[i]);
+        wanted.add_low(rows.up, ids[i]);
+        wanted.add(rows.down, ids[i]);
+      } else if (is_used(i, selection)) {
+        wanted.add_high(rows.down, ids[i]);
+      }
+    }
+  }
+
+  SelectedCounts finish(const NeuronRows& rows, Activation activation, const Selection& selection,
+                        const Vector& x, float* h, float* y) const {
+    SelectedCounts counts;
+    int64_t exact[kBatch];
+    Gated gated;
+    for (int64_t i = 0; i < count; ++i) {
+      h[i] = is_used(i, selection) ? coarse_h[i] : 0.0f;
+      if (!is_exact(i, selection)) continue;
+      Floats low;
+      multiply<false, true>(Int8Row(rows.gate, ids[i]), x, nullptr, &low);
+      gated.gates.lanes[counts.exact] = exact_lanes(gates[i], low);
+      multiply<false, true>(Int8Row(rows.up, ids[i]), x, nullptr, &low);
+      gated.ups.lanes[counts.exact] = exact_lanes(ups[i], low);
+      exact[counts.exact++] = i;
+    }
+    gated.finish(activation, counts.exact);
+    for (int64_t i = 0; i < counts.exact; ++i) h[exact[i]] = gated.h[i];
+    Down downs[kBatch];
+    int64_t used = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (is_used(i, selection))
+        downs[used++] = {Int8Row(rows.down, ids[i]), h[i], is_exact(i, selection)};
+    counts.coarse = used - counts.exact;
+    add_rows(downs, used, x.count, y);
+    return counts;
+  }
+};
+
+/// By batches: while memory brings what one sketch has shown to be needed, the next one is made.
+SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
+                                  const Selection& selection, const int32_t* ids, int64_t count,
+                                  const Vector& x, float* h, float* y) {
+  SelectedCounts counts;
+  Wanted wanted;
+  Sketch sketches[2];
+  for (int64_t first = 0, turn = 0; first < count + kBatch; first += kBatch, ++turn) {
+    Sketch& sketch = sketches[turn % 2];
+    if (first < count) {
+      sketch.ids = ids + first;
+      sketch.count = min(kBatch, count - first);
+      const int64_t next = min(first + 2 * kBatch, count);
+      for (int64_t i = first + kBatch; i < next; ++i) {
+        wanted.add_high(rows.gate, ids[i]);
+        wanted.add_high(rows.up, ids[i]);
+      }
+      sketch.make(rows, activation, selection, x, wanted);
+      wanted.clear();
+      sketch.want(rows, selection, wanted);
+    }
+    if (first == 0) continue;
+    const SelectedCounts some =
+        sketches[(turn + 1) % 2].finish(rows, activation, selection, x, h + first - kBatch, y);
+    counts.exact += some.exact;
+    counts.coarse += some.coarse;
+  }
+  return counts;
+}
+
+/// CATS: exact gates of all neurons, then ups and downs of those whose gate is open.
+SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
+                                const Selection& selection, const int32_t* ids, int64_t count,
+                                const Vector& x, float* h, float* y) {
+  SelectedCounts counts;
+  for (; count > 0; count -= kBatch, ids += kBatch, h += kBatch) {
+    const int64_t some = min(kBatch, count);
+    Products products;
+    float gates[kBatch], ups[kBatch];
+    for (int64_t i = 0; i < some; ++i)
+      products.lanes[i] = exact_lanes(Int8Row(rows.gate, ids[i]), x);
+    products.store_to(gates, some);
+    activate(activation, gates, some);
+    Down downs[kBatch];
+    int64_t which[kBatch], open = 0;
+    for (int64_t i = 0; i < some; ++i) {
+      h[i] = 0.0f;
+      if (__builtin_fabsf(gates[i]) < selection.exact) continue;
+      products.lanes[open] = exact_lanes(Int8Row(rows.up, ids[i]), x);
+      which[open++] = i;
+    }
+    products.store_to(ups, open);
+    for (int64_t i = 0; i < open; ++i) {
+      h[which[i]] = gates[which[i]] * ups[i];
+      downs[i] = {Int8Row(rows.down, ids[which[i]]), h[which[i]], true};
+    }
+    add_rows(downs, open, x.count, y);
+    counts.exact += open;
+  }
+  return counts;
+}
+
+SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
+                        const int32_t* ids, int64_t count, const void* prepared, float* h,
+                        float* y) {
+  const Vector x(prepared, rows.gate.n);
+  for (int64_t i = 0; i < x.count * kGroup; ++i) y[i] = 0.0f;
+  const auto select = selection.by_gate ? selected_by_gate : selected_by_sketch;
+  return select(rows, activation, selection, ids, count, x, h, y);
+}
+
+void load(const Rows& w, float* out, int64_t stride) {
+  const Int8Row row(w, 0);
+  for (int64_t i = 0; i < w.n; i += 16) {
+    float values[16];
+    row.load(i, values);
+    for (int64_t j = 0; j < min(16, w.n - i); ++j) out[(i + j) * stride] = values[j];
+  }
+}
+
+}  // namespace
+
+namespace TDA_ISA {
+const RowKernels int8_rows = {prepared_bytes, prepare, load, dot, neurons, selected};
+}  // namespace TDA_ISA
+
+}  // namespace tda

@@ -1,0 +1,163 @@
+#include "engine/budget.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "engine/session_impl.h"
+
+namespace tda {
+namespace {
+
+constexpr std::int64_t kTexts = 4;           // that harm is measured on,
+constexpr std::int64_t kDecodedTokens = 32;  // and so many tokens of each, after its first half
+constexpr double kProbe = 0.3;               // share of neurons that stay while a layer is probed
+constexpr float kNever = std::numeric_limits<float>::infinity();
+
+/// Natural logarithms of softmax(logits).
+std::vector<float> log_softmax(std::span<const float> logits) {
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float v : logits) sum += std::exp(double{v} - largest);
+  const auto shift = static_cast<float>(largest + std::log(sum));
+  std::vector<float> result(logits.begin(), logits.end());
+  for (float& v : result) v -= shift;
+  return result;
+}
+
+/// sum p (log p - log q)
+double divergence(std::span<const float> p, std::span<const float> q) {
+  double sum = 0;
+  for (std::size_t i = 0; i < p.size(); ++i)
+    sum += std::exp(double{p[i]}) * (double{p[i]} - double{q[i]});
+  return std::max(sum, 0.0);
+}
+
+double squares_below(std::span<const float> values, float threshold) {
+  double sum = 0;
+  for (const float v : values) sum += v < threshold ? double{v} * v : 0.0;
+  return sum;
+}
+
+}  // namespace
+
+/// One text, decoded over and over from the same place.
+class HarmProbe {
+ public:
+  HarmProbe(const std::shared_ptr<const Runtime>& runtime, std::span<const Token> text)
+      : half_((std::ssize(text) + 1) / 2),
+        decoded_(text.subspan(half_, std::min(kDecodedTokens, std::ssize(text) - half_))),
+        session_(runtime, std::ssize(text), 0) {
+    session_.prefill(text.first(half_), FfnMode::dense, 0);
+    dense_ = run();
+  }
+
+  std::int64_t tokens() const { return std::ssize(decoded_); }
+
+  /// KL divergence from dense, summed over the tokens, with one layer under thresholds.
+  double harm(std::int64_t layer, const TokenThresholds& thresholds) {
+    session_.backend.set_thresholds(*session_.state, layer, thresholds);
+    const std::vector<std::vector<float>> changed = run();
+    session_.backend.set_thresholds(*session_.state, layer, {});
+    double sum = 0;
+    for (std::size_t t = 0; t < dense_.size(); ++t) sum += divergence(dense_[t], changed[t]);
+    return sum;
+  }
+
+ private:
+  std::vector<std::vector<float>> run() {
+    session_.position = half_;
+    session_.decode_mode = FfnMode::sparse;
+    std::vector<std::vector<float>> result;
+    for (const Token token : decoded_) result.push_back(log_softmax(session_.decode(token)));
+    return result;
+  }
+
+  std::int64_t half_;
+  std::span<const Token> decoded_;
+  Session::Impl session_;
+  std::vector<std::vector<float>> dense_;
+};
+
+std::vector<LayerHarm> measure_harm(
+    const std::shared_ptr<const Runtime>& runtime, std::span<const std::vector<Token>> texts,
+    const std::vector<std::vector<float>>& contributions,
+    const std::function<void(std::int64_t, std::int64_t)>& progress) {
+  const ModelConfig& config = runtime->config();
+  std::vector<HarmProbe> probes;
+  double tokens = 0;
+  for (const std::vector<Token>& text : texts) {
+    if (std::ssize(text) < 2 || std::ssize(probes) == kTexts) continue;
+    probes.emplace_back(runtime, Tokens(text).first(std::min<std::size_t>(text.size(), 512)));
+    tokens += static_cast<double>(probes.back().tokens());
+  }
+  if (probes.empty()) throw OptionError("texts: found none of two tokens or more");
+
+  std::vector<LayerHarm> result(config.num_layers);
+  for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
+    const std::vector<float>& sizes = contributions[layer];
+    const double sampled = static_cast<double>(sizes.size()) / config.intermediate_size;
+    // The mean over all texts of what a change by 1 (per token, squared) does.
+    const auto harm_of = [&](const TokenThresholds& thresholds, double squares) {
+      double sum = 0;
+      for (HarmProbe& probe : probes) sum += probe.harm(layer, thresholds);
+      // No less than what cannot be told from nothing: a layer without effect is the first to go.
+      return std::max(sum / tokens, 1e-12) / std::max(squares / sampled, 1e-30);
+    };
+    std::vector<float> sorted = sizes;
+    const float threshold = thresholds_of_shares(sorted, kProbe, 0).exact;
+    result[layer].dropped = harm_of({threshold, threshold}, squares_below(sizes, threshold));
+    if (runtime->model().layers[layer].gate.low)
+      result[layer].coarse = harm_of({kNever, 0}, squares_below(sizes, kNever));
+    if (progress) progress(layer + 1, config.num_layers);
+  }
+  return result;
+}
+
+Spent spend(const Model& model, const std::vector<LayerHarm>& harm,
+            const std::vector<std::vector<float>>& contributions, double bytes) {
+  const auto layers = static_cast<std::int64_t>(model.layers.size());
+  const auto at = [&](double lambda) {
+    Spent spent;
+    for (std::int64_t layer = 0; layer < layers; ++layer) {
+      const Matrix& row = model.layers[layer].gate;
+      const auto high = static_cast<double>(row.row_bytes());
+      const auto low = static_cast<double>(row.low_row_bytes());
+      const auto [dropped, coarse] = harm[layer];
+      const auto threshold = [&](double cost, double saved) {
+        return saved > 0 ? static_cast<float>(std::sqrt(lambda * cost / saved)) : kNever;
+      };
+      TokenThresholds t;
+      // Whether a neuron is worth more than nothing at 4 bits, and whether 8 are worth more yet;
+      // where the second comes first (or there are no planes), 4 bits are never the best choice.
+      t.coarse = threshold(high, dropped - coarse);
+      t.exact = low > 0 ? threshold(3 * low, coarse) : t.coarse;
+      if (t.exact <= t.coarse) t.exact = t.coarse = threshold(high + 3 * low, dropped);
+      const std::vector<float>& sizes = contributions[layer];
+      double read = 0;
+      for (const float size : sizes)
+        read += size >= t.exact ? high + 3 * low : size >= t.coarse ? high : 0;
+      spent.thresholds.push_back(t);
+      spent.bytes.push_back((read / static_cast<double>(sizes.size()) + 2 * high) /
+                            (3 * (high + low)));
+    }
+    return spent;
+  };
+  const auto mean = [&](const Spent& spent) {
+    return std::accumulate(spent.bytes.begin(), spent.bytes.end(), 0.0) /
+           static_cast<double>(layers);
+  };
+  double low = 1e-30, high = 1e30;  // lambda: at the first all is read, at the second nothing
+  if (mean(at(high)) > bytes) {
+    throw OptionError("bytes " + std::to_string(bytes) + ": expected at least " +
+                      std::to_string(mean(at(high))) + ", which the estimates alone read");
+  }
+  for (int i = 0; i < 200 && high / low > 1 + 1e-9; ++i) {
+    const double middle = std::sqrt(low) * std::sqrt(high);
+    (mean(at(middle)) > bytes ? low : high) = middle;
+  }
+  return at(high);
+}
+
+}  // namespace tda

@@ -1,0 +1,465 @@
+// int8 weights and the selection of neurons by their high planes.
+#include <tda/error.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/isa.h"
+#include "model/half.h"
+#include "naive.h"
+
+using namespace tda;
+
+namespace {
+
+constexpr std::int64_t kLengths[] = {1, 31, 64, 65, 130, 576, 1100};
+
+std::vector<float> random_floats(std::int64_t count, float deviation = 1) {
+  static std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, deviation);
+  std::vector<float> values(count);
+  for (float& v : values) v = normal(random);
+  return values;
+}
+
+/// An int8 matrix, and its values with both planes and with the high plane alone.
+struct Stored {
+  Matrix matrix;
+  std::vector<std::byte> high, low;
+  std::vector<float> values, coarse;
+
+  Stored(std::int64_t rows, std::int64_t n, const std::vector<float>& source) {
+    matrix = {WeightFormat::int8, rows, n};
+    high.resize(rows * matrix.row_bytes());
+    low.resize(rows * matrix.low_row_bytes());
+    matrix.data = high.data();
+    matrix.low = low.data();
+    values.resize(rows * n);
+    coarse.resize(rows * n);
+    const std::vector<std::byte> middle(matrix.low_row_bytes(), std::byte{0x88});
+    for (std::int64_t r = 0; r < rows; ++r) {
+      std::byte* const row = high.data() + r * matrix.row_bytes();
+      quantize_int8(source.data() + r * n, n, row, low.data() + r * matrix.low_row_bytes());
+      read_row(matrix, r, 0, n, values.data() + r * n);
+      dequantize_int8(row, middle.data(), n, 0, n, coarse.data() + r * n);  // low - 8 = 0
+    }
+  }
+  Stored(std::int64_t rows, std::int64_t n) : Stored(rows, n, random_floats(rows * n)) {}
+  Rows rows(std::int64_t first = 0) const {
+    return {matrix.row(first), matrix.low_row(first), matrix.cols};
+  }
+};
+
+/// What the kernels make of x: groups rounded to multiples of their largest value / 127.
+std::vector<double> rounded(const std::vector<float>& x) {
+  std::vector<double> out(x.size());
+  for (std::size_t g = 0; g < x.size(); g += kGroup) {
+    const std::size_t end = std::min<std::size_t>(x.size(), g + kGroup);
+    double largest = 0;
+    for (std::size_t i = g; i < end; ++i) largest = std::max(largest, std::abs(double{x[i]}));
+    const double step = largest / 127;
+    for (std::size_t i = g; i < end; ++i)
+      out[i] = largest > 0 ? std::nearbyint(x[i] / step) * step : 0;
+  }
+  return out;
+}
+
+std::vector<std::byte> prepared(const RowKernels& kernels, const std::vector<float>& x) {
+  const auto n = static_cast<std::int64_t>(x.size());
+  std::vector<std::byte> out(kernels.prepared_bytes(n));
+  kernels.prepare(x.data(), n, out.data());
+  return out;
+}
+
+double dot(const float* w, const std::vector<double>& x) {
+  return std::inner_product(x.begin(), x.end(), w, 0.0);
+}
+
+template <class Body>
+void for_all_kernels(const Body& body) {
+  for (const Kernels* table : available_kernels()) {
+    const int before = check::failures;
+    body(*table);
+    if (check::failures > before) std::printf("  in: %s\n", table->name);
+  }
+}
+
+/// A layer of random neurons and one input.
+struct Layer {
+  static constexpr std::int64_t kNeurons = 70;
+  std::int64_t n;
+  Stored gate, up, down;
+  std::vector<float> x, lengths;
+  std::vector<double> rounded_x;
+  std::vector<std::int32_t> ids;
+
+  explicit Layer(std::int64_t length)
+      : n(length), gate(kNeurons, n), up(kNeurons, n), down(kNeurons, n), x(random_floats(n)) {
+    rounded_x = rounded(x);
+    for (float& v : x) v /= std::sqrt(static_cast<float>(n));
+    for (double& v : rounded_x) v /= std::sqrt(static_cast<double>(n));
+    for (std::int64_t j = 0; j < kNeurons; ++j) lengths.push_back(0.5f + 0.01f * j);
+    for (std::int32_t j = 0; j < kNeurons; j += 1 + j % 2) ids.push_back(j);  // not all
+  }
+  NeuronRows rows() const { return {gate.rows(), up.rows(), down.rows()}; }
+  std::int64_t groups() const { return groups_of(n) * kGroup; }
+
+  double activated(const std::vector<float>& w, std::int64_t j) const {
+    return naive::activate(Activation::silu, dot(w.data() + j * n, rounded_x));
+  }
+  double h(std::int64_t j, bool exact) const {
+    return activated(exact ? gate.values : gate.coarse, j) *
+           dot((exact ? up.values : up.coarse).data() + j * n, rounded_x);
+  }
+};
+
+}  // namespace
+
+TEST(int8_rounds_to_half_a_step) {
+  for (const std::int64_t n : kLengths)
+    for (const float scale : {1e-38f, 1e-6f, 1.0f, 1e30f}) {
+      const auto values = random_floats(n, scale);
+      const Stored stored(1, n, values);
+      for (std::int64_t g = 0; g < n; g += kGroup) {
+        double largest = 0;
+        const std::int64_t end = std::min(n, g + kGroup);
+        for (std::int64_t i = g; i < end; ++i)
+          largest = std::max(largest, std::abs(double{values[i]}));
+        // A bf16 step is at most 1/128 larger than asked for; subnormal ones are coarser.
+        const double step = largest / 119 * (1 + 1.0 / 128) + 1e-40;
+        for (std::int64_t i = g; i < end; ++i) {
+          CHECK(std::abs(stored.values[i] - double{values[i]}) <= step / 2 * (1 + 1e-5));
+          CHECK(std::abs(stored.coarse[i] - double{stored.values[i]}) <= 8 * step * (1 + 1e-5));
+        }
+      }
+    }
+  const Stored zero(1, 70, std::vector<float>(70));
+  CHECK(zero.values == std::vector<float>(70));
+}
+
+TEST(int8_rows_are_loaded) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : kLengths) {
+      const Stored stored(2, n);
+      std::vector<float> out(2 * n + 1, 7);
+      kernels.rows[2].load(stored.rows(1), out.data(), 2);
+      for (std::int64_t i = 0; i < n; ++i) {
+        CHECK(out[2 * i] == stored.values[n + i]);
+        CHECK(out[2 * i + 1] == 7);
+      }
+    }
+  });
+}
+
+TEST(int8_dot_matches_doubles) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : kLengths) {
+      const std::int64_t rows = 1 + n % 6;
+      const Stored w(rows, n);
+      auto x = random_floats(n);
+      if (n > 64) std::fill_n(x.begin(), 64, 0.0f);  // a group without a largest value
+      const auto expected_x = rounded(x);
+      const auto p = prepared(kernels.rows[2], x);
+      std::vector<float> y(rows + 1, 3);
+      kernels.rows[2].dot(w.rows(), rows, p.data(), y.data(), false);
+      const std::vector<float> once = y;
+      kernels.rows[2].dot(w.rows(), rows, p.data(), y.data(), true);
+      double exact_x = 0;
+      for (const float v : x) exact_x += double{v} * v;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        CHECK_NEAR(once[r], dot(w.values.data() + r * n, expected_x), 2e-4);
+        CHECK_NEAR(y[r], 2 * once[r], 1e-4);
+        // The bound that is promised: rounding x moves each factor by at most max / 254.
+        const std::vector<double> unrounded(x.begin(), x.end());
+        double bound = 1e-4;
+        for (std::int64_t i = 0; i < n; ++i) bound += std::abs(w.values[r * n + i]) * 4.5 / 254;
+        CHECK_NEAR(once[r], dot(w.values.data() + r * n, unrounded), bound);
+      }
+      CHECK(y[rows] == 3);
+    }
+  });
+}
+
+TEST(int8_neurons_match_doubles) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : {45, 130, 576}) {
+      const Layer layer(n);
+      const auto p = prepared(kernels.rows[2], layer.x);
+      for (const std::int64_t count : {std::int64_t{1}, std::int64_t{17}, std::ssize(layer.ids)}) {
+        std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
+        kernels.rows[2].neurons(layer.rows(), Activation::silu, layer.ids.data(), count, p.data(),
+                                h.data(), y.data());
+        naive::Vector expected(n);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t j = layer.ids[i];
+          CHECK_NEAR(h[i], layer.h(j, true), 1e-5 * n);
+          for (std::int64_t e = 0; e < n; ++e)
+            expected[e] += layer.h(j, true) * layer.down.values[j * n + e];
+        }
+        for (std::int64_t e = 0; e < n; ++e) CHECK_NEAR(y[e], expected[e], 1e-4 * std::sqrt(n));
+        CHECK(h[count] == 3 && y[layer.groups()] == 3);
+      }
+    }
+  });
+}
+
+TEST(selection_drops_and_coarsens_like_doubles) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : {45, 576}) {
+      const Layer layer(n);
+      const auto count = std::ssize(layer.ids);
+      const auto p = prepared(kernels.rows[2], layer.x);
+      std::vector<double> sorted;
+      for (const std::int32_t j : layer.ids)
+        sorted.push_back(std::abs(layer.h(j, false)) * layer.lengths[j]);
+      const std::vector<double> estimates = sorted;
+      std::sort(sorted.begin(), sorted.end());
+      const auto between = [&](std::int64_t i) {  // a threshold that i neurons do not reach
+        return i == 0       ? 0.0f
+               : i == count ? std::numeric_limits<float>::infinity()
+                            : static_cast<float>((sorted[i - 1] + sorted[i]) / 2);
+      };
+      for (const auto& [dropped, not_exact] : {std::pair<std::int64_t, std::int64_t>{0, 0},
+                                               {0, count},
+                                               {count, count},
+                                               {9, 9},
+                                               {11, 30},
+                                               {0, 20},
+                                               {count - 1, count - 1}}) {
+        const Selection selection = {between(not_exact), between(dropped), false,
+                                     layer.lengths.data()};
+        std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
+        const SelectedCounts counts =
+            kernels.rows[2].selected(layer.rows(), Activation::silu, selection, layer.ids.data(),
+                                     count, p.data(), h.data(), y.data());
+        CHECK(counts.exact == count - not_exact);
+        CHECK(counts.coarse == not_exact - dropped);
+        naive::Vector expected(n);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t j = layer.ids[i];
+          if (estimates[i] < selection.coarse) {
+            CHECK(h[i] == 0);
+            continue;
+          }
+          const bool exact = estimates[i] >= selection.exact;
+          CHECK_NEAR(h[i], layer.h(j, exact), 1e-5 * n);
+          const auto& down = exact ? layer.down.values : layer.down.coarse;
+          for (std::int64_t e = 0; e < n; ++e) expected[e] += layer.h(j, exact) * down[j * n + e];
+        }
+        for (std::int64_t e = 0; e < n; ++e) CHECK_NEAR(y[e], expected[e], 1e-4 * std::sqrt(n));
+        CHECK(h[count] == 3 && y[layer.groups()] == 3);
+      }
+    }
+  });
+}
+
+TEST(selection_with_thresholds_of_zero_is_dense_to_the_bit) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : {45, 576}) {
+      const Layer layer(n);
+      const auto count = std::ssize(layer.ids);
+      const auto p = prepared(kernels.rows[2], layer.x);
+      std::vector<float> h(count), y(layer.groups()), dense_h(count), dense_y(layer.groups());
+      kernels.rows[2].neurons(layer.rows(), Activation::silu, layer.ids.data(), count, p.data(),
+                              dense_h.data(), dense_y.data());
+      for (const bool by_gate : {false, true}) {
+        kernels.rows[2].selected(layer.rows(), Activation::silu,
+                                 {0, 0, by_gate, layer.lengths.data()}, layer.ids.data(), count,
+                                 p.data(), h.data(), y.data());
+        CHECK(h == dense_h);
+        CHECK(y == dense_y);
+      }
+    }
+  });
+}
+
+TEST(selection_by_gate_matches_doubles) {
+  for_all_kernels([](const Kernels& kernels) {
+    const std::int64_t n = 130;
+    const Layer layer(n);
+    const auto count = std::ssize(layer.ids);
+    const auto p = prepared(kernels.rows[2], layer.x);
+    const float threshold = 0.2f;
+    std::vector<float> h(count), y(layer.groups());
+    const SelectedCounts counts = kernels.rows[2].selected(
+        layer.rows(), Activation::silu, {threshold, threshold, true, nullptr}, layer.ids.data(),
+        count, p.data(), h.data(), y.data());
+    std::int64_t open = 0;
+    naive::Vector expected(n);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t j = layer.ids[i];
+      if (std::abs(layer.activated(layer.gate.values, j)) < threshold) {
+        CHECK(h[i] == 0);
+        continue;
+      }
+      ++open;
+      for (std::int64_t e = 0; e < n; ++e)
+        expected[e] += layer.h(j, true) * layer.down.values[j * n + e];
+    }
+    CHECK(open > 3 && open < count - 3);
+    CHECK(counts.exact == open && counts.coarse == 0);
+    for (std::int64_t e = 0; e < n; ++e) CHECK_NEAR(y[e], expected[e], 1e-3);
+  });
+}
+
+TEST(selection_keeps_what_is_not_a_number) {
+  for_all_kernels([](const Kernels& kernels) {
+    const Layer layer(64);
+    auto lengths = layer.lengths;
+    lengths[layer.ids[5]] = NAN;
+    const auto count = std::ssize(layer.ids);
+    const auto p = prepared(kernels.rows[2], layer.x);
+    std::vector<float> h(count), y(layer.groups());
+    const float all = std::numeric_limits<float>::infinity();
+    const SelectedCounts counts =
+        kernels.rows[2].selected(layer.rows(), Activation::silu, {all, all, false, lengths.data()},
+                                 layer.ids.data(), count, p.data(), h.data(), y.data());
+    CHECK(counts.exact == 1);
+    CHECK(h[5] != 0);
+  });
+}
+
+TEST(int8_multiplies_panels) {
+  for_all_kernels([](const Kernels& kernels) {
+    const std::int64_t width = kernels.panel, count = 2;
+    for (const std::int64_t rows : {1, 7, 61})
+      for (const std::int64_t n : {1, 33, 300, 576}) {
+        const Stored w(rows, n);
+        const auto b = random_floats(count * n * width), b2 = random_floats(count * rows * width);
+        std::vector<float> c(count * rows * width + 1, 3);
+        const ConstPanels in = {b.data(), n * width};
+        const Panels out = {c.data(), rows * width};
+        kernels.panels[2].multiply(w.rows(), rows, in, out, count, false);
+        kernels.panels[2].multiply(w.rows(), rows, in, out, count, true);
+        const std::int64_t first = n / 96 * 48, columns = n - first;
+        std::vector<float> c2(count * columns * width + 1, 3);
+        kernels.panels[2].multiply_transposed(w.rows(), rows, first, columns,
+                                              {b2.data(), rows * width},
+                                              {c2.data(), columns * width}, count);
+        for (std::int64_t p = 0; p < count; ++p)
+          for (std::int64_t lane = 0; lane < width; ++lane) {
+            naive::Vector expected2(columns, 3);
+            for (std::int64_t r = 0; r < rows; ++r) {
+              double expected = 0;
+              for (std::int64_t i = 0; i < n; ++i)
+                expected += double{w.values[r * n + i]} * b[(p * n + i) * width + lane];
+              for (std::int64_t i = 0; i < columns; ++i)
+                expected2[i] +=
+                    double{w.values[r * n + first + i]} * b2[(p * rows + r) * width + lane];
+              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * expected, 2e-4);
+            }
+            for (std::int64_t i = 0; i < columns; ++i)
+              CHECK_NEAR(c2[(p * columns + i) * width + lane], expected2[i], 2e-4);
+          }
+        CHECK(c.back() == 3 && c2.back() == 3);
+      }
+  });
+}
+
+namespace {
+
+std::vector<float> run(const Backend& backend, State& state, const Step& step, std::int64_t rows) {
+  backend.begin(state, step);
+  backend.embed(state);
+  for (std::int64_t l = 0; l < backend.model().config.num_layers; ++l) {
+    backend.qkv(state, l);
+    backend.attention(state, l);
+    backend.attention_out(state, l);
+    backend.ffn(state, l);
+  }
+  const auto logits = backend.logits(state, rows);
+  return {logits.begin(), logits.end()};
+}
+
+ModelConfig wide_config() {
+  ModelConfig config = naive::small_config();
+  config.hidden_size = 130;
+  config.intermediate_size = 150;
+  return config;
+}
+
+/// Relative error in the L2 norm.
+double error(const std::vector<float>& found, const std::vector<double>& expected) {
+  double difference = 0, size = 0;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    difference += (found[i] - expected[i]) * (found[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  return std::sqrt(difference / size);
+}
+
+}  // namespace
+
+TEST(int8_model_stays_near_doubles) {
+  const naive::RandomModel model(wide_config(), WeightFormat::int8, 5);
+  const auto backend = make_cpu_backend(model.get(), 2);
+  const auto state = backend->new_state(12, KvFormat::f32);
+  naive::Session session(model.get(), KvFormat::f32);
+  const auto tokens = naive::random_tokens(12, 101);
+  const auto naive_run = [&](const Step& step) {
+    session.begin(step);
+    session.embed();
+    for (std::int64_t l = 0; l < 2; ++l) {
+      session.qkv(l);
+      session.attention(l);
+      session.attention_out(l);
+      session.ffn(l);
+    }
+    return session.logits(std::ssize(step.tokens) - 1);
+  };
+  // Prefill computes with the stored weights and unrounded activations.
+  const Step prompt = naive::step_of(Tokens(tokens).first(9), 0);
+  const auto two = run(*backend, *state, prompt, 2);  // more than one row: the head does not decode
+  CHECK(error({two.begin() + 101, two.end()}, naive_run(prompt)) < 1e-5);
+  for (std::int64_t t = 9; t < 12; ++t) {
+    const Step step = naive::step_of(Tokens(tokens).subspan(t, 1), t);
+    CHECK(error(run(*backend, *state, step, 1), naive_run(step)) < 0.03);
+  }
+}
+
+TEST(int8_reads_what_it_counts) {
+  const naive::RandomModel model(wide_config(), WeightFormat::int8, 6);
+  const auto tokens = naive::random_tokens(12, 101);
+  const Matrix& gate = model.get()->layers[0].gate;
+  const std::int64_t high = gate.row_bytes(), low = gate.low_row_bytes();
+  std::vector<std::vector<float>> runs;
+  for (const int threads : {1, 2, 3, 4}) {
+    const auto backend = make_cpu_backend(model.get(), threads);
+    const auto state = backend->new_state(12, KvFormat::f32);
+    backend->set_thresholds(*state, 1, {0.3f, 0.1f});
+    std::vector<float> all;
+    for (std::int64_t t = 0; t < 12; ++t) {
+      const Step step = naive::step_of(Tokens(tokens).subspan(t, 1), t, FfnMode::sparse);
+      const auto logits = run(*backend, *state, step, 1);
+      all.insert(all.end(), logits.begin(), logits.end());
+    }
+    runs.push_back(all);
+    const FfnReads dense = backend->ffn_reads(*state, 0), sparse = backend->ffn_reads(*state, 1);
+    CHECK(dense.exact == 12 * 150 && dense.coarse == 0);
+    CHECK(dense.bytes == 12 * 150 * model.get()->neuron_bytes());
+    CHECK(sparse.exact > 50 && sparse.coarse > 50 && sparse.exact + sparse.coarse < 12 * 150 - 50);
+    CHECK(sparse.bytes ==
+          12 * 150 * 2 * high + sparse.exact * (high + 3 * low) + sparse.coarse * high);
+  }
+  for (const auto& r : runs) CHECK(r == runs[0]);
+}
+
+TEST(int8_thresholds_are_checked) {
+  const naive::RandomModel int8(wide_config(), WeightFormat::int8, 7);
+  const naive::RandomModel bf16(wide_config(), WeightFormat::bf16, 7);
+  const auto backend = make_cpu_backend(int8.get(), 1);
+  const auto state = backend->new_state(4, KvFormat::f32);
+  CHECK_THROWS(backend->set_thresholds(*state, 0, {1, 2}), OptionError, "coarse <= exact");
+  CHECK_THROWS(backend->set_thresholds(*state, 0, {NAN, 0}), OptionError, "exact nan");
+  CHECK_THROWS(backend->set_thresholds(*state, 0, {2, 1, true}), OptionError, "gate estimate");
+  const auto backend16 = make_cpu_backend(bf16.get(), 1);
+  const auto state16 = backend16->new_state(4, KvFormat::f32);
+  CHECK_THROWS(backend16->set_thresholds(*state16, 0, {2, 1}), OptionError, "one plane");
+}
+
+int main() { return run_tests(); }
