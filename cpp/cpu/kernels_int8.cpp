@@ -119,32 +119,34 @@ inline Floats scales_of(const Int8Row& row, int64_t g) {
   return (Floats)(widen(load_as<Halves>(row.scales + g)) << 16);
 }
 
-/// The planes' shares in a row's product with x, still one sum per lane.
-template <bool kHigh, bool kLow>
-inline void multiply(const Int8Row& row, const Vector& x, Floats* highs, Floats* lows) {
-  Floats high[2] = {}, low[2] = {};
+/// The planes' shares in the products of kCount rows with x, still one sum per lane. Two rows share
+/// what is loaded of x.
+template <bool kHigh, bool kLow, int kCount>
+inline void multiply(const Int8Row (&rows)[kCount], const Vector& x, Floats (&highs)[kCount],
+                     Floats (&lows)[kCount]) {
+  Floats high[kCount] = {}, low[kCount] = {};
   for (int64_t g0 = 0; g0 < x.count; g0 += kLanes) {
-    float factors[kLanes];
-    store(factors, scales_of(row, g0) * load_as<Floats>(x.scales + g0));
-    const auto add = [&](int64_t g, int chain) {
+    float factors[kCount][kLanes];
+    for (int r = 0; r < kCount; ++r)
+      store(factors[r], scales_of(rows[r], g0) * load_as<Floats>(x.scales + g0));
+    const int64_t end = min(g0 + kLanes, x.count);
+    for (int64_t g = g0; g < end; ++g) {
       const Group& group = x.groups[g];
       Ints start = load_as<Ints>(group.start);
       keep_in_register(start);
-      const float factor = factors[g - g0];
       const int64_t at = g * kGroupBytes;
-      if (kHigh) high[chain] += factor * to_floats(add_products(row.high + at, group.q, start));
-      if (kLow) low[chain] += factor * to_floats(add_products(row.low + at, group.q, start));
-    };
-    const int64_t end = min(g0 + kLanes, x.count);
-    int64_t g = g0;
-    for (; g + 2 <= end; g += 2) {
-      add(g, 0);
-      add(g + 1, 1);
+#pragma GCC unroll 2
+      for (int r = 0; r < kCount; ++r) {
+        const float factor = factors[r][g - g0];
+        if (kHigh) high[r] += factor * to_floats(add_products(rows[r].high + at, group.q, start));
+        if (kLow) low[r] += factor * to_floats(add_products(rows[r].low + at, group.q, start));
+      }
     }
-    if (g < end) add(g, 0);
   }
-  if (kHigh) *highs = high[0] + high[1];
-  if (kLow) *lows = low[0] + low[1];
+  for (int r = 0; r < kCount; ++r) {
+    if (kHigh) highs[r] = high[r];
+    if (kLow) lows[r] = low[r];
+  }
 }
 
 /// Per-lane sums of up to kBatch rows on their way to one float each.
@@ -160,9 +162,10 @@ struct Products {
 inline Floats exact_lanes(Floats high, Floats low) { return level(16.0f * high + low); }
 inline Floats coarse_lanes(Floats high) { return level(16.0f * high); }
 inline Floats exact_lanes(const Int8Row& row, const Vector& x) {
-  Floats high, low;
-  multiply<true, true>(row, x, &high, &low);
-  return exact_lanes(high, low);
+  const Int8Row rows[1] = {row};
+  Floats high[1], low[1];
+  multiply<true, true>(rows, x, high, low);
+  return exact_lanes(high[0], low[0]);
 }
 
 /// A neuron's down row and what it is taken times; coarse: its high plane alone.
@@ -174,82 +177,130 @@ struct Down {
 
 #if defined(__AVX512VNNI__)
 
-/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
-///
-/// In integers as well: within a batch and a group the h * scale become 16-bit integers, relative
-/// to the largest, and go into byte products by halves. Four rows' bytes are interleaved for that.
-inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
+/// What a batch's rows are taken times, h * scale, for kLanes groups: as 16-bit integers relative
+/// to the group's largest. In halves of 8 bits, four rows to an int32, for byte products.
+struct Factors {
+  static constexpr int kQuads = kBatch / 4;
+  alignas(64) float step[kLanes];
+  alignas(64) int32_t high_start[kLanes], low_start[kLanes];  // -136 sum of the halves
+  alignas(64) int32_t high[kQuads][kLanes], low[kQuads][kLanes];
+
+  Factors(const Down* downs, int64_t count, int64_t g) {
+    __m512 exact[kBatch] = {}, largest = _mm512_setzero_ps();
+    for (int64_t r = 0; r < count; ++r) {
+      exact[r] = (__m512)(downs[r].h * scales_of(downs[r].row, g));
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(exact[r]));
+    }
+    const __m512 most = _mm512_set1_ps(32512.0f);  // 127 * 256
+    _mm512_store_ps(step, _mm512_div_ps(largest, most));
+    const __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, most, largest);
+    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+    for (int64_t q = 0; 4 * q < count; ++q) {
+      __m128i high_bytes[4], low_bytes[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(exact[4 * q + i], inverse));
+        const __m512i highs =
+            _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
+        const __m512i lows = _mm512_sub_epi32(integers, _mm512_slli_epi32(highs, 8));
+        high_sum = _mm512_add_epi32(high_sum, highs);
+        low_sum = _mm512_add_epi32(low_sum, lows);
+        high_bytes[i] = _mm512_cvtepi32_epi8(highs);
+        low_bytes[i] = _mm512_cvtepi32_epi8(lows);
+      }
+      interleave(high_bytes, high[q]);
+      interleave(low_bytes, low[q]);
+    }
+    const __m512i offset = _mm512_set1_epi32(-136);
+    _mm512_store_si512(high_start, _mm512_mullo_epi32(high_sum, offset));
+    _mm512_store_si512(low_start, _mm512_mullo_epi32(low_sum, offset));
+  }
+
+ private:
+  /// out[g] = byte g of each of the four.
+  static void interleave(const __m128i bytes[4], int32_t* out) {
+    const __m128i a = _mm_unpacklo_epi8(bytes[0], bytes[1]);
+    const __m128i b = _mm_unpackhi_epi8(bytes[0], bytes[1]);
+    const __m128i c = _mm_unpacklo_epi8(bytes[2], bytes[3]);
+    const __m128i d = _mm_unpackhi_epi8(bytes[2], bytes[3]);
+    auto* const p = reinterpret_cast<__m128i*>(out);
+    _mm_store_si128(p, _mm_unpacklo_epi16(a, c));
+    _mm_store_si128(p + 1, _mm_unpackhi_epi16(a, c));
+    _mm_store_si128(p + 2, _mm_unpacklo_epi16(b, d));
+    _mm_store_si128(p + 3, _mm_unpackhi_epi16(b, d));
+  }
+};
+
+/// A group's codes of four rows, 16 high + low (low 8 where coarse), interleaved: byte 4 k + i of
+/// out[j]'s 16-byte lane L is column 16 L + 4 j + k of row i.
+inline void interleaved_codes(const Down* downs, const int64_t rows[4], int64_t group,
+                              __m512i out[4]) {
   const __m512i up = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
                                       0x0004000400040004, 0x0004000400040004);
   const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
                                         0x0004000400040004, 0, 0, 0, 0);
-  const auto twice = [](const std::uint8_t* p) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+  const auto twice = [group](const std::uint8_t* p) {
+    const auto* at = reinterpret_cast<const __m256i*>(p + group * kGroupBytes);
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
   };
+  __m512i w[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Down& d = downs[rows[i]];
+    const __m512i low = d.exact ? _mm512_srlv_epi16(twice(d.row.low), down) : _mm512_set1_epi8(8);
+    // Where the mask is set bits of the high plane, else of the low one.
+    w[i] = _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
+                                     _mm512_sllv_epi16(twice(d.row.high), up), low, 0xca);
+  }
+  const __m512i a = _mm512_unpacklo_epi8(w[0], w[1]), b = _mm512_unpackhi_epi8(w[0], w[1]);
+  const __m512i c = _mm512_unpacklo_epi8(w[2], w[3]), d = _mm512_unpackhi_epi8(w[2], w[3]);
+  out[0] = _mm512_unpacklo_epi16(a, c);
+  out[1] = _mm512_unpackhi_epi16(a, c);
+  out[2] = _mm512_unpacklo_epi16(b, d);
+  out[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
+inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
   if (count == 0) return;
-  const int64_t quads = (count + 3) / 4;
-  alignas(64) float factors[kLanes][kBatch] = {};  // [group][row]
-  for (int64_t g = 0; g < groups; ++g, y += kGroup) {
-    if (g % kLanes == 0) {
-      for (int64_t r = 0; r < count; ++r) {
-        float of_row[kLanes];
-        store(of_row, downs[r].h * scales_of(downs[r].row, g));
-        for (int64_t i = 0; i < min(kLanes, groups - g); ++i) factors[i][r] = of_row[i];
+  for (int64_t g0 = 0; g0 < groups; g0 += kLanes) {
+    const Factors factors(downs, count, g0);
+    for (int64_t g = 0; g < min(kLanes, groups - g0); ++g, y += kGroup) {
+      const __m512i high_start = _mm512_set1_epi32(factors.high_start[g]);
+      const __m512i low_start = _mm512_set1_epi32(factors.low_start[g]);
+      __m512i high[4] = {high_start, high_start, high_start, high_start};
+      __m512i low[4] = {low_start, low_start, low_start, low_start};
+      for (int64_t q = 0; 4 * q < count; ++q) {
+        const int64_t last = count - 1;  // in the place of rows beyond it, times zero
+        const int64_t rows[4] = {4 * q, min(4 * q + 1, last), min(4 * q + 2, last),
+                                 min(4 * q + 3, last)};
+        __m512i columns[4];
+        interleaved_codes(downs, rows, g0 + g, columns);
+        const __m512i high_factors = _mm512_set1_epi32(factors.high[q][g]);
+        const __m512i low_factors = _mm512_set1_epi32(factors.low[q][g]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          high[i] = _mm512_dpbusd_epi32(high[i], columns[i], high_factors);
+          low[i] = _mm512_dpbusd_epi32(low[i], columns[i], low_factors);
+        }
       }
-    }
-    const __m512 exact = _mm512_loadu_ps(factors[g % kLanes]);
-    const float largest = _mm512_reduce_max_ps(_mm512_abs_ps(exact));
-    if (largest == 0.0f) continue;
-    const float step = largest / 32512.0f;  // 127 * 256
-    const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(exact, _mm512_set1_ps(1.0f / step)));
-    const __m512i highs = _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
-    const __m512i lows = _mm512_sub_epi32(integers, _mm512_slli_epi32(highs, 8));
-    int32_t high_bytes[4], low_bytes[4];  // of four rows each
-    _mm_storeu_si128((__m128i*)high_bytes, _mm512_cvtepi32_epi8(highs));
-    _mm_storeu_si128((__m128i*)low_bytes, _mm512_cvtepi32_epi8(lows));
-    const __m512i high_start = _mm512_set1_epi32(-136 * _mm512_reduce_add_epi32(highs));
-    const __m512i low_start = _mm512_set1_epi32(-136 * _mm512_reduce_add_epi32(lows));
-    __m512i high[4] = {high_start, high_start, high_start, high_start};
-    __m512i low[4] = {low_start, low_start, low_start, low_start};
-    for (int64_t q = 0; q < quads; ++q) {
-      __m512i w[4];
+      __m512i s[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) s[i] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
+      // The 128-bit lanes of the four, transposed, are the columns in order.
+      const __m512i ab = _mm512_shuffle_i32x4(s[0], s[1], 0x88);
+      const __m512i AB = _mm512_shuffle_i32x4(s[0], s[1], 0xdd);
+      const __m512i cd = _mm512_shuffle_i32x4(s[2], s[3], 0x88);
+      const __m512i CD = _mm512_shuffle_i32x4(s[2], s[3], 0xdd);
+      const __m512i ordered[4] = {
+          _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
+          _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Down& d = downs[min(4 * q + i, count - 1)];  // beyond the last, times zero
-        const __m512i h = twice(d.row.high + g * kGroupBytes);
-        const __m512i l = d.exact ? _mm512_srlv_epi16(twice(d.row.low + g * kGroupBytes), down)
-                                  : _mm512_set1_epi8(8);
-        // The high nibbles of h as they are shifted, the low ones of l.
-        w[i] = _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
-                                         _mm512_sllv_epi16(h, up), l, 0xca);
+        float* const out = y + i * kLanes;
+        store(out, load_as<Floats>(out) + factors.step[g] * to_floats((Ints)ordered[i]));
       }
-      const __m512i a = _mm512_unpacklo_epi8(w[0], w[1]), b = _mm512_unpackhi_epi8(w[0], w[1]);
-      const __m512i c = _mm512_unpacklo_epi8(w[2], w[3]), d = _mm512_unpackhi_epi8(w[2], w[3]);
-      const __m512i columns[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c),
-                                  _mm512_unpacklo_epi16(b, d), _mm512_unpackhi_epi16(b, d)};
-      const __m512i high_factors = _mm512_set1_epi32(high_bytes[q]);
-      const __m512i low_factors = _mm512_set1_epi32(low_bytes[q]);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        high[i] = _mm512_dpbusd_epi32(high[i], columns[i], high_factors);
-        low[i] = _mm512_dpbusd_epi32(low[i], columns[i], low_factors);
-      }
-    }
-    __m512i sums[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums[i] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
-    // 128 bits of sums[i] are columns 4i to 4i+3 of each 16: transposed, they are in order.
-    const __m512i ab = _mm512_shuffle_i32x4(sums[0], sums[1], 0x88);
-    const __m512i AB = _mm512_shuffle_i32x4(sums[0], sums[1], 0xdd);
-    const __m512i cd = _mm512_shuffle_i32x4(sums[2], sums[3], 0x88);
-    const __m512i CD = _mm512_shuffle_i32x4(sums[2], sums[3], 0xdd);
-    const __m512i ordered[4] = {
-        _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
-        _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      float* const out = y + i * kLanes;
-      store(out, load_as<Floats>(out) + step * to_floats((Ints)ordered[i]));
     }
   }
 }
@@ -306,8 +357,7 @@ class Wanted {
   void spread(int64_t calls) { step_ = (count_ - next_ + calls - 1) / calls; }
   void ask() {
     for (const int64_t end = min(next_ + step_, count_); next_ < end; ++next_)
-      for (int i = 0; i < lines_[next_]; ++i)
-        __builtin_prefetch(rows_[next_] + i * 64, 0, 2);  // to the second level
+      for (int i = 0; i < lines_[next_]; ++i) __builtin_prefetch(rows_[next_] + i * 64);
   }
 
  private:
@@ -368,8 +418,11 @@ void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, 
     Gated gated;
     for (int64_t i = 0; i < some; ++i) {
       wanted.ask();
-      gated.gates.lanes[i] = exact_lanes(Int8Row(rows.gate, ids[i]), x);
-      gated.ups.lanes[i] = exact_lanes(Int8Row(rows.up, ids[i]), x);
+      const Int8Row pair[2] = {{rows.gate, ids[i]}, {rows.up, ids[i]}};
+      Floats highs[2], lows[2];
+      multiply<true, true>(pair, x, highs, lows);
+      gated.gates.lanes[i] = exact_lanes(highs[0], lows[0]);
+      gated.ups.lanes[i] = exact_lanes(highs[1], lows[1]);
     }
     gated.finish(activation, some);
     Down downs[kBatch];
@@ -385,8 +438,8 @@ void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, 
 struct Sketch {
   const int32_t* ids;
   int64_t count = 0;
-  Floats gates[kBatch], ups[kBatch];  // the high planes' shares
-  float estimates[kBatch];            // of |h| ||down||
+  Floats highs[kBatch][2];  // the high planes' shares in gate and up
+  float estimates[kBatch];  // of |h| ||down||
   float coarse_h[kBatch];
 
   /// Meanwhile memory brings what is wanted.
@@ -396,10 +449,11 @@ struct Sketch {
     wanted.spread(count);
     for (int64_t i = 0; i < count; ++i) {
       wanted.ask();
-      multiply<true, false>(Int8Row(rows.gate, ids[i]), x, &gates[i], nullptr);
-      gated.gates.lanes[i] = coarse_lanes(gates[i]);
-      multiply<true, false>(Int8Row(rows.up, ids[i]), x, &ups[i], nullptr);
-      gated.ups.lanes[i] = coarse_lanes(ups[i]);
+      const Int8Row pair[2] = {{rows.gate, ids[i]}, {rows.up, ids[i]}};
+      Floats unused[2];
+      multiply<true, false>(pair, x, highs[i], unused);
+      gated.gates.lanes[i] = coarse_lanes(highs[i][0]);
+      gated.ups.lanes[i] = coarse_lanes(highs[i][1]);
     }
     gated.finish(activation, count);
     for (int64_t i = 0; i < count; ++i) {
@@ -432,11 +486,11 @@ struct Sketch {
     for (int64_t i = 0; i < count; ++i) {
       h[i] = is_used(i, selection) ? coarse_h[i] : 0.0f;
       if (!is_exact(i, selection)) continue;
-      Floats low;
-      multiply<false, true>(Int8Row(rows.gate, ids[i]), x, nullptr, &low);
-      gated.gates.lanes[counts.exact] = exact_lanes(gates[i], low);
-      multiply<false, true>(Int8Row(rows.up, ids[i]), x, nullptr, &low);
-      gated.ups.lanes[counts.exact] = exact_lanes(ups[i], low);
+      const Int8Row pair[2] = {{rows.gate, ids[i]}, {rows.up, ids[i]}};
+      Floats unused[2], lows[2];
+      multiply<false, true>(pair, x, unused, lows);
+      gated.gates.lanes[counts.exact] = exact_lanes(highs[i][0], lows[0]);
+      gated.ups.lanes[counts.exact] = exact_lanes(highs[i][1], lows[1]);
       exact[counts.exact++] = i;
     }
     gated.finish(activation, counts.exact);
