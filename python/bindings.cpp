@@ -412,6 +412,13 @@ void bind_engine(nb::module_& m) {
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
           "max_context"_a = 0)
       .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal)
+      .def(
+          "save_weights",
+          [](const Engine& engine, const std::string& file) { engine.save_weights(file); },
+          "file"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Writes the weights as they are in memory: a model.safetensors for an engine folder,\n"
+          "which is mapped and used in place. Atomically. Raises CheckpointError.")
+      .def_prop_ro("parameters", &Engine::parameters)
       .def_prop_ro("fingerprint", &Engine::fingerprint)
       .def_prop_ro("weights", [](const Engine& e) { return std::string(name_of(e.weights())); })
       .def_prop_ro("kv", [](const Engine& e) { return std::string(name_of(e.kv())); })

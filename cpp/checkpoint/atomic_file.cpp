@@ -45,7 +45,8 @@ class Temporary {
 
 }  // namespace
 
-void write_file_atomically(const std::filesystem::path& path, std::string_view content) {
+void write_file_atomically(const std::filesystem::path& path,
+                           std::initializer_list<std::string_view> parts) {
   const auto check = [&](bool good) {
     if (good) return;
     throw CheckpointError(path.string() +
@@ -57,11 +58,12 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view c
   check(folder.value >= 0);
   Temporary temporary(path);
   check(temporary.file.value >= 0);
-  while (!content.empty()) {
-    const ssize_t written = ::write(temporary.file.value, content.data(), content.size());
-    check(written >= 0 || errno == EINTR);
-    if (written > 0) content.remove_prefix(static_cast<std::size_t>(written));
-  }
+  for (std::string_view content : parts)
+    while (!content.empty()) {
+      const ssize_t written = ::write(temporary.file.value, content.data(), content.size());
+      check(written >= 0 || errno == EINTR);
+      if (written > 0) content.remove_prefix(static_cast<std::size_t>(written));
+    }
   check(::fsync(temporary.file.value) == 0);
   check(::rename(temporary.name.c_str(), path.c_str()) == 0);
   temporary.renamed = true;

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -33,10 +34,25 @@ class SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  /// Unmapped with its last owner.
+  const std::shared_ptr<const std::byte>& mapping() const { return mapping_; }
 
  private:
-  std::shared_ptr<const std::byte> mapping_;  // unmapped with the last owner
+  std::shared_ptr<const std::byte> mapping_;
+  std::map<std::string, std::string> metadata_;
   std::map<std::string, TensorView, std::less<>> tensors_;
+};
+
+/// Weights that `tdaengine convert --weights` has brought into engine layout, as one tensor of
+/// bytes that is used in place. What they are is in the file's metadata.
+struct PackedWeights {
+  static constexpr const char* kTensor = "tdaengine.arena";
+  static constexpr const char* kLayout = "1";  // changes whenever load.cpp lays models out anew
+  static constexpr std::int64_t kAlignment = 4096;
+  WeightFormat format = WeightFormat::automatic;
+  TensorView arena;
+  std::shared_ptr<const std::byte> mapping;  // keeps it alive
 };
 
 class Checkpoint {
@@ -47,19 +63,27 @@ class Checkpoint {
 
   const ModelConfig& config() const { return config_; }
   const std::string& name() const { return name_; }
-  /// 16 hex digits over names, dtypes, shapes and samples of the data of all tensors.
+  /// 16 hex digits over names, dtypes, shapes and samples of the data of all tensors; of packed
+  /// weights what those had that they were made of.
   const std::string& fingerprint() const { return fingerprint_; }
+
+  /// How many numbers all tensors hold.
+  std::int64_t parameters() const { return parameters_; }
 
   bool contains(std::string_view tensor) const;
   /// Throws CheckpointError if absent, of another shape, or of a dtype other than f32, f16, bf16.
   const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
   /// f32 if any weight matrix is f32, else bf16: what WeightFormat::automatic means here.
   WeightFormat natural_format() const;
+  /// Null for a checkpoint of single tensors.
+  const PackedWeights* packed() const { return packed_ ? &*packed_ : nullptr; }
 
  private:
   std::string name_;
   ModelConfig config_;
   std::string fingerprint_;
+  std::int64_t parameters_ = 0;
+  std::optional<PackedWeights> packed_;
   std::vector<SafetensorsFile> files_;                      // keep the mappings alive
   std::map<std::string, TensorView, std::less<>> tensors_;  // of all files
 };

@@ -203,10 +203,12 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) {
   const std::byte* data = header + header_bytes;
   const std::int64_t data_bytes = mapping.bytes - 8 - static_cast<std::int64_t>(header_bytes);
   for (const auto& [name, entry] : entries.items()) {
-    if (name == "__metadata__")
+    if (name == "__metadata__") {
       check_metadata(file, entry);
-    else
+      metadata_ = entry.get<std::map<std::string, std::string>>();
+    } else {
       tensors_.emplace(name, EntryReader(file, name, entry).read(data, data_bytes));
+    }
   }
   check_tiling(file, data, data_bytes, tensors_);
   mapping_ = mapping.data;

@@ -518,11 +518,6 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
     if (first < count) {
       sketch.ids = ids + first;
       sketch.count = min(kBatch, count - first);
-      const int64_t next = min(first + 2 * kBatch, count);
-      for (int64_t i = first + kBatch; i < next; ++i) {
-        wanted.add_high(rows.gate, ids[i]);
-        wanted.add_high(rows.up, ids[i]);
-      }
       sketch.make(rows, activation, selection, x, wanted);
       wanted.clear();
       sketch.want(rows, selection, wanted);

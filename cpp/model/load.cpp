@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <nlohmann/json.hpp>
 
+#include "checkpoint/atomic_file.h"
 #include "checkpoint/checkpoint.h"
 #include "cpu/thread_pool.h"
 #include "model/half.h"
@@ -28,7 +30,8 @@ struct Copy {
   float* lengths;  // [rows] L2 norms of the target's rows; null if not transposed
 };
 
-/// Lays a model out. Without memory it only measures; with it, it also yields the copies to do.
+/// Lays a model out. Without memory it only measures; with it, it also yields the copies to do,
+/// unless the memory holds packed weights already.
 class Layout {
  public:
   Layout(const Checkpoint& checkpoint, WeightFormat format, std::byte* memory)
@@ -74,10 +77,12 @@ class Layout {
   }
 
   void fill(const Matrix& target, const std::string& name) {
+    if (checkpoint_.packed()) return;
     const TensorView& source = checkpoint_.tensor(name, {target.rows, target.cols});
     if (memory_) copies_.push_back({&source, target, false, nullptr});
   }
   void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths) {
+    if (checkpoint_.packed()) return;
     const TensorView& source = checkpoint_.tensor(name, {target.cols, target.rows});
     if (memory_) copies_.push_back({&source, target, true, row_lengths});
   }
@@ -109,7 +114,7 @@ class Layout {
     for (std::int64_t n : sizes) total += n;
     float* const data = floats(total);
     float* next = data;
-    for (std::size_t i = 0; i < names.size(); ++i) {
+    for (std::size_t i = 0; i < names.size() && !checkpoint_.packed(); ++i) {
       const TensorView& source = checkpoint_.tensor(names[i], {sizes[i]});
       if (!memory_) continue;
       const auto* bytes = reinterpret_cast<const std::byte*>(next);
@@ -170,6 +175,7 @@ Model Layout::model() {
   model.name = checkpoint_.name();
   model.fingerprint = checkpoint_.fingerprint();
   model.format = format_;
+  model.parameters = checkpoint_.parameters();
   model.embedding = matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
   for (std::int64_t i = 0; i < config.num_layers; ++i)
     model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
@@ -312,8 +318,47 @@ std::shared_ptr<std::byte> allocate_arena(std::int64_t bytes) {
 
 }  // namespace
 
+/// Nothing but the size is checked here: that the values are finite was seen to when they were
+/// packed, and looking at them would read all pages.
+static std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightFormat format) {
+  const PackedWeights& packed = *checkpoint.packed();
+  if (format != WeightFormat::automatic && format != packed.format)
+    throw OptionError("weights " + std::string(name_of(format)) + ": " + packed.arena.file +
+                      " holds " + std::string(name_of(packed.format)) + ", expected that or auto");
+  Layout measured(checkpoint, packed.format, nullptr);
+  measured.model();
+  if (measured.bytes() != packed.arena.bytes)
+    throw CheckpointError(packed.arena.file + ": found " + std::to_string(packed.arena.bytes) +
+                          " bytes of packed weights, expected " + std::to_string(measured.bytes()) +
+                          " by config.json");
+  Layout layout(checkpoint, packed.format, const_cast<std::byte*>(packed.arena.data));
+  auto model = std::make_shared<Model>(layout.model());
+  model->storage = {packed.mapping, packed.arena.data};
+  return model;
+}
+
+void save_model(const Model& model, const std::filesystem::path& path) {
+  const nlohmann::json header = {{"__metadata__",
+                                  {{"layout", PackedWeights::kLayout},
+                                   {"weights", name_of(model.format)},
+                                   {"fingerprint", model.fingerprint},
+                                   {"parameters", std::to_string(model.parameters)}}},
+                                 {PackedWeights::kTensor,
+                                  {{"dtype", "U8"},
+                                   {"shape", {model.weight_bytes}},
+                                   {"data_offsets", {0, model.weight_bytes}}}}};
+  std::string text = header.dump();
+  text.append(-(8 + std::ssize(text)) & (PackedWeights::kAlignment - 1), ' ');
+  const std::uint64_t length = text.size();
+  write_file_atomically(path, {{reinterpret_cast<const char*>(&length), 8},
+                               text,
+                               {static_cast<const char*>(model.storage.get()),
+                                static_cast<std::size_t>(model.weight_bytes)}});
+}
+
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
                                         int threads) {
+  if (checkpoint.packed()) return map_model(checkpoint, format);
   ThreadPool pool(threads);
   if (format == WeightFormat::automatic) format = checkpoint.natural_format();
 

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <span>
 #include <string>
@@ -73,6 +74,7 @@ struct Model {
   std::string name;         // the checkpoint's folder name
   std::string fingerprint;  // of the checkpoint's tensors, whatever the weight format here
   WeightFormat format = WeightFormat::bf16;
+  std::int64_t parameters = 0;          // numbers in the checkpoint
   Matrix embedding;                     // [V, H]
   Matrix head;                          // [V, H]; the embedding itself when tied
   std::span<const float> final_norm;    // [H]
@@ -87,9 +89,14 @@ struct Model {
   }
 };
 
-/// Packs a checkpoint into engine layout. Throws CheckpointError for missing tensors, wrong shapes
-/// and values that are not finite.
+/// Packs a checkpoint into engine layout, or maps it if it is packed. Throws CheckpointError for
+/// missing tensors, wrong shapes and values that are not finite, OptionError if packed weights have
+/// another format than asked for.
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
                                         int threads);
+
+/// Writes the weights as they lie in memory, as a model.safetensors that load_model uses in place
+/// (see PackedWeights). Atomically; throws CheckpointError.
+void save_model(const Model& model, const std::filesystem::path& path);
 
 }  // namespace tda

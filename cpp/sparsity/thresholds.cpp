@@ -142,7 +142,7 @@ void Thresholds::save(const std::filesystem::path& path) const {
                                        {"texts", texts},     {"tokens", tokens}};
   // Folder names need not be UTF-8, JSON must: `model` is for messages only.
   write_file_atomically(path,
-                        json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+                        {json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace), "\n"});
 }
 
 Thresholds Thresholds::load(const std::filesystem::path& path) {

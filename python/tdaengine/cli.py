@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -28,7 +27,6 @@ from ._native import (
 from .bench import bench
 from .engine import Engine, Output, Stream
 from .evaluate import evaluate
-from .tensors import read_safetensors
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
 INTERRUPTED = 130
@@ -80,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source")
     convert.add_argument("destination")
     convert.add_argument("--dtype", default="auto", help="auto, f32 or bf16")
+    convert.add_argument(
+        "--weights", metavar="FORMAT", help="an engine folder with f32, bf16 or int8 weights"
+    )
 
     calibrate = command("calibrate", _calibrate, "Search TDA thresholds that meet an error target.")
     _add_engine(calibrate)
@@ -163,7 +164,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SETTING",
-        help="as error=0.1 or active=0.5,refresh=32 or thresholds=FILE; may be given repeatedly",
+        help="error=0.1 or scope=token,active=0.3,coarse=0.5 or thresholds=FILE; repeatable",
     )
 
 
@@ -265,7 +266,13 @@ def _convert(args: argparse.Namespace) -> None:
     from .convert import convert
 
     with _progress_bar(unit="B", unit_scale=True, disable=args.json) as progress:
-        convert(args.source, args.destination, dtype=args.dtype, progress=progress)
+        convert(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            weights=args.weights,
+            progress=progress,
+        )
     files = _files(Path(args.destination))
     if args.json:
         _print_json({"path": args.destination, "files": files})
@@ -276,7 +283,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     texts = None if args.data is None else _read_texts(Path(args.data))
     engine = _engine(args)
-    with _progress_bar(unit="text", disable=args.json) as progress:
+    with _progress_bar(unit="step", disable=args.json) as progress:
         thresholds = engine.calibrate(
             texts, error=args.error, scope=args.scope, bytes=args.bytes, progress=progress
         )
@@ -308,11 +315,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(results)
         return
-    print("| setting | active | FFN bytes | perplexity | top-1 | tokens/s | speed-up |")
+    print("| setting | active (coarse) | FFN bytes | perplexity | top-1 | tokens/s | speed-up |")
     print("|---|---|---|---|---|---|---|")
     for name, row in results.items():
         print(
-            f"| {name} | {row['active']:.2f} | {row['ffn_bytes']:.2f} | {row['perplexity']:.2f} "
+            f"| {name} | {row['active']:.2f} ({row['coarse']:.2f}) | {row['ffn_bytes']:.3f} "
+            f"| {row['perplexity']:.2f} "
             f"| {row['top1_agreement']:.2f} | {row['tokens_per_second']:.1f} "
             f"| {row['speedup']:.2f} |"
         )
@@ -426,12 +434,10 @@ def _read_texts(path: Path) -> list[str]:
 def _info(args: argparse.Namespace) -> None:
     engine = _engine(args)
     files = _files(engine.path)
-    weights = [engine.path / name for name in files if name.endswith(".safetensors")]
-    tensors = (tensor for path in weights for tensor in read_safetensors(path))
     info = {
         "path": str(engine.path),
         "fingerprint": engine.fingerprint,
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "parameters": engine.parameters,
         "weights": engine.weights,
         "weight_bytes": engine.weight_bytes,
         "kv": engine.kv,
@@ -488,6 +494,8 @@ def _progress_bar(**settings: Any) -> Iterator[Callable[[int, int], None]]:
             nonlocal bar
             if bar is None:
                 bar = stack.enter_context(tqdm(total=total, **settings))
+            elif bar.total != total:  # the next part of the work
+                bar.reset(total)
             bar.update(done - bar.n)
 
         yield progress

@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a folder of Hugging Face layout with one model.safetensors."""
+"""Converts a checkpoint to a Hugging Face folder of one file, or to an engine folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import _native
 from ._native import CheckpointError, OptionError
 from .tensors import Tensor, read_safetensors, write_safetensors
 
@@ -44,6 +46,7 @@ def convert(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     dtype: str = "auto",
+    weights: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the checkpoint `source` (a Hugging Face folder, or a GGUF file) to the new folder
@@ -51,6 +54,8 @@ def convert(
     chat template.
 
     dtype: "f32", "bf16", or "auto": as stored; for GGUF bf16, or f32 if it holds f32 matrices.
+    weights: an engine folder instead, with the weights packed in this format (see Engine): it
+    loads in milliseconds, by mapping, and is for tdaengine alone.
     progress(done, total) counts the bytes of model.safetensors.
     The folder appears complete or not at all. Raises CheckpointError or OptionError.
     """
@@ -58,6 +63,11 @@ def convert(
     if dtype not in ("auto", *DTYPES):
         raise OptionError(f'dtype is "{dtype}", expected auto, {", ".join(DTYPES)}')
     _check_destination(destination)
+    if weights is not None:
+        if dtype != "auto":
+            raise OptionError(f'dtype "{dtype}" and weights "{weights}": expected one of the two')
+        _pack(source, destination, weights, progress)
+        return
     if source.is_dir():
         checkpoint = _read_folder(source)
     elif source.is_file():
@@ -80,6 +90,26 @@ def convert(
                     shutil.copyfile(content, folder / name)
                 else:
                     (folder / name).write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written: {error}") from error
+
+
+def _pack(
+    source: Path, destination: Path, weights: str, progress: Callable[[int, int], None] | None
+) -> None:
+    if not source.is_dir():
+        with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+            unpacked = Path(folder) / "checkpoint"
+            convert(source, unpacked, progress=progress)
+            _pack(unpacked, destination, weights, None)
+        return
+    engine = _native.Engine(str(source), weights=weights)
+    files = [path for pattern in COPIED_FILES for path in source.glob(pattern)]
+    try:
+        with _complete_or_absent(destination) as folder:
+            engine.save_weights(str(folder / "model.safetensors"))
+            for path in [source / "config.json", *files]:
+                shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
 

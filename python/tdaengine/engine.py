@@ -234,7 +234,8 @@ class Engine(_native.Engine):
         """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
         under `error`. Without texts the model writes its own.
 
-        options: the further fields of CalibrateOptions. progress(done, total) counts texts.
+        options: the further fields of CalibrateOptions. progress(done, total) counts texts, then
+        (for a budget of bytes) layers.
         Raises OptionError.
         """
         if isinstance(texts, str) or (texts is not None and len(texts) == 0):

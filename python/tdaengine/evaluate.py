@@ -23,6 +23,7 @@ class Result:
     tokens: int = 0  # scored
     agreed: int = 0  # of them, where the most likely token is that of dense
     active: list[float] = field(default_factory=list)  # share of FFN neurons, per text
+    coarse: list[float] = field(default_factory=list)  # of them, those at 4 bits
     ffn_bytes: list[float] = field(default_factory=list)  # relative to dense, per text
     speeds: list[float] = field(default_factory=list)  # tokens/s while decoding, per text
     speedups: list[float] = field(default_factory=list)  # relative to dense on the same text
@@ -32,6 +33,7 @@ class Result:
             "perplexity": math.exp(-self.log_probability / self.tokens),
             "top1_agreement": self.agreed / self.tokens,
             "active": statistics.mean(self.active),
+            "coarse": statistics.mean(self.coarse),
             "ffn_bytes": statistics.mean(self.ffn_bytes),
             "tokens_per_second": statistics.median(self.speeds),
             "speedup": statistics.median(self.speedups),
@@ -76,6 +78,7 @@ def evaluate(
             result.tokens += score_tokens
             result.agreed += int((score.top_tokens == dense.top_tokens).sum())
             result.active.append(stats.ffn_active)
+            result.coarse.append(stats.ffn_coarse)
             result.ffn_bytes.append(stats.ffn_bytes_fraction)
             result.speeds.append(stats.tokens_per_second)
             result.speedups.append(stats.tokens_per_second / dense.stats.tokens_per_second)

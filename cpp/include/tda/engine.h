@@ -107,8 +107,13 @@ class Engine {
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
 
+  /// Writes the weights as they are in memory: a model.safetensors for an engine folder, which is
+  /// mapped and used in place. Atomically; throws CheckpointError.
+  void save_weights(const std::filesystem::path& file) const;
+
   const ModelConfig& config() const;
   const std::string& fingerprint() const;
+  std::int64_t parameters() const;  // numbers in the checkpoint
   WeightFormat weights() const;
   KvFormat kv() const;
   std::int64_t max_context() const;
@@ -134,7 +139,8 @@ class Engine {
                     const std::optional<TdaOptions>& = {}) const;
 
   /// Searches per layer the largest threshold whose mean CETT on the texts stays at or under
-  /// options.error. With no texts the model writes its own. `progress(done, total)` counts texts.
+  /// options.error. With no texts the model writes its own. `progress(done, total)` counts texts,
+  /// then (for a budget of bytes) layers.
   Thresholds calibrate(std::span<const std::vector<Token>> texts, const CalibrateOptions& = {},
                        const std::function<void(std::int64_t, std::int64_t)>& progress = {}) const;
 
