@@ -83,6 +83,19 @@ const void* CpuBackend::prepare(CpuState& state, WeightFormat format, const floa
   return prepared;
 }
 
+PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, WeightFormat format,
+                                   const float* x, std::int64_t n) const {
+  const PanelKernels& kernels = panels(format);
+  const std::int64_t stride = n * layout.width;
+  if (!kernels.prepare) return ConstPanels{x, stride};
+  const std::int64_t bytes = kernels.prepared_bytes(n);
+  std::byte* prepared = state.prepared.reserve(layout.panels * bytes, "prepared panels");
+  pool_.run(layout.panels, [&](std::int64_t panel, int) {
+    kernels.prepare(x + panel * stride, n, prepared + panel * bytes);
+  });
+  return {prepared, bytes};
+}
+
 // ---- a step begins ------------------------------------------------------------------------------
 
 void CpuBackend::begin(State& s, const Step& step) const {

@@ -67,13 +67,13 @@ struct CpuState final : State {
   Buffer<float> cos, sin;        // [panels, head_dim / 2, P]
   Buffer<float> partials;        // decode: what tasks hand over to be added up
   Buffer<float> thread_scratch;  // [threads, scratch_size]
-  Buffer<std::byte> prepared;    // decode: x as the weight format wants it, see RowKernels
+  Buffer<std::byte> prepared;    // x as the weight format wants it, see RowKernels, PanelKernels
   Buffer<float> logits;          // [rows, V]
 };
 
 /// A task of prefill: some rows of a matrix times some panels.
 struct Block {
-  std::int64_t row, rows;      // at most kBlockRows
+  std::int64_t row, rows;      // at most `block_rows`
   std::int64_t panel, panels;  // at most kTaskTokens in them
 };
 
@@ -121,6 +121,9 @@ class CpuBackend final : public Backend {
   }
   /// x: [n] as decode kernels of the format want it; valid until the next call.
   const void* prepare(CpuState&, WeightFormat, const float* x, std::int64_t n) const;
+  /// The same for panels, [layout.panels, n, P].
+  PreparedPanels prepare(CpuState&, const Layout&, WeightFormat, const float* x,
+                         std::int64_t n) const;
   float* scratch(const CpuState&, int thread) const;
   /// Start of head `head`'s keys or values, [capacity, head_dim].
   std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
@@ -134,12 +137,13 @@ class CpuBackend final : public Backend {
   void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out,
                 bool add) const;
   /// The same for several tokens, but out: [T, w.rows].
-  void multiply_to_rows(const CpuState&, const Layout&, const Matrix& w, const float* in,
+  void multiply_to_rows(CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;
   void add_bias(const Layout&, std::span<const float> bias, float* out) const;
   /// Prefill: body(Block, thread) for every part of a matrix times `panels` panels.
   template <class Body>
-  void for_blocks(std::int64_t rows, std::int64_t panels, const Body& body) const;
+  void for_blocks(std::int64_t rows, std::int64_t panels, const Body& body,
+                  std::int64_t block_rows = kBlockRows) const;
 
   // attention.cpp
   std::int64_t attention_scratch() const;
@@ -168,13 +172,14 @@ class CpuBackend final : public Backend {
 };
 
 template <class Body>
-void CpuBackend::for_blocks(std::int64_t rows, std::int64_t panels, const Body& body) const {
+void CpuBackend::for_blocks(std::int64_t rows, std::int64_t panels, const Body& body,
+                            std::int64_t block_rows) const {
   const std::int64_t most = kTaskTokens / kernels_.panel;
   const std::int64_t groups = (panels + most - 1) / most;
-  const std::int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const std::int64_t blocks = (rows + block_rows - 1) / block_rows;
   pool_.run(blocks * groups, [&](std::int64_t i, int thread) {
-    const std::int64_t row = i / groups * kBlockRows, panel = i % groups * most;
-    const std::int64_t row_count = std::min(kBlockRows, rows - row);
+    const std::int64_t row = i / groups * block_rows, panel = i % groups * most;
+    const std::int64_t row_count = std::min(block_rows, rows - row);
     body(Block{row, row_count, panel, std::min(most, panels - panel)}, thread);
   });
 }

@@ -116,8 +116,10 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
                            ? state.gates.reserve(panels * h_stride, "gates")
                            : nullptr;
 
+  const PreparedPanels prepared =
+      prepare(state, state.layout, weights.gate.format, state.normed.data(), n);
   for_blocks(neurons, panels, [&](const Block& block, int thread) {
-    const ConstPanels in = {state.normed.data() + block.panel * x_stride, x_stride};
+    const PreparedPanels in = prepared.from(block.panel);
     const Panels h = {state.hidden.data() + block.panel * h_stride + block.row * width, h_stride};
     const Panels up = {scratch(state, thread), kBlockRows * width};
     kernels.multiply(rows_of(weights.gate, block.row), block.rows, in, h, block.panels, false);
@@ -133,12 +135,13 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
                      block.rows * width);
     }
   });
-  for_blocks(n, panels, [&](const Block& block, int) {
+  const auto down = [&](const Block& block, int) {
     kernels.multiply_transposed(
         rows_of(weights.down), neurons, block.row, block.rows,
         {state.hidden.data() + block.panel * h_stride, h_stride},
         {state.x.data() + block.panel * x_stride + block.row * width, x_stride}, block.panels);
-  });
+  };
+  for_blocks(n, panels, down, kernels.block_columns);
 }
 
 /// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *

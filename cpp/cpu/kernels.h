@@ -28,6 +28,19 @@ struct ConstPanels {
   std::int64_t stride;
 };
 
+/// Panels as PanelKernels::prepare leaves them, or as they are where there is none; `stride` bytes
+/// apart.
+struct PreparedPanels {
+  const void* data;
+  std::int64_t stride;
+
+  PreparedPanels(const void* prepared, std::int64_t bytes) : data(prepared), stride(bytes) {}
+  PreparedPanels(ConstPanels panels) : data(panels.data), stride(panels.stride * 4) {}
+  PreparedPanels from(std::int64_t panel) const {
+    return {static_cast<const std::byte*>(data) + panel * stride, stride};
+  }
+};
+
 /// Weight rows from some row on, n values each; pointers and gaps are those of Matrix.
 struct Rows {
   const std::byte* data;
@@ -88,13 +101,18 @@ struct CacheKernels {
 
 /// Rows times `count` panels. Keys and values are weights here, too.
 struct PanelKernels {
-  /// c = w b, or += with `add`. w: [rows, n], b: [n, P], c: [rows, P]
-  void (*multiply)(const Rows& w, std::int64_t rows, ConstPanels b, Panels c, std::int64_t count,
+  /// Bytes of a prepared panel b: [n, P], and its making; null where `multiply` wants b itself.
+  std::int64_t (*prepared_bytes)(std::int64_t n);
+  void (*prepare)(const float* b, std::int64_t n, void* prepared);
+
+  /// c = w b, or += with `add`. w: [rows, n], b: [n, P], prepared, c: [rows, P]
+  void (*multiply)(const Rows& w, std::int64_t rows, PreparedPanels b, Panels c, std::int64_t count,
                    bool add);
-  /// c += wᵀ b for the columns first <= i < first + columns, `first` a multiple of kBlockRows.
+  /// c += wᵀ b for the columns first <= i < first + columns, `first` a multiple of block_columns.
   /// w: [rows, n], b: [rows, P], c: [columns, P]
   void (*multiply_transposed)(const Rows& w, std::int64_t rows, std::int64_t first,
                               std::int64_t columns, ConstPanels b, Panels c, std::int64_t count);
+  std::int64_t block_columns;  // the finest useful split between threads
 };
 
 /// The scores of one panel of queries against one block of keys, and the running softmax state.

@@ -58,7 +58,9 @@ inline void convert<Int8>(const Rows& w, int64_t r, int64_t first, int64_t n, fl
 inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
 template <class Format>
-void multiply(const Rows& w, int64_t rows, ConstPanels b, Panels c, int64_t count, bool add) {
+void multiply(const Rows& w, int64_t rows, PreparedPanels prepared, Panels c, int64_t count,
+              bool add) {
+  const ConstPanels b = {static_cast<const float*>(prepared.data), prepared.stride / 4};
   const int64_t n = w.n;
   constexpr int64_t kStride = kDepth + 16;  // rows a power of two apart would share cache sets
   alignas(64) float a[kBlockRows * kStride];
@@ -97,6 +99,11 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
   }
 }
 
+template <class Format>
+constexpr PanelKernels panel_kernels() {
+  return {nullptr, nullptr, multiply<Format>, multiply_transposed<Format>, kBlockRows};
+}
+
 inline Floats root(Floats v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -107,9 +114,11 @@ inline Floats root(Floats v) {
 namespace TDA_ISA {
 
 const std::int64_t panel = kPanel;
-const PanelKernels f32_panels = {multiply<F32>, multiply_transposed<F32>};
-const PanelKernels bf16_panels = {multiply<Bf16>, multiply_transposed<Bf16>};
-const PanelKernels int8_panels = {multiply<Int8>, multiply_transposed<Int8>};
+const PanelKernels f32_panels = panel_kernels<F32>();
+const PanelKernels bf16_panels = panel_kernels<Bf16>();
+#if !defined(__AVX512VNNI__)  // kernels_prefill_int8.cpp
+const PanelKernels int8_panels = panel_kernels<Int8>();
+#endif
 
 void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {
   for (int half = 0; half < 2; ++half) {

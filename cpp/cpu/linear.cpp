@@ -45,10 +45,11 @@ void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w
     });
     return;
   }
-  const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
+  const PreparedPanels b = prepare(state, layout, w.format, in, w.cols);
+  const std::int64_t out_stride = w.rows * layout.width;
   for_blocks(w.rows, layout.panels, [&](const Block& block, int) {
     panels(w.format).multiply(
-        rows_of(w, block.row), block.rows, {in + block.panel * in_stride, in_stride},
+        rows_of(w, block.row), block.rows, b.from(block.panel),
         {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels, add);
   });
 }
@@ -96,14 +97,13 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   return {out, static_cast<std::size_t>(size)};
 }
 
-void CpuBackend::multiply_to_rows(const CpuState& state, const Layout& layout, const Matrix& w,
+void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const Matrix& w,
                                   const float* in, float* out) const {
-  const std::int64_t in_stride = w.cols * layout.width;
+  const PreparedPanels b = prepare(state, layout, w.format, in, w.cols);
   const Layout of_block = layout_of(kTaskTokens);
   for_blocks(w.rows, layout.panels, [&](const Block& block, int thread) {
     float* c = scratch(state, thread);
-    panels(w.format).multiply(rows_of(w, block.row), block.rows,
-                              {in + block.panel * in_stride, in_stride},
+    panels(w.format).multiply(rows_of(w, block.row), block.rows, b.from(block.panel),
                               {c, kBlockRows * layout.width}, block.panels, false);
     const std::int64_t first = block.panel * layout.width;
     const std::int64_t tokens = std::min(layout.tokens - first, block.panels * layout.width);

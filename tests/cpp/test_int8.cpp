@@ -2,6 +2,7 @@
 #include <tda/error.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -324,40 +325,172 @@ TEST(selection_keeps_what_is_not_a_number) {
   });
 }
 
+namespace {
+
+/// Panels of one kernels table, and vectors in and out of them.
+struct TestPanels {
+  std::int64_t n, width, count;
+  std::vector<float> values;
+
+  TestPanels(std::int64_t length, std::int64_t lanes, std::int64_t panels)
+      : n(length), width(lanes), count(panels), values(random_floats(n * lanes * panels)) {}
+  std::int64_t stride() const { return n * width; }
+  float& at(std::int64_t t, std::int64_t i) {
+    return values[t / width * stride() + i * width + t % width];
+  }
+  std::vector<float> token(std::int64_t t) {
+    std::vector<float> out;
+    for (std::int64_t i = 0; i < n; ++i) out.push_back(at(t, i));
+    return out;
+  }
+  PreparedPanels prepared(const PanelKernels& kernels, std::vector<std::byte>& memory) const {
+    if (!kernels.prepare) return ConstPanels{values.data(), stride()};
+    const std::int64_t bytes = kernels.prepared_bytes(n);
+    memory.resize(count * bytes + 1, std::byte{7});
+    for (std::int64_t p = 0; p < count; ++p)
+      kernels.prepare(values.data() + p * stride(), n, memory.data() + p * bytes);
+    CHECK(memory.back() == std::byte{7});
+    return {memory.data(), bytes};
+  }
+};
+
+/// What kernels that round make of x: in floats, so that what lies half-way falls the same way.
+std::vector<double> as_bytes(const std::vector<float>& x) {
+  std::vector<double> out;
+  for (std::size_t g = 0; g < x.size(); g += kGroup) {
+    const std::size_t end = std::min<std::size_t>(x.size(), g + kGroup);
+    float largest = 0;
+    for (std::size_t i = g; i < end; ++i) largest = std::max(largest, std::abs(x[i]));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (std::size_t i = g; i < end; ++i)
+      out.push_back(double{std::nearbyint(x[i] * inverse)} * largest / 127);
+  }
+  return out;
+}
+
+/// Half a step of each value: what rounding moves it by at most.
+std::vector<double> half_steps(const std::vector<float>& x) {
+  std::vector<double> out;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const std::size_t first = i / kGroup * kGroup;
+    double largest = 0;
+    for (std::size_t j = first; j < std::min<std::size_t>(x.size(), first + kGroup); ++j)
+      largest = std::max(largest, std::abs(double{x[j]}));
+    out.push_back(largest / 254);
+  }
+  return out;
+}
+
+/// sum w[i] x[i] as the kernels take it, and how far from it unrounded x would lead at most.
+struct Expected {
+  double value = 0, exact = 0, bound = 0;
+
+  Expected(const std::vector<double>& w, const std::vector<float>& x, bool rounds) {
+    const auto taken = rounds ? as_bytes(x) : std::vector<double>(x.begin(), x.end());
+    const auto steps = half_steps(x);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      value += w[i] * taken[i];
+      exact += w[i] * x[i];
+      bound += std::abs(w[i]) * steps[i];
+    }
+  }
+};
+
+float scale_of(const Stored& w, std::int64_t row, std::int64_t group) {
+  std::uint16_t scale;
+  std::memcpy(&scale, w.matrix.row(row) + low_row_bytes(w.matrix.cols) + 2 * group, 2);
+  return bf16_to_f32(scale);
+}
+
+}  // namespace
+
 TEST(int8_multiplies_panels) {
   for_all_kernels([](const Kernels& kernels) {
-    const std::int64_t width = kernels.panel, count = 2;
-    for (const std::int64_t rows : {1, 7, 61})
-      for (const std::int64_t n : {1, 33, 300, 576}) {
+    const PanelKernels& panels = kernels.panels[2];
+    for (const std::int64_t rows : {1, 7, 49, 61})
+      for (const std::int64_t n : {1, 33, 64, 300, 576, 1100}) {
         const Stored w(rows, n);
-        const auto b = random_floats(count * n * width), b2 = random_floats(count * rows * width);
-        std::vector<float> c(count * rows * width + 1, 3);
-        const ConstPanels in = {b.data(), n * width};
-        const Panels out = {c.data(), rows * width};
-        kernels.panels[2].multiply(w.rows(), rows, in, out, count, false);
-        kernels.panels[2].multiply(w.rows(), rows, in, out, count, true);
-        const std::int64_t first = n / 96 * 48, columns = n - first;
-        std::vector<float> c2(count * columns * width + 1, 3);
-        kernels.panels[2].multiply_transposed(w.rows(), rows, first, columns,
-                                              {b2.data(), rows * width},
-                                              {c2.data(), columns * width}, count);
-        for (std::int64_t p = 0; p < count; ++p)
-          for (std::int64_t lane = 0; lane < width; ++lane) {
-            naive::Vector expected2(columns, 3);
-            for (std::int64_t r = 0; r < rows; ++r) {
-              double expected = 0;
-              for (std::int64_t i = 0; i < n; ++i)
-                expected += double{w.values[r * n + i]} * b[(p * n + i) * width + lane];
-              for (std::int64_t i = 0; i < columns; ++i)
-                expected2[i] +=
-                    double{w.values[r * n + first + i]} * b2[(p * rows + r) * width + lane];
-              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * expected, 2e-4);
-            }
-            for (std::int64_t i = 0; i < columns; ++i)
-              CHECK_NEAR(c2[(p * columns + i) * width + lane], expected2[i], 2e-4);
+        TestPanels b(n, kernels.panel, 2), c(rows, kernels.panel, 2);
+        for (std::int64_t i = 0; i < n; ++i) b.at(5, i) = 0;  // no largest value
+        for (std::int64_t t = kernels.panel + 3; t < 2 * kernels.panel; ++t)
+          for (std::int64_t i = 0; i < n; ++i) b.at(t, i) = 0;  // lanes behind the last token
+        c.values.push_back(3);
+        std::vector<std::byte> memory;
+        const PreparedPanels in = b.prepared(panels, memory);
+        panels.multiply(w.rows(), rows, in, {c.values.data(), c.stride()}, 2, false);
+        panels.multiply(w.rows(), rows, in, {c.values.data(), c.stride()}, 2, true);
+        for (std::int64_t t = 0; t < 2 * kernels.panel; ++t) {
+          const auto x = b.token(t);
+          for (std::int64_t r = 0; r < rows; ++r) {
+            const float* row = w.values.data() + r * n;
+            const Expected expected({row, row + n}, x, panels.prepare != nullptr);
+            CHECK_NEAR(c.at(t, r), 2 * expected.value, 4e-4);
+            CHECK_NEAR(c.at(t, r), 2 * expected.exact, 2 * expected.bound + 4e-4);
           }
-        CHECK(c.back() == 3 && c2.back() == 3);
+        }
+        CHECK(c.values.back() == 3);
       }
+  });
+}
+
+TEST(int8_multiplies_panels_transposed) {
+  for_all_kernels([](const Kernels& kernels) {
+    const PanelKernels& panels = kernels.panels[2];
+    for (const std::int64_t rows : {1, 7, 61, 64, 150})
+      for (const std::int64_t n : {1, 33, 64, 300}) {
+        const Stored w(rows, n);
+        const std::int64_t first = n / 2 / panels.block_columns * panels.block_columns;
+        const std::int64_t columns = n - first;
+        TestPanels b(rows, kernels.panel, 2), c(columns, kernels.panel, 2);
+        for (std::int64_t j = 0; j < rows; ++j) b.at(5, j) = 0;
+        c.values.push_back(3);
+        TestPanels before = c;
+        panels.multiply_transposed(w.rows(), rows, first, columns, {b.values.data(), b.stride()},
+                                   {c.values.data(), c.stride()}, 2);
+        for (std::int64_t t = 0; t < 2 * kernels.panel; ++t)
+          for (std::int64_t i = 0; i < columns; ++i) {
+            // The rows' scales are taken into x before it is rounded.
+            std::vector<float> x = b.token(t);
+            std::vector<double> codes;
+            for (std::int64_t j = 0; j < rows; ++j) {
+              const float scale = scale_of(w, j, (first + i) / kGroup);
+              x[j] *= scale;
+              codes.push_back(double{w.values[j * n + first + i]} / scale);
+            }
+            const Expected expected(codes, x, panels.prepare != nullptr);
+            CHECK_NEAR(c.at(t, i), before.at(t, i) + expected.value, 4e-4);
+            CHECK_NEAR(c.at(t, i), before.at(t, i) + expected.exact, expected.bound + 4e-4);
+          }
+        CHECK(c.values.back() == 3);
+      }
+  });
+}
+
+TEST(int8_panels_keep_tokens_apart) {
+  for_all_kernels([](const Kernels& kernels) {
+    const PanelKernels& panels = kernels.panels[2];
+    const std::int64_t n = 150, size = 70;
+    const Stored w(size, n);
+    TestPanels b(n, kernels.panel, 1), h(size, kernels.panel, 1), c(size, kernels.panel, 1),
+        d(n, kernels.panel, 1);
+    d.values.assign(d.values.size(), 1);
+    std::vector<float> first, first_d;
+    for (const float others : {1.0f, 0.0f, 1e6f}) {
+      for (std::int64_t t = 0; t < kernels.panel; ++t) {
+        if (t == 3) continue;
+        for (std::int64_t i = 0; i < n; ++i) b.at(t, i) *= others;
+        for (std::int64_t i = 0; i < size; ++i) h.at(t, i) *= others;
+      }
+      std::vector<std::byte> memory;
+      panels.multiply(w.rows(), size, b.prepared(panels, memory), {c.values.data(), c.stride()}, 1,
+                      false);
+      TestPanels sum = d;
+      panels.multiply_transposed(w.rows(), size, 0, n, {h.values.data(), h.stride()},
+                                 {sum.values.data(), sum.stride()}, 1);
+      if (first.empty()) first = c.token(3), first_d = sum.token(3);
+      CHECK(c.token(3) == first);
+      CHECK(sum.token(3) == first_d);
+    }
   });
 }
 
@@ -397,29 +530,59 @@ double error(const std::vector<float>& found, const std::vector<double>& expecte
 
 TEST(int8_model_stays_near_doubles) {
   const naive::RandomModel model(wide_config(), WeightFormat::int8, 5);
-  const auto backend = make_cpu_backend(model.get(), 2);
-  const auto state = backend->new_state(12, KvFormat::f32);
-  naive::Session session(model.get(), KvFormat::f32);
   const auto tokens = naive::random_tokens(12, 101);
-  const auto naive_run = [&](const Step& step) {
-    session.begin(step);
-    session.embed();
-    for (std::int64_t l = 0; l < 2; ++l) {
-      session.qkv(l);
-      session.attention(l);
-      session.attention_out(l);
-      session.ffn(l);
+  for_all_kernels([&](const Kernels& kernels) {
+    setenv("TDA_CPU_ISA", kernels.name, 1);
+    const auto backend = make_cpu_backend(model.get(), 2);
+    unsetenv("TDA_CPU_ISA");
+    const auto state = backend->new_state(12, KvFormat::f32);
+    naive::Session session(model.get(), KvFormat::f32);
+    const auto naive_run = [&](const Step& step) {
+      session.begin(step);
+      session.embed();
+      for (std::int64_t l = 0; l < 2; ++l) {
+        session.qkv(l);
+        session.attention(l);
+        session.attention_out(l);
+        session.ffn(l);
+      }
+      return session.logits(std::ssize(step.tokens) - 1);
+    };
+    // Where prefill does not round activations, as decode does, it computes with the stored
+    // weights.
+    const double bound = kernels.panels[2].prepare ? 0.03 : 1e-5;
+    const Step prompt = naive::step_of(Tokens(tokens).first(9), 0);
+    const auto two = run(*backend, *state, prompt, 2);  // more than one row: panels to the head
+    CHECK(error({two.begin() + 101, two.end()}, naive_run(prompt)) < bound);
+    for (std::int64_t t = 9; t < 12; ++t) {
+      const Step step = naive::step_of(Tokens(tokens).subspan(t, 1), t);
+      CHECK(error(run(*backend, *state, step, 1), naive_run(step)) < 0.03);
     }
-    return session.logits(std::ssize(step.tokens) - 1);
-  };
-  // Prefill computes with the stored weights and unrounded activations.
-  const Step prompt = naive::step_of(Tokens(tokens).first(9), 0);
-  const auto two = run(*backend, *state, prompt, 2);  // more than one row: the head does not decode
-  CHECK(error({two.begin() + 101, two.end()}, naive_run(prompt)) < 1e-5);
-  for (std::int64_t t = 9; t < 12; ++t) {
-    const Step step = naive::step_of(Tokens(tokens).subspan(t, 1), t);
-    CHECK(error(run(*backend, *state, step, 1), naive_run(step)) < 0.03);
-  }
+  });
+}
+
+TEST(int8_prefill_agrees_with_decode) {
+  const naive::RandomModel model(wide_config(), WeightFormat::int8, 8);
+  const auto tokens = naive::random_tokens(70, 101);
+  for_all_kernels([&](const Kernels& kernels) {
+    setenv("TDA_CPU_ISA", kernels.name, 1);
+    std::vector<std::vector<float>> runs;
+    for (const int threads : {1, 2, 3}) {
+      const auto backend = make_cpu_backend(model.get(), threads);
+      const auto state = backend->new_state(70, KvFormat::f32);
+      runs.push_back(run(*backend, *state, naive::step_of(tokens, 0), 70));
+      CHECK(runs.back() == runs[0]);  // any number of threads gives the same bits
+    }
+    const auto backend = make_cpu_backend(model.get(), 2);
+    unsetenv("TDA_CPU_ISA");
+    const auto state = backend->new_state(70, KvFormat::f32);
+    std::vector<double> decoded;
+    for (std::int64_t t = 0; t < 70; ++t) {
+      const Step step = naive::step_of(Tokens(tokens).subspan(t, 1), t);
+      for (const float v : run(*backend, *state, step, 1)) decoded.push_back(v);
+    }
+    CHECK(error(runs[0], decoded) < 0.02);
+  });
 }
 
 TEST(int8_reads_what_it_counts) {

@@ -166,6 +166,7 @@ TEST(multiply_matches_doubles) {
         const Stored w(kernels, format, rows, n);
         const auto b = random_floats(count * n * width), b2 = random_floats(count * rows * width);
         std::vector<float> c(count * rows * width + 1, 3);
+        CHECK(!kernels.panels[format].prepare);
         const ConstPanels in = {b.data(), n * width};
         const Panels out = {c.data(), rows * width};
         kernels.panels[format].multiply(w.rows(), rows, in, out, count, false);
