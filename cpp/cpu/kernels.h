@@ -99,7 +99,7 @@ struct CacheKernels {
                  std::int64_t queries, float scale, float* partial);
 };
 
-/// Rows times `count` panels. Keys and values are weights here, too.
+/// Rows times `count` panels. Keys and values are rows here, too.
 struct PanelKernels {
   /// Bytes of a prepared panel b: [n, P], and its making; null where `multiply` wants b itself.
   std::int64_t (*prepared_bytes)(std::int64_t n);
@@ -125,10 +125,11 @@ struct SoftmaxBlock {
 
 struct Kernels {
   const char* name;
-  std::int64_t panel;      // P of prefill
-  RowKernels rows[3];      // f32, bf16, int8
-  PanelKernels panels[3];  // f32, bf16, int8
-  CacheKernels caches[2];  // f32, bf16
+  std::int64_t panel;            // P of prefill
+  RowKernels rows[3];            // f32, bf16, int8
+  PanelKernels panels[3];        // f32, bf16, int8
+  CacheKernels caches[2];        // f32, bf16
+  PanelKernels cache_panels[2];  // for keys and values: f32, bf16; they have no `prepare`
 
   /// out = x / sqrt(mean(x²) + eps) * weight; x, out: [n], may be the same
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
