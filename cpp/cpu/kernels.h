@@ -2,7 +2,9 @@
 //
 // Activations of a step lie in panels: token t is lane t % P of panel t / P, and a panel of vectors
 // of length n is [n, P] f32. For prefill P is Kernels::panel, so tokens fill the vector lanes, one
-// weight is broadcast to all of them, and no weight is ever transposed. For decode P is 1: a row.
+// weight is broadcast to all of them. For decode P is 1: a row. Where a machine multiplies bytes or
+// bf16 several at a time, activations are rounded to these for int8 and bf16 weights: see
+// `prepare`.
 #pragma once
 
 #include <tda/model_config.h>
