@@ -117,7 +117,7 @@ class CpuBackend final : public Backend {
     return kernels_.caches[static_cast<int>(format) - 1];
   }
   const PanelKernels& panels(KvFormat format) const {
-    return kernels_.panels[static_cast<int>(format) - 1];
+    return kernels_.cache_panels[static_cast<int>(format) - 1];
   }
   /// x: [n] as decode kernels of the format want it; valid until the next call.
   const void* prepare(CpuState&, WeightFormat, const float* x, std::int64_t n) const;

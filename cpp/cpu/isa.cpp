@@ -16,6 +16,9 @@ const Kernels& kernels();
 namespace avx512 {
 const Kernels& kernels();
 }
+namespace avx512bf16 {
+const Kernels& kernels();
+}
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables = {&portable::kernels()};
@@ -23,10 +26,11 @@ std::vector<const Kernels*> available_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (avx2) tables.push_back(&avx2::kernels());
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni"))
-    tables.push_back(&avx512::kernels());
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  if (avx512) tables.push_back(&avx512::kernels());
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::kernels());
 #endif
   return tables;
 }

@@ -57,6 +57,7 @@ const Kernels& kernels() {
                                 {f32_rows, bf16_rows, int8_rows},
                                 {f32_panels, bf16_panels, int8_panels},
                                 {f32_cache, bf16_cache},
+                                {f32_cache_panels, bf16_cache_panels},
                                 rms_norm,
                                 rms_norm_panel,
                                 rotate,

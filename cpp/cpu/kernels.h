@@ -2,7 +2,9 @@
 //
 // Activations of a step lie in panels: token t is lane t % P of panel t / P, and a panel of vectors
 // of length n is [n, P] f32. For prefill P is Kernels::panel, so tokens fill the vector lanes, one
-// weight is broadcast to all of them, and no weight is ever transposed. For decode P is 1: a row.
+// weight is broadcast to all of them. For decode P is 1: a row. Where a machine multiplies bytes or
+// bf16 several at a time, activations are rounded to these for int8 and bf16 weights: see
+// `prepare`.
 #pragma once
 
 #include <tda/model_config.h>
@@ -99,7 +101,7 @@ struct CacheKernels {
                  std::int64_t queries, float scale, float* partial);
 };
 
-/// Rows times `count` panels. Keys and values are weights here, too.
+/// Rows times `count` panels. Keys and values are rows here, too.
 struct PanelKernels {
   /// Bytes of a prepared panel b: [n, P], and its making; null where `multiply` wants b itself.
   std::int64_t (*prepared_bytes)(std::int64_t n);
@@ -125,10 +127,11 @@ struct SoftmaxBlock {
 
 struct Kernels {
   const char* name;
-  std::int64_t panel;      // P of prefill
-  RowKernels rows[3];      // f32, bf16, int8
-  PanelKernels panels[3];  // f32, bf16, int8
-  CacheKernels caches[2];  // f32, bf16
+  std::int64_t panel;            // P of prefill
+  RowKernels rows[3];            // f32, bf16, int8
+  PanelKernels panels[3];        // f32, bf16, int8
+  CacheKernels caches[2];        // f32, bf16
+  PanelKernels cache_panels[2];  // for keys and values: f32, bf16; they have no `prepare`
 
   /// out = x / sqrt(mean(x²) + eps) * weight; x, out: [n], may be the same
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);

@@ -115,7 +115,11 @@ namespace TDA_ISA {
 
 const std::int64_t panel = kPanel;
 const PanelKernels f32_panels = panel_kernels<F32>();
+const PanelKernels f32_cache_panels = panel_kernels<F32>();
+const PanelKernels bf16_cache_panels = panel_kernels<Bf16>();
+#if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp
 const PanelKernels bf16_panels = panel_kernels<Bf16>();
+#endif
 #if !defined(__AVX512VNNI__)  // kernels_prefill_int8.cpp
 const PanelKernels int8_panels = panel_kernels<Int8>();
 #endif

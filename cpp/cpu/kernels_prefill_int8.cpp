@@ -4,6 +4,7 @@
 // The tokens of a panel are rounded to bytes by groups of 64, as in decode:  x = scale q. A dword
 // of four neighbours of a row is broadcast to the lanes and multiplied with the same four of each
 // token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is where the sums start.
+#include "cpu/dwords.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 
@@ -12,12 +13,11 @@
 namespace tda {
 namespace {
 
-constexpr int64_t kPanel = 2 * kLanes;
-constexpr int kQuads = kGroup / 4;
+static_assert(kDwords == kGroup / 4);
 
 /// A group of a panel's vectors.
 struct Group {
-  std::int8_t q[kQuads][kPanel][4];
+  PanelDwords q;          // four bytes each
   int32_t start[kPanel];  // -136 sum of the token's q
   float scale[kPanel];
 };
@@ -42,13 +42,13 @@ inline void quantize(int64_t count, const Value& value, Group& out, int half) {
         _mm512_packs_epi16(_mm512_packs_epi32(integers(4 * i), integers(4 * i + 1)),
                            _mm512_packs_epi32(integers(4 * i + 2), integers(4 * i + 3)));
     const __m512i q = _mm512_shuffle_epi8(bytes, order);
-    _mm512_storeu_si512(out.q[i][half * kLanes], q);
+    _mm512_storeu_si512(out.q[i] + half * kLanes, q);
     sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), q);
   };
   const auto integer = [&](int64_t i) { return _mm512_cvtps_epi32((__m512)(value(i) * inverse)); };
   int i = 0;
   for (; 4 * i + 4 <= count; ++i) quad(i, integer);
-  for (; i < kQuads; ++i)
+  for (; i < kDwords; ++i)
     quad(i, [&](int64_t j) { return j < count ? integer(j) : _mm512_setzero_si512(); });
   _mm512_storeu_si512(out.start + half * kLanes, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-136)));
   store(out.scale + half * kLanes, largest / 127.0f);
@@ -82,34 +82,25 @@ inline __m512i codes_of(const Int8Row& row, int64_t group) {
   return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)), h, l, 0xca);
 }
 
-/// Two sums += the products of a quad of codes with those of b0 and b1. Compilers that see more of
-/// it than one piece copy the sums about, most of them to memory, though there are registers for
-/// all.
-inline void add_products(__m512i sums[2], const std::uint8_t* quad, __m512i b0, __m512i b1) {
-  __m512i w;
-  asm("vpbroadcastd %3, %2\n\t"
-      "vpdpbusd %4, %2, %0\n\t"
-      "vpdpbusd %5, %2, %1"
-      : "+&v"(sums[0]), "+&v"(sums[1]), "=&v"(w)
-      : "m"(*(const std::uint8_t (*)[4])quad), "v"(b0), "v"(b1));
-}
+struct AddQuads {
+  static void add(__m512i sums[2], const std::uint8_t* quad, __m512i b0, __m512i b1) {
+    __m512i w;
+    asm("vpbroadcastd %3, %2\n\t"
+        "vpdpbusd %4, %2, %0\n\t"
+        "vpdpbusd %5, %2, %1"
+        : "+&v"(sums[0]), "+&v"(sums[1]), "=&v"(w)
+        : "m"(*(const std::uint8_t (*)[4])quad), "v"(b0), "v"(b1));
+  }
+};
 
-/// The products of kRows rows' quads with a group: at(m) is where row m's first quad lies, the next
-/// ones follow kStep bytes apart.
+/// The products of kRows rows with a group, from its start on; see add_products.
 template <int kRows, int kStep, class At>
 inline void products(const At& at, const Group& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
       sums[m][half] = _mm512_loadu_si512(b.start + half * kLanes);
-#pragma GCC unroll 16
-  for (int k = 0; k < kQuads; ++k) {
-    const __m512i b0 = _mm512_loadu_si512(b.q[k]), b1 = _mm512_loadu_si512(b.q[k][kLanes]);
-#pragma GCC unroll 12
-    for (int m = 0; m < kRows; ++m) {
-      add_products(sums[m], at(m) + k * kStep, b0, b1);
-    }
-  }
+  add_products<AddQuads, kRows, kStep>(at, b.q, sums);
 }
 
 inline Floats to_floats(__m512i v) { return (Floats)_mm512_cvtepi32_ps(v); }
@@ -171,12 +162,12 @@ constexpr int kTileColumns = 8;  // x 2 vectors
 /// One group of kGroup rows: four at a time, their bytes interleaved. Column 16 i + 4 j + k of the
 /// rows' quad is dword (4 j + i) 4 + k.
 struct Square {
-  alignas(64) std::uint8_t quads[kQuads][4 * kGroup];
+  alignas(64) std::uint8_t quads[kDwords][4 * kGroup];
   float scales[kGroup];
 
   /// Rows [first, first + count) of a column group; zeros behind them.
   void load(const Rows& w, int64_t first, int64_t count, int64_t group) {
-    for (int i = 0; i < kQuads; ++i) {
+    for (int i = 0; i < kDwords; ++i) {
       __m512i rows[4];
       for (int j = 0; j < 4; ++j) {
         const int64_t r = 4 * i + j;

@@ -169,6 +169,7 @@ struct Session {
   KvFormat kv = KvFormat::f32;
   std::vector<std::vector<Vector>> keys, values_;  // [L][position]
   std::vector<std::vector<std::int32_t>> masks;    // [L]
+  bool rounds = false;  // several tokens times a bf16 matrix: they are rounded to bf16
   Step step;
   std::vector<Vector> x, queries, attended, hidden;
 
@@ -181,6 +182,17 @@ struct Session {
       mask.resize(model->config.intermediate_size);
       std::iota(mask.begin(), mask.end(), 0);
     }
+  }
+
+  bool rounds_step() const {
+    return rounds && model->format == WeightFormat::bf16 && step.tokens.size() > 1;
+  }
+  double taken(double v) const {
+    return rounds_step() ? tda::bf16_to_f32(tda::f32_to_bf16(static_cast<float>(v))) : v;
+  }
+  Vector taken(Vector in) const {
+    for (double& v : in) v = taken(v);
+    return in;
   }
 
   static Vector product(const Matrix& w, const Vector& in) {
@@ -234,7 +246,7 @@ struct Session {
     keys[layer].resize(step.position);
     values_[layer].resize(step.position);
     for (std::size_t t = 0; t < x.size(); ++t) {
-      Vector out = product(w.qkv, norm(x[t].data(), w.attention_norm));
+      Vector out = product(w.qkv, taken(norm(x[t].data(), w.attention_norm)));
       for (std::size_t i = 0; i < w.qkv_bias.size(); ++i) out[i] += w.qkv_bias[i];
       for (std::int64_t head = 0; head < c.num_heads + c.num_kv_heads; ++head) {
         double* vector = out.data() + head * c.head_dim;
@@ -282,7 +294,7 @@ struct Session {
   void attention_out(std::int64_t layer) {
     const LayerWeights& w = model->layers[layer];
     for (std::size_t t = 0; t < x.size(); ++t) {
-      const Vector out = product(w.output, attended[t]);
+      const Vector out = product(w.output, taken(attended[t]));
       for (std::size_t i = 0; i < out.size(); ++i)
         x[t][i] += out[i] + (w.output_bias.empty() ? 0 : w.output_bias[i]);
     }
@@ -292,21 +304,24 @@ struct Session {
     const LayerWeights& w = model->layers[layer];
     hidden.assign(x.size(), Vector(w.gate.rows));
     for (std::size_t t = 0; t < x.size(); ++t) {
-      const Vector in = norm(x[t].data(), w.ffn_norm);
+      const bool masked = step.ffn == FfnMode::sparse;  // by rows, as decode
+      const Vector normed = norm(x[t].data(), w.ffn_norm), in = masked ? normed : taken(normed);
       const Vector gate = product(w.gate, in), up = product(w.up, in);
       for (std::int64_t j = 0; j < w.gate.rows; ++j)
         hidden[t][j] = activate(model->config.activation, gate[j]) * up[j];
-      const bool masked = step.ffn == FfnMode::sparse;
       for (std::int64_t j = 0; j < w.gate.rows; ++j) {
         if (masked && !std::binary_search(masks[layer].begin(), masks[layer].end(), j)) continue;
         const Vector down = values(w.down, j);
-        for (std::size_t i = 0; i < down.size(); ++i) x[t][i] += hidden[t][j] * down[i];
+        const double h = masked ? hidden[t][j] : taken(hidden[t][j]);
+        for (std::size_t i = 0; i < down.size(); ++i) x[t][i] += h * down[i];
       }
     }
   }
 
-  Vector logits(std::int64_t t) const {
-    return product(model->head, norm(x[t].data(), model->final_norm));
+  /// A token's logits, asked for alone or with others'.
+  Vector logits(std::int64_t t, bool alone = true) const {
+    const Vector in = norm(x[t].data(), model->final_norm);
+    return product(model->head, alone ? in : taken(in));
   }
 };
 

@@ -102,7 +102,8 @@ void check_verbs(const Backend& backend, State& s, naive::Session& session, cons
   for (const std::int64_t rows : {std::int64_t{1}, state.layout.tokens}) {
     std::vector<float> expected;
     for (std::int64_t t = state.layout.tokens - rows; t < state.layout.tokens; ++t)
-      for (const double logit : session.logits(t)) expected.push_back(static_cast<float>(logit));
+      for (const double logit : session.logits(t, rows == 1))
+        expected.push_back(static_cast<float>(logit));
     CHECK_NEAR(largest_difference(backend.logits(s, rows), expected), 0, tolerance);
   }
 }
@@ -172,8 +173,12 @@ TEST(verbs_match_doubles) {
       const auto tokens = random_tokens(total, c.config.vocab_size);
       const auto state = backend->new_state(total, c.kv);
       naive::Session session(model.get(), c.kv);
-      // A value near the middle between two bf16 may be stored as either.
-      const double tolerance = c.kv == KvFormat::bf16 ? 1e-2 : 1e-4;
+      session.rounds = table->panels[1].prepare;
+      // A value near the middle between two bf16 may become either; more so if there are more.
+      const bool rounds = c.format == WeightFormat::bf16 && session.rounds;
+      const double tolerance = c.kv == KvFormat::bf16 ? (rounds ? 3e-2 : 1e-2)
+                               : rounds               ? 1e-2
+                                                      : 1e-4;
       std::int64_t position = 0;
       for (const std::int64_t size : c.steps) {
         const Step step = step_of(Tokens(tokens).subspan(position, size), position);
@@ -203,6 +208,8 @@ TEST(masked_steps_match_doubles) {
     const auto backend = make_cpu_backend(model.get(), 2);
     const auto state = backend->new_state(32, KvFormat::f32);
     naive::Session session(model.get(), KvFormat::f32);
+    session.rounds = choose_kernels().panels[1].prepare;
+    const double tolerance = session.rounds ? 1e-2 : 1e-4;
     for (std::int64_t l = 0; l < config.num_layers; ++l) {
       std::vector<std::int32_t> mask;
       for (std::int64_t j = 0; j < active; ++j)
@@ -214,11 +221,12 @@ TEST(masked_steps_match_doubles) {
     }
     const auto tokens = random_tokens(20, config.vocab_size);
     check_verbs(*backend, *state, session, step_of(Tokens(tokens).first(18), 0, FfnMode::sparse),
-                1e-4);
+                tolerance);
     CHECK(ffn_bytes(*backend, *state) == 0);
     for (const std::int64_t position : {18, 19})
       check_verbs(*backend, *state, session,
-                  step_of(Tokens(tokens).subspan(position, 1), position, FfnMode::sparse), 1e-4);
+                  step_of(Tokens(tokens).subspan(position, 1), position, FfnMode::sparse),
+                  tolerance);
     CHECK(ffn_bytes(*backend, *state) == 2 * 2 * active * 3 * config.hidden_size * 2);
   }
 }
@@ -284,15 +292,20 @@ TEST(any_thread_count_gives_the_same_bits) {
 TEST(prefill_agrees_with_decode) {
   ModelConfig config = small_config();
   config.sliding_window = {0, 40};
-  const RandomModel model(config, WeightFormat::bf16, 6);
-  const auto backend = make_cpu_backend(model.get(), 2);
-  const auto tokens = random_tokens(140, config.vocab_size);
-  const auto at_once = all_logits(*backend, tokens, {140}, KvFormat::f32);
-  const auto in_parts = all_logits(*backend, tokens, {3, 64, 1, 72}, KvFormat::f32);
-  const auto one_by_one =
-      all_logits(*backend, tokens, std::vector<std::int64_t>(140, 1), KvFormat::f32);
-  CHECK_NEAR(largest_difference(at_once, in_parts), 0, 1e-4);
-  CHECK_NEAR(largest_difference(at_once, one_by_one), 0, 1e-4);
+  for (const WeightFormat format : {WeightFormat::f32, WeightFormat::bf16}) {
+    const RandomModel model(config, format, 6);
+    const auto backend = make_cpu_backend(model.get(), 2);
+    const auto tokens = random_tokens(140, config.vocab_size);
+    // Where prefill rounds tokens to bf16, each product's terms move by at most 1/256.
+    const bool rounds = format == WeightFormat::bf16 && choose_kernels().panels[1].prepare;
+    const double tolerance = rounds ? 0.1 : 1e-4;
+    const auto at_once = all_logits(*backend, tokens, {140}, KvFormat::f32);
+    const auto in_parts = all_logits(*backend, tokens, {3, 64, 1, 72}, KvFormat::f32);
+    const auto one_by_one =
+        all_logits(*backend, tokens, std::vector<std::int64_t>(140, 1), KvFormat::f32);
+    CHECK_NEAR(largest_difference(at_once, in_parts), 0, tolerance);
+    CHECK_NEAR(largest_difference(at_once, one_by_one), 0, tolerance);
+  }
 }
 
 TEST(sessions_do_not_know_of_each_other) {
@@ -311,7 +324,7 @@ TEST(sessions_do_not_know_of_each_other) {
 }
 
 TEST(statistic_matches_doubles) {
-  const RandomModel model(small_config(), WeightFormat::bf16, 8);
+  const RandomModel model(small_config(), WeightFormat::f32, 8);
   const auto backend = make_cpu_backend(model.get(), 3);
   const auto state = backend->new_state(64, KvFormat::f32);
   naive::Session session(model.get(), KvFormat::f32);

@@ -166,13 +166,27 @@ TEST(multiply_matches_doubles) {
         const Stored w(kernels, format, rows, n);
         const auto b = random_floats(count * n * width), b2 = random_floats(count * rows * width);
         std::vector<float> c(count * rows * width + 1, 3);
-        CHECK(!kernels.panels[format].prepare);
-        const ConstPanels in = {b.data(), n * width};
+        const PanelKernels& panels = kernels.panels[format];
+        std::vector<std::byte> prepared;
+        PreparedPanels in = ConstPanels{b.data(), n * width};
+        if (panels.prepare) {
+          in = {prepared.data(), panels.prepared_bytes(n)};
+          prepared.resize(count * in.stride + 1, std::byte{7});
+          in.data = prepared.data();
+          for (std::int64_t p = 0; p < count; ++p)
+            panels.prepare(b.data() + p * n * width, n, prepared.data() + p * in.stride);
+          CHECK(prepared.back() == std::byte{7});
+        }
+        // What prepares, rounds to bf16: each term moves by at most 1/256 of its size.
+        const auto taken = [&](float v) {
+          return panels.prepare ? bf16_to_f32(f32_to_bf16(v)) : v;
+        };
         const Panels out = {c.data(), rows * width};
         kernels.panels[format].multiply(w.rows(), rows, in, out, count, false);
         kernels.panels[format].multiply(w.rows(), rows, in, out, count, true);
         // Some of the columns.
-        const std::int64_t first = n / 96 * 48, columns = n - first;
+        const std::int64_t first = n / 2 / panels.block_columns * panels.block_columns;
+        const std::int64_t columns = n - first;
         std::vector<float> c2(count * columns * width + 1, 3);
         kernels.panels[format].multiply_transposed(w.rows(), rows, first, columns,
                                                    {b2.data(), rows * width},
@@ -181,13 +195,19 @@ TEST(multiply_matches_doubles) {
           for (std::int64_t lane = 0; lane < width; ++lane) {
             naive::Vector expected2(columns, 3);
             for (std::int64_t r = 0; r < rows; ++r) {
-              double expected = 0;
-              for (std::int64_t i = 0; i < n; ++i)
-                expected += double{w.values[r * n + i]} * b[(p * n + i) * width + lane];
+              double expected = 0, exact = 0, bound = 2e-4;
+              for (std::int64_t i = 0; i < n; ++i) {
+                const double weight = w.values[r * n + i];
+                const float x = b[(p * n + i) * width + lane];
+                expected += weight * taken(x);
+                exact += weight * x;
+                bound += 2 * std::abs(weight * x) / 256;
+              }
               for (std::int64_t i = 0; i < columns; ++i)
                 expected2[i] +=
-                    double{w.values[r * n + first + i]} * b2[(p * rows + r) * width + lane];
-              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * expected, 1e-4);
+                    double{w.values[r * n + first + i]} * taken(b2[(p * rows + r) * width + lane]);
+              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * expected, 2e-4);
+              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * exact, bound);
             }
             for (std::int64_t i = 0; i < columns; ++i)
               CHECK_NEAR(c2[(p * columns + i) * width + lane], expected2[i], 1e-4);

@@ -57,12 +57,13 @@ def test_prefill_in_parts(variant: tuple[str, Engine]):
 
 
 def test_bf16_storage_stays_near(tmp_path: Path):
-    """bf16 has 8 bits: logits of size 3 move by some hundredths."""
+    """bf16 has 8 bits: logits of size 3 move by some hundredths, and by as much again where the
+    machine multiplies bf16 with bf16, so that prefill rounds what it multiplies."""
     tokens = tiny.tokens("llama_bf16")
     engine = Engine(tiny.write(tmp_path / "llama_bf16", "llama_bf16"))
     assert engine.weights == "bf16" and engine.kv == "bf16"
     logits = engine.logits(tokens)[TINY["prefill_positions"]]
-    close(logits, TINY["llama_bf16.prefill"], 0.1)
+    close(logits, TINY["llama_bf16.prefill"], 0.2)
 
 
 # ---- the demo model
