@@ -412,12 +412,6 @@ void bind_engine(nb::module_& m) {
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
           "max_context"_a = 0)
       .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal)
-      .def(
-          "save_weights",
-          [](const Engine& engine, const std::string& file) { engine.save_weights(file); },
-          "file"_a, nb::call_guard<nb::gil_scoped_release>(),
-          "Writes the weights as they are in memory: a model.safetensors for an engine folder,\n"
-          "which is mapped and used in place. Atomically. Raises CheckpointError.")
       .def_prop_ro("parameters", &Engine::parameters)
       .def_prop_ro("fingerprint", &Engine::fingerprint)
       .def_prop_ro("weights", [](const Engine& e) { return std::string(name_of(e.weights())); })
@@ -472,6 +466,15 @@ void bind_engine(nb::module_& m) {
           },
           "texts"_a, "options"_a, "progress"_a.none() = nb::none())
       .def("session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0);
+  m.def(
+      "pack_checkpoint",
+      [](const std::string& source, const std::string& destination, const std::string& weights) {
+        const tda::WeightFormat format = tda::parse_weight_format(weights);
+        const nb::gil_scoped_release released;
+        tda::pack_checkpoint(source, destination, format);
+      },
+      "source"_a, "destination"_a, "weights"_a = "auto",
+      "Writes config.json and model.safetensors of an engine folder into an empty folder.");
   m.def("measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
         nb::call_guard<nb::gil_scoped_release>(),
         "Bytes per second of a streaming read: the memory roof of decoding.");

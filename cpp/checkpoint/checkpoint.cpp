@@ -2,7 +2,6 @@
 
 #include <tda/error.h>
 
-#include <charconv>
 #include <cstdio>
 #include <set>
 
@@ -78,44 +77,6 @@ void add_samples(Hash& hash, const TensorView& tensor) {
     hash.add(tensor.data + (tensor.bytes - piece) / (pieces - 1) * i, piece);
 }
 
-/// Checks all but the number of bytes, which load_model knows.
-PackedWeights read_packed(const SafetensorsFile& weights, const TensorView& arena) {
-  const auto metadata = [&](const char* key) {
-    const auto found = weights.metadata().find(key);
-    return found == weights.metadata().end() ? std::string() : found->second;
-  };
-  const auto expect = [&](bool good, const std::string& found, const std::string& expected) {
-    if (!good) throw CheckpointError(arena.file + ": " + found + ", expected " + expected);
-  };
-  const std::string layout = metadata("layout"), format = metadata("weights");
-  expect(layout == PackedWeights::kLayout, "packed weights of layout \"" + layout + "\"",
-         "\"" + std::string(PackedWeights::kLayout) +
-             "\": convert the checkpoint again with this version");
-  std::int64_t number = 0;
-  const std::string parameters = metadata("parameters");
-  const auto [last, error] =
-      std::from_chars(parameters.data(), parameters.data() + parameters.size(), number);
-  expect(error == std::errc() && last == parameters.data() + parameters.size() && number > 0,
-         "packed weights with parameters \"" + parameters + "\"", "a positive number");
-  expect(metadata("fingerprint").size() == 16,
-         "packed weights with fingerprint \"" + metadata("fingerprint") + "\"", "16 hex digits");
-  expect(weights.tensors().size() == 1, "packed weights beside other tensors", "nothing else");
-  expect(arena.dtype_name == "U8" && arena.shape.size() == 1,
-         "packed weights of dtype " + arena.dtype_name + " and shape " + shape_text(arena.shape),
-         "U8 in one dimension");
-  const auto address = reinterpret_cast<std::uintptr_t>(arena.data);
-  expect(address % PackedWeights::kAlignment == 0, "packed weights that are not aligned",
-         "data at a multiple of " + std::to_string(PackedWeights::kAlignment) + " bytes");
-  PackedWeights packed{WeightFormat::automatic, arena, weights.mapping()};
-  try {
-    packed.format = parse_weight_format(format);
-  } catch (const OptionError&) {  // stays automatic
-  }
-  expect(packed.format != WeightFormat::automatic, "packed weights of format \"" + format + "\"",
-         "one that this version knows");
-  return packed;
-}
-
 }  // namespace
 
 Checkpoint::Checkpoint(const fs::path& folder) {
@@ -123,6 +84,12 @@ Checkpoint::Checkpoint(const fs::path& folder) {
   std::error_code ignored;
   name_ = fs::canonical(folder, ignored).filename().string();
   config_ = read_config(folder);
+  packed_ = read_packed(folder);
+  if (packed_) {
+    fingerprint_ = packed_->fingerprint;
+    parameters_ = packed_->parameters;
+    return;
+  }
 
   const fs::path single = folder / "model.safetensors";
   const fs::path index = folder / "model.safetensors.index.json";
@@ -140,7 +107,7 @@ Checkpoint::Checkpoint(const fs::path& folder) {
   }
 
   for (const std::string& name : names) {
-    files_.emplace_back(folder / name);
+    files_.emplace_back(folder / name).prefetch();
     for (const auto& [tensor, view] : files_.back().tensors()) {
       const auto [other, inserted] = tensors_.emplace(tensor, view);
       if (!inserted)
@@ -155,12 +122,6 @@ Checkpoint::Checkpoint(const fs::path& folder) {
                             "\" is missing, expected here by " + index.string());
   }
 
-  if (const auto arena = tensors_.find(PackedWeights::kTensor); arena != tensors_.end()) {
-    packed_ = read_packed(files_.front(), arena->second);
-    fingerprint_ = files_.front().metadata().at("fingerprint");
-    parameters_ = std::stoll(files_.front().metadata().at("parameters"));  // a number: just read
-    return;
-  }
   Hash hash;
   for (const auto& [name, view] : tensors_) {
     hash.add(name);

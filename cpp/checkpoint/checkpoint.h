@@ -1,4 +1,4 @@
-// A Hugging Face checkpoint folder: config.json, and tensors in one or several safetensors files.
+// A checkpoint folder: config.json, and safetensors files with tensors or with packed weights.
 #pragma once
 
 #include <tda/model_config.h>
@@ -34,26 +34,34 @@ class SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
   /// Unmapped with its last owner.
   const std::shared_ptr<const std::byte>& mapping() const { return mapping_; }
+  /// Asks the system to read the whole file soon.
+  void prefetch() const;
 
  private:
   std::shared_ptr<const std::byte> mapping_;
-  std::map<std::string, std::string> metadata_;
+  std::int64_t bytes_ = 0;  // of the mapping
   std::map<std::string, TensorView, std::less<>> tensors_;
 };
 
-/// Weights that `tdaengine convert --weights` has brought into engine layout, as one tensor of
-/// bytes that is used in place. What they are is in the file's metadata.
+/// Weights that pack_checkpoint has brought into engine layout: one tensor of bytes, which is used
+/// in place. config.json says what they are.
 struct PackedWeights {
-  static constexpr const char* kTensor = "tdaengine.arena";
-  static constexpr const char* kLayout = "1";  // changes whenever load.cpp lays models out anew
-  static constexpr std::int64_t kAlignment = 4096;
-  WeightFormat format = WeightFormat::automatic;
+  static constexpr const char* kKey = "tdaengine";  // in config.json
+  static constexpr const char* kTensor = "arena";
+  static constexpr std::int64_t kLayout =
+      1;  // changes with every byte that load.cpp would place elsewhere
+  static constexpr std::int64_t kAlignment = 4096;  // of the data in the file: a page
+  WeightFormat format = WeightFormat::automatic;    // anything but automatic
+  std::string fingerprint;                          // of the checkpoint they were made of,
+  std::int64_t parameters = 0;                      // and its numbers
   TensorView arena;
   std::shared_ptr<const std::byte> mapping;  // keeps it alive
 };
+
+/// Nothing if config.json does not make the folder an engine folder. Throws CheckpointError.
+std::optional<PackedWeights> read_packed(const std::filesystem::path& folder);
 
 class Checkpoint {
  public:

@@ -69,7 +69,6 @@ Mapping map_file(const std::filesystem::path& path) {
   ::close(descriptor);
   if (size < 8) fail("found " + std::to_string(size) + " bytes, not even the 8 of a header length");
   if (address == MAP_FAILED) fail("cannot be mapped: " + std::generic_category().message(error));
-  ::madvise(address, size, MADV_WILLNEED);
   return {std::shared_ptr<const std::byte>(
               static_cast<const std::byte*>(address),
               [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); }),
@@ -203,15 +202,19 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) {
   const std::byte* data = header + header_bytes;
   const std::int64_t data_bytes = mapping.bytes - 8 - static_cast<std::int64_t>(header_bytes);
   for (const auto& [name, entry] : entries.items()) {
-    if (name == "__metadata__") {
+    if (name == "__metadata__")
       check_metadata(file, entry);
-      metadata_ = entry.get<std::map<std::string, std::string>>();
-    } else {
+    else
       tensors_.emplace(name, EntryReader(file, name, entry).read(data, data_bytes));
-    }
   }
   check_tiling(file, data, data_bytes, tensors_);
   mapping_ = mapping.data;
+  bytes_ = mapping.bytes;
+}
+
+void SafetensorsFile::prefetch() const {
+  ::madvise(const_cast<std::byte*>(mapping_.get()), static_cast<std::size_t>(bytes_),
+            MADV_WILLNEED);
 }
 
 }  // namespace tda

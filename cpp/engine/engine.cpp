@@ -30,10 +30,6 @@ Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 
-void Engine::save_weights(const std::filesystem::path& file) const {
-  save_model(runtime_->model(), file);
-}
-
 const ModelConfig& Engine::config() const { return runtime_->config(); }
 const std::string& Engine::fingerprint() const { return runtime_->model().fingerprint; }
 std::int64_t Engine::parameters() const { return runtime_->model().parameters; }

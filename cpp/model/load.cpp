@@ -1,4 +1,5 @@
-// Packs a checkpoint into engine layout: one arena, filled by copies that run in parallel.
+// Packs a checkpoint into engine layout: one arena, filled by copies that run in parallel, or
+// mapped.
 #include <sys/mman.h>
 #include <tda/error.h>
 
@@ -7,9 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <nlohmann/json.hpp>
 
-#include "checkpoint/atomic_file.h"
 #include "checkpoint/checkpoint.h"
 #include "cpu/thread_pool.h"
 #include "model/half.h"
@@ -43,9 +42,12 @@ class Layout {
 
  private:
   std::byte* allocate(std::int64_t bytes) {
-    const std::int64_t offset = used_;
-    used_ += round_up(bytes, 64);
-    return memory_ ? memory_ + offset : nullptr;
+    const std::int64_t offset = used_, end = offset + bytes;
+    used_ = round_up(end, 64);
+    if (!memory_) return nullptr;
+    // The gap: what pack_checkpoint writes is to depend on the checkpoint alone.
+    if (!checkpoint_.packed()) std::fill(memory_ + end, memory_ + used_, std::byte{});
+    return memory_ + offset;
   }
 
   void allocate(Matrix& matrix) {
@@ -316,20 +318,21 @@ std::shared_ptr<std::byte> allocate_arena(std::int64_t bytes) {
   return {static_cast<std::byte*>(memory), std::free};
 }
 
-}  // namespace
-
-/// Nothing but the size is checked here: that the values are finite was seen to when they were
-/// packed, and looking at them would read all pages.
-static std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightFormat format) {
+/// The data stays in the file's pages, which processes share and which are read when first used.
+/// Of it only the size is checked: its values were when they were packed, and looking for those
+/// that are not finite would read every page.
+std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightFormat format) {
   const PackedWeights& packed = *checkpoint.packed();
+  const std::string& file = packed.arena.file;
   if (format != WeightFormat::automatic && format != packed.format)
-    throw OptionError("weights " + std::string(name_of(format)) + ": " + packed.arena.file +
-                      " holds " + std::string(name_of(packed.format)) + ", expected that or auto");
+    throw OptionError("weights is \"" + std::string(name_of(format)) + "\", but " + file +
+                      " is packed as " + std::string(name_of(packed.format)) +
+                      ", expected that or auto");
   Layout measured(checkpoint, packed.format, nullptr);
   measured.model();
   if (measured.bytes() != packed.arena.bytes)
-    throw CheckpointError(packed.arena.file + ": found " + std::to_string(packed.arena.bytes) +
-                          " bytes of packed weights, expected " + std::to_string(measured.bytes()) +
+    throw CheckpointError(file + ": the arena has " + std::to_string(packed.arena.bytes) +
+                          " bytes, expected " + std::to_string(measured.bytes()) +
                           " by config.json");
   Layout layout(checkpoint, packed.format, const_cast<std::byte*>(packed.arena.data));
   auto model = std::make_shared<Model>(layout.model());
@@ -337,24 +340,7 @@ static std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, Weig
   return model;
 }
 
-void save_model(const Model& model, const std::filesystem::path& path) {
-  const nlohmann::json header = {{"__metadata__",
-                                  {{"layout", PackedWeights::kLayout},
-                                   {"weights", name_of(model.format)},
-                                   {"fingerprint", model.fingerprint},
-                                   {"parameters", std::to_string(model.parameters)}}},
-                                 {PackedWeights::kTensor,
-                                  {{"dtype", "U8"},
-                                   {"shape", {model.weight_bytes}},
-                                   {"data_offsets", {0, model.weight_bytes}}}}};
-  std::string text = header.dump();
-  text.append(-(8 + std::ssize(text)) & (PackedWeights::kAlignment - 1), ' ');
-  const std::uint64_t length = text.size();
-  write_file_atomically(path, {{reinterpret_cast<const char*>(&length), 8},
-                               text,
-                               {static_cast<const char*>(model.storage.get()),
-                                static_cast<std::size_t>(model.weight_bytes)}});
-}
+}  // namespace
 
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
                                         int threads) {

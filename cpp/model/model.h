@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 #include <span>
 #include <string>
@@ -94,9 +93,5 @@ struct Model {
 /// another format than asked for.
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
                                         int threads);
-
-/// Writes the weights as they lie in memory, as a model.safetensors that load_model uses in place
-/// (see PackedWeights). Atomically; throws CheckpointError.
-void save_model(const Model& model, const std::filesystem::path& path);
 
 }  // namespace tda

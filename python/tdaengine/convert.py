@@ -19,6 +19,7 @@ from .tensors import Tensor, read_safetensors, write_safetensors
 DTYPES = {"f32": "F32", "bf16": "BF16"}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16"}
 
+PACKED = "tdaengine"  # what config.json of an engine folder has beside the checkpoint's own keys
 # What a folder may hold beside config.json and the weights and is copied as it is.
 COPIED_FILES = (
     "generation_config.json",
@@ -54,8 +55,8 @@ def convert(
     chat template.
 
     dtype: "f32", "bf16", or "auto": as stored; for GGUF bf16, or f32 if it holds f32 matrices.
-    weights: an engine folder instead, with the weights packed in this format (see Engine): it
-    loads in milliseconds, by mapping, and is for tdaengine alone.
+    weights: an engine folder instead, for tdaengine alone: the weights packed in this format (see
+    Engine), which Engine maps and uses in place. Then dtype must be "auto".
     progress(done, total) counts the bytes of model.safetensors.
     The folder appears complete or not at all. Raises CheckpointError or OptionError.
     """
@@ -97,21 +98,24 @@ def convert(
 def _pack(
     source: Path, destination: Path, weights: str, progress: Callable[[int, int], None] | None
 ) -> None:
-    if not source.is_dir():
-        with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
-            unpacked = Path(folder) / "checkpoint"
-            convert(source, unpacked, progress=progress)
-            _pack(unpacked, destination, weights, None)
-        return
-    engine = _native.Engine(str(source), weights=weights)
-    files = [path for pattern in COPIED_FILES for path in source.glob(pattern)]
     try:
-        with _complete_or_absent(destination) as folder:
-            engine.save_weights(str(folder / "model.safetensors"))
-            for path in [source / "config.json", *files]:
-                shutil.copyfile(path, folder / path.name)
+        with contextlib.ExitStack() as stack:
+            if source.is_file():
+                unpacked = Path(stack.enter_context(_temporary_folder(destination))) / "unpacked"
+                convert(source, unpacked, progress=progress)
+                source = unpacked
+            folder = stack.enter_context(_complete_or_absent(destination))
+            _native.pack_checkpoint(str(source), str(folder), weights)
+            for pattern in COPIED_FILES:
+                for path in source.glob(pattern):
+                    shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
+
+
+def _temporary_folder(destination: Path) -> tempfile.TemporaryDirectory:
+    """Beside the destination, for it is where there is room."""
+    return tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent)
 
 
 def json_bytes(value: dict) -> bytes:
@@ -155,6 +159,10 @@ def _fsync(path: Path) -> None:
 
 def _read_folder(folder: Path) -> Source:
     config = _read_json_object(folder / "config.json")
+    if PACKED in config:
+        raise CheckpointError(
+            f"{folder}: found an engine folder, expected a Hugging Face folder or a GGUF file"
+        )
     # Buffers that some old checkpoints store; the engine computes them.
     tensors = [t for t in _read_shards(folder) if not t.name.endswith("rotary_emb.inv_freq")]
     files = {path.name: path for pattern in COPIED_FILES for path in folder.glob(pattern)}

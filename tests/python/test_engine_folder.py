@@ -1,139 +1,140 @@
-"""Engine folders: packed weights that are mapped and used in place."""
+"""convert --weights: engine folders, packed once, then mapped and used in place."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import tiny_gguf
+from conftest import PROMPT
+from converting import read_json, refused
 
-from tdaengine import TDA, CheckpointError, Engine, OptionError
+from tdaengine import TDA, CheckpointError, Engine, OptionError, cli
 from tdaengine.convert import convert
 
 TOKENS = tiny.tokens("llama")
-FORMATS = ["f32", "bf16", "int8"]
-VARIANTS = ["llama", "llama_bias", "llama_odd", "qwen3", "llama_tied"]
+SHORT = ["--max-new-tokens", "8", "--ignore-eos"]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("engine-folder") / "source", "llama")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    destination = tmp_path_factory.mktemp("packed") / "int8"
+    convert(folder, destination, weights="int8")
+    return destination
 
 
 @pytest.fixture
-def packed(source: Path, tmp_path: Path) -> Path:
-    convert(source, tmp_path / "packed", weights="int8")
-    return tmp_path / "packed"
+def run(capsys):
+    """main() of some arguments -> the JSON on stdout."""
+
+    def call(*arguments: object) -> dict:
+        assert cli.main([str(argument) for argument in (*arguments, "--json")]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
 
 
-def header_of(folder: Path) -> tuple[dict, bytes]:
-    content = (folder / "model.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def rewrite(folder: Path, header: dict, data: bytes, pad: int = 4096) -> None:
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % pad)
-    path = folder / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-@pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v in tiny.VARIANTS])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("variant", ["llama_tied", "llama_bias", "llama_odd", "qwen3"])
 def test_the_same_bits(tmp_path: Path, variant: str, weights: str):
     source = tiny.write(tmp_path / "source", variant)
     convert(source, tmp_path / "packed", weights=weights)
     expected, found = Engine(source, weights=weights), Engine(tmp_path / "packed")
-    assert found.weights == weights and found.fingerprint == expected.fingerprint
-    assert found.weight_bytes == expected.weight_bytes
+    assert (found.weights, found.kv) == (weights, expected.kv)
     tokens = tiny.tokens(variant)
-    assert (found.logits(tokens) == expected.logits(tokens)).all()
-    tda = TDA(scope="token", active=0.5)
-    scores = [e.score(tokens, prompt_tokens=40, tda=tda) for e in (expected, found)]
-    assert (scores[0] == scores[1]).all()
+    assert np.array_equal(found.logits(tokens), expected.logits(tokens))
 
 
-def test_thresholds_serve_both(source: Path, packed: Path):
-    thresholds = Engine(source, weights="int8").calibrate([TOKENS], scope="token", error=0.2)
-    tda = TDA(scope="token", thresholds=thresholds)
-    assert len(Engine(packed).score(TOKENS, prompt_tokens=40, tda=tda)) == len(TOKENS) - 40
+def test_command_line(run, folder: Path, tmp_path: Path):
+    made = run("convert", folder, tmp_path / "out", "--weights", "int8")
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(made["files"]) == names
+    expected = run("generate", folder, PROMPT, *SHORT, "--weights", "int8")
+    found = run("generate", tmp_path / "out", PROMPT, *SHORT)
+    assert found["text"] == expected["text"]
+    assert found["token_ids"] == expected["token_ids"]
+    info = run("info", tmp_path / "out")
+    plain = run("info", folder, "--weights", "int8")
+    for key in ("fingerprint", "parameters", "weights", "weight_bytes", "kv", "config"):
+        assert info[key] == plain[key], key
 
 
-def test_data_is_aligned_and_alone(packed: Path):
-    header, data = header_of(packed)
-    size = (packed / "model.safetensors").stat().st_size
-    assert (size - len(data)) % 4096 == 0
-    assert set(header) == {"__metadata__", "tdaengine.arena"}
-    assert Engine(packed).weight_bytes == len(data)
+def test_shards_are_packed(run, tmp_path: Path):
+    source = tiny.write(tmp_path / "shards", "llama_sharded")
+    made = run("convert", source, tmp_path / "out", "--weights", "auto")
+    assert set(made["files"]) == {"config.json", "model.safetensors"}
+    assert Engine(tmp_path / "out").weights == "f32"
+    assert np.array_equal(Engine(tmp_path / "out").logits(TOKENS), Engine(source).logits(TOKENS))
 
 
-def test_the_format_cannot_be_changed(packed: Path):
+def test_thresholds_serve_both(folder: Path, packed: Path):
+    plain, mapped = Engine(folder, weights="int8"), Engine(packed)
+    for made_by, used_by in ((plain, mapped), (mapped, plain)):
+        thresholds = made_by.calibrate([TOKENS], scope="token", error=0.2)
+        tda = TDA(scope="token", thresholds=thresholds)
+        scores = [engine.score(TOKENS, 40, tda) for engine in (made_by, used_by)]
+        assert np.array_equal(*scores)
+
+
+def test_config_keeps_its_own_keys(folder: Path, packed: Path):
+    config = read_json(packed / "config.json")
+    ours = config.pop("tdaengine")
+    assert config == read_json(folder / "config.json")
+    assert (ours["layout"], ours["weights"]) == (1, "int8")
+    assert ours["fingerprint"] == Engine(folder).fingerprint
+
+
+def test_the_format_stays(packed: Path):
     Engine(packed, weights="int8")
-    with pytest.raises(OptionError, match=r"weights bf16: .*holds int8, expected that or auto"):
+    with pytest.raises(OptionError, match=r'weights is "bf16", but .* is packed as int8'):
         Engine(packed, weights="bf16")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layout": "0"}, 'layout "0", expected "1"'),
-        ({"layout": None}, 'layout "", expected "1"'),
-        ({"weights": "int3"}, 'format "int3", expected one that'),
-        ({"weights": "auto"}, 'format "auto", expected one that'),
-        ({"fingerprint": "x"}, 'fingerprint "x", expected 16'),
-        ({"parameters": "1x"}, 'parameters "1x", expected a positive'),
-        ({"weights": "f32"}, "bytes of packed weights, expected"),
-    ],
-)
-def test_metadata_is_checked(packed: Path, change: dict, message: str):
-    header, data = header_of(packed)
-    metadata = {**header["__metadata__"], **change}
-    header["__metadata__"] = {k: v for k, v in metadata.items() if v is not None}
-    rewrite(packed, header, data)
-    with pytest.raises(CheckpointError, match=message):
-        Engine(packed)
+def test_weights_stay_in_the_page_cache(packed: Path):
+    engine = Engine(packed)
+    engine.logits(TOKENS)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    line = next(
+        x for x in maps.read_text().splitlines() if x.endswith(f"{packed}/model.safetensors")
+    )
+    assert line.split()[1].startswith("r--")
 
 
-def test_the_tensor_is_checked(packed: Path):
-    header, data = header_of(packed)
-    rewrite(packed, header, data, pad=4096 // 8 + 8)
-    with pytest.raises(CheckpointError, match="not aligned, expected data at a multiple of 4096"):
-        Engine(packed)
-    rewrite(packed, header, data[:-64])
-    with pytest.raises(CheckpointError, match=r"model.safetensors"):
-        Engine(packed)
-    entry = {"dtype": "U8", "shape": [len(data) - 64], "data_offsets": [0, len(data) - 64]}
-    rewrite(packed, {**header, "tdaengine.arena": entry}, data[:-64])
-    with pytest.raises(CheckpointError, match="bytes of packed weights, expected"):
-        Engine(packed)
-    entry = {**header["tdaengine.arena"], "dtype": "I8"}
-    rewrite(packed, {**header, "tdaengine.arena": entry}, data)
-    with pytest.raises(CheckpointError, match="dtype I8 and shape"):
-        Engine(packed)
+def test_a_failing_write_leaves_nothing_behind(folder: Path, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        parts = ("model.safetensors", "cannot be written")
+        refused(folder, tmp_path / "parent", CheckpointError, *parts, weights="int8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_an_engine_folder_is_no_source(packed: Path, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="dtype U8, expected F32, F16, BF16"):
-        convert(packed, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+def test_what_is_refused(folder: Path, packed: Path, tmp_path: Path):
+    parent = tmp_path / "parent"
+    refused(folder, parent, OptionError, 'weights is "int3"', weights="int3")
+    refused(folder, parent, OptionError, "one of the two", weights="int8", dtype="bf16")
+    refused(packed, parent, CheckpointError, "found an engine folder")
+    refused(packed, parent, OptionError, "is packed as int8", weights="bf16")
+    refused(tmp_path / "nowhere", parent, CheckpointError, "nowhere", weights="int8")
+    with pytest.raises(OptionError, match="not empty"):
+        convert(folder, packed, weights="int8")
 
 
-def test_options(source: Path, tmp_path: Path):
-    with pytest.raises(OptionError, match='weights is "int3"'):
-        convert(source, tmp_path / "out", weights="int3")
-    with pytest.raises(OptionError, match="expected one of the two"):
-        convert(source, tmp_path / "out", weights="int8", dtype="bf16")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_gguf_file_becomes_one(tmp_path: Path):
-    config = {**tiny.BASE, **tiny.VARIANTS["llama"].config}
-    path = tiny_gguf.write(tmp_path / "tiny.gguf", config, tiny.make_weights(config, seed=1))
-    convert(path, tmp_path / "plain")
-    convert(path, tmp_path / "packed", weights="int8")
-    expected, found = Engine(tmp_path / "plain", weights="int8"), Engine(tmp_path / "packed")
-    assert (found.logits([5, 6, 7]) == expected.logits([5, 6, 7])).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "plain", "tiny.gguf"]
+def test_gguf(tmp_path: Path):
+    weights = tiny.make_weights(tiny.BASE, seed=1)
+    source = tiny_gguf.write(tmp_path / "model.gguf", tiny.BASE, weights)
+    convert(source, tmp_path / "plain")
+    convert(source, tmp_path / "packed", weights="int8")
+    assert sorted(os.listdir(tmp_path)) == ["model.gguf", "packed", "plain"]
+    plain, packed = Engine(tmp_path / "plain", weights="int8"), Engine(tmp_path / "packed")
+    assert np.array_equal(plain.logits(TOKENS), packed.logits(TOKENS))
+    assert plain.fingerprint == packed.fingerprint
+    assert packed.tokenizer.encode("a") == plain.tokenizer.encode("a")

@@ -107,10 +107,6 @@ class Engine {
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
 
-  /// Writes the weights as they are in memory: a model.safetensors for an engine folder, which is
-  /// mapped and used in place. Atomically; throws CheckpointError.
-  void save_weights(const std::filesystem::path& file) const;
-
   const ModelConfig& config() const;
   const std::string& fingerprint() const;
   std::int64_t parameters() const;  // numbers in the checkpoint
@@ -186,6 +182,14 @@ class Session {
   explicit Session(std::unique_ptr<Impl>);
   std::unique_ptr<Impl> impl_;
 };
+
+/// Makes `destination`, a folder that exists, an engine folder: its model.safetensors holds the
+/// weights of `checkpoint` as an Engine with such weights has them in memory, so that an Engine
+/// maps and uses them in place, and its config.json says so. Throws CheckpointError or OptionError;
+/// each of the two files is written whole or not at all.
+void pack_checkpoint(const std::filesystem::path& checkpoint,
+                     const std::filesystem::path& destination,
+                     WeightFormat weights = WeightFormat::automatic, int threads = 0);
 
 /// Bytes per second of a streaming read over `megabytes` with `threads`: the memory read roof.
 double measure_read_bandwidth(int threads, std::int64_t megabytes = 512);

@@ -1,0 +1,118 @@
+// Engine folders: config.json says what the weights are, model.safetensors holds them.
+#include <tda/error.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/json.h"
+
+namespace tda {
+namespace {
+
+using nlohmann::json;
+
+/// The object that config.json has under PackedWeights::kKey.
+class Description {
+ public:
+  Description(const std::string& file, const json& object) : file_(file), object_(object) {}
+
+  std::int64_t layout() const {
+    const std::int64_t layout = positive("layout");
+    if (layout != PackedWeights::kLayout)
+      fail("layout", std::to_string(PackedWeights::kLayout) +
+                         ": convert the checkpoint again with this version");
+    return layout;
+  }
+
+  WeightFormat format() const {
+    WeightFormat format = WeightFormat::automatic;
+    try {
+      format = parse_weight_format(text("weights"));
+    } catch (const OptionError&) {  // stays automatic, which no file holds
+    }
+    if (format == WeightFormat::automatic) fail("weights", "a format that this version knows");
+    return format;
+  }
+
+  std::string fingerprint() const {
+    const std::string digits = text("fingerprint");
+    if (digits.size() != 16 || digits.find_first_not_of("0123456789abcdef") != digits.npos)
+      fail("fingerprint", "16 hex digits");
+    return digits;
+  }
+
+  std::int64_t parameters() const { return positive("parameters"); }
+
+ private:
+  [[noreturn]] void fail(const char* key, const std::string& expected) const {
+    const bool there = object_.is_object() && object_.contains(key);
+    throw CheckpointError(file_ + ": " + PackedWeights::kKey + "." + key + " is " +
+                          (there ? describe(object_[key]) : "missing") + ", expected " + expected);
+  }
+
+  const json& field(const char* key, const char* expected) const {
+    if (!object_.is_object() || !object_.contains(key)) fail(key, expected);
+    return object_[key];
+  }
+
+  std::int64_t positive(const char* key) const {
+    constexpr std::uint64_t largest = std::numeric_limits<std::int64_t>::max();
+    const json& value = field(key, "an integer above 0");
+    if (!value.is_number_unsigned() || value == 0 || value.get<std::uint64_t>() > largest)
+      fail(key, "an integer above 0");
+    return value.get<std::int64_t>();
+  }
+
+  std::string text(const char* key) const {
+    const json& value = field(key, "a string");
+    if (!value.is_string()) fail(key, "a string");
+    return value.get<std::string>();
+  }
+
+  const std::string& file_;
+  const json& object_;
+};
+
+/// Checks all but the number of bytes, which load_model knows.
+const TensorView& find_arena(const SafetensorsFile& weights, const std::string& file) {
+  const auto expect = [&](bool good, const std::string& found, const std::string& expected) {
+    if (!good) throw CheckpointError(file + ": " + found + ", expected " + expected);
+  };
+  const auto& tensors = weights.tensors();
+  expect(tensors.size() == 1 && tensors.begin()->first == PackedWeights::kTensor,
+         "found " + std::to_string(tensors.size()) + " tensors" +
+             (tensors.empty() ? "" : ", the first of them \"" + tensors.begin()->first + "\""),
+         "\"" + std::string(PackedWeights::kTensor) + "\" alone in an engine folder");
+  const TensorView& arena = tensors.begin()->second;
+  expect(arena.dtype_name == "U8", "the arena has dtype " + arena.dtype_name, "U8");
+  expect(arena.shape.size() == 1,
+         "the arena has " + std::to_string(arena.shape.size()) + " dimensions", "1");
+  // The file is mapped at a page, so this is its place in the file.
+  const auto begin = reinterpret_cast<std::uintptr_t>(arena.data) % PackedWeights::kAlignment;
+  expect(begin == 0, "the arena begins " + std::to_string(begin) + " bytes into a page",
+         "data at a multiple of " + std::to_string(PackedWeights::kAlignment) + " bytes");
+  return arena;
+}
+
+}  // namespace
+
+std::optional<PackedWeights> read_packed(const std::filesystem::path& folder) {
+  const std::string file = (folder / "config.json").string();
+  const json config = read_json_object(file);
+  const auto found = config.find(PackedWeights::kKey);
+  if (found == config.end()) return std::nullopt;
+  const Description description(file, *found);
+  description.layout();  // before what another layout may have other rules for
+  PackedWeights packed;
+  packed.format = description.format();
+  packed.fingerprint = description.fingerprint();
+  packed.parameters = description.parameters();
+  const std::filesystem::path path = folder / "model.safetensors";
+  const SafetensorsFile weights(path);
+  packed.arena = find_arena(weights, path.string());
+  packed.mapping = weights.mapping();
+  return packed;
+}
+
+}  // namespace tda

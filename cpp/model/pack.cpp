@@ -1,0 +1,54 @@
+// Writes engine folders: the arena as it lies in memory, and what it is.
+#include <tda/engine.h>
+
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/atomic_file.h"
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/json.h"
+#include "model/model.h"
+
+namespace tda {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+void write_weights(const Model& model, const fs::path& path) {
+  const json arena = {
+      {"dtype", "U8"}, {"shape", {model.weight_bytes}}, {"data_offsets", {0, model.weight_bytes}}};
+  std::string header = json{{PackedWeights::kTensor, arena}}.dump();
+  // So that the data begins at a multiple of kAlignment, after 8 bytes of length and the header.
+  while ((8 + header.size()) % PackedWeights::kAlignment != 0) header += ' ';
+  const std::uint64_t length = header.size();
+  write_file_atomically(path, {{reinterpret_cast<const char*>(&length), 8},
+                               header,
+                               {static_cast<const char*>(model.storage.get()),
+                                static_cast<std::size_t>(model.weight_bytes)}});
+}
+
+void write_config(const Model& model, json config, const fs::path& path) {
+  config[PackedWeights::kKey] = {{"layout", PackedWeights::kLayout},
+                                 {"weights", name_of(model.format)},
+                                 {"fingerprint", model.fingerprint},
+                                 {"parameters", model.parameters}};
+  write_file_atomically(path, {config.dump(2), "\n"});
+}
+
+}  // namespace
+
+void pack_checkpoint(const fs::path& source, const fs::path& destination, WeightFormat weights,
+                     int threads) {
+  std::error_code ignored;
+  if (!fs::is_directory(destination, ignored))
+    throw OptionError(destination.string() + ": no such folder, expected one to write into");
+  for (const char* name : {"config.json", "model.safetensors"})
+    if (fs::exists(destination / name, ignored))
+      throw OptionError(destination.string() + ": found " + name + ", expected a folder without");
+  const auto model = load_model(Checkpoint(source), weights, threads);
+  write_weights(*model, destination / "model.safetensors");
+  // Last: before it the folder is none.
+  write_config(*model, read_json_object(source / "config.json"), destination / "config.json");
+}
+
+}  // namespace tda
