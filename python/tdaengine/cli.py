@@ -26,7 +26,7 @@ from ._native import (
 )
 from .bench import bench
 from .engine import Engine, Output, Stream
-from .evaluate import evaluate
+from .evaluate import evaluate, parse_setting
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
 INTERRUPTED = 130
@@ -302,7 +302,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     texts = _read_texts(Path(args.data))[: args.texts]
-    settings = {setting: _setting(setting) for setting in args.tda}
+    settings = {setting: parse_setting(setting) for setting in args.tda}
     with _progress_bar(unit="text", disable=args.json) as progress:
         results = evaluate(
             _engine(args),
@@ -328,7 +328,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     lengths = {name: _lengths(args, name) for name in ("prefill", "context")}
-    settings = {setting: _setting(setting) for setting in args.tda}
+    settings = {setting: parse_setting(setting) for setting in args.tda}
     start = time.perf_counter()
     engine = _engine(args)
     load_seconds = time.perf_counter() - start
@@ -392,24 +392,6 @@ def _lengths(args: argparse.Namespace, name: str) -> list[int]:
         raise OptionError(
             f"--{name}: found {text!r}, expected numbers of tokens, as 128,512"
         ) from None
-
-
-def _setting(text: str) -> TDA:
-    """TDA from "name=value,name=value"."""
-    values: dict[str, Any] = {}
-    for part in text.split(","):
-        name, separator, value = part.partition("=")
-        if not separator:
-            raise OptionError(f"--tda {text}: found {part!r}, expected NAME=VALUE")
-        if name == "thresholds":
-            values[name] = Thresholds.load(value)
-            values.setdefault("scope", values[name].scope)
-            continue
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return TDA(**values)
 
 
 def _read_texts(path: Path) -> list[str]:

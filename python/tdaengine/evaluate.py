@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import _native
-from ._native import TDA, OptionError
+from ._native import TDA, OptionError, Thresholds
 from .engine import Engine
 
 DENSE = "dense"
@@ -85,3 +86,22 @@ def evaluate(
         if progress:
             progress(done, len(encoded))
     return {name: result.summary() for name, result in results.items()}
+
+
+def parse_setting(text: str) -> TDA:
+    """TDA from "name=value,name=value", as the option --tda takes it. A thresholds file brings its
+    scope along. Raises OptionError or CheckpointError."""
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, separator, value = part.partition("=")
+        if not separator:
+            raise OptionError(f"--tda {text}: found {part!r}, expected NAME=VALUE")
+        if name == "thresholds":
+            values[name] = Thresholds.load(value)
+            values.setdefault("scope", values[name].scope)
+            continue
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return TDA(**values)

@@ -26,7 +26,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from tdaengine import TDA, Engine, Thresholds, __version__, measure_read_bandwidth
+from tdaengine import Engine, __version__, measure_read_bandwidth
+from tdaengine.evaluate import parse_setting
 
 PACKAGES = ("transformers", "torch", "ctranslate2", "llama-cpp-python")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
@@ -68,7 +69,7 @@ class Task:
 
 def tdaengine_runner(task: Task, weights: str, setting: str | None) -> Measure:
     engine = Engine(task.folder, threads=task.threads, weights=weights)
-    prompt, tda = task.ids(), setting and parse_tda(setting)
+    prompt, tda = task.ids(), setting and parse_setting(setting)
 
     def measure() -> Measured:
         stats = engine.generate(prompt, max_new_tokens=task.new, ignore_eos=True, tda=tda).stats
@@ -76,11 +77,6 @@ def tdaengine_runner(task: Task, weights: str, setting: str | None) -> Measure:
         return Measured(speed, stats.tokens_per_second, stats.bytes_per_token)
 
     return measure
-
-
-def parse_tda(setting: str) -> TDA:
-    pairs = (part.split("=", 1) for part in setting.split(","))
-    return TDA(**{k: Thresholds.load(v) if k == "thresholds" else json.loads(v) for k, v in pairs})
 
 
 def transformers_runner(task: Task, weights: str) -> Measure:
