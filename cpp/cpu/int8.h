@@ -27,21 +27,16 @@ inline Floats signed_floats(const std::int8_t* p) {
 #endif
 }
 
+#if !defined(__AVX512VNNI__)
 /// A group of one plane: 64 nibbles, in order.
 inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
-#if defined(__AVX512F__)
-  const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)group));
-  const __m512i shifts = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
-                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
-  out[0] = (Bytes)_mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
-#else
   for (int i = 0; i < kParts / 2; ++i) {
     const Bytes v = load_as<Bytes>(group + i * kVectorBytes);
     out[i] = v & 15;
     out[i + kParts / 2] = v >> 4;
   }
-#endif
 }
+#endif
 
 struct Int8Row {
   const std::uint8_t *high, *low;
@@ -53,6 +48,24 @@ struct Int8Row {
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * (low_row_bytes(w.n) + w.low_gap)),
         scales(reinterpret_cast<const std::uint16_t*>(high + low_row_bytes(w.n))) {}
 
+#if defined(__AVX512VNNI__)
+  /// A group's 16 high + low, or 16 high + 8 if not exact.
+  __m512i codes(int64_t group, bool exact = true) const {
+    const auto twice = [group](const std::uint8_t* plane) {
+      const auto* at = reinterpret_cast<const __m256i*>(plane + group * kGroupBytes);
+      return _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
+    };
+    // The first 32 values take the lower halves of both planes' bytes, the others the upper ones.
+    const __m512i up = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
+                                        0x0004000400040004, 0x0004000400040004);
+    const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
+                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
+    const __m512i l = exact ? _mm512_srlv_epi16(twice(low), down) : _mm512_set1_epi8(8);
+    // Where the mask is set bits of the high plane, else of the low one.
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
+                                     _mm512_sllv_epi16(twice(high), up), l, 0xca);
+  }
+#else
   /// A group's 16 (high - 8) + (low - 8), or 16 (high - 8).
   void codes(int64_t group, bool exact, std::int8_t out[kGroup]) const {
     const int64_t at = group * kGroupBytes;
@@ -63,6 +76,7 @@ struct Int8Row {
     for (int i = 0; i < kParts; ++i) w[i] = (w[i] << 4) + lows[i] - offset;
     __builtin_memcpy(out, w, sizeof w);
   }
+#endif
 
   /// Values [first, first + 16); `first` is a multiple of 16.
   void load(int64_t first, float* out) const {
@@ -80,6 +94,21 @@ struct Int8Row {
     for (int i = 0; i < 16; i += kLanes) store(out + i, scale * signed_floats(codes + i));
   }
 };
+
+#if defined(__AVX512VNNI__)
+/// Four rows' bytes interleaved: byte 4 k + i of out[j]'s 128-bit lane L is byte 16 L + 4 j + k of
+/// rows[i].
+inline void interleave(const __m512i rows[4], __m512i out[4]) {
+  const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]);
+  const __m512i b = _mm512_unpackhi_epi8(rows[0], rows[1]);
+  const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]);
+  const __m512i d = _mm512_unpackhi_epi8(rows[2], rows[3]);
+  out[0] = _mm512_unpacklo_epi16(a, c);
+  out[1] = _mm512_unpackhi_epi16(a, c);
+  out[2] = _mm512_unpacklo_epi16(b, d);
+  out[3] = _mm512_unpackhi_epi16(b, d);
+}
+#endif
 
 /// A format tag beside F32 and Bf16; its rows are no arrays.
 struct Int8 {};

@@ -232,35 +232,6 @@ struct Factors {
   }
 };
 
-/// A group's codes of four rows, 16 high + low (low 8 where coarse), interleaved: byte 4 k + i of
-/// out[j]'s 16-byte lane L is column 16 L + 4 j + k of row i.
-inline void interleaved_codes(const Down* downs, const int64_t rows[4], int64_t group,
-                              __m512i out[4]) {
-  const __m512i up = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
-                                      0x0004000400040004, 0x0004000400040004);
-  const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
-                                        0x0004000400040004, 0, 0, 0, 0);
-  const auto twice = [group](const std::uint8_t* p) {
-    const auto* at = reinterpret_cast<const __m256i*>(p + group * kGroupBytes);
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
-  };
-  __m512i w[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Down& d = downs[rows[i]];
-    const __m512i low = d.exact ? _mm512_srlv_epi16(twice(d.row.low), down) : _mm512_set1_epi8(8);
-    // Where the mask is set bits of the high plane, else of the low one.
-    w[i] = _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
-                                     _mm512_sllv_epi16(twice(d.row.high), up), low, 0xca);
-  }
-  const __m512i a = _mm512_unpacklo_epi8(w[0], w[1]), b = _mm512_unpackhi_epi8(w[0], w[1]);
-  const __m512i c = _mm512_unpacklo_epi8(w[2], w[3]), d = _mm512_unpackhi_epi8(w[2], w[3]);
-  out[0] = _mm512_unpacklo_epi16(a, c);
-  out[1] = _mm512_unpackhi_epi16(a, c);
-  out[2] = _mm512_unpacklo_epi16(b, d);
-  out[3] = _mm512_unpackhi_epi16(b, d);
-}
-
 /// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
 inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
   if (count == 0) return;
@@ -273,10 +244,13 @@ inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y)
       __m512i low[4] = {low_start, low_start, low_start, low_start};
       for (int64_t q = 0; 4 * q < count; ++q) {
         const int64_t last = count - 1;  // in the place of rows beyond it, times zero
-        const int64_t rows[4] = {4 * q, min(4 * q + 1, last), min(4 * q + 2, last),
-                                 min(4 * q + 3, last)};
-        __m512i columns[4];
-        interleaved_codes(downs, rows, g0 + g, columns);
+        __m512i codes[4], columns[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Down& down = downs[min(4 * q + i, last)];
+          codes[i] = down.row.codes(g0 + g, down.exact);
+        }
+        interleave(codes, columns);
         const __m512i high_factors = _mm512_set1_epi32(factors.high[q][g]);
         const __m512i low_factors = _mm512_set1_epi32(factors.low[q][g]);
 #pragma GCC unroll 4

@@ -68,20 +68,6 @@ void prepare(const float* b, int64_t n, void* prepared) {
 
 // ---- products -------------------------------------------------------------------------------
 
-/// A group's 16 high + low.
-inline __m512i codes_of(const Int8Row& row, int64_t group) {
-  const auto twice = [&](const std::uint8_t* plane) {
-    return _mm512_broadcast_i64x4(
-        _mm256_loadu_si256((const __m256i*)(plane + group * kGroupBytes)));
-  };
-  const __m512i fours = _mm512_set1_epi16(4);
-  const __m512i high = twice(row.high), low = twice(row.low);
-  // The first 32 values take the lower halves of both planes' bytes, the others the upper ones.
-  const __m512i h = _mm512_mask_sllv_epi16(high, 0x0000ffff, high, fours);
-  const __m512i l = _mm512_mask_srlv_epi16(low, 0xffff0000, low, fours);
-  return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)), h, l, 0xca);
-}
-
 struct AddQuads {
   static void add(__m512i sums[2], const std::uint8_t* quad, __m512i b0, __m512i b1) {
     __m512i w;
@@ -136,7 +122,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
       for (int64_t r = 0; r < (block + kTileRows - 1) / kTileRows * kTileRows; ++r) {
         const Int8Row row(w, r0 + min(r, block - 1));  // whatever stands behind the last one
         for (int64_t g = 0; g < depth; ++g) {
-          _mm512_store_si512(codes[g][r], codes_of(row, g0 + g));
+          _mm512_store_si512(codes[g][r], row.codes(g0 + g));
           scales[g][r] = bf16_to_f32(row.scales[g0 + g]);
         }
       }
@@ -173,17 +159,12 @@ struct Square {
         const int64_t r = 4 * i + j;
         const bool there = r < count;
         const Int8Row row(w, first + (there ? r : 0));
-        rows[j] = there ? codes_of(row, group) : _mm512_setzero_si512();
+        rows[j] = there ? row.codes(group) : _mm512_setzero_si512();
         scales[r] = there ? bf16_to_f32(row.scales[group]) : 0.0f;
       }
-      const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]);
-      const __m512i b = _mm512_unpacklo_epi8(rows[2], rows[3]);
-      const __m512i c = _mm512_unpackhi_epi8(rows[0], rows[1]);
-      const __m512i d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-      _mm512_store_si512(quads[i], _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(quads[i] + kGroup, _mm512_unpackhi_epi16(a, b));
-      _mm512_store_si512(quads[i] + 2 * kGroup, _mm512_unpacklo_epi16(c, d));
-      _mm512_store_si512(quads[i] + 3 * kGroup, _mm512_unpackhi_epi16(c, d));
+      __m512i columns[4];
+      interleave(rows, columns);
+      for (int j = 0; j < 4; ++j) _mm512_store_si512(quads[i] + j * kGroup, columns[j]);
     }
   }
   /// The first quad of a column; the next ones are 4 kGroup bytes apart.
