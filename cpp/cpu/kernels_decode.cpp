@@ -7,7 +7,8 @@ namespace {
 
 // Rows are read one after the other, as they lie in memory, since decoding waits for memory and
 // hardware prefetches plain streams best. Where rows are scattered, `ahead` is the row that will be
-// read shortly after.
+// read shortly after. It is asked for into the second-level cache: the first level can have only
+// few misses under way, and the loads would wait behind them.
 
 /// How many rows to look ahead, so that memory has time to answer.
 template <class Format>
@@ -19,7 +20,7 @@ inline int64_t lookahead(int64_t n) {
 template <class T>
 inline void prefetch(const T* p) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < 4 * kLanes; i += kLine) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < 4 * kLanes; i += kLine) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <class Format>

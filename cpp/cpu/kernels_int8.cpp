@@ -310,7 +310,8 @@ inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y)
 //
 // Rows that follow each other are read in order and left to the hardware, which prefetches plain
 // streams best. What a selection wants is scattered: its cache lines are asked for a few at a time,
-// between rows that are worked on, so that memory is never idle and never overrun.
+// between rows that are worked on, so that memory is never idle and never overrun; into the
+// second-level cache, since the first level can have only few misses under way.
 
 class Wanted {
  public:
@@ -331,7 +332,7 @@ class Wanted {
   void spread(int64_t calls) { step_ = (count_ - next_ + calls - 1) / calls; }
   void ask() {
     for (const int64_t end = min(next_ + step_, count_); next_ < end; ++next_)
-      for (int i = 0; i < lines_[next_]; ++i) __builtin_prefetch(rows_[next_] + i * 64);
+      for (int i = 0; i < lines_[next_]; ++i) __builtin_prefetch(rows_[next_] + i * 64, 0, 2);
   }
 
  private:
