@@ -65,15 +65,15 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   pool_.run(tasks, [&](std::int64_t task, int) {
     const std::int64_t first = task * count / tasks, end = (task + 1) * count / tasks;
     const RowKernels& kernels = rows(weights.gate.format);
-    const std::int32_t* ids = neurons.data() + first;
+    const NeuronIds ids = {neurons.data() + first, end - first, count - end};
     float *h = state.hidden.data() + first, *y = partials + task * stride;
     if (select) {
       const SelectedCounts counts =
-          kernels.selected(neuron_rows, activation, selection, ids, end - first, prepared, h, y);
+          kernels.selected(neuron_rows, activation, selection, ids, prepared, h, y);
       exact += counts.exact;
       coarse += counts.coarse;
     } else {
-      kernels.neurons(neuron_rows, activation, ids, end - first, prepared, h, y);
+      kernels.neurons(neuron_rows, activation, ids, prepared, h, y);
       exact += end - first;
     }
   });

@@ -56,6 +56,15 @@ struct NeuronRows {
   Rows gate, up, down;
 };
 
+/// Neurons of one kernel call. Behind their ids stand `next` more of which a later call is likely
+/// to read the rows: the kernel may ask memory for them.
+struct NeuronIds {
+  const std::int32_t* data;
+  std::int64_t count;
+  std::int64_t next = 0;
+  std::int32_t operator[](std::int64_t i) const { return data[i]; }
+};
+
 /// Which neurons a token uses: those whose estimated contribution |h[j]| * lengths[j] reaches
 /// `exact` are computed exactly, those that reach only `coarse` from the high planes alone (formats
 /// with one plane know no difference, they need coarse == exact), the others are left out.
@@ -80,15 +89,14 @@ struct RowKernels {
   void (*load)(const Rows& w, float* out, std::int64_t stride);
   /// y[r] = w[r]·x, or += with `add`, r < rows. x: [n]
   void (*dot)(const Rows& w, std::int64_t rows, const void* x, float* y, bool add);
-  /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < count.
+  /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < ids.count.
   /// x: [n], y: [n], with room for whole groups of 64
-  void (*neurons)(const NeuronRows&, Activation, const std::int32_t* ids, std::int64_t count,
-                  const void* x, float* h, float* y);
+  void (*neurons)(const NeuronRows&, Activation, const NeuronIds& ids, const void* x, float* h,
+                  float* y);
   /// The same for the selected of these neurons; h is 0 for the others. With thresholds of 0 it
   /// gives the same bits as `neurons`.
-  SelectedCounts (*selected)(const NeuronRows&, Activation, const Selection&,
-                             const std::int32_t* ids, std::int64_t count, const void* x, float* h,
-                             float* y);
+  SelectedCounts (*selected)(const NeuronRows&, Activation, const Selection&, const NeuronIds& ids,
+                             const void* x, float* h, float* y);
 };
 
 /// Kernels for keys and values in one format.

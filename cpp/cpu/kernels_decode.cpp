@@ -71,13 +71,17 @@ void dot(const Rows& matrix, int64_t rows, const void* vector, float* y, bool ad
 }
 
 template <class Format>
-void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
+void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
              const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t n = rows.gate.n, ahead = lookahead<Format>(n);
-  // All rows in the order they are read: gates, ups, downs; past the end, the last one again.
+  const int64_t n = rows.gate.n, count = ids.count, ahead = lookahead<Format>(n);
+  // All rows in the order they are read: gates, ups, downs, then the next call's gates; past the
+  // end, the last one again.
   const auto row = [&](int64_t i) {
-    i = min(i, 3 * count - 1);
+    if (i >= 3 * count) {
+      const int64_t last = count + ids.next - 1;
+      return elements<Format>(rows.gate.data) + ids[min(i - 2 * count, last)] * n;
+    }
     const Rows& matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
     const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
     return elements<Format>(matrix.data) + ids[at] * n;
@@ -96,9 +100,9 @@ void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, 
 /// that pass. Sums in the order of `neurons`, so thresholds of 0 give its bits.
 template <class Format>
 SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
-                        const int32_t* ids, int64_t count, const void* vector, float* h, float* y) {
+                        const NeuronIds& ids, const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t n = rows.gate.n;
+  const int64_t n = rows.gate.n, count = ids.count;
   const auto row = [&](const Rows& matrix, int64_t i) {
     return elements<Format>(matrix.data) + ids[min(i, count - 1)] * n;
   };

@@ -376,16 +376,18 @@ struct Gated {
   }
 };
 
-void neurons(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
+void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& all,
              const void* prepared, float* h, float* y) {
   const Vector x(prepared, rows.gate.n);
   Wanted wanted;
   for (int64_t i = 0; i < x.count * kGroup; ++i) y[i] = 0.0f;
-  for (; count > 0; count -= kBatch, ids += kBatch, h += kBatch) {
-    const int64_t some = min(kBatch, count), next = min(2 * kBatch, count);
+  for (int64_t first = 0; first < all.count; first += kBatch, h += kBatch) {
+    const int32_t* ids = all.data + first;
+    const int64_t some = min(kBatch, all.count - first);
+    const int64_t next = min(kBatch, all.count + all.next - first - some);
     wanted.clear();
     for (int64_t i = 0; i < some; ++i) wanted.add(rows.down, ids[i]);
-    for (int64_t i = kBatch; i < next; ++i) {
+    for (int64_t i = some; i < some + next; ++i) {
       wanted.add(rows.gate, ids[i]);
       wanted.add(rows.up, ids[i]);
     }
@@ -483,19 +485,22 @@ struct Sketch {
 
 /// By batches: while memory brings what one sketch has shown to be needed, the next one is made.
 SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
-                                  const Selection& selection, const int32_t* ids, int64_t count,
-                                  const Vector& x, float* h, float* y) {
+                                  const Selection& selection, const NeuronIds& ids, const Vector& x,
+                                  float* h, float* y) {
   SelectedCounts counts;
   Wanted wanted;
   Sketch sketches[2];
-  for (int64_t first = 0, turn = 0; first < count + kBatch; first += kBatch, ++turn) {
+  for (int64_t first = 0, turn = 0; first < ids.count + kBatch; first += kBatch, ++turn) {
     Sketch& sketch = sketches[turn % 2];
-    if (first < count) {
-      sketch.ids = ids + first;
-      sketch.count = min(kBatch, count - first);
+    if (first < ids.count) {
+      sketch.ids = ids.data + first;
+      sketch.count = min(kBatch, ids.count - first);
       sketch.make(rows, activation, selection, x, wanted);
       wanted.clear();
       sketch.want(rows, selection, wanted);
+    } else {
+      wanted.spread(1);
+      wanted.ask();
     }
     if (first == 0) continue;
     const SelectedCounts some =
@@ -508,11 +513,12 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
 
 /// CATS: exact gates of all neurons, then ups and downs of those whose gate is open.
 SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
-                                const Selection& selection, const int32_t* ids, int64_t count,
-                                const Vector& x, float* h, float* y) {
+                                const Selection& selection, const NeuronIds& all, const Vector& x,
+                                float* h, float* y) {
   SelectedCounts counts;
-  for (; count > 0; count -= kBatch, ids += kBatch, h += kBatch) {
-    const int64_t some = min(kBatch, count);
+  for (int64_t first = 0; first < all.count; first += kBatch, h += kBatch) {
+    const int32_t* ids = all.data + first;
+    const int64_t some = min(kBatch, all.count - first);
     Products products;
     float gates[kBatch], ups[kBatch];
     for (int64_t i = 0; i < some; ++i)
@@ -539,12 +545,11 @@ SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
 }
 
 SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
-                        const int32_t* ids, int64_t count, const void* prepared, float* h,
-                        float* y) {
+                        const NeuronIds& ids, const void* prepared, float* h, float* y) {
   const Vector x(prepared, rows.gate.n);
   for (int64_t i = 0; i < x.count * kGroup; ++i) y[i] = 0.0f;
   const auto select = selection.by_gate ? selected_by_gate : selected_by_sketch;
-  return select(rows, activation, selection, ids, count, x, h, y);
+  return select(rows, activation, selection, ids, x, h, y);
 }
 
 void load(const Rows& w, float* out, int64_t stride) {

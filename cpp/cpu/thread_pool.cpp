@@ -65,8 +65,8 @@ int resolve_threads(int threads) {
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
 }
 
-ThreadPool::ThreadPool(int threads) {
-  const int workers = resolve_threads(threads) - 1;
+ThreadPool::ThreadPool(int threads) : ranges_(resolve_threads(threads)) {
+  const int workers = static_cast<int>(ranges_.size()) - 1;
   workers_.reserve(workers);
   try {
     for (int i = 0; i < workers; ++i) workers_.emplace_back([this, i] { work(i + 1); });
@@ -94,8 +94,11 @@ void ThreadPool::run(std::int64_t n, Task task, const void* body) {
   }
   task_ = task;
   body_ = body;
-  n_ = n;
-  next_.store(0, std::memory_order_relaxed);
+  const auto count = static_cast<std::int64_t>(ranges_.size());
+  for (std::int64_t t = 0; t < count; ++t) {
+    ranges_[t].next.store(t * n / count, std::memory_order_relaxed);
+    ranges_[t].end = (t + 1) * n / count;
+  }
   left_.store(0, std::memory_order_relaxed);
   const std::uint32_t region = (gate_.load(std::memory_order_relaxed) | kInside | kOpen) + 1;
   gate_.store(region | kOpen);
@@ -106,8 +109,12 @@ void ThreadPool::run(std::int64_t n, Task task, const void* body) {
 }
 
 void ThreadPool::take_tasks(int thread) {
-  for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_;)
-    task_(body_, i, thread);
+  for (int i = 0; i < threads(); ++i) {
+    Range& range = ranges_[(thread + i) % threads()];
+    for (std::int64_t task;
+         (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+      task_(body_, task, thread);
+  }
 }
 
 void ThreadPool::work(int thread) {

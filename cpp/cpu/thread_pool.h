@@ -23,7 +23,8 @@ class ThreadPool {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   /// Runs body(i, thread) for each i in [0, n), the calling thread taking part, and returns when
-  /// all are done. Threads take the next i when free, so nothing may depend on who runs what.
+  /// all are done. Each thread has a range of its own, so that it reads on where it stopped, and
+  /// helps the others when it is through: nothing may depend on who runs what.
   /// 0 <= thread < threads(). The body must not throw. One region at a time.
   template <class Body>
   void run(std::int64_t n, const Body& body) {
@@ -45,8 +46,11 @@ class ThreadPool {
   // A region's job; written while the gate is shut and nobody is inside.
   Task task_ = nullptr;
   const void* body_ = nullptr;
-  std::int64_t n_ = 0;
-  alignas(64) std::atomic<std::int64_t> next_ = 0;
+  struct alignas(64) Range {
+    std::atomic<std::int64_t> next = 0;
+    std::int64_t end = 0;
+  };
+  std::vector<Range> ranges_;  // one per thread
   // The gate: workers enter an open region by adding one, so that the caller waits for those who
   // came and never for one asleep.
   alignas(64) std::atomic<std::uint32_t> gate_ = 0;

@@ -193,7 +193,7 @@ TEST(int8_neurons_match_doubles) {
       const auto p = prepared(kernels.rows[2], layer.x);
       for (const std::int64_t count : {std::int64_t{1}, std::int64_t{17}, std::ssize(layer.ids)}) {
         std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
-        kernels.rows[2].neurons(layer.rows(), Activation::silu, layer.ids.data(), count, p.data(),
+        kernels.rows[2].neurons(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
                                 h.data(), y.data());
         naive::Vector expected(n);
         for (std::int64_t i = 0; i < count; ++i) {
@@ -236,8 +236,8 @@ TEST(selection_drops_and_coarsens_like_doubles) {
                                      layer.lengths.data()};
         std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
         const SelectedCounts counts =
-            kernels.rows[2].selected(layer.rows(), Activation::silu, selection, layer.ids.data(),
-                                     count, p.data(), h.data(), y.data());
+            kernels.rows[2].selected(layer.rows(), Activation::silu, selection,
+                                     {layer.ids.data(), count}, p.data(), h.data(), y.data());
         CHECK(counts.exact == count - not_exact);
         CHECK(counts.coarse == not_exact - dropped);
         naive::Vector expected(n);
@@ -266,11 +266,11 @@ TEST(selection_with_thresholds_of_zero_is_dense_to_the_bit) {
       const auto count = std::ssize(layer.ids);
       const auto p = prepared(kernels.rows[2], layer.x);
       std::vector<float> h(count), y(layer.groups()), dense_h(count), dense_y(layer.groups());
-      kernels.rows[2].neurons(layer.rows(), Activation::silu, layer.ids.data(), count, p.data(),
+      kernels.rows[2].neurons(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
                               dense_h.data(), dense_y.data());
       for (const bool by_gate : {false, true}) {
         kernels.rows[2].selected(layer.rows(), Activation::silu,
-                                 {0, 0, by_gate, layer.lengths.data()}, layer.ids.data(), count,
+                                 {0, 0, by_gate, layer.lengths.data()}, {layer.ids.data(), count},
                                  p.data(), h.data(), y.data());
         CHECK(h == dense_h);
         CHECK(y == dense_y);
@@ -288,8 +288,8 @@ TEST(selection_by_gate_matches_doubles) {
     const float threshold = 0.2f;
     std::vector<float> h(count), y(layer.groups());
     const SelectedCounts counts = kernels.rows[2].selected(
-        layer.rows(), Activation::silu, {threshold, threshold, true, nullptr}, layer.ids.data(),
-        count, p.data(), h.data(), y.data());
+        layer.rows(), Activation::silu, {threshold, threshold, true, nullptr},
+        {layer.ids.data(), count}, p.data(), h.data(), y.data());
     std::int64_t open = 0;
     naive::Vector expected(n);
     for (std::int64_t i = 0; i < count; ++i) {
@@ -319,7 +319,7 @@ TEST(selection_keeps_what_is_not_a_number) {
     const float all = std::numeric_limits<float>::infinity();
     const SelectedCounts counts =
         kernels.rows[2].selected(layer.rows(), Activation::silu, {all, all, false, lengths.data()},
-                                 layer.ids.data(), count, p.data(), h.data(), y.data());
+                                 {layer.ids.data(), count}, p.data(), h.data(), y.data());
     CHECK(counts.exact == 1);
     CHECK(h[5] != 0);
   });

@@ -110,7 +110,7 @@ TEST(neurons_match_doubles) {
         ids.push_back(static_cast<std::int32_t>(i * 39 / 40));
       std::vector<float> h(count + 1, 3), y(n + 1, 3);
       kernels.rows[format].neurons({gate.rows(), up.rows(), down.rows()}, Activation::silu,
-                                   ids.data(), count, x.data(), h.data(), y.data());
+                                   {ids.data(), count}, x.data(), h.data(), y.data());
       naive::Vector expected(n);
       for (std::int64_t i = 0; i < count; ++i) {
         double g = 0, u = 0;
