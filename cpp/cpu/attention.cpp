@@ -78,12 +78,14 @@ void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
       state.partials.reserve(config.num_kv_heads * chunks * chunk_size, "attention's partial sums");
 
   pool_.run(config.num_kv_heads * chunks, [&](std::int64_t task, int) {
-    const std::int64_t head = task / chunks, first = begin + task % chunks * kAttendKeys;
+    const std::int64_t head = task / chunks, chunk = task % chunks;
+    const std::int64_t first = begin + chunk * (end - begin) / chunks;
+    const std::int64_t keys = begin + (chunk + 1) * (end - begin) / chunks - first;
     const std::int64_t offset = first * cache_row_bytes(state);
-    caches(state.kv).attend(
-        cache(state, state.keys, layer, head) + offset,
-        cache(state, state.values, layer, head) + offset, std::min(kAttendKeys, end - first), n,
-        state.qkv.data() + head * group * n, group, scale, partials + task * chunk_size);
+    caches(state.kv).attend(cache(state, state.keys, layer, head) + offset,
+                            cache(state, state.values, layer, head) + offset, keys, n,
+                            state.qkv.data() + head * group * n, group, scale,
+                            partials + task * chunk_size);
   });
 
   for (std::int64_t head = 0; head < config.num_heads; ++head) {

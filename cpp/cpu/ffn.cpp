@@ -10,8 +10,9 @@ namespace {
 /// Decode: neurons per task, and most tasks: each has a partial sum of its own to be added up.
 constexpr std::int64_t kTaskNeurons = 96;
 constexpr std::int64_t kMostTasks = 64;
-/// Columns per task when partial sums are added up.
-constexpr std::int64_t kTaskColumns = 256;
+/// Numbers per task when partial sums are added up, and columns at a time.
+constexpr std::int64_t kTaskSums = 32768;
+constexpr std::int64_t kColumns = 256;
 
 }  // namespace
 
@@ -79,12 +80,18 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   });
   if (state.layout.tokens == 1 && state.step.ffn != FfnMode::gather)
     count_reads(state, layer, count, {exact, coarse});
-  pool_.run((n + kTaskColumns - 1) / kTaskColumns, [&](std::int64_t block, int) {
-    const std::int64_t first = block * kTaskColumns, end = std::min(n, first + kTaskColumns);
-    float sums[kTaskColumns] = {};
+  const auto add_up = [&](std::int64_t first, std::int64_t end) {
+    float sums[kColumns] = {};
     for (std::int64_t task = 0; task < tasks; ++task)
       for (std::int64_t i = first; i < end; ++i) sums[i - first] += partials[task * stride + i];
     for (std::int64_t i = first; i < end; ++i) x[i * x_stride] += sums[i - first];
+  };
+  const std::int64_t blocks = (n + kColumns - 1) / kColumns;
+  const std::int64_t add_tasks = std::clamp<std::int64_t>(tasks * n / kTaskSums, 1, blocks);
+  pool_.run(add_tasks, [&](std::int64_t task, int) {
+    const std::int64_t end = (task + 1) * blocks / add_tasks;
+    for (std::int64_t block = task * blocks / add_tasks; block < end; ++block)
+      add_up(block * kColumns, std::min(n, (block + 1) * kColumns));
   });
 }
 

@@ -137,53 +137,75 @@ constexpr int64_t kQueries = 3;
 /// Scores of one query; behind those of the last key is room to fill up a vector.
 constexpr int64_t kScores = kAttendKeys + kLanes;
 
-/// scores[j][i] = k[i]·q[j]
+/// scores[j][i] = k[i]·q[j], up to a whole vector of keys. Meanwhile memory brings the values.
 template <class Format, int kCount>
-void score(const typename Format::T* k, int64_t keys, int64_t n, const float* q, float* scores) {
-  constexpr int kKeys = 4;
-  for (int64_t i0 = 0; i0 < keys; i0 += kKeys) {
-    const typename Format::T* key[kKeys];  // a last, smaller group repeats its last key
-    for (int i = 0; i < kKeys; ++i) key[i] = k + min(i0 + i, keys - 1) * n;
-    Floats sums[kKeys][kCount] = {};
-    for (int64_t e = 0; e < n; e += kLanes) {
-      Floats x[kCount];
-#pragma GCC unroll 4
-      for (int j = 0; j < kCount; ++j) x[j] = load_part<F32>(q + j * n + e, n - e);
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) {
-        const Floats w = load_part<Format>(key[i] + e, n - e);
-#pragma GCC unroll 4
-        for (int j = 0; j < kCount; ++j) sums[i][j] += w * x[j];
+void score(const typename Format::T* k, const typename Format::T* v, int64_t keys, int64_t n,
+           const float* q, float* scores) {
+  constexpr int kHalf = kLanes / 2;
+  for (int64_t i0 = 0; i0 < keys; i0 += kLanes) {
+    Floats halves[2][kCount];
+    for (int half = 0; half < 2; ++half) {
+      const typename Format::T*
+          key[kHalf];  // what is missing in the last group repeats its last key
+      for (int i = 0; i < kHalf; ++i) {
+        const int64_t at = min(i0 + half * kHalf + i, keys - 1) * n;
+        key[i] = k + at;
+        for (int64_t e = 0; e < n; e += 64 / static_cast<int64_t>(sizeof *v))
+          __builtin_prefetch(v + at + e, 0, 2);
       }
+      Floats products[kCount][kHalf] = {};
+      for (int64_t e = 0; e < n; e += kLanes) {
+        Floats x[kCount];
+#pragma GCC unroll 4
+        for (int j = 0; j < kCount; ++j) x[j] = load_part<F32>(q + j * n + e, n - e);
+#pragma GCC unroll 8
+        for (int i = 0; i < kHalf; ++i) {
+          const Floats w = load_part<Format>(key[i] + e, n - e);
+#pragma GCC unroll 4
+          for (int j = 0; j < kCount; ++j) products[j][i] += w * x[j];
+        }
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) halves[half][j] = half_sums(products[j]);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j)
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) scores[j * kScores + i0 + i] = sum(sums[i][j]);
+      store(scores + j * kScores + i0, join_halves(halves[0][j], halves[1][j]));
   }
 }
 
-/// out[j] = sum_i weights[j][i] v[i]; outputs are `stride` apart
+/// out[j] = sum_i weights[j][i] v[i] for kVectors vectors of v's elements, of which `left` are
+/// there; outputs are `stride` apart.
+template <class Format, int kCount, int kVectors, class Load>
+inline void weigh(const typename Format::T* v, int64_t keys, int64_t n, const float* weights,
+                  float* out, int64_t stride, int64_t left, const Load& load) {
+  Floats sums[kVectors][kCount] = {};
+  for (int64_t i = 0; i < keys; ++i) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) {
+      const Floats value = load(v + i * n + u * kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) sums[u][j] += weights[j * kScores + i] * value;
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kVectors; ++u)
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j)
+      store_part(out + j * stride + u * kLanes, sums[u][j], left - u * kLanes);
+}
+
 template <class Format, int kCount>
 void weigh(const typename Format::T* v, int64_t keys, int64_t n, const float* weights, float* out,
            int64_t stride) {
   constexpr int kVectors = 4;
-  for (int64_t e = 0; e < n; e += kVectors * kLanes) {
-    Floats sums[kVectors][kCount] = {};
-    for (int64_t i = 0; i < keys; ++i) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kVectors; ++u) {
-        const int64_t at = e + u * kLanes;
-        const Floats value = load_part<Format>(v + i * n + at, n - at);
-#pragma GCC unroll 4
-        for (int j = 0; j < kCount; ++j) sums[u][j] += weights[j * kScores + i] * value;
-      }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < kVectors; ++u)
-#pragma GCC unroll 4
-      for (int j = 0; j < kCount; ++j)
-        store_part(out + j * stride + e + u * kLanes, sums[u][j], n - e - u * kLanes);
+  const auto whole = [](const typename Format::T* p) { return Format::load(p); };
+  int64_t e = 0;
+  for (; e + kVectors * kLanes <= n; e += kVectors * kLanes)
+    weigh<Format, kCount, kVectors>(v + e, keys, n, weights, out + e, stride, n - e, whole);
+  for (; e < n; e += kLanes) {
+    const auto part = [&](const typename Format::T* p) { return load_part<Format>(p, n - e); };
+    weigh<Format, kCount, 1>(v + e, keys, n, weights, out + e, stride, n - e, part);
   }
 }
 
@@ -192,7 +214,7 @@ void attend_some(const void* k, const void* v, int64_t keys, int64_t n, const fl
                  float* partial) {
   using T = typename Format::T;
   float scores[kCount * kScores] = {};
-  score<Format, kCount>(static_cast<const T*>(k), keys, n, q, scores);
+  score<Format, kCount>(static_cast<const T*>(k), static_cast<const T*>(v), keys, n, q, scores);
   for (int j = 0; j < kCount; ++j) {
     float* s = scores + j * kScores;
     for (int64_t i = keys; i < keys + kLanes; ++i) s[i] = -__builtin_inff();

@@ -77,20 +77,22 @@ inline Floats fold(Floats a, Floats b) {
 #endif
 }
 
-/// Lane i is the sum of v[i]'s lanes, for kLanes vectors at once; in an order that does not depend
-/// on i.
-inline Floats sums(const Floats* v) {
-  Floats s[kLanes / 2];
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes / 2; ++i) s[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+/// Half of the work of `sums`, for kLanes / 2 vectors.
+inline Floats half_sums(const Floats* v) {
+  Floats s[kLanes / 4];
 #pragma GCC unroll 4
-  for (int i = 0; i < kLanes / 4; ++i) s[i] = fold<2>(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < kLanes / 4; ++i) s[i] = fold<1>(v[2 * i], v[2 * i + 1]);
   if constexpr (kLanes >= 8)
 #pragma GCC unroll 2
-    for (int i = 0; i < kLanes / 8; ++i) s[i] = fold<4>(s[2 * i], s[2 * i + 1]);
-  if constexpr (kLanes >= 16) s[0] = fold<8>(s[0], s[1]);
+    for (int i = 0; i < kLanes / 8; ++i) s[i] = fold<2>(s[2 * i], s[2 * i + 1]);
+  if constexpr (kLanes >= 16) s[0] = fold<4>(s[0], s[1]);
   return s[0];
 }
+inline Floats join_halves(Floats a, Floats b) { return fold<kLanes / 2>(a, b); }
+
+/// Lane i is the sum of v[i]'s lanes, for kLanes vectors at once; in an order that does not depend
+/// on i.
+inline Floats sums(const Floats* v) { return join_halves(half_sums(v), half_sums(v + kLanes / 2)); }
 
 /// GCC makes four instructions of __builtin_convertvector where these are one.
 inline Words widen(Halves v) {
