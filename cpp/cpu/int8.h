@@ -39,6 +39,7 @@ inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
 #endif
 
 struct Int8Row {
+  static constexpr int kScales = 1, kOffset = 136;
   const std::uint8_t *high, *low;
   const std::uint16_t* scales;  // bf16
 
@@ -47,6 +48,11 @@ struct Int8Row {
       : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * (high_row_bytes(w.n) + w.gap)),
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * (low_row_bytes(w.n) + w.low_gap)),
         scales(reinterpret_cast<const std::uint16_t*>(high + low_row_bytes(w.n))) {}
+
+  /// kLanes groups' scales.
+  Floats scales_from(int64_t group) const {
+    return (Floats)(widen(load_as<Halves>(scales + group)) << 16);
+  }
 
 #if defined(__AVX512VNNI__)
   /// A group's 16 high + low, or 16 high + 8 if not exact.

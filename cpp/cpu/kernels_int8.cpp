@@ -4,14 +4,11 @@
 // x = sx q in the group. Nibbles are unsigned, as the instructions want it; the -8 sum(q) is where
 // the integer sums start. The planes' sums stay apart to the end, exact = 16 high + low: so a
 // neuron that is finished after a look at its high planes has the bits of one computed at once.
-#include "cpu/int8.h"
+#include "cpu/batch.h"
 #include "cpu/kernels_isa.h"
 
 namespace tda {
 namespace {
-
-/// Neurons worked on at a time: their down rows share what is loaded and stored of y.
-constexpr int64_t kBatch = 16;
 
 #if defined(__AVX512VNNI__)
 /// The upper half of the lanes works on nibbles that stay where they are, 16 times too large.
@@ -105,20 +102,6 @@ inline Ints add_products(const std::uint8_t* nibbles, const std::int8_t* q, Ints
 #endif
 }
 
-/// Loads are what these loops run out of, and compilers like to repeat them.
-inline void keep_in_register([[maybe_unused]] Ints& v) {
-#if defined(__AVX2__)
-  asm("" : "+v"(v));
-#endif
-}
-
-inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-
-/// The groups' scales as floats, kLanes of them from g on.
-inline Floats scales_of(const Int8Row& row, int64_t g) {
-  return (Floats)(widen(load_as<Halves>(row.scales + g)) << 16);
-}
-
 /// The planes' shares in the products of kCount rows with x, still one sum per lane. Two rows share
 /// what is loaded of x.
 template <bool kHigh, bool kLow, int kCount>
@@ -128,7 +111,7 @@ inline void multiply(const Int8Row (&rows)[kCount], const Vector& x, Floats (&hi
   for (int64_t g0 = 0; g0 < x.count; g0 += kLanes) {
     float factors[kCount][kLanes];
     for (int r = 0; r < kCount; ++r)
-      store(factors[r], scales_of(rows[r], g0) * load_as<Floats>(x.scales + g0));
+      store(factors[r], rows[r].scales_from(g0) * load_as<Floats>(x.scales + g0));
     const int64_t end = min(g0 + kLanes, x.count);
     for (int64_t g = g0; g < end; ++g) {
       const Group& group = x.groups[g];
@@ -149,16 +132,6 @@ inline void multiply(const Int8Row (&rows)[kCount], const Vector& x, Floats (&hi
   }
 }
 
-/// Per-lane sums of up to kBatch rows on their way to one float each.
-struct Products {
-  Floats lanes[kBatch];
-
-  /// The first `count`, up to a whole vector of them; whatever stands behind them becomes 0.
-  void store_to(float* out, int64_t count) {
-    for (int64_t i = count; i % kLanes != 0; ++i) lanes[i] = Floats{};
-    for (int64_t i = 0; i < count; i += kLanes) store(out + i, sums(lanes + i));
-  }
-};
 inline Floats exact_lanes(Floats high, Floats low) { return level(16.0f * high + low); }
 inline Floats coarse_lanes(Floats high) { return level(16.0f * high); }
 inline Floats exact_lanes(const Int8Row& row, const Vector& x) {
@@ -168,179 +141,16 @@ inline Floats exact_lanes(const Int8Row& row, const Vector& x) {
   return exact_lanes(high[0], low[0]);
 }
 
-/// A neuron's down row and what it is taken times; coarse: its high plane alone.
-struct Down {
-  Int8Row row;
-  float h;
-  bool exact;
-};
-
-#if defined(__AVX512VNNI__)
-
-/// What a batch's rows are taken times, h * scale, for kLanes groups: as 16-bit integers relative
-/// to the group's largest. In halves of 8 bits, four rows to an int32, for byte products.
-struct Factors {
-  static constexpr int kQuads = kBatch / 4;
-  alignas(64) float step[kLanes];
-  alignas(64) int32_t high_start[kLanes], low_start[kLanes];  // -136 sum of the halves
-  alignas(64) int32_t high[kQuads][kLanes], low[kQuads][kLanes];
-
-  Factors(const Down* downs, int64_t count, int64_t g) {
-    __m512 exact[kBatch] = {}, largest = _mm512_setzero_ps();
-    for (int64_t r = 0; r < count; ++r) {
-      exact[r] = (__m512)(downs[r].h * scales_of(downs[r].row, g));
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(exact[r]));
-    }
-    const __m512 most = _mm512_set1_ps(32512.0f);  // 127 * 256
-    _mm512_store_ps(step, _mm512_div_ps(largest, most));
-    const __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const __m512 inverse = _mm512_maskz_div_ps(some, most, largest);
-    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
-    for (int64_t q = 0; 4 * q < count; ++q) {
-      __m128i high_bytes[4], low_bytes[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(exact[4 * q + i], inverse));
-        const __m512i highs =
-            _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
-        const __m512i lows = _mm512_sub_epi32(integers, _mm512_slli_epi32(highs, 8));
-        high_sum = _mm512_add_epi32(high_sum, highs);
-        low_sum = _mm512_add_epi32(low_sum, lows);
-        high_bytes[i] = _mm512_cvtepi32_epi8(highs);
-        low_bytes[i] = _mm512_cvtepi32_epi8(lows);
-      }
-      interleave(high_bytes, high[q]);
-      interleave(low_bytes, low[q]);
-    }
-    const __m512i offset = _mm512_set1_epi32(-136);
-    _mm512_store_si512(high_start, _mm512_mullo_epi32(high_sum, offset));
-    _mm512_store_si512(low_start, _mm512_mullo_epi32(low_sum, offset));
-  }
-
- private:
-  /// out[g] = byte g of each of the four.
-  static void interleave(const __m128i bytes[4], int32_t* out) {
-    const __m128i a = _mm_unpacklo_epi8(bytes[0], bytes[1]);
-    const __m128i b = _mm_unpackhi_epi8(bytes[0], bytes[1]);
-    const __m128i c = _mm_unpacklo_epi8(bytes[2], bytes[3]);
-    const __m128i d = _mm_unpackhi_epi8(bytes[2], bytes[3]);
-    auto* const p = reinterpret_cast<__m128i*>(out);
-    _mm_store_si128(p, _mm_unpacklo_epi16(a, c));
-    _mm_store_si128(p + 1, _mm_unpackhi_epi16(a, c));
-    _mm_store_si128(p + 2, _mm_unpacklo_epi16(b, d));
-    _mm_store_si128(p + 3, _mm_unpackhi_epi16(b, d));
-  }
-};
-
-/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
-inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
-  if (count == 0) return;
-  for (int64_t g0 = 0; g0 < groups; g0 += kLanes) {
-    const Factors factors(downs, count, g0);
-    for (int64_t g = 0; g < min(kLanes, groups - g0); ++g, y += kGroup) {
-      const __m512i high_start = _mm512_set1_epi32(factors.high_start[g]);
-      const __m512i low_start = _mm512_set1_epi32(factors.low_start[g]);
-      __m512i high[4] = {high_start, high_start, high_start, high_start};
-      __m512i low[4] = {low_start, low_start, low_start, low_start};
-      for (int64_t q = 0; 4 * q < count; ++q) {
-        const int64_t last = count - 1;  // in the place of rows beyond it, times zero
-        __m512i codes[4], columns[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Down& down = downs[min(4 * q + i, last)];
-          codes[i] = down.row.codes(g0 + g, down.exact);
-        }
-        interleave(codes, columns);
-        const __m512i high_factors = _mm512_set1_epi32(factors.high[q][g]);
-        const __m512i low_factors = _mm512_set1_epi32(factors.low[q][g]);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          high[i] = _mm512_dpbusd_epi32(high[i], columns[i], high_factors);
-          low[i] = _mm512_dpbusd_epi32(low[i], columns[i], low_factors);
-        }
-      }
-      __m512i s[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) s[i] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
-      // The 128-bit lanes of the four, transposed, are the columns in order.
-      const __m512i ab = _mm512_shuffle_i32x4(s[0], s[1], 0x88);
-      const __m512i AB = _mm512_shuffle_i32x4(s[0], s[1], 0xdd);
-      const __m512i cd = _mm512_shuffle_i32x4(s[2], s[3], 0x88);
-      const __m512i CD = _mm512_shuffle_i32x4(s[2], s[3], 0xdd);
-      const __m512i ordered[4] = {
-          _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
-          _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        float* const out = y + i * kLanes;
-        store(out, load_as<Floats>(out) + factors.step[g] * to_floats((Ints)ordered[i]));
-      }
-    }
-  }
+inline void want_high(Wanted& wanted, const Rows& w, int64_t r) {
+  wanted.add(Int8Row(w, r).high, high_row_bytes(w.n));
 }
-
-#else
-
-/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
-inline void add_rows(const Down* downs, int64_t count, int64_t groups, float* y) {
-  constexpr int kVectors = kGroup / kLanes;
-  float factors[kBatch][kLanes];
-  for (int64_t g = 0; g < groups; ++g, y += kGroup) {
-    if (g % kLanes == 0)
-      for (int64_t r = 0; r < count; ++r)
-        store(factors[r], downs[r].h * scales_of(downs[r].row, g));
-    Floats sums[kVectors];
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) sums[i] = load_as<Floats>(y + i * kLanes);
-    for (int64_t r = 0; r < count; ++r) {
-      std::int8_t codes[kGroup];
-      downs[r].row.codes(g, downs[r].exact, codes);
-      const float factor = factors[r][g % kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kVectors; ++i) sums[i] += factor * signed_floats(codes + i * kLanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) store(y + i * kLanes, sums[i]);
-  }
+inline void want_low(Wanted& wanted, const Rows& w, int64_t r) {
+  wanted.add(Int8Row(w, r).low, low_row_bytes(w.n));
 }
-
-#endif
-
-// ---- memory ---------------------------------------------------------------------------------
-//
-// Rows that follow each other are read in order and left to the hardware, which prefetches plain
-// streams best. What a selection wants is scattered: its cache lines are asked for a few at a time,
-// between rows that are worked on, so that memory is never idle and never overrun; into the
-// second-level cache, since the first level can have only few misses under way.
-
-class Wanted {
- public:
-  void clear() { next_ = count_ = 0; }
-  void add_high(const Rows& w, int64_t r) {
-    rows_[count_] = Int8Row(w, r).high;
-    lines_[count_++] = static_cast<int>((high_row_bytes(w.n) + 63) / 64);
-  }
-  void add_low(const Rows& w, int64_t r) {
-    rows_[count_] = Int8Row(w, r).low;
-    lines_[count_++] = static_cast<int>((low_row_bytes(w.n) + 63) / 64);
-  }
-  void add(const Rows& w, int64_t r) {
-    add_high(w, r);
-    add_low(w, r);
-  }
-  /// All that is left, spread over so many calls of `ask`.
-  void spread(int64_t calls) { step_ = (count_ - next_ + calls - 1) / calls; }
-  void ask() {
-    for (const int64_t end = min(next_ + step_, count_); next_ < end; ++next_)
-      for (int i = 0; i < lines_[next_]; ++i) __builtin_prefetch(rows_[next_] + i * 64, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kMost = 6 * kBatch;
-  const std::uint8_t* rows_[kMost];
-  int lines_[kMost];
-  int64_t count_ = 0, next_ = 0, step_ = 0;
-};
+inline void want(Wanted& wanted, const Rows& w, int64_t r) {
+  want_high(wanted, w, r);
+  want_low(wanted, w, r);
+}
 
 // ---- kernels --------------------------------------------------------------------------------
 
@@ -356,26 +166,6 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
   }
 }
 
-/// Whole vectors of them.
-inline void activate(Activation activation, float* values, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes)
-    store(values + i, activate(activation, load_as<Floats>(values + i)));
-}
-
-/// act(gate) * up for the exact products of some neurons.
-struct Gated {
-  Products gates, ups;
-  float h[kBatch];
-
-  void finish(Activation activation, int64_t count) {
-    float up[kBatch];
-    gates.store_to(h, count);
-    ups.store_to(up, count);
-    activate(activation, h, count);
-    for (int64_t i = 0; i < count; ++i) h[i] *= up[i];
-  }
-};
-
 void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& all,
              const void* prepared, float* h, float* y) {
   const Vector x(prepared, rows.gate.n);
@@ -386,10 +176,10 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& all
     const int64_t some = min(kBatch, all.count - first);
     const int64_t next = min(kBatch, all.count + all.next - first - some);
     wanted.clear();
-    for (int64_t i = 0; i < some; ++i) wanted.add(rows.down, ids[i]);
+    for (int64_t i = 0; i < some; ++i) want(wanted, rows.down, ids[i]);
     for (int64_t i = some; i < some + next; ++i) {
-      wanted.add(rows.gate, ids[i]);
-      wanted.add(rows.up, ids[i]);
+      want(wanted, rows.gate, ids[i]);
+      want(wanted, rows.up, ids[i]);
     }
     wanted.spread(some);
     Gated gated;
@@ -402,7 +192,7 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& all
       gated.ups.lanes[i] = exact_lanes(highs[1], lows[1]);
     }
     gated.finish(activation, some);
-    Down downs[kBatch];
+    Down<Int8Row> downs[kBatch];
     for (int64_t i = 0; i < some; ++i) {
       h[i] = gated.h[i];
       downs[i] = {Int8Row(rows.down, ids[i]), h[i], true};
@@ -443,14 +233,14 @@ struct Sketch {
   bool is_used(int64_t i, const Selection& s) const { return !(estimates[i] < s.coarse); }
   bool is_exact(int64_t i, const Selection& s) const { return !(estimates[i] < s.exact); }
 
-  void want(const NeuronRows& rows, const Selection& selection, Wanted& wanted) const {
+  void ask_for(const NeuronRows& rows, const Selection& selection, Wanted& wanted) const {
     for (int64_t i = 0; i < count; ++i) {
       if (is_exact(i, selection)) {
-        wanted.add_low(rows.gate, ids[i]);
-        wanted.add_low(rows.up, ids[i]);
-        wanted.add(rows.down, ids[i]);
+        want_low(wanted, rows.gate, ids[i]);
+        want_low(wanted, rows.up, ids[i]);
+        want(wanted, rows.down, ids[i]);
       } else if (is_used(i, selection)) {
-        wanted.add_high(rows.down, ids[i]);
+        want_high(wanted, rows.down, ids[i]);
       }
     }
   }
@@ -472,7 +262,7 @@ struct Sketch {
     }
     gated.finish(activation, counts.exact);
     for (int64_t i = 0; i < counts.exact; ++i) h[exact[i]] = gated.h[i];
-    Down downs[kBatch];
+    Down<Int8Row> downs[kBatch];
     int64_t used = 0;
     for (int64_t i = 0; i < count; ++i)
       if (is_used(i, selection))
@@ -497,7 +287,7 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
       sketch.count = min(kBatch, ids.count - first);
       sketch.make(rows, activation, selection, x, wanted);
       wanted.clear();
-      sketch.want(rows, selection, wanted);
+      sketch.ask_for(rows, selection, wanted);
     } else {
       wanted.spread(1);
       wanted.ask();
@@ -525,7 +315,7 @@ SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
       products.lanes[i] = exact_lanes(Int8Row(rows.gate, ids[i]), x);
     products.store_to(gates, some);
     activate(activation, gates, some);
-    Down downs[kBatch];
+    Down<Int8Row> downs[kBatch];
     int64_t which[kBatch], open = 0;
     for (int64_t i = 0; i < some; ++i) {
       h[i] = 0.0f;
