@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--scope", default="sequence", help="sequence (default) or token")
     target = calibrate.add_mutually_exclusive_group()
-    target.add_argument("--error", type=float, default=0.1, help="target, default %(default)s")
+    target.add_argument("--error", type=float, help="target, default 0.1")
     target.add_argument(
         "--bytes", type=float, metavar="B", help="scope token: share of FFN bytes to read, e.g. 0.6"
     )

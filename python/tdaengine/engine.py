@@ -226,13 +226,13 @@ class Engine(_native.Engine):
     def calibrate(
         self,
         texts: Sequence[str | Sequence[int]] | None = None,
-        error: float = 0.1,
+        error: float | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Thresholds:
         """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
-        under `error`. Without texts the model writes its own.
+        under `error` (default 0.1). Without texts the model writes its own.
 
         options: the further fields of CalibrateOptions. progress(done, total) counts texts, then
         (for a budget of bytes) layers.
@@ -240,8 +240,12 @@ class Engine(_native.Engine):
         """
         if isinstance(texts, str) or (texts is not None and len(texts) == 0):
             raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
+        if error is not None:
+            if options.get("bytes") is not None:
+                raise OptionError(f"error {error!r}: expected only without bytes")
+            options["error"] = error
         ids = [self._encode(text) for text in texts or ()]
-        return super().calibrate(ids, CalibrateOptions(error=error, **options), progress)
+        return super().calibrate(ids, CalibrateOptions(**options), progress)
 
     def _generate(
         self,

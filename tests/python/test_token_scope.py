@@ -135,6 +135,7 @@ def test_coarse_needs_int8(f32: Engine):
         ({"scope": "token", "bytes": 0.0}, "bytes 0"),
         ({"scope": "token", "bytes": 1.5}, "bytes 1.5"),
         ({"scope": "token", "bytes": 0.1}, "the estimates alone"),
+        ({"scope": "token", "bytes": 0.7, "error": 0.1}, "error 0.1: expected only without bytes"),
         ({"scope": "page"}, 'scope "page"'),
     ],
 )

@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-namespace tda {
+namespace [[gnu::visibility("default")]] tda {
 
 struct EngineOptions {
   Device device = Device::automatic;

@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-namespace tda {
+namespace [[gnu::visibility("default")]] tda {
 
 /// Root of the tree. Every message names the file, tensor or option at fault, what was found there
 /// and what was expected.

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-namespace tda {
+namespace [[gnu::visibility("default")]] tda {
 
 enum class Activation { silu, gelu, gelu_tanh, relu };
 

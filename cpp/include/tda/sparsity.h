@@ -21,7 +21,7 @@
 #include <string>
 #include <vector>
 
-namespace tda {
+namespace [[gnu::visibility("default")]] tda {
 
 /// One threshold per layer (or two), and where it came from. Stored as JSON.
 struct Thresholds {

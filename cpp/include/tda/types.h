@@ -5,7 +5,7 @@
 #include <span>
 #include <string_view>
 
-namespace tda {
+namespace [[gnu::visibility("default")]] tda {
 
 /// A token id, 0 <= id < vocab_size.
 using Token = std::int32_t;
