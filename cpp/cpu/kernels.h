@@ -136,8 +136,8 @@ struct SoftmaxBlock {
 struct Kernels {
   const char* name;
   std::int64_t panel;            // P of prefill
-  RowKernels rows[3];            // f32, bf16, int8
-  PanelKernels panels[3];        // f32, bf16, int8
+  RowKernels rows[4];            // f32, bf16, int8, int4
+  PanelKernels panels[4];        // f32, bf16, int8, int4
   CacheKernels caches[2];        // f32, bf16
   PanelKernels cache_panels[2];  // for keys and values: f32, bf16; they have no `prepare`
 

@@ -12,9 +12,13 @@ extern const CacheKernels f32_cache, bf16_cache;
 // kernels_int8.cpp
 extern const RowKernels int8_rows;
 
+// kernels_int4.cpp
+extern const RowKernels int4_rows;
+
 // kernels_prefill.cpp
 extern const std::int64_t panel;
 extern const PanelKernels f32_panels, f32_cache_panels, bf16_cache_panels;
+extern const PanelKernels int4_panels;
 extern const PanelKernels bf16_panels;  // or kernels_prefill_bf16.cpp
 extern const PanelKernels int8_panels;  // or kernels_prefill_int8.cpp
 void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);

@@ -1,4 +1,5 @@
 // Kernels of prefill: weights, keys or values times panels of tokens.
+#include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/simd.h"
@@ -39,8 +40,8 @@ inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, 
   }
 }
 
-/// out[i] = w[r][first + i], i < n; Int8 may write up to the next multiple of 16, and `first` is
-/// one.
+/// out[i] = w[r][first + i], i < n; Int8 and Int4 may write up to the next multiple of 16, and
+/// `first` is one.
 template <class Format>
 inline void convert(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
   const auto* row = reinterpret_cast<const typename Format::T*>(w.data) + r * w.n + first;
@@ -52,6 +53,12 @@ inline void convert(const Rows& w, int64_t r, int64_t first, int64_t n, float* o
 template <>
 inline void convert<Int8>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
   const Int8Row row(w, r);
+  for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
+}
+
+template <>
+inline void convert<Int4>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
+  const Int4Row row(w, r);
   for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
 }
 
@@ -115,6 +122,7 @@ namespace TDA_ISA {
 
 const std::int64_t panel = kPanel;
 const PanelKernels f32_panels = panel_kernels<F32>();
+const PanelKernels int4_panels = panel_kernels<Int4>();
 const PanelKernels f32_cache_panels = panel_kernels<F32>();
 const PanelKernels bf16_cache_panels = panel_kernels<Bf16>();
 #if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp

@@ -55,9 +55,19 @@ class Layout {
     if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows * matrix.low_row_bytes());
   }
 
-  /// The FFN matrices, [F, H] each; int8 rows side by side (see LayerWeights).
+  /// The FFN matrices, [F, H] each; int8 and int4 rows side by side (see LayerWeights).
   void allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden) {
     for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
+    if (format_ == WeightFormat::int4) {
+      const std::int64_t row = int4_row_bytes(hidden);
+      const std::byte* data = allocate(neurons * 3 * row);
+      for (Matrix* m : {&w.gate, &w.up, &w.down}) {
+        m->data = data;
+        m->gap = 2 * row;
+        if (memory_) data += row;
+      }
+      return;
+    }
     if (format_ != WeightFormat::int8) {
       for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
       return;
@@ -92,7 +102,11 @@ class Layout {
   /// Tensors [n, cols] one below the other.
   Matrix matrix(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
                 std::int64_t cols) {
-    Matrix result{format_, 0, cols};
+    return matrix(format_, names, rows, cols);
+  }
+  Matrix matrix(WeightFormat format, const std::vector<std::string>& names,
+                const std::vector<std::int64_t>& rows, std::int64_t cols) {
+    Matrix result{format, 0, cols};
     for (std::int64_t n : rows) result.rows += n;
     allocate(result);
     std::int64_t row = 0;
@@ -178,13 +192,16 @@ Model Layout::model() {
   model.fingerprint = checkpoint_.fingerprint();
   model.format = format_;
   model.parameters = checkpoint_.parameters();
-  model.embedding = matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+  // 4 bits would cost the vocabulary's rows more quality than they save bytes (tools/bench).
+  const WeightFormat outer = format_ == WeightFormat::int4 ? WeightFormat::int8 : format_;
+  const auto vocabulary = [&](const char* name) {
+    return matrix(outer, {name}, {config.vocab_size}, config.hidden_size);
+  };
+  model.embedding = vocabulary("model.embed_tokens.weight");
   for (std::int64_t i = 0; i < config.num_layers; ++i)
     model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
   model.final_norm = vector("model.norm.weight", config.hidden_size);
-  model.head = config.tied_embeddings
-                   ? model.embedding
-                   : matrix("lm_head.weight", config.vocab_size, config.hidden_size);
+  model.head = config.tied_embeddings ? model.embedding : vocabulary("lm_head.weight");
   model.weight_bytes = used_;
   return model;
 }
@@ -231,6 +248,8 @@ bool write_row(const Matrix& target, std::int64_t row, const float* values) {
   const bool finite = (overflow & 0x80000000u) == 0;
   if (target.format == WeightFormat::f32)
     std::memcpy(data, values, static_cast<std::size_t>(4 * cols));
+  else if (finite && target.format == WeightFormat::int4)
+    quantize_int4(values, cols, data);
   else if (finite)
     quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
   return finite;

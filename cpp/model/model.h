@@ -26,7 +26,7 @@ struct Matrix {
   const std::byte* data = nullptr;  // int8: the high plane
   const std::byte* low = nullptr;   // int8: the low plane; else null
   std::int64_t gap = 0;             // bytes between the end of a row of data and the next one,
-  std::int64_t low_gap = 0;         // and of low: other matrices' rows; 0 unless int8
+  std::int64_t low_gap = 0;         // and of low: other matrices' rows; int8 and int4 only
 
   std::int64_t row_bytes() const {  // of data
     switch (format) {
@@ -34,6 +34,8 @@ struct Matrix {
         return cols * 4;
       case WeightFormat::int8:
         return high_row_bytes(cols);
+      case WeightFormat::int4:
+        return int4_row_bytes(cols);
       default:
         return cols * 2;
     }
@@ -64,6 +66,7 @@ struct LayerWeights {
   // Neuron-major: row j of each of the three is all that neuron j needs. int8 rows of one neuron
   // lie side by side: the high planes of gate and up, which token-scope TDA reads for every neuron,
   // and elsewhere all that it reads for some: the low planes of gate and up, then both of down.
+  // int4 rows of one neuron: gate, up, down.
   Matrix gate, up, down;                // [F, H]; down is W_down transposed
   std::span<const float> down_lengths;  // [F] ||W_down[:,j]||_2
 };

@@ -61,8 +61,92 @@ void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t c
   }
 }
 
+namespace {
+
+constexpr std::int64_t kInt4Group = kGroup / kInt4Scales;
+constexpr int kMostScale = 127;
+
+/// Squared error of a group of kInt4Group values as multiples of `scale`, and their codes.
+float round_group(const float* values, float scale, std::uint8_t* codes) {
+  const float inverse = scale != 0 ? 1 / scale : 0;
+  float error = 0;
+  for (std::int64_t i = 0; i < kInt4Group; ++i) {
+    const float code = std::clamp(std::nearbyint(values[i] * inverse), -8.0f, 7.0f);
+    const float difference = values[i] - code * scale;
+    error += difference * difference;
+    codes[i] = static_cast<std::uint8_t>(static_cast<int>(code) + 8);
+  }
+  return error;
+}
+
+/// The best scale for a group of values in steps, and their codes.
+std::int8_t choose_scale(const float* values, std::uint8_t* codes) {
+  float most = 0;
+  for (std::int64_t i = 0; i < kInt4Group; ++i) most = std::max(most, std::abs(values[i]));
+  float least = round_group(values, 0, codes);
+  int best = 0, last = 0;
+  for (int percent = 70; percent <= 110; percent += 2) {
+    const int scale = std::min(
+        kMostScale, static_cast<int>(std::lround(most * static_cast<float>(percent) / 800)));
+    if (scale == last) continue;
+    last = scale;
+    for (const int signed_scale : {scale, -scale}) {
+      std::uint8_t tried[kInt4Group];
+      const float error = round_group(values, static_cast<float>(signed_scale), tried);
+      if (error >= least) continue;
+      least = error;
+      best = signed_scale;
+      std::copy_n(tried, kInt4Group, codes);
+    }
+  }
+  return static_cast<std::int8_t>(best);
+}
+
+}  // namespace
+
+void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
+  const std::int64_t groups = groups_of(cols);
+  std::memset(row, 0, static_cast<std::size_t>(int4_row_bytes(cols)));
+  float largest = 0;
+  for (std::int64_t i = 0; i < cols; ++i) largest = std::max(largest, std::abs(values[i]));
+  // The largest scale brings the row's largest value to a tenth within the codes' end.
+  constexpr float kLargestInSteps = 8 * kMostScale / 1.1f;
+  const float step = largest / kLargestInSteps;
+  auto* const scales = reinterpret_cast<std::int8_t*>(row + groups * kGroupBytes);
+  std::memcpy(row + groups * (kGroupBytes + kInt4Scales), &step, 4);
+  for (std::int64_t g = 0; g < groups * kInt4Scales; ++g) {
+    const std::int64_t first = g * kInt4Group, end = std::min(first + kInt4Group, cols);
+    float group[kInt4Group] = {};  // in steps
+    for (std::int64_t i = first; i < end && largest > 0; ++i)
+      group[i - first] = values[i] / largest * kLargestInSteps;
+    std::uint8_t codes[kInt4Group];
+    scales[g] = choose_scale(group, codes);
+    // Value 32 + i stands above value i.
+    std::byte* const nibbles = row + g / kInt4Scales * kGroupBytes + g % 2 * kInt4Group;
+    const int shift = g % kInt4Scales < 2 ? 0 : 4;
+    for (std::int64_t i = 0; i < kInt4Group; ++i)
+      nibbles[i] |= static_cast<std::byte>(codes[i] << shift);
+  }
+}
+
+void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first,
+                     std::int64_t count, float* out) {
+  const std::byte* scales = row + groups_of(cols) * kGroupBytes;
+  float step;
+  std::memcpy(&step, scales + groups_of(cols) * kInt4Scales, 4);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
+    const std::byte both = row[group * kGroupBytes + in_group % kGroupBytes];
+    const int code = (static_cast<int>(both) >> (in_group < kGroupBytes ? 0 : 4) & 15) - 8;
+    const auto scale = static_cast<std::int8_t>(scales[(first + i) / kInt4Group]);
+    out[i] = step * static_cast<float>(scale) * static_cast<float>(code);
+  }
+}
+
 void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
               float* out) {
+  if (matrix.format == WeightFormat::int4)
+    return dequantize_int4(matrix.row(row), matrix.cols, first, count, out);
   if (matrix.format == WeightFormat::int8)
     return dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
   if (matrix.format == WeightFormat::f32) {

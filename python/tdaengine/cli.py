@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination")
     convert.add_argument("--dtype", default="auto", help="auto, f32 or bf16")
     convert.add_argument(
-        "--weights", metavar="FORMAT", help="an engine folder with f32, bf16 or int8 weights"
+        "--weights", metavar="FORMAT", help="an engine folder with f32, bf16, int8 or int4 weights"
     )
 
     calibrate = command("calibrate", _calibrate, "Search TDA thresholds that meet an error target.")
@@ -123,7 +123,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub id")
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", help="auto or cpu")
-    group.add_argument("--weights", default="auto", help="auto, f32, bf16 or int8")
+    group.add_argument("--weights", default="auto", help="auto, f32, bf16, int8 or int4")
     group.add_argument("--kv", default="auto", help="auto, f32 or bf16")
     group.add_argument("--threads", type=int)
     group.add_argument("--max-context", type=int, metavar="TOKENS")

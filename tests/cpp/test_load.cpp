@@ -84,7 +84,7 @@ TEST(names_are_parsed_back) {
   CHECK(tda::parse_kv_format("bf16") == tda::KvFormat::bf16);
   CHECK_THROWS(tda::parse_device("gpu"), tda::OptionError,
                "device is \"gpu\", expected auto, cpu or cuda");
-  CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError, "auto, f32, bf16 or int8");
+  CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError, "auto, f32, bf16, int8 or int4");
 }
 
 void check_layer(const tda::LayerWeights& layer, const Tensors& tensors,

@@ -30,6 +30,11 @@ def int8(folder: Path) -> Engine:
     return Engine(folder, weights="int8", threads=2)
 
 
+@pytest.fixture(scope="module")
+def int4(folder: Path) -> Engine:
+    return Engine(folder, weights="int4", threads=2)
+
+
 def stats_of(engine: Engine, tda: TDA):
     return engine.generate(TOKENS[:PROMPT], max_new_tokens=40, ignore_eos=True, tda=tda).stats
 
@@ -56,15 +61,21 @@ def test_scores_match_the_reference(folder: Path, f32: Engine, active: float, by
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_all_neurons_are_dense_to_the_bit(int8: Engine):
-    dense = int8.score(TOKENS, prompt_tokens=PROMPT)
-    for tda in (TDA(scope="token", active=1.0), TDA.cats(active=1.0), TDA.griffin(active=1.0)):
-        assert (int8.score(TOKENS, prompt_tokens=PROMPT, tda=tda) == dense).all()
+def test_all_neurons_are_dense_to_the_bit(int8: Engine, int4: Engine):
+    for engine in (int8, int4):
+        dense = engine.score(TOKENS, prompt_tokens=PROMPT)
+        for tda in (TDA(scope="token", active=1.0), TDA.cats(active=1.0), TDA.griffin(active=1.0)):
+            assert (engine.score(TOKENS, prompt_tokens=PROMPT, tda=tda) == dense).all()
 
 
 def test_int8_is_near_f32(f32: Engine, int8: Engine):
     difference = int8.score(TOKENS, prompt_tokens=1) - f32.score(TOKENS, prompt_tokens=1)
     assert 0 < np.abs(difference).mean() < 0.1
+
+
+def test_int4_is_less_near_f32(f32: Engine, int4: Engine):
+    difference = int4.score(TOKENS, prompt_tokens=1) - f32.score(TOKENS, prompt_tokens=1)
+    assert 0.1 < np.abs(difference).mean() < 1
 
 
 def test_stats_count_what_is_read(int8: Engine):
@@ -88,7 +99,7 @@ def test_results_do_not_depend_on_threads(folder: Path, int8: Engine):
         assert (engine.score(TOKENS, prompt_tokens=PROMPT, tda=tda) == expected).all()
 
 
-@pytest.mark.parametrize("weights", ["f32", "int8"])
+@pytest.mark.parametrize("weights", ["f32", "int8", "int4"])
 def test_error_drops_more_with_a_larger_target(folder: Path, weights: str):
     engine = Engine(folder, weights=weights)
     active = [stats_of(engine, TDA(scope="token", error=e)).ffn_active for e in (0, 0.05, 0.2, 0.5)]
@@ -96,7 +107,7 @@ def test_error_drops_more_with_a_larger_target(folder: Path, weights: str):
     assert active == sorted(active, reverse=True) and active[-1] < active[0]
 
 
-@pytest.mark.parametrize("weights", ["f32", "int8"])
+@pytest.mark.parametrize("weights", ["f32", "int8", "int4"])
 @pytest.mark.parametrize("bytes_", [0.75, 0.9])
 def test_a_budget_is_met_on_the_text_it_was_calibrated_on(
     folder: Path, tmp_path: Path, weights: str, bytes_: float
