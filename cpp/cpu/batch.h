@@ -73,7 +73,8 @@ struct Factors {
   alignas(64) int32_t high[kQuads][kLanes], low[kQuads][kLanes];
 
   Factors(const Down<Row>* downs, int64_t count, int64_t s) {
-    __m512 exact[kBatch] = {}, largest = _mm512_setzero_ps();
+    __m512 exact[kBatch], largest = _mm512_setzero_ps();
+    for (int64_t r = count; r % 4 != 0; ++r) exact[r] = _mm512_setzero_ps();
     for (int64_t r = 0; r < count; ++r) {
       exact[r] = (__m512)(downs[r].h * downs[r].row.scales_from(s));
       largest = _mm512_max_ps(largest, _mm512_abs_ps(exact[r]));

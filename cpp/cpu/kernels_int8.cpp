@@ -280,6 +280,15 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
   SelectedCounts counts;
   Wanted wanted;
   Sketch sketches[2];
+  const auto want_sketch =
+      [&](int64_t first) {  // of the batch there, or of a next call's first one
+        const int64_t end = min(first + kBatch, ids.count + ids.next);
+        for (int64_t i = first; i < end; ++i) {
+          want_high(wanted, rows.gate, ids[i]);
+          want_high(wanted, rows.up, ids[i]);
+        }
+      };
+  want_sketch(kBatch);
   for (int64_t first = 0, turn = 0; first < ids.count + kBatch; first += kBatch, ++turn) {
     Sketch& sketch = sketches[turn % 2];
     if (first < ids.count) {
@@ -288,6 +297,7 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
       sketch.make(rows, activation, selection, x, wanted);
       wanted.clear();
       sketch.ask_for(rows, selection, wanted);
+      want_sketch(first + 2 * kBatch);
     } else {
       wanted.spread(1);
       wanted.ask();

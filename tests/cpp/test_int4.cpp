@@ -230,19 +230,18 @@ TEST(int4_selects_like_doubles) {
         const auto p = prepared(kernels, layer.x);
         std::vector<double> estimates;
         for (std::int64_t i = 0; i < count; ++i)
-          estimates.push_back(std::abs(by_gate ? layer.gates[i]
-                                               : layer.h[i] * layer.lengths[layer.ids[i]]));
+          estimates.push_back(
+              std::abs(by_gate ? layer.gates[i] : layer.h[i] * layer.lengths[layer.ids[i]]));
         auto sorted = estimates;
         std::sort(sorted.begin(), sorted.end());
         for (const std::int64_t dropped : {std::int64_t{1}, std::int64_t{20}, count}) {
-          const float threshold = dropped == count
-                                      ? std::numeric_limits<float>::infinity()
-                                      : static_cast<float>((sorted[dropped - 1] + sorted[dropped]) / 2);
+          const float threshold =
+              dropped == count ? std::numeric_limits<float>::infinity()
+                               : static_cast<float>((sorted[dropped - 1] + sorted[dropped]) / 2);
           std::vector<float> h(count + 1, 3), y(layer.room() + 1, 3);
           const SelectedCounts counts = kernels.selected(
-              layer.rows(), Activation::silu,
-              {threshold, threshold, by_gate, layer.lengths.data()}, {layer.ids.data(), count},
-              p.data(), h.data(), y.data());
+              layer.rows(), Activation::silu, {threshold, threshold, by_gate, layer.lengths.data()},
+              {layer.ids.data(), count}, p.data(), h.data(), y.data());
           CHECK(counts.exact == count - dropped && counts.coarse == 0);
           std::vector<bool> used;
           for (const double estimate : estimates) used.push_back(estimate >= threshold);
