@@ -126,4 +126,129 @@ TEST(every_verb_agrees_with_plain_loops) {
     }
 }
 
+/// Logits of a few steps, some of them sparse by the given thresholds.
+std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds& thresholds = {}) {
+  const std::vector<Token> tokens = random_tokens(8, backend.model().config.vocab_size);
+  const auto state = backend.new_state(8, KvFormat::f32);
+  for (std::int64_t l = 0; l < backend.model().config.num_layers; ++l)
+    backend.set_thresholds(*state, l, thresholds);
+  std::vector<float> all;
+  for (std::int64_t position = 0; position < 6; ++position) {
+    const FfnMode mode = position % 2 ? FfnMode::sparse : FfnMode::dense;
+    const auto logits =
+        forward(backend, *state, step_of({&tokens[position], 1}, position, mode), 1);
+    all.insert(all.end(), logits.begin(), logits.end());
+  }
+  return all;
+}
+
+TEST(graphs_give_the_same_bits_as_single_launches) {
+  const RandomModel random(small_config(), WeightFormat::bf16, 2);
+  const std::vector<float> expected = some_logits(CudaBackend(random.get(), 1, false));
+  CHECK(some_logits(CudaBackend(random.get(), 1, true)) == expected);
+}
+
+TEST(hundreds_of_schedules_give_the_same_bits) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.hidden_size = 18;
+  config.vocab_size = 9;
+  const RandomModel random(config, WeightFormat::f32, 3);
+  const CudaBackend backend(random.get(), 1);
+  const std::vector<float> expected = some_logits(backend, {0.3f, 0.3f});
+  for (const float v : expected) CHECK(std::isfinite(v));
+  for (unsigned seed = 0; seed < 100; ++seed) {
+    simt::seed(seed);
+    CHECK(some_logits(backend, {0.3f, 0.3f}) == expected);
+  }
+}
+
+TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.intermediate_size = 301;  // several words of the selection
+  for (const bool by_gate : {false, true}) {
+    const RandomModel random(config, WeightFormat::f32, 4);
+    const auto model = random.get();
+    const LayerWeights& w = model->layers[0];
+    const CudaBackend backend(model, 1, false);
+    const auto state = backend.new_state(1, KvFormat::f32);
+    const Token token = 5;
+    const Step step = step_of({&token, 1}, 0, FfnMode::sparse);
+    naive::Session session(model, KvFormat::f32);
+    backend.begin(*state, step), session.begin(step);
+    backend.embed(*state), session.embed();
+    const naive::Vector in = session.norm(session.x[0].data(), w.ffn_norm);
+    const naive::Vector gate = session.product(w.gate, in), up = session.product(w.up, in);
+    const auto estimate = [&](std::int64_t j) {
+      const double active = naive::activate(config.activation, gate[j]);
+      return std::abs(by_gate ? active : active * up[j] * w.down_lengths[j]);
+    };
+    naive::Vector estimates;
+    for (std::int64_t j = 0; j < config.intermediate_size; ++j) estimates.push_back(estimate(j));
+    std::sort(estimates.begin(), estimates.end());
+    // Between two estimates, so that rounding decides nothing.
+    const auto threshold = static_cast<float>((estimates[150] + estimates[151]) / 2);
+    backend.set_thresholds(*state, 0, {threshold, threshold, by_gate});
+    std::int64_t selected = 0;
+    for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
+      const double active = naive::activate(config.activation, gate[j]);
+      if (estimate(j) < threshold) continue;
+      ++selected;
+      const naive::Vector down = naive::values(w.down, j);
+      for (std::size_t i = 0; i < down.size(); ++i) session.x[0][i] += active * up[j] * down[i];
+    }
+    backend.ffn(*state, 0);
+    CHECK(selected == 150);
+    CHECK(backend.ffn_reads(*state, 0).exact == selected);
+    CHECK_NEAR(largest_difference(CudaState::of(*state).x.data(), session.x), 0, 1e-4);
+  }
+}
+
+TEST(the_statistic_is_that_of_the_definition) {
+  ModelConfig config = small_config();
+  const RandomModel random(config, WeightFormat::f32, 5);
+  const auto model = random.get();
+  const CudaBackend backend(model, 1);
+  const std::vector<Token> tokens = random_tokens(7, config.vocab_size);
+  for (const std::int64_t size : {1, 7}) {
+    const auto state = backend.new_state(7, KvFormat::f32);
+    naive::Session session(model, KvFormat::f32);
+    const Step step = step_of(Tokens(tokens).first(size), 0, FfnMode::gather);
+    forward(backend, *state, step, 0);
+    session.begin(step);
+    session.embed();
+    session.qkv(0), session.attention(0), session.attention_out(0), session.ffn(0);
+    naive::Vector expected(config.intermediate_size);
+    for (const naive::Vector& h : session.hidden) {
+      double all = 0;
+      for (std::size_t j = 0; j < h.size(); ++j)
+        all += std::pow(h[j] * model->layers[0].down_lengths[j], 2);
+      for (std::size_t j = 0; j < h.size(); ++j)
+        expected[j] += std::pow(h[j] * model->layers[0].down_lengths[j], 2) / all;
+    }
+    const Backend::Statistic found = backend.statistic(*state, 0);
+    CHECK(found.tokens == size);
+    for (std::size_t j = 0; j < expected.size(); ++j) CHECK_NEAR(found.sums[j], expected[j], 1e-5);
+    backend.fade_statistic(*state, 0.5);
+    CHECK(backend.statistic(*state, 0).sums[3] == found.sums[3] / 2);
+  }
+}
+
+TEST(what_does_not_fit_is_refused_by_name) {
+  const RandomModel int8(small_config(), WeightFormat::int8, 6);
+  CHECK_THROWS(CudaBackend(int8.get(), 1), OptionError, "weights int8");
+  const RandomModel f32(small_config(), WeightFormat::f32, 6);
+  simt::memory_total = 1000;
+  CHECK_THROWS(CudaBackend(f32.get(), 1), DeviceError, "of which 1000 are free");
+  simt::memory_total = std::size_t{1} << 30;
+  CHECK(simt::memory_used == 0);
+  const CudaBackend backend(f32.get(), 1);
+  CHECK_THROWS(backend.new_state(1 << 30, KvFormat::f32), DeviceError, "KV cache");
+  CHECK_THROWS(backend.new_state(0, KvFormat::f32), OptionError, "capacity");
+  simt::devices = 0;
+  CHECK_THROWS(make_cuda_backend(f32.get(), 1), DeviceError, "no CUDA device");
+  simt::devices = 1;
+}
+
 int main() { return run_tests(); }
