@@ -5,8 +5,10 @@
 
 namespace tda {
 
-std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model>) {
-  throw DeviceError("device cuda: this version of tdaengine has no CUDA backend; use cpu or auto");
+std::string cuda_missing() { return "this build of tdaengine has no CUDA backend"; }
+
+std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model>, int) {
+  throw DeviceError("device cuda: " + cuda_missing() + "; use cpu or auto");
 }
 
 }  // namespace tda

@@ -113,7 +113,10 @@ class Backend {
 
 /// `threads` 0: as many as this process may run on. Throws OptionError.
 std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, int threads);
-/// Throws DeviceError if this build or machine has no CUDA.
-std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model);
+/// What keeps this build or machine from using CUDA; empty if nothing does.
+std::string cuda_missing();
+/// `threads` of the host, for searches. Throws DeviceError if this build or machine has no CUDA or
+/// too little memory, OptionError for weights it cannot take.
+std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model, int threads);
 
 }  // namespace tda

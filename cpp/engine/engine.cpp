@@ -14,8 +14,12 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   }
   const Checkpoint checkpoint(folder);
   const auto model = load_model(checkpoint, options.weights, options.threads);
-  auto backend = options.device == Device::cuda ? make_cuda_backend(model)
-                                                : make_cpu_backend(model, options.threads);
+  // What CUDA cannot take yet, `automatic` leaves to the CPU.
+  const bool cuda = options.device == Device::automatic
+                        ? cuda_missing().empty() && model->format != WeightFormat::int8
+                        : options.device == Device::cuda;
+  auto backend =
+      cuda ? make_cuda_backend(model, options.threads) : make_cpu_backend(model, options.threads);
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
   return std::make_shared<const Runtime>(
       std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,

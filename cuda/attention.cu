@@ -1,0 +1,97 @@
+// Keys and values into the cache, and attention over it.
+#include <algorithm>
+#include <cmath>
+
+#include "attention.h"
+#include "cuda_backend.h"
+
+namespace tda {
+
+using namespace cuda;
+
+namespace {
+
+/// Query heads per block: enough to share keys, few enough for their sums to stay in registers.
+int block_heads(const ModelConfig& config) {
+  const std::int64_t group = config.num_heads / config.num_kv_heads;
+  return group == 1 ? 1 : group == 2 || config.head_dim > 128 ? 2 : 4;
+}
+
+template <class C, int Heads>
+auto attend_for(std::int64_t n) {
+  return n <= 64    ? attend_kernel<C, Heads, 1>
+         : n <= 128 ? attend_kernel<C, Heads, 2>
+                    : attend_kernel<C, Heads, 4>;
+}
+
+template <class C>
+auto attend_for(int heads, std::int64_t n) {
+  if (heads == 1) return attend_for<C, 1>(n);
+  if (heads == 2) return attend_for<C, 2>(n);
+  return n <= 64 ? attend_kernel<C, 4, 1> : attend_kernel<C, 4, 2>;
+}
+
+}  // namespace
+
+/// Blocks that share a head's keys: a step of several tokens has blocks enough without.
+std::int64_t CudaBackend::splits(std::int64_t tokens) const {
+  if (tokens > 1) return 1;
+  return std::clamp<std::int64_t>(4 * processors_ / model_->config.num_kv_heads, 1, 64);
+}
+
+static Attention arguments(CudaState& state, const ModelConfig& config, std::int64_t layer) {
+  const std::int64_t layer_bytes = config.num_kv_heads * state.capacity * padded(config.head_dim) *
+                                   (state.kv == KvFormat::f32 ? 4 : 2);
+  Attention a = {};
+  a.qkv = state.qkv.data();
+  a.cos = state.cos.data();
+  a.sin = state.sin.data();
+  a.keys = state.keys.data() + layer * layer_bytes;
+  a.values = state.values.data() + layer * layer_bytes;
+  a.position = state.numbers.data();
+  a.partials = state.partials.data();
+  a.counters = state.counters.data();
+  a.out = state.attended.data();
+  a.heads = static_cast<int>(config.num_heads);
+  a.kv_heads = static_cast<int>(config.num_kv_heads);
+  a.n = static_cast<int>(config.head_dim);
+  a.capacity = static_cast<int>(state.capacity);
+  a.window = static_cast<int>(config.sliding_window[layer]);
+  a.eps = static_cast<float>(config.rms_norm_eps);
+  a.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  return a;
+}
+
+void CudaBackend::qkv(State& s, std::int64_t layer) const {
+  CudaState& state = CudaState::of(s);
+  if (skips(state)) return;
+  const DeviceLayer& weights = layers_[layer];
+  const ModelConfig& config = model_->config;
+  multiply(state, model_->layers[layer].qkv, weights.qkv, state.x.data(), state.tokens(),
+           &weights.attention_norm, weights.qkv_bias, state.qkv.data(), false);
+  Attention a = arguments(state, config, layer);
+  a.q_norm = weights.q_norm.data();
+  a.k_norm = weights.k_norm.data();
+  launch(stream_,
+         {static_cast<unsigned>(config.num_heads + 2 * config.num_kv_heads),
+          static_cast<unsigned>(state.tokens()), 1},
+         128, kWarps * 4, state.kv == KvFormat::f32 ? append_kernel<float> : append_kernel<bf16>,
+         a);
+}
+
+void CudaBackend::attention(State& s, std::int64_t layer) const {
+  CudaState& state = CudaState::of(s);
+  if (skips(state)) return;
+  const ModelConfig& config = model_->config;
+  const std::int64_t group = config.num_heads / config.num_kv_heads;
+  const int heads = block_heads(config);
+  launch(stream_,
+         {static_cast<unsigned>(config.num_kv_heads * ((group + heads - 1) / heads)),
+          static_cast<unsigned>(splits(state.tokens())), static_cast<unsigned>(state.tokens())},
+         kAttendThreads, attend_shared(heads, config.head_dim) * 4,
+         state.kv == KvFormat::f32 ? attend_for<float>(heads, config.head_dim)
+                                   : attend_for<bf16>(heads, config.head_dim),
+         arguments(state, config, layer));
+}
+
+}  // namespace tda

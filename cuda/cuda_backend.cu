@@ -1,0 +1,300 @@
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <thread>
+
+#include "attention.h"
+#include "cuda_backend.h"
+#include "ffn.h"
+#include "model/rope.h"
+
+namespace tda {
+
+using namespace cuda;
+
+std::string cuda_missing() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no CUDA device can be used: ") + cudaGetErrorString(error);
+  }
+  return count > 0 ? "" : "this machine has no CUDA device";
+}
+
+std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model, int threads) {
+  if (const std::string missing = cuda_missing(); !missing.empty())
+    throw DeviceError("device cuda: " + missing + "; use cpu or auto");
+  return std::make_unique<CudaBackend>(std::move(model), threads);
+}
+
+CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool graphs)
+    : model_(std::move(model)), threads_(threads), use_graphs_(graphs) {
+  const ModelConfig& config = model_->config;
+  if (threads < 0)
+    throw OptionError("threads " + std::to_string(threads) + ", expected 0 (all) or more");
+  if (threads == 0) threads_ = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  if (model_->format == WeightFormat::int8)
+    throw OptionError("weights int8: not yet on device cuda, expected f32 or bf16");
+  if (config.head_dim > 256)
+    throw OptionError("head_dim " + std::to_string(config.head_dim) +
+                      ": device cuda expects at most 256");
+  cudaDeviceProp device;
+  check(cudaGetDeviceProperties(&device, 0), "the device's properties");
+  device_ = device.name;
+  processors_ = device.multiProcessorCount;
+  check_memory();
+  if (config.rope.scaling != RopeConfig::Scaling::dynamic)
+    rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
+
+  upload(model_->embedding, embedding_);
+  if (model_->head.data != model_->embedding.data) upload(model_->head, head_);
+  upload(model_->final_norm, final_norm_);
+  layers_.resize(config.num_layers);
+  for (std::int64_t l = 0; l < config.num_layers; ++l) {
+    const LayerWeights& from = model_->layers[l];
+    DeviceLayer& to = layers_[l];
+    upload(from.attention_norm, to.attention_norm);
+    upload(from.qkv, to.qkv);
+    upload(from.qkv_bias, to.qkv_bias);
+    upload(from.q_norm, to.q_norm);
+    upload(from.k_norm, to.k_norm);
+    upload(from.output, to.output);
+    upload(from.output_bias, to.output_bias);
+    upload(from.ffn_norm, to.ffn_norm);
+    upload(from.gate, to.gate);
+    upload(from.up, to.up);
+    upload(from.down, to.down);
+    upload(from.down_lengths, to.down_lengths);
+  }
+  stream_.wait();
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+static std::int64_t device_bytes(const Matrix& m) {
+  return m.rows * padded(m.cols) * (m.format == WeightFormat::f32 ? 4 : 2);
+}
+
+/// Before anything is loaded: do the matrices fit?
+void CudaBackend::check_memory() const {
+  std::int64_t needed = device_bytes(model_->embedding);
+  if (model_->head.data != model_->embedding.data) needed += device_bytes(model_->head);
+  for (const LayerWeights& w : model_->layers)
+    for (const Matrix* m : {&w.qkv, &w.output, &w.gate, &w.up, &w.down}) needed += device_bytes(*m);
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "the device's memory");
+  if (needed > static_cast<std::int64_t>(free))
+    throw DeviceError("cuda: the weights of \"" + model_->name + "\" need " +
+                      std::to_string(needed) + " bytes of device memory, of which " +
+                      std::to_string(free) + " are free");
+}
+
+void CudaBackend::upload(const Matrix& from, Bytes& to) const {
+  const std::size_t size = from.format == WeightFormat::f32 ? 4 : 2;
+  const std::size_t pitch = padded(from.cols) * size, width = from.cols * size;
+  to.reserve(device_bytes(from), "weights");
+  if (pitch != width)
+    check(cudaMemsetAsync(to.data(), 0, device_bytes(from), stream_), "clearing weights");
+  check(cudaMemcpy2DAsync(to.data(), pitch, from.data, width, width, from.rows,
+                          cudaMemcpyHostToDevice, stream_),
+        "copying weights");
+}
+
+void CudaBackend::upload(std::span<const float> from, Floats& to) const {
+  if (from.empty()) return;
+  to.reserve(std::ssize(from), "weights");
+  copy(stream_, to.data(), from.data(), std::ssize(from));
+}
+
+std::unique_ptr<State> CudaBackend::new_state(std::int64_t capacity, KvFormat kv) const {
+  const ModelConfig& config = model_->config;
+  if (capacity < 1)
+    throw OptionError("capacity of the KV cache: " + std::to_string(capacity) +
+                      " tokens, expected at least 1");
+  auto state = std::make_unique<CudaState>();
+  state->capacity = capacity;
+  state->kv = kv != KvFormat::automatic             ? kv
+              : model_->format == WeightFormat::f32 ? KvFormat::f32
+                                                    : KvFormat::bf16;
+  const std::int64_t token_bytes = config.num_layers * config.num_kv_heads *
+                                   padded(config.head_dim) * (state->kv == KvFormat::f32 ? 4 : 2);
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "the device's memory");
+  if (capacity > static_cast<std::int64_t>(free) / 2 / token_bytes)
+    throw DeviceError("out of memory: a KV cache of " + std::to_string(capacity) +
+                      " tokens needs " + std::to_string(2 * token_bytes) + " bytes for each, and " +
+                      std::to_string(free) + " bytes of device memory are free");
+  state->keys.reserve(capacity * token_bytes, "keys");
+  state->values.reserve(capacity * token_bytes, "values");
+  const std::int64_t layers = config.num_layers, neurons = config.intermediate_size;
+  state->sums.reserve(layers * neurons, "the statistic");
+  state->lists.reserve(layers * neurons, "masks");
+  state->counts.reserve(layers, "masks");
+  state->thresholds.reserve(layers, "thresholds");
+  state->exact.reserve(layers, "counts");
+  const std::int64_t slices = (config.hidden_size + kSlice - 1) / kSlice;
+  state->counters.reserve(std::max(max_step() * config.num_heads, slices), "counters");
+  state->selected.reserve((neurons + 31) / 32, "the selection");
+  const auto clear = [&](auto& memory) {
+    check(cudaMemsetAsync(memory.data(), 0, memory.size() * sizeof(*memory.data()), stream_),
+          "clearing memory");
+  };
+  clear(state->sums);
+  clear(state->counters);
+  clear(state->exact);
+  clear(state->thresholds);
+  state->layers.resize(layers);
+  std::vector<std::int32_t> all(neurons);
+  std::iota(all.begin(), all.end(), 0);
+  for (std::int64_t layer = 0; layer < layers; ++layer) set_mask(*state, layer, all);
+  return state;
+}
+
+// ---- a step begins ------------------------------------------------------------------------------
+
+void CudaBackend::begin(State& s, const Step& step) const {
+  CudaState& state = CudaState::of(s);
+  const ModelConfig& config = model_->config;
+  const auto tokens = static_cast<std::int64_t>(step.tokens.size());
+  if (tokens < 1 || tokens > max_step())
+    throw OptionError("step of " + std::to_string(tokens) + " tokens, expected 1 to " +
+                      std::to_string(max_step()));
+  if (step.position < 0 || step.position > state.capacity - tokens)
+    throw ContextOverflow(std::to_string(tokens) + " tokens at position " +
+                          std::to_string(step.position) + " do not fit into a KV cache of " +
+                          std::to_string(state.capacity));
+  if (step.sequence_length < step.position + tokens)
+    throw OptionError("sequence_length " + std::to_string(step.sequence_length) + " of a step to " +
+                      std::to_string(step.position + tokens) + " tokens, expected at least that");
+  for (const Token token : step.tokens)
+    if (token < 0 || token >= config.vocab_size)
+      throw OptionError("token id " + std::to_string(token) + ", expected 0 to " +
+                        std::to_string(config.vocab_size - 1));
+  stream_.wait();  // the last step may still read its numbers and angles
+  count_reads(state);
+  state.step = step;
+
+  const std::int64_t half = config.head_dim / 2;
+  const std::int64_t heads_partials =
+      tokens * config.num_heads * splits(tokens) * (2 + padded(config.head_dim));
+  const char* needed_for = "a step's activations";
+  bool grown = state.numbers.reserve(1 + tokens, needed_for);
+  grown |= state.cos.reserve(tokens * half, needed_for);
+  grown |= state.sin.reserve(tokens * half, needed_for);
+  state.host_numbers.reserve(1 + tokens, needed_for);
+  state.host_angles.reserve(2 * tokens * half, needed_for);
+  grown |= state.x.reserve(tokens * config.hidden_size, needed_for);
+  grown |= state.normed.reserve(tokens * config.hidden_size, needed_for);
+  grown |= state.qkv.reserve(tokens * (config.q_size() + 2 * config.kv_size()), needed_for);
+  grown |= state.attended.reserve(tokens * config.q_size(), needed_for);
+  grown |= state.hidden.reserve(tokens * config.intermediate_size, needed_for);
+  grown |= state.ups.reserve(tokens * config.intermediate_size, needed_for);
+  grown |= state.token_weights.reserve(tokens, needed_for);
+  grown |= state.partials.reserve(
+      std::max(heads_partials, down_groups() * padded(config.hidden_size)), "partial sums");
+  if (grown)  // graphs hold addresses
+    for (Graph& graph : state.graphs) graph.reset();
+
+  int* numbers = state.host_numbers.data();
+  numbers[0] = static_cast<int>(step.position);
+  std::copy(step.tokens.begin(), step.tokens.end(), numbers + 1);
+  copy(stream_, state.numbers.data(), numbers, 1 + tokens);
+  const std::vector<float> frequencies =
+      config.rope.scaling == RopeConfig::Scaling::dynamic
+          ? rope_frequencies(config.rope, config.head_dim, step.sequence_length)
+          : rope_frequencies_;
+  const float factor = static_cast<float>(config.rope.attention_factor);
+  float *cos = state.host_angles.data(), *sin = cos + tokens * half;
+  for (std::int64_t t = 0; t < tokens; ++t)
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(step.position + t) * frequencies[i];
+      cos[t * half + i] = std::cos(angle) * factor;
+      sin[t * half + i] = std::sin(angle) * factor;
+    }
+  copy(stream_, state.cos.data(), cos, tokens * half);
+  copy(stream_, state.sin.data(), sin, tokens * half);
+
+  state.recording = CudaState::Recording::none;
+  if (!use_graphs_ || tokens > 1 || step.ffn == FfnMode::gather || step.recorder) return;
+  Graph& graph = state.graphs[step.ffn == FfnMode::sparse];
+  state.recording = graph ? CudaState::Recording::replaying : CudaState::Recording::recording;
+  if (!graph) graph.begin(stream_);
+}
+
+// ---- TDA ----------------------------------------------------------------------------------------
+
+Backend::Statistic CudaBackend::statistic(const State& s, std::int64_t layer) const {
+  const CudaState& state = CudaState::of(s);
+  const std::int64_t neurons = model_->config.intermediate_size;
+  Statistic result{std::vector<double>(neurons), state.layers[layer].tokens};
+  copy(stream_, result.sums.data(), state.sums.data() + layer * neurons, neurons);
+  stream_.wait();
+  return result;
+}
+
+void CudaBackend::set_mask(State& s, std::int64_t layer, std::vector<std::int32_t> neurons) const {
+  CudaState& state = CudaState::of(s);
+  const std::int64_t size = model_->config.intermediate_size;
+  for (std::size_t i = 0; i < neurons.size(); ++i)
+    if (neurons[i] < 0 || neurons[i] >= size || (i > 0 && neurons[i] <= neurons[i - 1]))
+      throw OptionError("mask of layer " + std::to_string(layer) + ": neuron " +
+                        std::to_string(neurons[i]) + " at index " + std::to_string(i) +
+                        ", expected strictly ascending ids from 0 to " + std::to_string(size - 1));
+  const int count = static_cast<int>(neurons.size());
+  copy(stream_, state.lists.data() + layer * size, neurons.data(), count);
+  copy(stream_, state.counts.data() + layer, &count, 1);
+  stream_.wait();
+  count_reads(state);
+  state.layers[layer].mask = std::move(neurons);
+}
+
+const std::vector<std::int32_t>& CudaBackend::mask(const State& state, std::int64_t layer) const {
+  return CudaState::of(state).layers[layer].mask;
+}
+
+void CudaBackend::set_thresholds(State& s, std::int64_t layer,
+                                 const TokenThresholds& thresholds) const {
+  CudaState& state = CudaState::of(s);
+  const auto [exact, coarse, by_gate] = thresholds;
+  const std::string where = "thresholds of layer " + std::to_string(layer) + ": exact " +
+                            std::to_string(exact) + ", coarse " + std::to_string(coarse);
+  if (!(coarse >= 0 && exact >= coarse))
+    throw OptionError(where + ", expected 0 <= coarse <= exact");
+  if (exact > coarse)
+    throw OptionError(where + (by_gate ? " with a gate estimate" : " with weights of one plane") +
+                      ", expected the same, since no neuron can be coarse");
+  copy(stream_, state.thresholds.data() + layer, &exact, 1);
+  stream_.wait();
+  count_reads(state);
+  state.layers[layer].thresholds = thresholds;
+  state.graphs[1].reset();  // it holds which kernels select
+}
+
+/// The last single-token step's counts join the layers' reads.
+void CudaBackend::count_reads(const CudaState& s) const {
+  if (!s.reads_pending) return;
+  CudaState& state = const_cast<CudaState&>(s);
+  state.reads_pending = false;
+  std::vector<int> exact(state.layers.size());
+  copy(stream_, exact.data(), state.exact.data(), std::ssize(exact));
+  stream_.wait();
+  const std::int64_t row = model_->layers.front().gate.row_bytes();
+  const bool sparse = state.step.ffn == FfnMode::sparse;
+  for (std::size_t l = 0; l < exact.size(); ++l) {
+    CudaState::Layer& layer = state.layers[l];
+    const std::int64_t considered =
+        sparse ? std::ssize(layer.mask) : model_->config.intermediate_size;
+    layer.reads.exact += exact[l];
+    layer.reads.bytes += layer.thresholds.by_gate ? considered * row + 2 * exact[l] * row
+                                                  : considered * 2 * row + exact[l] * row;
+  }
+}
+
+FfnReads CudaBackend::ffn_reads(const State& s, std::int64_t layer) const {
+  const CudaState& state = CudaState::of(s);
+  count_reads(state);
+  return state.layers[layer].reads;
+}
+
+}  // namespace tda

@@ -1,0 +1,132 @@
+// The CUDA backend: its state, and the verbs' common parts. Each verb family has a file of its own.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "memory.h"
+
+namespace tda {
+
+struct CudaState final : State {
+  static CudaState& of(State& state) { return static_cast<CudaState&>(state); }
+  static const CudaState& of(const State& state) { return static_cast<const CudaState&>(state); }
+
+  struct Layer {
+    std::vector<std::int32_t> mask;  // as on the device
+    double tokens = 0;               // that the statistic has gathered
+    TokenThresholds thresholds;
+    FfnReads reads;
+  };
+  enum class Recording { none, recording, replaying };
+
+  std::int64_t capacity = 0;
+  KvFormat kv = KvFormat::automatic;
+  std::vector<Layer> layers;             // [L]
+  cuda::Memory<std::byte> keys, values;  // [L, kv heads, capacity, padded(head_dim)]
+  cuda::Memory<double> sums;             // [L, F]
+  cuda::Memory<int> lists, counts;       // [L, F], [L]
+  cuda::Memory<float> thresholds;        // [L]
+  cuda::Memory<int> exact;               // [L] neurons that the last single-token step computed
+  mutable bool reads_pending = false;    // `exact` is to join the layers' reads
+  cuda::Graph graphs[2];                 // of single-token steps: dense, sparse
+
+  // Of the current step.
+  Step step;
+  Recording recording = Recording::none;
+  cuda::Memory<int> numbers;     // position, tokens [T]
+  cuda::Memory<float> cos, sin;  // [T, head_dim / 2]
+  cuda::PinnedMemory<int> host_numbers;
+  cuda::PinnedMemory<float> host_angles;
+  cuda::Memory<float> x, normed;      // [T, H]
+  cuda::Memory<float> qkv, attended;  // [T, q_size + 2 kv_size], [T, q_size]
+  cuda::Memory<float> hidden, ups;    // [T, F]
+  cuda::Memory<float> partials;       // what blocks hand over to be added up
+  cuda::Memory<unsigned> counters, selected;
+  cuda::Memory<double> token_weights;  // [T]
+  cuda::Memory<float> logits;          // [rows, V]
+  cuda::PinnedMemory<float> host_logits;
+
+  std::int64_t tokens() const { return static_cast<std::int64_t>(step.tokens.size()); }
+};
+
+class CudaBackend final : public Backend {
+ public:
+  /// `graphs` false: launches go out one by one, so that tests can look at what each verb did.
+  CudaBackend(std::shared_ptr<const Model> model, int threads, bool graphs = true);
+
+  const Model& model() const override { return *model_; }
+  std::string name() const override { return "cuda (" + device_ + ")"; }
+  int threads() const override { return threads_; }
+  std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const override;
+  std::int64_t max_step() const override { return 256; }
+
+  void begin(State&, const Step&) const override;
+  void embed(State&) const override;
+  void qkv(State&, std::int64_t layer) const override;
+  void attention(State&, std::int64_t layer) const override;
+  void attention_out(State&, std::int64_t layer) const override;
+  void ffn(State&, std::int64_t layer) const override;
+  std::span<const float> logits(State&, std::int64_t rows) const override;
+
+  Statistic statistic(const State&, std::int64_t layer) const override;
+  void fade_statistic(State&, double factor) const override;
+  void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
+  const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const override;
+  void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
+  FfnReads ffn_reads(const State&, std::int64_t layer) const override;
+
+  const cuda::Stream& stream() const { return stream_; }
+
+ private:
+  using Bytes = cuda::Memory<std::byte>;
+  using Floats = cuda::Memory<float>;
+  struct DeviceLayer {
+    Floats attention_norm, qkv_bias, q_norm, k_norm, output_bias, ffn_norm, down_lengths;
+    Bytes qkv, output, gate, up, down;  // rows padded to whole chunks
+  };
+
+  // cuda_backend.cu
+  void check_memory() const;
+  void upload(const Matrix& from, Bytes& to) const;
+  void upload(std::span<const float> from, Floats& to) const;
+  bool skips(const CudaState& state) const {
+    return state.recording == CudaState::Recording::replaying;
+  }
+  void count_reads(const CudaState&) const;
+
+  // linear.cu
+  /// y = W norm(x) + bias of each of the tokens, or += with `add`. x: [T, cols], y: [T, rows]
+  void multiply(CudaState&, const Matrix& w, const Bytes& data, const float* x, std::int64_t tokens,
+                const Floats* norm, const Floats& bias, float* y, bool add) const;
+  void gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a, const float* bias,
+            float* c, std::int64_t tokens, std::int64_t n, std::int64_t depth, bool add) const;
+  void norm(CudaState&, const float* x, std::int64_t tokens, const Floats& weight) const;
+
+  // ffn.cu
+  void ffn_one(CudaState&, std::int64_t layer, std::int64_t token) const;
+  void ffn_tokens(CudaState&, std::int64_t layer) const;
+  void gather(CudaState&, std::int64_t layer) const;
+  void record(CudaState&, std::int64_t layer) const;
+  std::int64_t down_groups() const;
+
+  // attention.cu
+  std::int64_t splits(std::int64_t tokens) const;
+
+  std::shared_ptr<const Model> model_;
+  int threads_;
+  bool use_graphs_;
+  std::string device_;
+  int processors_ = 0;  // the device's multiprocessors
+  cuda::Stream stream_;
+  std::vector<float> rope_frequencies_;  // [head_dim / 2]; unless they depend on the step
+  Bytes embedding_, head_;               // head_ is empty when tied
+  Floats final_norm_;
+  std::vector<DeviceLayer> layers_;
+};
+
+}  // namespace tda

@@ -1,0 +1,135 @@
+// What kernels share: 16-byte loads, sums over a warp and a block. nvcc compiles the kernels for
+// the device; g++ compiles the same source against tests/simt/cuda_runtime.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tda::cuda {
+
+#ifndef TDA_WITHIN
+#define TDA_WITHIN(i, n) ((i) < (n))
+#endif
+
+/// Shared memory of a block; every kernel lays out its own.
+#ifdef __CUDACC__
+extern __shared__ uint4 shared_memory[];
+__device__ inline float* shared_floats() { return reinterpret_cast<float*>(shared_memory); }
+#else
+inline char* const shared_memory = simt::shared;
+inline float* shared_floats() { return reinterpret_cast<float*>(shared_memory); }
+#endif
+
+inline constexpr int kThreads = 256, kWarps = kThreads / 32;
+inline constexpr unsigned kAll = 0xffffffffu;
+
+/// Numbers per chunk: rows on the device are padded with zeros to whole chunks.
+inline constexpr int kChunk = 8;
+__host__ __device__ constexpr std::int64_t padded(std::int64_t n) {
+  return (n + kChunk - 1) / kChunk * kChunk;
+}
+
+using bf16 = std::uint16_t;  // as a bit pattern
+
+/// Read-only, used once: kept out of the first cache.
+__device__ inline uint4 load_once(const uint4* p) {
+#ifdef __CUDA_ARCH__
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
+  return v;
+#else
+  return *p;
+#endif
+}
+
+/// Eight neighbouring numbers as they lie in memory, loaded before they are unpacked so that
+/// several loads are in flight.
+template <class W>
+struct Chunk;
+
+template <>
+struct Chunk<float> {
+  uint4 words[2];
+  __device__ static Chunk once(const float* p) {
+    const uint4* q = reinterpret_cast<const uint4*>(p);
+    return {{load_once(q), load_once(q + 1)}};
+  }
+  __device__ static Chunk cached(const float* p) {
+    const uint4* q = reinterpret_cast<const uint4*>(p);
+    return {{q[0], q[1]}};
+  }
+  __device__ void unpack(float (&out)[kChunk]) const {
+    for (int i = 0; i < 2; ++i) {
+      out[4 * i] = __uint_as_float(words[i].x);
+      out[4 * i + 1] = __uint_as_float(words[i].y);
+      out[4 * i + 2] = __uint_as_float(words[i].z);
+      out[4 * i + 3] = __uint_as_float(words[i].w);
+    }
+  }
+};
+
+template <>
+struct Chunk<bf16> {
+  uint4 words;
+  __device__ static Chunk once(const bf16* p) {
+    return {load_once(reinterpret_cast<const uint4*>(p))};
+  }
+  __device__ static Chunk cached(const bf16* p) { return {*reinterpret_cast<const uint4*>(p)}; }
+  __device__ void unpack(float (&out)[kChunk]) const {
+    const unsigned w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = __uint_as_float(w[i] << 16);
+      out[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+    }
+  }
+};
+
+__device__ inline float value_of(float v) { return v; }
+__device__ inline float value_of(bf16 v) { return __uint_as_float(unsigned{v} << 16); }
+__device__ inline void store(float v, float* p) { *p = v; }
+/// Rounds to nearest, ties to even, as model/half.h does.
+__device__ inline void store(float v, bf16* p) {
+  const unsigned bits = __float_as_uint(v);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  *p = static_cast<bf16>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/// In every lane, and the same bits in each: additions commute.
+template <class T>
+__device__ T warp_sum(T v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) v += __shfl_xor_sync(kAll, v, mask);
+  return v;
+}
+
+/// In every thread, in a fixed order. parts: [warps] shared; free again after the next barrier.
+template <class T>
+__device__ T block_sum(T v, T* parts) {
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  T sum = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += parts[w];
+  return sum;
+}
+
+/// Whether this block is the last of `blocks` to come here: it then sees what the others wrote
+/// before. `counter` is 0 again afterwards. flag: [1] shared.
+__device__ inline bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(counter, 1u) == blocks - 1;
+    if (last) *counter = 0;
+    *flag = last;
+  }
+  __syncthreads();
+  __threadfence();
+  return *flag != 0;
+}
+
+}  // namespace tda::cuda

@@ -1,0 +1,146 @@
+// The feed-forward network: dense, gathering TDA's statistic, or sparse.
+#include <algorithm>
+
+#include "cuda_backend.h"
+#include "ffn.h"
+
+namespace tda {
+
+using namespace cuda;
+
+namespace {
+
+unsigned blocks_of(std::int64_t n, std::int64_t per_block) {
+  return static_cast<unsigned>((n + per_block - 1) / per_block);
+}
+
+template <class W>
+auto gate_up_for(Select s) {
+  return s == Select::all            ? gate_up_kernel<W, Select::all>
+         : s == Select::contribution ? gate_up_kernel<W, Select::contribution>
+                                     : gate_up_kernel<W, Select::gate>;
+}
+
+template <class W>
+auto down_for(bool all) {  // which threshold selected does not matter
+  return all ? down_kernel<W, Select::all> : down_kernel<W, Select::contribution>;
+}
+
+}  // namespace
+
+std::int64_t CudaBackend::down_groups() const {
+  const std::int64_t slices = blocks_of(model_->config.hidden_size, kSlice);
+  return std::clamp<std::int64_t>(2 * processors_ / slices, 1, 64);
+}
+
+void CudaBackend::ffn(State& s, std::int64_t layer) const {
+  CudaState& state = CudaState::of(s);
+  const Step& step = state.step;
+  if (!skips(state)) {
+    const bool gates = step.recorder && step.estimate == Estimate::gate;
+    if (step.ffn == FfnMode::sparse || (state.tokens() == 1 && !gates))
+      for (std::int64_t t = 0; t < state.tokens(); ++t) ffn_one(state, layer, t);
+    else
+      ffn_tokens(state, layer);
+    if (step.ffn == FfnMode::gather) gather(state, layer);
+    if (step.ffn != FfnMode::sparse && step.recorder) record(state, layer);
+  }
+  if (layer + 1 < model_->config.num_layers) return;
+  if (state.recording != CudaState::Recording::none) {
+    Graph& graph = state.graphs[step.ffn == FfnMode::sparse];
+    if (state.recording == CudaState::Recording::recording) graph.end(stream_);
+    state.recording = CudaState::Recording::none;
+    graph.launch(stream_);
+  }
+  state.reads_pending = state.tokens() == 1 && step.ffn != FfnMode::gather;
+}
+
+/// x[token] += FFN(norm(x[token])), of the mask and thresholds in a sparse step.
+void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t token) const {
+  const ModelConfig& config = model_->config;
+  const DeviceLayer& weights = layers_[layer];
+  const TokenThresholds& thresholds = state.layers[layer].thresholds;
+  const bool sparse = state.step.ffn == FfnMode::sparse;
+  const Select select = !sparse || thresholds.exact <= 0 ? Select::all
+                        : thresholds.by_gate             ? Select::gate
+                                                         : Select::contribution;
+  const std::int64_t hidden = config.hidden_size, neurons = config.intermediate_size;
+  Neurons a = {};
+  a.gate = weights.gate.data();
+  a.up = weights.up.data();
+  a.down = weights.down.data();
+  a.lengths = weights.down_lengths.data();
+  a.list = sparse ? state.lists.data() + layer * neurons : nullptr;
+  a.count = sparse ? state.counts.data() + layer : nullptr;
+  a.threshold = state.thresholds.data() + layer;
+  a.norm = weights.ffn_norm.data();
+  a.x = state.x.data() + token * hidden;
+  a.h = state.hidden.data() + token * neurons;
+  a.selected = state.selected.data();
+  a.partials = state.partials.data();
+  a.counters = state.counters.data();
+  a.exact = state.exact.data() + layer;
+  a.hidden = static_cast<int>(hidden);
+  a.neurons = static_cast<int>(neurons);
+  a.eps = static_cast<float>(config.rms_norm_eps);
+  a.activation = config.activation;
+  const bool f32 = model_->format == WeightFormat::f32;
+  const unsigned blocks =
+      std::min(blocks_of(neurons, kBlockNeurons), static_cast<unsigned>(4 * processors_));
+  launch(stream_, {blocks, 1, 1}, kThreads, (padded(hidden) + kWarps) * 4,
+         f32 ? gate_up_for<float>(select) : gate_up_for<bf16>(select), a);
+  const std::int64_t groups = down_groups();
+  const std::int64_t entries = select == Select::all ? 0 : neurons / groups + 1;
+  launch(stream_, {blocks_of(hidden, kSlice), static_cast<unsigned>(groups), 1}, kThreads,
+         (kWarps * kSlice + kWarps + 1 + entries) * 4,
+         f32 ? down_for<float>(select == Select::all) : down_for<bf16>(select == Select::all), a);
+}
+
+/// Prefill: h = act(gate) * up, then x += W_down h, dense.
+void CudaBackend::ffn_tokens(CudaState& state, std::int64_t layer) const {
+  const DeviceLayer& weights = layers_[layer];
+  const std::int64_t hidden = model_->config.hidden_size, tokens = state.tokens();
+  const std::int64_t neurons = model_->config.intermediate_size, n = tokens * neurons;
+  norm(state, state.x.data(), tokens, weights.ffn_norm);
+  const float* in = state.normed.data();
+  float *h = state.hidden.data(), *ups = state.ups.data();
+  gemm(state, weights.gate, false, in, nullptr, h, tokens, neurons, hidden, false);
+  gemm(state, weights.up, false, in, nullptr, ups, tokens, neurons, hidden, false);
+  launch(stream_, {blocks_of(n, kThreads), 1, 1}, kThreads, 0, gated_kernel,
+         model_->config.activation, h, ups, n);
+  gemm(state, weights.down, true, h, nullptr, state.x.data(), tokens, hidden, neurons, true);
+}
+
+/// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *
+/// ||down[j]||, relative to the token's own.
+void CudaBackend::gather(CudaState& state, std::int64_t layer) const {
+  const int neurons = static_cast<int>(model_->config.intermediate_size);
+  const int tokens = static_cast<int>(state.tokens());
+  const float* lengths =
+      state.step.estimate == Estimate::hidden ? nullptr : layers_[layer].down_lengths.data();
+  launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, kWarps * 8, token_weights_kernel,
+         state.hidden.data(), lengths, neurons, state.token_weights.data());
+  launch(stream_, {blocks_of(neurons, kThreads), 1, 1}, kThreads, 0, gather_kernel,
+         state.hidden.data(), lengths, state.token_weights.data(), tokens, neurons,
+         state.sums.data() + layer * neurons);
+  state.layers[layer].tokens += tokens;
+}
+
+/// Shows h to the step's recorder.
+void CudaBackend::record(CudaState& state, std::int64_t layer) const {
+  const std::int64_t n = state.tokens() * model_->config.intermediate_size;
+  const bool gates = state.step.estimate == Estimate::gate;
+  std::vector<float> h(static_cast<std::size_t>(n));
+  copy(stream_, h.data(), (gates ? state.ups : state.hidden).data(), n);
+  stream_.wait();
+  (*state.step.recorder)(layer, 0, state.tokens(), h.data());
+}
+
+void CudaBackend::fade_statistic(State& s, double factor) const {
+  CudaState& state = CudaState::of(s);
+  for (CudaState::Layer& layer : state.layers) layer.tokens *= factor;
+  launch(stream_, {blocks_of(state.sums.size(), kThreads), 1, 1}, kThreads, 0, scale_kernel,
+         state.sums.data(), factor, state.sums.size());
+}
+
+}  // namespace tda

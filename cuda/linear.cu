@@ -1,0 +1,88 @@
+// Norms, projections and the output head.
+#include <algorithm>
+
+#include "cuda_backend.h"
+#include "linear.h"
+
+namespace tda {
+
+using namespace cuda;
+
+void CudaBackend::multiply(CudaState& state, const Matrix& w, const Bytes& data, const float* x,
+                           std::int64_t tokens, const Floats* norm_weight, const Floats& bias,
+                           float* y, bool add) const {
+  if (tokens > 1) {
+    if (norm_weight) norm(state, x, tokens, *norm_weight);
+    return gemm(state, data, false, norm_weight ? state.normed.data() : x, bias.data(), y, tokens,
+                w.rows, w.cols, add);
+  }
+  const Linear a = {data.data(),
+                    x,
+                    norm_weight ? norm_weight->data() : nullptr,
+                    bias.data(),
+                    y,
+                    static_cast<int>(w.rows),
+                    static_cast<int>(w.cols),
+                    static_cast<float>(model_->config.rms_norm_eps),
+                    add};
+  const std::int64_t per_block = kWarps * kWarpRows;
+  const auto blocks = std::min<std::int64_t>((w.rows + per_block - 1) / per_block, 4 * processors_);
+  launch(stream_, {static_cast<unsigned>(blocks), 1, 1}, kThreads, (padded(w.cols) + kWarps) * 4,
+         w.format == WeightFormat::f32 ? linear_kernel<float> : linear_kernel<bf16>, a);
+}
+
+void CudaBackend::gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a,
+                       const float* bias, float* c, std::int64_t tokens, std::int64_t n,
+                       std::int64_t depth, bool add) const {
+  const Gemm g = {
+      a,  w.data(), bias, c, static_cast<int>(tokens), static_cast<int>(n), static_cast<int>(depth),
+      add};
+  const auto tiles = [](std::int64_t i) { return static_cast<unsigned>((i + kTile - 1) / kTile); };
+  const bool f32 = model_->format == WeightFormat::f32;
+  launch(stream_, {tiles(n), tiles(tokens), 1}, kThreads, 2 * kTileDepth * kTilePitch * 4,
+         neuron_major ? (f32 ? gemm_kernel<float, true> : gemm_kernel<bf16, true>)
+                      : (f32 ? gemm_kernel<float, false> : gemm_kernel<bf16, false>),
+         g);
+}
+
+void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,
+                       const Floats& weight) const {
+  const std::int64_t n = model_->config.hidden_size;
+  launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, (padded(n) + kWarps) * 4,
+         norm_kernel, x, weight.data(), static_cast<float>(model_->config.rms_norm_eps),
+         static_cast<int>(n), state.normed.data());
+}
+
+void CudaBackend::embed(State& s) const {
+  CudaState& state = CudaState::of(s);
+  if (skips(state)) return;
+  launch(stream_, {static_cast<unsigned>(state.tokens()), 1, 1}, kThreads, 0,
+         model_->format == WeightFormat::f32 ? embed_kernel<float> : embed_kernel<bf16>,
+         embedding_.data(), state.numbers.data() + 1, static_cast<int>(model_->config.hidden_size),
+         state.x.data());
+}
+
+void CudaBackend::attention_out(State& s, std::int64_t layer) const {
+  CudaState& state = CudaState::of(s);
+  if (skips(state)) return;
+  multiply(state, model_->layers[layer].output, layers_[layer].output, state.attended.data(),
+           state.tokens(), nullptr, layers_[layer].output_bias, state.x.data(), true);
+}
+
+std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
+  CudaState& state = CudaState::of(s);
+  if (rows < 1 || rows > state.tokens())
+    throw OptionError("logits of " + std::to_string(rows) + " rows, expected 1 to the step's " +
+                      std::to_string(state.tokens()));
+  const std::int64_t size = rows * model_->head.rows;
+  state.logits.reserve(size, "the logits");
+  state.host_logits.reserve(size, "the logits, on the host");
+  const float* x = state.x.data() + (state.tokens() - rows) * model_->config.hidden_size;
+  multiply(state, model_->head, head_.data() ? head_ : embedding_, x, rows, &final_norm_, {},
+           state.logits.data(), false);
+  copy(stream_, state.host_logits.data(), state.logits.data(), size);
+  stream_.wait();
+  return {state.host_logits.data(), static_cast<std::size_t>(size)};
+}
+
+}  // namespace tda

@@ -1,0 +1,123 @@
+// The device's memory, streams and graphs, owned; and launches. Errors become DeviceError.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <tda/error.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace tda::cuda {
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that it is not reported once more
+  throw DeviceError("cuda: " + what + ": " + cudaGetErrorString(error));
+}
+
+class Stream {
+ public:
+  Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a new stream"); }
+  ~Stream() { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  operator cudaStream_t() const { return stream_; }
+  void wait() const { check(cudaStreamSynchronize(stream_), "waiting for the device"); }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+/// Elements on the device, or pinned ones on the host; not initialised.
+template <class T, bool Pinned = false>
+class Memory {
+ public:
+  Memory() = default;
+  ~Memory() { release(); }
+  Memory(Memory&& o) noexcept
+      : data_(std::exchange(o.data_, nullptr)), count_(std::exchange(o.count_, 0)) {}
+  Memory& operator=(Memory&& o) noexcept {
+    std::swap(data_, o.data_);
+    std::swap(count_, o.count_);
+    return *this;
+  }
+
+  /// Makes room for `count` elements; if that means growing, the contents are lost: true then.
+  bool reserve(std::int64_t count, const std::string& needed_for) {
+    if (count <= count_) return false;
+    release();
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+    void* p = nullptr;
+    const cudaError_t error = Pinned ? cudaMallocHost(&p, bytes) : cudaMalloc(&p, bytes);
+    check(error, std::to_string(bytes) + " bytes needed for " + needed_for);
+    data_ = static_cast<T*>(p);
+    count_ = count;
+    return true;
+  }
+  T* data() const { return data_; }
+  std::int64_t size() const { return count_; }
+
+ private:
+  void release() {
+    Pinned ? cudaFreeHost(data_) : cudaFree(data_);
+    data_ = nullptr;
+    count_ = 0;
+  }
+  T* data_ = nullptr;
+  std::int64_t count_ = 0;
+};
+template <class T>
+using PinnedMemory = Memory<T, true>;
+
+/// A recorded sequence of launches.
+class Graph {
+ public:
+  Graph() = default;
+  ~Graph() { reset(); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  void begin(cudaStream_t stream) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
+  }
+  void end(cudaStream_t stream) {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(stream, &graph), "recording a graph");
+    const cudaError_t error = cudaGraphInstantiate(&exec_, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "making a graph");
+  }
+  void launch(cudaStream_t stream) const { check(cudaGraphLaunch(exec_, stream), "a graph"); }
+  explicit operator bool() const { return exec_ != nullptr; }
+  void reset() {
+    if (exec_) cudaGraphExecDestroy(std::exchange(exec_, nullptr));
+  }
+
+ private:
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+template <class T>
+void copy(cudaStream_t stream, T* to, const T* from, std::int64_t count) {
+  check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), cudaMemcpyDefault,
+                        stream),
+        "a copy");
+}
+
+template <class... P, class... A>
+void launch(cudaStream_t stream, dim3 grid, unsigned threads, std::int64_t shared_bytes,
+            void (*kernel)(P...), const A&... arguments) {
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          std::to_string(shared_bytes) + " bytes of shared memory");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = {threads, 1, 1};
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), "a launch");
+}
+
+}  // namespace tda::cuda

@@ -1,0 +1,227 @@
+// Runs CUDA kernels on the CPU: blocks one by one in random order, every thread a fiber, warps
+// picked in random order and let run ahead as far as barriers allow, so that a missing barrier
+// shows under some schedule. Shared memory begins as NaN. Warp operations are full-mask only.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace simt {
+
+inline constexpr std::size_t kStack = 48 * 1024, kShared = 227 * 1024;
+alignas(16) inline char shared[kShared];  // of the block at hand
+
+enum class State { ready, barrier, warp, done };
+enum class Op { ballot, exclusive_or, up, broadcast };
+
+struct Fiber {
+  jmp_buf resume;
+  ucontext_t start;
+  State state = State::ready;
+  bool started = false;
+  Op op = Op::ballot;
+  int argument = 0;
+  std::uint64_t value = 0, result = 0;
+  void* fake_stack = nullptr;
+};
+
+inline std::vector<Fiber> fibers;  // [threads] of the block at hand
+inline std::unique_ptr<char[]> stacks;
+inline std::size_t stack_count = 0;
+inline jmp_buf scheduler;
+inline const void* scheduler_stack = nullptr;
+inline std::size_t scheduler_stack_size = 0;
+inline std::function<void()> body;
+inline dim3 thread, block, block_size, grid_size;
+inline std::uint32_t random_state = 1;
+
+// Mutations: every place of a barrier or bound that kernels came by, and the one that fails to act.
+inline std::map<std::string, long> places;
+inline std::string broken;
+
+inline bool breaks(const char* file, int line) {
+  const char* name = std::strrchr(file, '/');
+  const std::string place = std::string(name ? name + 1 : file) + ":" + std::to_string(line);
+  ++places[place];
+  return place == broken;
+}
+
+inline void seed(std::uint32_t s) { random_state = s * 2654435761u + 1; }
+inline std::uint32_t random() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 17;
+  return random_state ^= random_state << 5;
+}
+
+inline char* stack_of(std::size_t i) { return stacks.get() + i * kStack; }
+
+inline void arrive([[maybe_unused]] Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+/// Back to the scheduler, until that resumes this thread.
+inline void leave(State why) {
+  Fiber& fiber = fibers[thread.x];
+  fiber.state = why;
+  if (_setjmp(fiber.resume)) return arrive(fiber);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(why == State::done ? nullptr : &fiber.fake_stack, scheduler_stack,
+                                 scheduler_stack_size);
+#endif
+  _longjmp(scheduler, 1);
+}
+
+inline void enter() {
+  arrive(fibers[thread.x]);
+  body();
+  leave(State::done);
+}
+
+inline void resume(unsigned i) {
+  thread.x = i;
+  Fiber& fiber = fibers[i];
+  [[maybe_unused]] static void* fake_stack;
+  if (!_setjmp(scheduler)) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&fake_stack, stack_of(i), kStack);
+#endif
+    if (std::exchange(fiber.started, true)) _longjmp(fiber.resume, 1);
+    setcontext(&fiber.start);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+/// Carries out the operation at which all 32 lanes from `first` on wait.
+inline void exchange(unsigned first) {
+  std::uint32_t ballot = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const Fiber& fiber = fibers[first + lane];
+    if (fiber.state != State::warp || fiber.op != fibers[first].op)
+      throw std::runtime_error("simt: lanes of a warp are not at one warp operation");
+    ballot |= static_cast<std::uint32_t>(fiber.value != 0) << lane;
+  }
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    Fiber& fiber = fibers[first + lane];
+    const unsigned by = static_cast<unsigned>(fiber.argument);
+    const unsigned from = fiber.op == Op::exclusive_or ? lane ^ by
+                          : fiber.op == Op::up         ? (lane < by ? lane : lane - by)
+                                                       : by;
+    fiber.result = fiber.op == Op::ballot ? ballot : fibers[first + from % 32].value;
+    fiber.state = State::ready;
+  }
+}
+
+inline void run_block(unsigned threads) {
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i] = Fiber{};
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = stack_of(i);
+    fiber.start.uc_stack.ss_size = kStack;
+    makecontext(&fiber.start, enter, 0);
+  }
+  const unsigned warps = threads / 32;
+  std::vector<bool> idle(warps, false);  // all lanes wait at a barrier, or are done
+  for (unsigned busy = warps; busy > 0;) {
+    unsigned warp = random() % warps;
+    while (idle[warp]) warp = (warp + 1) % warps;
+    for (unsigned turns = 1 + random() % 16; turns > 0; --turns) {
+      const unsigned rotation = random();
+      for (unsigned k = 0; k < 32; ++k) {
+        const unsigned i = warp * 32 + (k ^ rotation) % 32;
+        if (fibers[i].state == State::ready) resume(i);
+      }
+      unsigned at_warp = 0;
+      for (unsigned k = 0; k < 32; ++k) at_warp += fibers[warp * 32 + k].state == State::warp;
+      if (at_warp == 0) {
+        idle[warp] = true;
+        --busy;
+        break;
+      }
+      exchange(warp * 32);
+    }
+    if (busy > 0) continue;
+    unsigned done = 0;
+    for (const Fiber& fiber : fibers) done += fiber.state == State::done;
+    if (done == threads) return;
+    if (done > 0) throw std::runtime_error("simt: threads wait at a barrier others have left");
+    for (Fiber& fiber : fibers) fiber.state = State::ready;
+    idle.assign(warps, false);
+    busy = warps;
+  }
+}
+
+inline void launch(dim3 grid, dim3 threads, std::size_t shared_bytes,
+                   std::function<void()> kernel) {
+  if (threads.x == 0 || threads.x % 32 != 0 || threads.x > 1024 || threads.y * threads.z != 1 ||
+      grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    throw std::runtime_error("simt: no such grid or block");
+  if (shared_bytes > kShared) throw std::runtime_error("simt: too much shared memory");
+  if (threads.x > stack_count) stacks.reset(new char[(stack_count = threads.x) * kStack]);
+  fibers = std::vector<Fiber>(threads.x);
+  body = std::move(kernel);
+  block_size = threads;
+  grid_size = grid;
+  std::vector<unsigned> order(grid.x * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0u);
+  for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+  for (const unsigned b : order) {
+    block = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+    std::memset(shared, 0xff, shared_bytes);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(shared, kShared);
+    __asan_poison_memory_region(shared + shared_bytes, kShared - shared_bytes);
+#endif
+    run_block(threads.x);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(shared, kShared);
+#endif
+}
+
+inline std::uint64_t at_warp(Op op, std::uint64_t value, int argument) {
+  Fiber& fiber = fibers[thread.x];
+  fiber.op = op;
+  fiber.value = value;
+  fiber.argument = argument;
+  leave(State::warp);
+  return fibers[thread.x].result;
+}
+
+template <class T>
+T shuffle(Op op, T value, int argument) {
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = at_warp(op, bits, argument);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void barrier(bool broken_here) {
+  if (!broken_here) leave(State::barrier);
+}
+
+}  // namespace simt

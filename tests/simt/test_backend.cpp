@@ -1,0 +1,254 @@
+// The CUDA backend on the CPU, whole: host code, graphs and kernels, against plain loops in
+// doubles.
+#include <cstdlib>
+#include <deque>
+
+#include "check.h"
+#include "cuda/attention.cu"
+#include "cuda/cuda_backend.cu"
+#include "cuda/ffn.cu"
+#include "cuda/linear.cu"
+#include "model/forward.h"
+#include "naive.h"
+
+using namespace tda;
+using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
+
+namespace {
+
+double largest_difference(const float* found, const std::vector<naive::Vector>& expected) {
+  double largest = 0;
+  for (const naive::Vector& vector : expected)
+    for (const double e : vector) {
+      const double difference = std::abs(*found++ - e);
+      largest = std::max(largest, std::isnan(difference) ? INFINITY : difference);
+    }
+  return largest;
+}
+
+struct Case {
+  const char* what;
+  ModelConfig config = small_config();
+  WeightFormat format = WeightFormat::f32;
+  KvFormat kv = KvFormat::f32;
+  std::vector<std::int64_t> steps = {5, 1, 1, 2, 1};
+};
+
+std::deque<Case> cases() {
+  std::deque<Case> all;
+  const auto add = [&](const char* what) -> Case& { return all.emplace_back(Case{what}); };
+  add("small");
+  add("bf16 weights").format = WeightFormat::bf16;
+  Case& bf16 = add("bf16 weights and cache");
+  bf16.format = WeightFormat::bf16;
+  bf16.kv = KvFormat::bf16;
+  Case& wide = add("head_dim 130, slices of columns, tied");
+  wide.config.hidden_size = 300;
+  wide.config.intermediate_size = 70;
+  wide.config.num_heads = 3;
+  wide.config.num_kv_heads = 1;
+  wide.config.head_dim = 130;
+  wide.config.tied_embeddings = true;
+  wide.config.activation = Activation::gelu;
+  Case& qwen = add("qk-norm, biases, a group of 5");
+  qwen.config.qk_norm = qwen.config.qkv_bias = qwen.config.output_bias = true;
+  qwen.config.num_heads = 5;
+  qwen.config.num_kv_heads = 1;
+  qwen.config.head_dim = 72;
+  qwen.config.activation = Activation::gelu_tanh;
+  Case& window = add("sliding window, one head per kv head");
+  window.config.num_kv_heads = 4;
+  window.config.sliding_window = {3, 0};
+  window.config.activation = Activation::relu;
+  window.steps = {19, 1, 20, 1};
+  return all;
+}
+
+/// Runs a case verb by verb on both sides; the largest difference after any verb.
+double run_case(const Case& c, FfnMode single = FfnMode::dense) {
+  const RandomModel random(c.config, c.format, 1);
+  const auto model = random.get();
+  const CudaBackend backend(model, 1, false);
+  naive::Session session(model, c.kv);
+  const std::vector<Token> tokens = random_tokens(64, c.config.vocab_size);
+  const auto s = backend.new_state(64, c.kv);
+  CudaState& state = CudaState::of(*s);
+  if (single == FfnMode::sparse)
+    for (std::int64_t l = 0; l < c.config.num_layers; ++l) {
+      session.masks[l].clear();
+      for (std::int32_t j = 0; j < c.config.intermediate_size; ++j)
+        if (j % 3 != l) session.masks[l].push_back(j);
+      backend.set_mask(*s, l, session.masks[l]);
+    }
+  double largest = 0;
+  std::int64_t position = 0;
+  for (const std::int64_t size : c.steps) {
+    const Step step = step_of(Tokens(tokens).subspan(position, size), position, single);
+    const auto check = [&](const float* found, const std::vector<naive::Vector>& expected) {
+      largest = std::max(largest, largest_difference(found, expected));
+    };
+    backend.begin(*s, step);
+    session.begin(step);
+    backend.embed(*s);
+    session.embed();
+    check(state.x.data(), session.x);
+    for (std::int64_t l = 0; l < c.config.num_layers; ++l) {
+      backend.qkv(*s, l);
+      session.qkv(l);
+      backend.attention(*s, l);
+      session.attention(l);
+      check(state.attended.data(), session.attended);
+      backend.attention_out(*s, l);
+      session.attention_out(l);
+      check(state.x.data(), session.x);
+      backend.ffn(*s, l);
+      session.ffn(l);
+      check(state.x.data(), session.x);
+    }
+    for (const std::int64_t rows : {std::int64_t{1}, size}) {
+      std::vector<naive::Vector> expected;
+      for (std::int64_t t = size - rows; t < size; ++t) expected.push_back(session.logits(t));
+      check(backend.logits(*s, rows).data(), expected);
+    }
+    position += size;
+  }
+  return largest;
+}
+
+}  // namespace
+
+TEST(every_verb_agrees_with_plain_loops) {
+  for (const Case& c : cases())
+    for (const FfnMode mode : {FfnMode::dense, FfnMode::sparse}) {
+      const double difference = run_case(c, mode);
+      CHECK_NEAR(difference, 0, c.kv == KvFormat::bf16 ? 0.05 : 1e-4);
+      if (!(difference < 1e-4)) std::printf("  %s: %g\n", c.what, difference);
+    }
+}
+
+/// Logits of a few steps, some of them sparse by the given thresholds.
+std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds& thresholds = {}) {
+  const std::vector<Token> tokens = random_tokens(8, backend.model().config.vocab_size);
+  const auto state = backend.new_state(8, KvFormat::f32);
+  for (std::int64_t l = 0; l < backend.model().config.num_layers; ++l)
+    backend.set_thresholds(*state, l, thresholds);
+  std::vector<float> all;
+  for (std::int64_t position = 0; position < 6; ++position) {
+    const FfnMode mode = position % 2 ? FfnMode::sparse : FfnMode::dense;
+    const auto logits =
+        forward(backend, *state, step_of({&tokens[position], 1}, position, mode), 1);
+    all.insert(all.end(), logits.begin(), logits.end());
+  }
+  return all;
+}
+
+TEST(graphs_give_the_same_bits_as_single_launches) {
+  const RandomModel random(small_config(), WeightFormat::bf16, 2);
+  const std::vector<float> expected = some_logits(CudaBackend(random.get(), 1, false));
+  CHECK(some_logits(CudaBackend(random.get(), 1, true)) == expected);
+}
+
+TEST(hundreds_of_schedules_give_the_same_bits) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.hidden_size = 18;
+  config.vocab_size = 9;
+  const RandomModel random(config, WeightFormat::f32, 3);
+  const CudaBackend backend(random.get(), 1);
+  const std::vector<float> expected = some_logits(backend, {0.3f, 0.3f});
+  for (const float v : expected) CHECK(std::isfinite(v));
+  for (unsigned seed = 0; seed < 100; ++seed) {
+    simt::seed(seed);
+    CHECK(some_logits(backend, {0.3f, 0.3f}) == expected);
+  }
+}
+
+TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.intermediate_size = 301;  // several words of the selection
+  for (const bool by_gate : {false, true}) {
+    const RandomModel random(config, WeightFormat::f32, 4);
+    const auto model = random.get();
+    const LayerWeights& w = model->layers[0];
+    const CudaBackend backend(model, 1, false);
+    const auto state = backend.new_state(1, KvFormat::f32);
+    const Token token = 5;
+    const Step step = step_of({&token, 1}, 0, FfnMode::sparse);
+    naive::Session session(model, KvFormat::f32);
+    backend.begin(*state, step), session.begin(step);
+    backend.embed(*state), session.embed();
+    const naive::Vector in = session.norm(session.x[0].data(), w.ffn_norm);
+    const naive::Vector gate = session.product(w.gate, in), up = session.product(w.up, in);
+    const auto estimate = [&](std::int64_t j) {
+      const double active = naive::activate(config.activation, gate[j]);
+      return std::abs(by_gate ? active : active * up[j] * w.down_lengths[j]);
+    };
+    naive::Vector estimates;
+    for (std::int64_t j = 0; j < config.intermediate_size; ++j) estimates.push_back(estimate(j));
+    std::sort(estimates.begin(), estimates.end());
+    // Between two estimates, so that rounding decides nothing.
+    const auto threshold = static_cast<float>((estimates[150] + estimates[151]) / 2);
+    backend.set_thresholds(*state, 0, {threshold, threshold, by_gate});
+    std::int64_t selected = 0;
+    for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
+      const double active = naive::activate(config.activation, gate[j]);
+      if (estimate(j) < threshold) continue;
+      ++selected;
+      const naive::Vector down = naive::values(w.down, j);
+      for (std::size_t i = 0; i < down.size(); ++i) session.x[0][i] += active * up[j] * down[i];
+    }
+    backend.ffn(*state, 0);
+    CHECK(selected == 150);
+    CHECK(backend.ffn_reads(*state, 0).exact == selected);
+    CHECK_NEAR(largest_difference(CudaState::of(*state).x.data(), session.x), 0, 1e-4);
+  }
+}
+
+TEST(the_statistic_is_that_of_the_definition) {
+  ModelConfig config = small_config();
+  const RandomModel random(config, WeightFormat::f32, 5);
+  const auto model = random.get();
+  const CudaBackend backend(model, 1);
+  const std::vector<Token> tokens = random_tokens(7, config.vocab_size);
+  for (const std::int64_t size : {1, 7}) {
+    const auto state = backend.new_state(7, KvFormat::f32);
+    naive::Session session(model, KvFormat::f32);
+    const Step step = step_of(Tokens(tokens).first(size), 0, FfnMode::gather);
+    forward(backend, *state, step, 0);
+    session.begin(step);
+    session.embed();
+    session.qkv(0), session.attention(0), session.attention_out(0), session.ffn(0);
+    naive::Vector expected(config.intermediate_size);
+    for (const naive::Vector& h : session.hidden) {
+      double all = 0;
+      for (std::size_t j = 0; j < h.size(); ++j)
+        all += std::pow(h[j] * model->layers[0].down_lengths[j], 2);
+      for (std::size_t j = 0; j < h.size(); ++j)
+        expected[j] += std::pow(h[j] * model->layers[0].down_lengths[j], 2) / all;
+    }
+    const Backend::Statistic found = backend.statistic(*state, 0);
+    CHECK(found.tokens == size);
+    for (std::size_t j = 0; j < expected.size(); ++j) CHECK_NEAR(found.sums[j], expected[j], 1e-5);
+    backend.fade_statistic(*state, 0.5);
+    CHECK(backend.statistic(*state, 0).sums[3] == found.sums[3] / 2);
+  }
+}
+
+TEST(what_does_not_fit_is_refused_by_name) {
+  const RandomModel int8(small_config(), WeightFormat::int8, 6);
+  CHECK_THROWS(CudaBackend(int8.get(), 1), OptionError, "weights int8");
+  const RandomModel f32(small_config(), WeightFormat::f32, 6);
+  simt::memory_total = 1000;
+  CHECK_THROWS(CudaBackend(f32.get(), 1), DeviceError, "of which 1000 are free");
+  simt::memory_total = std::size_t{1} << 30;
+  CHECK(simt::memory_used == 0);
+  const CudaBackend backend(f32.get(), 1);
+  CHECK_THROWS(backend.new_state(1 << 30, KvFormat::f32), DeviceError, "KV cache");
+  CHECK_THROWS(backend.new_state(0, KvFormat::f32), OptionError, "capacity");
+  simt::devices = 0;
+  CHECK_THROWS(make_cuda_backend(f32.get(), 1), DeviceError, "no CUDA device");
+  simt::devices = 1;
+}
+
+int main() { return run_tests(); }
