@@ -34,8 +34,9 @@ CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool g
   if (threads < 0)
     throw OptionError("threads " + std::to_string(threads) + ", expected 0 (all) or more");
   if (threads == 0) threads_ = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  if (model_->format == WeightFormat::int8)
-    throw OptionError("weights int8: not yet on device cuda, expected f32 or bf16");
+  if (model_->format != WeightFormat::f32 && model_->format != WeightFormat::bf16)
+    throw OptionError("weights " + std::string(name_of(model_->format)) +
+                      ": not yet on device cuda, expected f32 or bf16");
   if (config.head_dim > 256)
     throw OptionError("head_dim " + std::to_string(config.head_dim) +
                       ": device cuda expects at most 256");

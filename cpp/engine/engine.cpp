@@ -15,9 +15,9 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   const Checkpoint checkpoint(folder);
   const auto model = load_model(checkpoint, options.weights, options.threads);
   // What CUDA cannot take yet, `automatic` leaves to the CPU.
-  const bool cuda = options.device == Device::automatic
-                        ? cuda_missing().empty() && model->format != WeightFormat::int8
-                        : options.device == Device::cuda;
+  const bool taken = model->format == WeightFormat::f32 || model->format == WeightFormat::bf16;
+  const bool cuda = options.device == Device::automatic ? cuda_missing().empty() && taken
+                                                        : options.device == Device::cuda;
   auto backend =
       cuda ? make_cuda_backend(model, options.threads) : make_cpu_backend(model, options.threads);
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
