@@ -11,13 +11,6 @@ namespace {
 /// Neurons worked on at a time: their down rows share what is loaded and stored of y.
 constexpr int64_t kBatch = 16;
 
-/// Loads are what these loops run out of, and compilers like to repeat them.
-inline void keep_in_register([[maybe_unused]] Ints& v) {
-#if defined(__AVX2__)
-  asm("" : "+v"(v));
-#endif
-}
-
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 /// Per-lane sums of up to kBatch rows on their way to one float each.
@@ -51,14 +44,58 @@ struct Gated {
   }
 };
 
+// ---- memory ---------------------------------------------------------------------------------
+//
+// Rows that follow each other are read in order and left to the hardware, which prefetches plain
+// streams best. What a selection wants is scattered: its cache lines are asked for a few at a time,
+// between other work, so that memory is never idle and never overrun; into the second-level cache,
+// since the first level can have only few misses under way.
+
+/// Units of time: a neuron's gate and up, the same from the high planes alone, and a group of a
+/// batch's down rows.
+constexpr int64_t kNeuronUnits = 3, kSketchUnits = 2, kAddUnits = 3;
+
+class Wanted {
+ public:
+  void clear() { count_ = next_ = left_ = 0; }
+  void add(const std::uint8_t* row, int64_t bytes) {
+    Lines& lines = rows_[count_++];
+    lines = {row, row + (bytes + 63) / 64 * 64};
+    left_ += (bytes + 63) / 64;
+  }
+  /// All that is left, spread evenly over so many units of time.
+  void spread(int64_t units) { step_ = (left_ + units - 1) / max(units, 1); }
+  /// What a piece of work that takes so many units may ask for.
+  void ask(int64_t units) {
+    int64_t lines = min(step_ * units, left_);
+    left_ -= lines;
+    while (lines > 0) {
+      Lines& row = rows_[next_];
+      const std::uint8_t* const end =
+          lines < (row.end - row.begin) / 64 ? row.begin + lines * 64 : row.end;
+      lines -= (end - row.begin) / 64;
+      for (; row.begin != end; row.begin += 64) __builtin_prefetch(row.begin, 0, 2);
+      next_ += end == row.end;
+    }
+  }
+  void ask_for_rest() { spread(1), ask(1); }
+
+ private:
+  struct Lines {
+    const std::uint8_t *begin, *end;
+  };
+  static constexpr int64_t kMost = 6 * kBatch;
+  int64_t count_ = 0, next_ = 0, left_ = 0, step_ = 0;  // step: lines per unit
+  Lines rows_[kMost];
+};
+
 // ---- down rows ------------------------------------------------------------------------------
 
-/// A neuron's down row and what it is taken times; not exact: its high plane alone.
+/// A neuron's down row and what it is taken times.
 template <class Row>
 struct Down {
   Row row;
   float h;
-  bool exact;
 };
 
 #if defined(__AVX512VNNI__)
@@ -76,7 +113,7 @@ struct Factors {
     __m512 exact[kBatch], largest = _mm512_setzero_ps();
     for (int64_t r = count; r % 4 != 0; ++r) exact[r] = _mm512_setzero_ps();
     for (int64_t r = 0; r < count; ++r) {
-      exact[r] = (__m512)(downs[r].h * downs[r].row.scales_from(s));
+      exact[r] = (__m512)(downs[r].h * downs[r].row.scales.step * downs[r].row.scales.from(s));
       largest = _mm512_max_ps(largest, _mm512_abs_ps(exact[r]));
     }
     const __m512 most = _mm512_set1_ps(32512.0f);  // 127 * 256
@@ -123,19 +160,26 @@ struct Factors {
 /// A group's kScales integers, each for as many lanes.
 template <int kScales>
 inline __m512i spread(const int32_t* p) {
-  if constexpr (kScales == 1) return _mm512_set1_epi32(*p);
+  if constexpr (kScales == 2)
+    return _mm512_permutexvar_epi32(
+        _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
+        _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)p)));
   const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_epi32(index, _mm512_castsi128_si512(_mm_loadu_si128((__m128i*)p)));
+  return _mm512_permutexvar_epi32(index,
+                                  _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
 }
 
-/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
-template <class Row>
-inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, float* y) {
+/// y += sum over i < count <= kBatch of h[i] row[i]; not exact: of the rows' high planes. y: whole
+/// groups
+template <bool kExact, class Row>
+inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, float* y,
+                     Wanted& wanted) {
   constexpr int kScales = Row::kScales;
   if (count == 0) return;
   for (int64_t g0 = 0; g0 < groups; g0 += kLanes / kScales) {
     const Factors<Row> factors(downs, count, g0 * kScales);
     for (int64_t g = 0; g < min(kLanes / kScales, groups - g0); ++g, y += kGroup) {
+      wanted.ask(kAddUnits);
       const int64_t at = g * kScales;
       const __m512i high_start = spread<kScales>(factors.high_start + at);
       const __m512i low_start = spread<kScales>(factors.low_start + at);
@@ -147,7 +191,7 @@ inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, floa
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const Down<Row>& down = downs[min(4 * q + i, last)];
-          codes[i] = down.row.codes(g0 + g, down.exact);
+          codes[i] = down.row.template codes<kExact>(g0 + g);
         }
         interleave(codes, columns);
         const __m512i high_factors = spread<kScales>(factors.high[q] + at);
@@ -181,23 +225,27 @@ inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, floa
 
 #else
 
-/// y += sum over i < count <= kBatch of h[i] row[i]. y: whole groups
-template <class Row>
-inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, float* y) {
+/// y += sum over i < count <= kBatch of h[i] row[i]; not exact: of the rows' high planes. y: whole
+/// groups
+template <bool kExact, class Row>
+inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, float* y,
+                     Wanted& wanted) {
   constexpr int kVectors = kGroup / kLanes, kScales = Row::kScales;
   static_assert(kLanes % kScales == 0);
   float factors[kBatch][kLanes];
   for (int64_t g = 0; g < groups; ++g, y += kGroup) {
+    wanted.ask(kAddUnits);
     const int64_t at = g * kScales % kLanes;
     if (at == 0)
       for (int64_t r = 0; r < count; ++r)
-        store(factors[r], downs[r].h * downs[r].row.scales_from(g * kScales));
+        store(factors[r],
+              downs[r].h * downs[r].row.scales.step * downs[r].row.scales.from(g * kScales));
     Floats sums[kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) sums[i] = load_as<Floats>(y + i * kLanes);
     for (int64_t r = 0; r < count; ++r) {
       std::int8_t codes[kGroup];
-      downs[r].row.codes(g, downs[r].exact, codes);
+      downs[r].row.template codes<kExact>(g, codes);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
         sums[i] += factors[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);
@@ -208,34 +256,6 @@ inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, floa
 }
 
 #endif
-
-// ---- memory ---------------------------------------------------------------------------------
-//
-// Rows that follow each other are read in order and left to the hardware, which prefetches plain
-// streams best. What a selection wants is scattered: its cache lines are asked for a few at a time,
-// between rows that are worked on, so that memory is never idle and never overrun; into the
-// second-level cache, since the first level can have only few misses under way.
-
-class Wanted {
- public:
-  void clear() { next_ = count_ = 0; }
-  void add(const std::uint8_t* row, int64_t bytes) {
-    rows_[count_] = row;
-    lines_[count_++] = static_cast<int>((bytes + 63) / 64);
-  }
-  /// All that is left, spread over so many calls of `ask`.
-  void spread(int64_t calls) { step_ = (count_ - next_ + calls - 1) / calls; }
-  void ask() {
-    for (const int64_t end = min(next_ + step_, count_); next_ < end; ++next_)
-      for (int i = 0; i < lines_[next_]; ++i) __builtin_prefetch(rows_[next_] + i * 64, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kMost = 6 * kBatch;
-  const std::uint8_t* rows_[kMost];
-  int lines_[kMost];
-  int64_t count_ = 0, next_ = 0, step_ = 0;
-};
 
 }  // namespace
 }  // namespace tda

@@ -35,7 +35,7 @@ struct Layout {
 
 /// The matrix's rows from `first` on, for kernels.
 inline Rows rows_of(const Matrix& w, std::int64_t first = 0) {
-  return {w.row(first), w.low_row(first), w.cols, w.gap, w.low_gap};
+  return {w.row(first), w.low_row(first), w.cols, w.stride(), w.low_stride()};
 }
 
 struct CpuState final : State {

@@ -11,10 +11,10 @@ namespace tda {
 namespace {
 
 constexpr int64_t kPanel = 2 * kLanes;
-constexpr int kDwords = 16;  // of a row or token that are worked on at once
 
-/// kDwords of each of a panel's tokens.
-typedef std::int32_t PanelDwords[kDwords][kPanel];
+/// Some dwords of each of a panel's tokens.
+template <int kDwords>
+using PanelDwords = std::int32_t[kDwords][kPanel];
 
 /// sums[m] += row m times b for m < kRows; at(m) is where the row's first dword lies, the next ones
 /// follow kStep bytes apart.
@@ -22,8 +22,8 @@ typedef std::int32_t PanelDwords[kDwords][kPanel];
 /// Add is one piece of assembly for a dword and both halves of b: from intrinsics, or in a loop,
 /// compilers (GCC 12) copy the sums about, many of them to memory, though there are registers for
 /// all.
-template <class Add, int kRows, int kStep, class At>
-inline void add_products(const At& at, const PanelDwords& b, __m512i sums[kRows][2]) {
+template <class Add, int kRows, int kStep, int kDwords, class At>
+inline void add_products(const At& at, const PanelDwords<kDwords>& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 16
   for (int k = 0; k < kDwords; ++k) {
     const __m512i b0 = _mm512_loadu_si512(b[k]), b1 = _mm512_loadu_si512(b[k] + kLanes);

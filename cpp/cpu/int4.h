@@ -8,23 +8,19 @@ namespace {
 
 struct Int4Row {
   static constexpr int kScales = kInt4Scales, kOffset = 8;
+  static constexpr bool kPlanes = false;
   const std::uint8_t* nibbles;
-  const std::int8_t* scales;
-  float step;
+  RowScales scales;
 
   Int4Row() = default;
   Int4Row(const Rows& w, int64_t r)
-      : nibbles(reinterpret_cast<const std::uint8_t*>(w.data) + r * (int4_row_bytes(w.n) + w.gap)),
-        scales(reinterpret_cast<const std::int8_t*>(nibbles + low_row_bytes(w.n))) {
-    __builtin_memcpy(&step, scales + groups_of(w.n) * kScales, 4);
-  }
-
-  /// kLanes scales, the step in them; a row's last ones may be followed by anything.
-  Floats scales_from(int64_t first) const { return step * signed_floats(scales + first); }
+      : nibbles(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
+        scales(nibbles, w.n, kScales) {}
 
 #if defined(__AVX512VNNI__)
   /// A group's codes.
-  __m512i codes(int64_t group, bool = true) const {
+  template <bool = true>
+  __m512i codes(int64_t group) const {
     const auto* at = reinterpret_cast<const __m256i*>(nibbles + group * kGroupBytes);
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
     const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
@@ -33,7 +29,8 @@ struct Int4Row {
   }
 #else
   /// A group's codes, less the offset.
-  void codes(int64_t group, bool, std::int8_t out[kGroup]) const {
+  template <bool>
+  void codes(int64_t group, std::int8_t out[kGroup]) const {
     Bytes w[kParts];
     expand(nibbles + group * kGroupBytes, w);
     for (int i = 0; i < kParts; ++i) w[i] -= kOffset;
@@ -49,7 +46,7 @@ struct Int4Row {
     const HalfBytes code = (quarter < 2 ? both & 15 : both >> 4) - kOffset;
     std::int8_t codes[16];
     __builtin_memcpy(codes, &code, 16);
-    const float scale = step * static_cast<float>(scales[first / 16]);
+    const float scale = scales[first / (kGroup / kScales)];
     for (int i = 0; i < 16; i += kLanes) store(out + i, scale * signed_floats(codes + i));
   }
 };

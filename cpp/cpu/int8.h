@@ -38,25 +38,37 @@ inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
 }
 #endif
 
+/// Scales of an integer row and their step, where they stand behind the nibbles.
+struct RowScales {
+  const std::int8_t* scales;
+  float step;
+
+  RowScales() = default;
+  RowScales(const std::uint8_t* row, int64_t n, int64_t per_group)
+      : scales(reinterpret_cast<const std::int8_t*>(row + low_row_bytes(n))) {
+    __builtin_memcpy(&step, scales + groups_of(n) * per_group, 4);
+  }
+  float operator[](int64_t i) const { return step * static_cast<float>(scales[i]); }
+  /// kLanes of them, in steps; a row's last ones may be followed by anything.
+  Floats from(int64_t first) const { return signed_floats(scales + first); }
+};
+
 struct Int8Row {
-  static constexpr int kScales = 1, kOffset = 136;
+  static constexpr int kScales = kInt8Scales, kOffset = 136;
+  static constexpr bool kPlanes = true;
   const std::uint8_t *high, *low;
-  const std::uint16_t* scales;  // bf16
+  RowScales scales;
 
   Int8Row() = default;
   Int8Row(const Rows& w, int64_t r)
-      : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * (high_row_bytes(w.n) + w.gap)),
-        low(reinterpret_cast<const std::uint8_t*>(w.low) + r * (low_row_bytes(w.n) + w.low_gap)),
-        scales(reinterpret_cast<const std::uint16_t*>(high + low_row_bytes(w.n))) {}
-
-  /// kLanes groups' scales.
-  Floats scales_from(int64_t group) const {
-    return (Floats)(widen(load_as<Halves>(scales + group)) << 16);
-  }
+      : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
+        low(reinterpret_cast<const std::uint8_t*>(w.low) + r * w.low_stride),
+        scales(high, w.n, kScales) {}
 
 #if defined(__AVX512VNNI__)
-  /// A group's 16 high + low, or 16 high + 8 if not exact.
-  __m512i codes(int64_t group, bool exact = true) const {
+  /// A group's codes: 16 high + low, or 16 high + 8.
+  template <bool kExact = true>
+  __m512i codes(int64_t group) const {
     const auto twice = [group](const std::uint8_t* plane) {
       const auto* at = reinterpret_cast<const __m256i*>(plane + group * kGroupBytes);
       return _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
@@ -66,19 +78,20 @@ struct Int8Row {
                                         0x0004000400040004, 0x0004000400040004);
     const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
                                           0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
-    const __m512i l = exact ? _mm512_srlv_epi16(twice(low), down) : _mm512_set1_epi8(8);
+    const __m512i l = kExact ? _mm512_srlv_epi16(twice(low), down) : _mm512_set1_epi8(8);
     // Where the mask is set bits of the high plane, else of the low one.
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
                                      _mm512_sllv_epi16(twice(high), up), l, 0xca);
   }
 #else
   /// A group's 16 (high - 8) + (low - 8), or 16 (high - 8).
-  void codes(int64_t group, bool exact, std::int8_t out[kGroup]) const {
+  template <bool kExact>
+  void codes(int64_t group, std::int8_t out[kGroup]) const {
     const int64_t at = group * kGroupBytes;
     Bytes w[kParts], lows[kParts] = {};
     expand(high + at, w);
-    if (exact) expand(low + at, lows);
-    const std::uint8_t offset = exact ? 136 : 128;
+    if (kExact) expand(low + at, lows);
+    const std::uint8_t offset = kExact ? 136 : 128;
     for (int i = 0; i < kParts; ++i) w[i] = (w[i] << 4) + lows[i] - offset;
     __builtin_memcpy(out, w, sizeof w);
   }
@@ -96,7 +109,7 @@ struct Int8Row {
     const HalfBytes code = (h | l) - 136;
     std::int8_t codes[16];
     __builtin_memcpy(codes, &code, 16);
-    const float scale = bf16_to_f32(scales[group]);
+    const float scale = scales[first / (kGroup / kScales)];
     for (int i = 0; i < 16; i += kLanes) store(out + i, scale * signed_floats(codes + i));
   }
 };

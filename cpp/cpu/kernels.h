@@ -43,12 +43,13 @@ struct PreparedPanels {
   }
 };
 
-/// Weight rows from some row on, n values each; pointers and gaps are those of Matrix.
+/// Weight rows from some row on, n values each. int8 and int4 rows are `stride` bytes apart, int8's
+/// low ones `low_stride`; others follow each other.
 struct Rows {
   const std::byte* data;
   const std::byte* low;
   std::int64_t n;
-  std::int64_t gap = 0, low_gap = 0;
+  std::int64_t stride = 0, low_stride = 0;
 };
 
 /// A layer's feed-forward rows: row j of the three is neuron j.

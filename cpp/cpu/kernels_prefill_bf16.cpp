@@ -9,7 +9,9 @@
 namespace tda {
 namespace {
 
-constexpr int64_t kGroup = 2 * kDwords;  // values that are worked on at once
+constexpr int kDwords = 16;              // of a row or token that are worked on at once
+constexpr int64_t kGroup = 2 * kDwords;  // their values
+using Group = PanelDwords<kDwords>;
 
 struct AddPairs {
   static void add(__m512i sums[2], const void* pair, __m512i b0, __m512i b1) {
@@ -33,7 +35,7 @@ inline __m512i interleaving(int first) {
 }
 
 /// Rounds `count` <= kGroup rows of a panel; zeros behind them.
-inline void pack(const float* b, int64_t count, PanelDwords& out) {
+inline void pack(const float* b, int64_t count, Group& out) {
   std::uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 16);
   const __m512i interleave = _mm512_loadu_si512(order);
@@ -47,10 +49,10 @@ inline void pack(const float* b, int64_t count, PanelDwords& out) {
     }
 }
 
-int64_t prepared_bytes(int64_t n) { return groups_of(n) * sizeof(PanelDwords); }
+int64_t prepared_bytes(int64_t n) { return groups_of(n) * sizeof(Group); }
 
 void prepare(const float* b, int64_t n, void* prepared) {
-  PanelDwords* const groups = static_cast<PanelDwords*>(prepared);
+  Group* const groups = static_cast<Group*>(prepared);
   for (int64_t g = 0; g < groups_of(n); ++g)
     pack(b + g * kGroup * kPanel, min(kGroup, n - g * kGroup), groups[g]);
 }
@@ -62,7 +64,7 @@ static_assert(kBlockRows % kTileRows == 0);
 /// c[m] += (or =) row m times b for m < rows <= kRows; see add_products. Rows are kRowStep bytes
 /// apart. A function of its own, or else compilers (GCC 12) keep sums in memory.
 template <int kRows, int kRowStep, int kStep>
-[[gnu::noinline]] void tile(const void* w, const PanelDwords& b, float* c, int64_t rows, bool add) {
+[[gnu::noinline]] void tile(const void* w, const Group& b, float* c, int64_t rows, bool add) {
   const auto at = [w](int m) { return static_cast<const std::byte*>(w) + m * kRowStep; };
   __m512i sums[kRows][2];
 #pragma GCC unroll 12
@@ -104,7 +106,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
         }
       }
       for (int64_t p = 0; p < count; ++p) {
-        const auto* const panel = static_cast<const PanelDwords*>(b.from(p).data);
+        const auto* const panel = static_cast<const Group*>(b.from(p).data);
         for (int64_t r = 0; r < block; r += kTileRows)
           for (int64_t g = 0; g < depth; ++g) {
             tile<kTileRows, 2 * kGroup, 4>(a[g][r], panel[g0 + g],
@@ -143,7 +145,7 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
                          Panels c, int64_t count) {
   constexpr int64_t kDepth = 4;
   Square squares[kDepth];
-  alignas(64) PanelDwords packed[kDepth];
+  alignas(64) Group packed[kDepth];
   for (int64_t c0 = 0; c0 < columns; c0 += kBlockColumns) {
     const int64_t block = min(kBlockColumns, columns - c0);
     for (int64_t k0 = 0; k0 < rows; k0 += kDepth * kGroup) {

@@ -1,9 +1,10 @@
 // Kernels of prefill for int8 rows by byte products, where there is an instruction for four of them
 // at once; kernels_prefill.cpp has those for other machines.
 //
-// The tokens of a panel are rounded to bytes by groups of 64, as in decode:  x = scale q. A dword
-// of four neighbours of a row is broadcast to the lanes and multiplied with the same four of each
-// token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is where the sums start.
+// The tokens of a panel are rounded to bytes by parts of 32, for which weights have a scale, too:
+// x = scale q. A dword of four neighbours of a row is broadcast to the lanes and multiplied with
+// the same four of each token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is
+// where the sums start.
 #include "cpu/dwords.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
@@ -13,21 +14,22 @@
 namespace tda {
 namespace {
 
-static_assert(kDwords == kGroup / 4);
+constexpr int64_t kPart = kGroup / kInt8Scales;
+constexpr int kDwords = kPart / 4;
 
-/// A group of a panel's vectors.
-struct Group {
-  PanelDwords q;          // four bytes each
-  int32_t start[kPanel];  // -136 sum of the token's q
+/// A part of a panel's vectors.
+struct Part {
+  PanelDwords<kDwords> q;  // four bytes each
+  int32_t start[kPanel];   // -136 sum of the token's q
   float scale[kPanel];
 };
 
 // ---- rounding -------------------------------------------------------------------------------
 
-/// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the group's half `half`; zeros
-/// behind them.
+/// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the part's half `half` of the
+/// tokens; zeros behind them.
 template <class Value>
-inline void quantize(int64_t count, const Value& value, Group& out, int half) {
+inline void quantize(int64_t count, const Value& value, Part& out, int half) {
   Floats largest = {};
   for (int64_t i = 0; i < count; ++i)
     largest = (Floats)_mm512_max_ps((__m512)largest, _mm512_abs_ps((__m512)value(i)));
@@ -54,15 +56,17 @@ inline void quantize(int64_t count, const Value& value, Group& out, int half) {
   store(out.scale + half * kLanes, largest / 127.0f);
 }
 
-int64_t prepared_bytes(int64_t n) { return groups_of(n) * sizeof(Group); }
+int64_t parts_of(int64_t n) { return (n + kPart - 1) / kPart; }
+
+int64_t prepared_bytes(int64_t n) { return parts_of(n) * sizeof(Part); }
 
 void prepare(const float* b, int64_t n, void* prepared) {
-  Group* const groups = static_cast<Group*>(prepared);
-  for (int64_t g = 0; g < groups_of(n); ++g, b += kGroup * kPanel)
+  Part* const parts = static_cast<Part*>(prepared);
+  for (int64_t i = 0; i < parts_of(n); ++i, b += kPart * kPanel)
     for (int half = 0; half < 2; ++half)
       quantize(
-          min(kGroup, n - g * kGroup),
-          [&](int64_t i) { return load_as<Floats>(b + i * kPanel + half * kLanes); }, groups[g],
+          min(kPart, n - i * kPart),
+          [&](int64_t j) { return load_as<Floats>(b + j * kPanel + half * kLanes); }, parts[i],
           half);
 }
 
@@ -79,9 +83,9 @@ struct AddQuads {
   }
 };
 
-/// The products of kRows rows with a group, from its start on; see add_products.
+/// The products of kRows rows with a part, from its start on; see add_products.
 template <int kRows, int kStep, class At>
-inline void products(const At& at, const Group& b, __m512i sums[kRows][2]) {
+inline void products(const At& at, const Part& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
@@ -95,7 +99,7 @@ constexpr int kTileRows = 12;  // x 2 vectors
 static_assert(kBlockRows % kTileRows == 0);
 
 /// c[m] += (or =) scales[m] * codes[m] b for m < rows, while codes has kTileRows.
-inline void tile(const std::uint8_t (*codes)[kGroup], const float* scales, const Group& b, float* c,
+inline void tile(const std::uint8_t (*codes)[kPart], const float* scales, const Part& b, float* c,
                  int64_t rows, bool add) {
   __m512i sums[kTileRows][2];
   products<kTileRows, 4>([&](int m) { return codes[m]; }, b, sums);
@@ -111,28 +115,30 @@ inline void tile(const std::uint8_t (*codes)[kGroup], const float* scales, const
 }
 
 void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t count, bool add) {
-  constexpr int64_t kDepth = 8;  // groups of a panel that stay in the first-level cache
-  alignas(64) std::uint8_t codes[kDepth][kBlockRows][kGroup];
+  constexpr int64_t kDepth = 16;  // parts of a panel that stay in the first-level cache
+  alignas(64) std::uint8_t codes[kDepth][kBlockRows][kPart];
   float scales[kDepth][kBlockRows];
-  const int64_t groups = groups_of(w.n);
+  const int64_t parts = parts_of(w.n);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
-    for (int64_t g0 = 0; g0 < groups; g0 += kDepth) {
-      const int64_t depth = min(kDepth, groups - g0);
+    for (int64_t k0 = 0; k0 < parts; k0 += kDepth) {
+      const int64_t depth = min(kDepth, parts - k0);
       for (int64_t r = 0; r < (block + kTileRows - 1) / kTileRows * kTileRows; ++r) {
         const Int8Row row(w, r0 + min(r, block - 1));  // whatever stands behind the last one
-        for (int64_t g = 0; g < depth; ++g) {
-          _mm512_store_si512(codes[g][r], row.codes(g0 + g));
-          scales[g][r] = bf16_to_f32(row.scales[g0 + g]);
+        for (int64_t k = 0; k < depth; k += kInt8Scales) {
+          const __m512i both = row.codes((k0 + k) / kInt8Scales);
+          _mm256_store_si256((__m256i*)codes[k][r], _mm512_castsi512_si256(both));
+          _mm256_store_si256((__m256i*)codes[k + 1][r], _mm512_extracti64x4_epi64(both, 1));
+          for (int i = 0; i < kInt8Scales; ++i) scales[k + i][r] = row.scales[k0 + k + i];
         }
       }
       for (int64_t p = 0; p < count; ++p) {
-        const Group* const panel =
-            reinterpret_cast<const Group*>(static_cast<const std::byte*>(b.data) + p * b.stride);
+        const Part* const panel =
+            reinterpret_cast<const Part*>(static_cast<const std::byte*>(b.data) + p * b.stride);
         for (int64_t r = 0; r < block; r += kTileRows)
-          for (int64_t g = 0; g < depth; ++g)
-            tile(codes[g] + r, scales[g] + r, panel[g0 + g],
-                 c.data + p * c.stride + (r0 + r) * kPanel, block - r, add || g0 + g > 0);
+          for (int64_t k = 0; k < depth; ++k)
+            tile(codes[k] + r, scales[k] + r, panel[k0 + k],
+                 c.data + p * c.stride + (r0 + r) * kPanel, block - r, add || k0 + k > 0);
       }
     }
   }
@@ -141,15 +147,16 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
 // ---- transposed -----------------------------------------------------------------------------
 //
 // Here a token's sum is over the rows, whose scales differ: they are taken into b before it is
-// rounded, once for each group of columns.
+// rounded, once for each part of the columns.
 
 constexpr int kTileColumns = 8;  // x 2 vectors
+static_assert(kPart % kTileColumns == 0);
 
-/// One group of kGroup rows: four at a time, their bytes interleaved. Column 16 i + 4 j + k of the
-/// rows' quad is dword (4 j + i) 4 + k.
-struct Square {
+/// kPart rows of one group of columns: four rows at a time, their bytes interleaved. Column
+/// 16 i + 4 j + k of the rows' quad is dword (4 j + i) 4 + k.
+struct Block {
   alignas(64) std::uint8_t quads[kDwords][4 * kGroup];
-  float scales[kGroup];
+  float scales[kInt8Scales][kPart];
 
   /// Rows [first, first + count) of a column group; zeros behind them.
   void load(const Rows& w, int64_t first, int64_t count, int64_t group) {
@@ -160,7 +167,8 @@ struct Square {
         const bool there = r < count;
         const Int8Row row(w, first + (there ? r : 0));
         rows[j] = there ? row.codes(group) : _mm512_setzero_si512();
-        scales[r] = there ? bf16_to_f32(row.scales[group]) : 0.0f;
+        for (int part = 0; part < kInt8Scales; ++part)
+          scales[part][r] = there ? row.scales[group * kInt8Scales + part] : 0.0f;
       }
       __m512i columns[4];
       interleave(rows, columns);
@@ -173,11 +181,11 @@ struct Square {
   }
 };
 
-/// c[m] += squareᵀ b for the columns first + m, m < columns, kTileColumns of them at most.
-inline void tile_transposed(const Square& square, int64_t first, const Group& b, float* c,
+/// c[m] += blockᵀ b for the columns first + m, m < columns, kTileColumns of them at most.
+inline void tile_transposed(const Block& block, int64_t first, const Part& b, float* c,
                             int64_t columns) {
   __m512i sums[kTileColumns][2];
-  const std::uint8_t* const start = square.column(first);
+  const std::uint8_t* const start = block.column(first);
   products<kTileColumns, 4 * kGroup>([&](int m) { return start + m / 4 * kGroup + m % 4 * 4; }, b,
                                      sums);
 #pragma GCC unroll 12
@@ -193,27 +201,30 @@ inline void tile_transposed(const Square& square, int64_t first, const Group& b,
 
 void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t columns, ConstPanels b,
                          Panels c, int64_t count) {
-  Square square;
-  Group group;
-  for (int64_t c0 = 0; c0 < columns; c0 += kGroup) {
-    const int64_t block = min(kGroup, columns - c0);
-    for (int64_t k0 = 0; k0 < rows; k0 += kGroup) {
-      const int64_t depth = min(kGroup, rows - k0);
-      square.load(w, k0, depth, (first + c0) / kGroup);
+  Block block;
+  Part part;
+  for (int64_t c0 = 0; c0 < columns; c0 += kGroup)
+    for (int64_t k0 = 0; k0 < rows; k0 += kPart) {
+      const int64_t depth = min(kPart, rows - k0);
+      block.load(w, k0, depth, (first + c0) / kGroup);
       for (int64_t p = 0; p < count; ++p) {
         const float* const in = b.data + p * b.stride + k0 * kPanel;
-        for (int half = 0; half < 2; ++half)
-          quantize(
-              depth,
-              [&](int64_t i) {
-                return square.scales[i] * load_as<Floats>(in + i * kPanel + half * kLanes);
-              },
-              group, half);
-        for (int64_t i = 0; i < block; i += kTileColumns)
-          tile_transposed(square, i, group, c.data + p * c.stride + (c0 + i) * kPanel, block - i);
+        for (int64_t i = 0; i < min(kGroup, columns - c0); i += kTileColumns) {
+          if (i % kPart == 0) {
+            const float* const scales = block.scales[i / kPart];
+            for (int half = 0; half < 2; ++half)
+              quantize(
+                  depth,
+                  [&](int64_t j) {
+                    return scales[j] * load_as<Floats>(in + j * kPanel + half * kLanes);
+                  },
+                  part, half);
+          }
+          tile_transposed(block, i, part, c.data + p * c.stride + (c0 + i) * kPanel,
+                          columns - c0 - i);
+        }
       }
     }
-  }
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef float Quad __attribute__((vector_size(16)));
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// Loads and stores take any alignment.
 template <class Vector, class T>
@@ -45,6 +46,7 @@ inline Vector load_as(const T* p) {
 }
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats splat(float s) { return s - Floats{}; }
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float sum(Floats v) {

@@ -74,18 +74,24 @@ class Layout {
     }
     const std::int64_t high = high_row_bytes(hidden), low = low_row_bytes(hidden);
     const std::byte* const always = allocate(neurons * 2 * high);
-    const std::byte* const sometimes = allocate(neurons * (high + 3 * low));
-    const auto place = [&](Matrix& m, const std::byte* data, std::int64_t offset,
-                           std::int64_t record, std::int64_t low_offset) {
+    // Lines of memory that a selection reads begin with the down row's high plane.
+    const std::int64_t record = round_up(high + 3 * low, 64);
+    std::byte* const sometimes = allocate(neurons * record);
+    if (memory_ && !checkpoint_.packed())
+      for (std::int64_t j = 0; j < neurons; ++j)
+        std::fill(sometimes + j * record + high + 3 * low, sometimes + (j + 1) * record,
+                  std::byte{});
+    const auto place = [&](Matrix& m, const std::byte* data, std::int64_t stride,
+                           std::int64_t low_offset) {
       if (!memory_) return;
-      m.data = data + offset;
-      m.gap = record - high;
+      m.data = data;
+      m.gap = stride - high;
       m.low = sometimes + low_offset;
-      m.low_gap = high + 2 * low;
+      m.low_gap = record - low;
     };
-    place(w.gate, always, 0, 2 * high, 0);
-    place(w.up, always, high, 2 * high, low);
-    place(w.down, sometimes, 2 * low, high + 3 * low, 2 * low + high);
+    place(w.down, sometimes, record, high);
+    place(w.gate, always, 2 * high, high + low);
+    place(w.up, always + high, 2 * high, high + 2 * low);
   }
 
   void fill(const Matrix& target, const std::string& name) {

@@ -44,13 +44,14 @@ struct Matrix {
     return format == WeightFormat::int8 ? tda::low_row_bytes(cols) : 0;
   }
   std::int64_t bytes() const { return rows * (row_bytes() + low_row_bytes()); }
-  const std::byte* row(std::int64_t r) const { return data + r * (row_bytes() + gap); }
-  const std::byte* low_row(std::int64_t r) const {
-    return low ? low + r * (low_row_bytes() + low_gap) : nullptr;
-  }
+  /// Bytes from one row to the next.
+  std::int64_t stride() const { return row_bytes() + gap; }
+  std::int64_t low_stride() const { return low_row_bytes() + low_gap; }
+  const std::byte* row(std::int64_t r) const { return data + r * stride(); }
+  const std::byte* low_row(std::int64_t r) const { return low ? low + r * low_stride() : nullptr; }
 };
 
-/// Columns [first, first + count) of a row as f32; for int8 `first` is a multiple of 64.
+/// Columns [first, first + count) of a row as f32.
 void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
               float* out);
 
@@ -65,8 +66,8 @@ struct LayerWeights {
   std::span<const float> ffn_norm;        // [H]
   // Neuron-major: row j of each of the three is all that neuron j needs. int8 rows of one neuron
   // lie side by side: the high planes of gate and up, which token-scope TDA reads for every neuron,
-  // and elsewhere all that it reads for some: the low planes of gate and up, then both of down.
-  // int4 rows of one neuron: gate, up, down.
+  // and elsewhere all that it reads for some: both planes of down, then the low ones of gate and
+  // up. int4 rows of one neuron: gate, up, down.
   Matrix gate, up, down;                // [F, H]; down is W_down transposed
   std::span<const float> down_lengths;  // [F] ||W_down[:,j]||_2
 };

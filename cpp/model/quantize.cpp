@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "model/half.h"
 #include "model/model.h"
@@ -10,33 +11,56 @@
 namespace tda {
 namespace {
 
+constexpr int kMostScale = 127;
 constexpr int kLargest = 119;  // 16 * (15 - 8) + (15 - 8)
 constexpr int kOffset = 136;   // 16 * 8 + 8
+constexpr std::int64_t kInt8Group = kGroup / kInt8Scales, kInt4Group = kGroup / kInt4Scales;
 
-/// The smallest bf16 step of which kLargest reach `largest`.
-std::uint16_t step_for(float largest) {
-  std::uint16_t step = f32_to_bf16(largest / kLargest);
-  if (bf16_to_f32(step) * kLargest < largest) ++step;  // the next larger bf16
-  return step;
+float largest_of(const float* values, std::int64_t count) {
+  float largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
+  return largest;
 }
+
+/// Where a row's scales and step stand behind its nibbles.
+struct Scales {
+  std::byte* scales;
+  std::byte* step;
+
+  Scales(const std::byte* row, std::int64_t cols, std::int64_t per_group)
+      : scales(const_cast<std::byte*>(row) + groups_of(cols) * kGroupBytes),
+        step(scales + groups_of(cols) * per_group) {}
+  float operator[](std::int64_t i) const {
+    float size;
+    std::memcpy(&size, step, 4);
+    return size * static_cast<float>(static_cast<std::int8_t>(scales[i]));
+  }
+};
 
 }  // namespace
 
 void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std::byte* low) {
   const std::int64_t groups = groups_of(cols);
   std::memset(high, 0, static_cast<std::size_t>(high_row_bytes(cols)));
+  const Scales scales(high, cols, kInt8Scales);
+  // A tiny row's step must not vanish.
+  const float least = std::numeric_limits<float>::denorm_min();
+  const float step = std::max(largest_of(values, cols) / kLargest / kMostScale, least);
+  std::memcpy(scales.step, &step, 4);
   for (std::int64_t g = 0; g < groups; ++g) {
-    const std::int64_t count = std::min(kGroup, cols - g * kGroup);
-    float largest = 0;
-    for (std::int64_t i = 0; i < count; ++i)
-      largest = std::max(largest, std::abs(values[g * kGroup + i]));
-    const std::uint16_t step = step_for(largest);
-    std::memcpy(high + groups * kGroupBytes + 2 * g, &step, 2);
-    const float size = largest > 0 ? bf16_to_f32(step) : 1;
     int codes[kGroup];
-    for (std::int64_t i = 0; i < kGroup; ++i) {
-      const long rounded = i < count ? std::lround(values[g * kGroup + i] / size) : 0;
-      codes[i] = static_cast<int>(std::clamp<long>(rounded, -kLargest, kLargest)) + kOffset;
+    for (std::int64_t part = 0; part < kInt8Scales; ++part) {
+      const std::int64_t first = std::min(cols, g * kGroup + part * kInt8Group);
+      const std::int64_t count = std::min(cols - first, kInt8Group);
+      const float needed = std::ceil(largest_of(values + first, count) / kLargest / step);
+      const int scale = std::min(static_cast<int>(needed), kMostScale);
+      scales.scales[g * kInt8Scales + part] = static_cast<std::byte>(scale);
+      const float size = scale > 0 ? step * static_cast<float>(scale) : 1;
+      for (std::int64_t i = 0; i < kInt8Group; ++i) {
+        const long rounded = i < count ? std::lround(values[first + i] / size) : 0;
+        codes[part * kInt8Group + i] =
+            static_cast<int>(std::clamp<long>(rounded, -kLargest, kLargest)) + kOffset;
+      }
     }
     for (std::int64_t i = 0; i < kGroupBytes; ++i) {
       const int a = codes[i], b = codes[kGroupBytes + i];
@@ -48,23 +72,18 @@ void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std:
 
 void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t cols,
                      std::int64_t first, std::int64_t count, float* out) {
-  const std::byte* steps = high + groups_of(cols) * kGroupBytes;
+  const Scales scales(high, cols, kInt8Scales);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
     const std::int64_t at = group * kGroupBytes + in_group % kGroupBytes;
     const int shift = in_group < kGroupBytes ? 0 : 4;
     const int code = (static_cast<int>(high[at]) >> shift & 15) * 16 +
                      (static_cast<int>(low[at]) >> shift & 15) - kOffset;
-    std::uint16_t step;
-    std::memcpy(&step, steps + 2 * group, 2);
-    out[i] = bf16_to_f32(step) * static_cast<float>(code);
+    out[i] = scales[(first + i) / kInt8Group] * static_cast<float>(code);
   }
 }
 
 namespace {
-
-constexpr std::int64_t kInt4Group = kGroup / kInt4Scales;
-constexpr int kMostScale = 127;
 
 /// Squared error of a group of kInt4Group values as multiples of `scale`, and their codes.
 float round_group(const float* values, float scale, std::uint8_t* codes) {
@@ -81,8 +100,7 @@ float round_group(const float* values, float scale, std::uint8_t* codes) {
 
 /// The best scale for a group of values in steps, and their codes.
 std::int8_t choose_scale(const float* values, std::uint8_t* codes) {
-  float most = 0;
-  for (std::int64_t i = 0; i < kInt4Group; ++i) most = std::max(most, std::abs(values[i]));
+  const float most = largest_of(values, kInt4Group);
   float least = round_group(values, 0, codes);
   int best = 0, last = 0;
   for (int percent = 70; percent <= 110; percent += 2) {
@@ -107,20 +125,19 @@ std::int8_t choose_scale(const float* values, std::uint8_t* codes) {
 void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
   const std::int64_t groups = groups_of(cols);
   std::memset(row, 0, static_cast<std::size_t>(int4_row_bytes(cols)));
-  float largest = 0;
-  for (std::int64_t i = 0; i < cols; ++i) largest = std::max(largest, std::abs(values[i]));
+  const Scales scales(row, cols, kInt4Scales);
+  const float largest = largest_of(values, cols);
   // The largest scale brings the row's largest value to a tenth within the codes' end.
   constexpr float kLargestInSteps = 8 * kMostScale / 1.1f;
   const float step = largest / kLargestInSteps;
-  auto* const scales = reinterpret_cast<std::int8_t*>(row + groups * kGroupBytes);
-  std::memcpy(row + groups * (kGroupBytes + kInt4Scales), &step, 4);
+  std::memcpy(scales.step, &step, 4);
   for (std::int64_t g = 0; g < groups * kInt4Scales; ++g) {
     const std::int64_t first = g * kInt4Group, end = std::min(first + kInt4Group, cols);
     float group[kInt4Group] = {};  // in steps
     for (std::int64_t i = first; i < end && largest > 0; ++i)
       group[i - first] = values[i] / largest * kLargestInSteps;
     std::uint8_t codes[kInt4Group];
-    scales[g] = choose_scale(group, codes);
+    scales.scales[g] = static_cast<std::byte>(choose_scale(group, codes));
     // Value 32 + i stands above value i.
     std::byte* const nibbles = row + g / kInt4Scales * kGroupBytes + g % 2 * kInt4Group;
     const int shift = g % kInt4Scales < 2 ? 0 : 4;
@@ -131,15 +148,12 @@ void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
 
 void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first,
                      std::int64_t count, float* out) {
-  const std::byte* scales = row + groups_of(cols) * kGroupBytes;
-  float step;
-  std::memcpy(&step, scales + groups_of(cols) * kInt4Scales, 4);
+  const Scales scales(row, cols, kInt4Scales);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
     const std::byte both = row[group * kGroupBytes + in_group % kGroupBytes];
     const int code = (static_cast<int>(both) >> (in_group < kGroupBytes ? 0 : 4) & 15) - 8;
-    const auto scale = static_cast<std::int8_t>(scales[(first + i) / kInt4Group]);
-    out[i] = step * static_cast<float>(scale) * static_cast<float>(code);
+    out[i] = scales[(first + i) / kInt4Group] * static_cast<float>(code);
   }
 }
 

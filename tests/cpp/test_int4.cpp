@@ -44,7 +44,7 @@ struct Stored {
   }
   Stored(std::int64_t rows, std::int64_t n) : Stored(rows, n, random_floats(rows * n), 48) {}
   Rows rows(std::int64_t first = 0) const {
-    return {matrix.row(first), nullptr, matrix.cols, matrix.gap};
+    return {matrix.row(first), nullptr, matrix.cols, matrix.stride()};
   }
   double dot(std::int64_t row, const std::vector<double>& x) const {
     return std::inner_product(x.begin(), x.end(), values.begin() + row * matrix.cols, 0.0);
