@@ -113,6 +113,8 @@ std::unique_ptr<State> CudaBackend::new_state(std::int64_t capacity, KvFormat kv
   if (capacity < 1)
     throw OptionError("capacity of the KV cache: " + std::to_string(capacity) +
                       " tokens, expected at least 1");
+  if (kv == KvFormat::int8)
+    throw OptionError("kv is \"int8\", expected f32, bf16 or auto on a CUDA device");
   auto state = std::make_unique<CudaState>();
   state->capacity = capacity;
   state->kv = kv != KvFormat::automatic             ? kv

@@ -61,6 +61,11 @@ class State {
   virtual ~State() = default;
 };
 
+/// Bytes of one head's key or value, of n numbers. int8: the numbers, then their scale, f32.
+constexpr std::int64_t kv_row_bytes(KvFormat format, std::int64_t n) {
+  return format == KvFormat::f32 ? 4 * n : format == KvFormat::int8 ? n + 4 : 2 * n;
+}
+
 /// A model made ready on a device. Const: all that changes is in a State. One verb runs at a time;
 /// callers serialise (Engine does).
 class Backend {

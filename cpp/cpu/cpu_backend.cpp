@@ -65,7 +65,7 @@ float* CpuBackend::scratch(const CpuState& state, int thread) const {
 }
 
 std::int64_t CpuBackend::cache_row_bytes(const CpuState& state) const {
-  return model_->config.head_dim * (state.kv == KvFormat::f32 ? 4 : 2);
+  return kv_row_bytes(state.kv, model_->config.head_dim);
 }
 
 std::byte* CpuBackend::cache(const CpuState& state, const Buffer<std::byte>& buffer,

@@ -8,7 +8,7 @@ namespace tda {
 namespace {
 
 /// Decode: neurons per task, and most tasks: each has a partial sum of its own to be added up.
-constexpr std::int64_t kTaskNeurons = 128;
+constexpr std::int64_t kTaskNeurons = 192;
 constexpr std::int64_t kMostTasks = 64;
 /// Numbers per task when partial sums are added up, and columns at a time.
 constexpr std::int64_t kTaskSums = 32768;

@@ -14,19 +14,6 @@ typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's values as bytes
 
-/// kLanes signed bytes as floats.
-inline Floats signed_floats(const std::int8_t* p) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
-  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  Floats out;
-  for (int i = 0; i < kLanes; ++i) out[i] = p[i];
-  return out;
-#endif
-}
-
 #if !defined(__AVX512VNNI__)
 /// A group of one plane: 64 nibbles, in order.
 inline void expand(const std::uint8_t* group, Bytes out[kParts]) {

@@ -139,8 +139,8 @@ struct Kernels {
   std::int64_t panel;            // P of prefill
   RowKernels rows[4];            // f32, bf16, int8, int4
   PanelKernels panels[4];        // f32, bf16, int8, int4
-  CacheKernels caches[2];        // f32, bf16
-  PanelKernels cache_panels[2];  // for keys and values: f32, bf16; they have no `prepare`
+  CacheKernels caches[3];        // f32, bf16, int8
+  PanelKernels cache_panels[3];  // for keys and values of these; they have no `prepare`
 
   /// out = x / sqrt(mean(x²) + eps) * weight; x, out: [n], may be the same
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);

@@ -148,7 +148,7 @@ void score(const typename Format::T* k, const typename Format::T* v, int64_t key
       const typename Format::T*
           key[kHalf];  // what is missing in the last group repeats its last key
       for (int i = 0; i < kHalf; ++i) {
-        const int64_t at = min(i0 + half * kHalf + i, keys - 1) * n;
+        const int64_t at = min(i0 + half * kHalf + i, keys - 1) * cache_stride<Format>(n);
         key[i] = k + at;
         for (int64_t e = 0; e < n; e += 64 / static_cast<int64_t>(sizeof *v))
           __builtin_prefetch(v + at + e, 0, 2);
@@ -183,7 +183,7 @@ inline void weigh(const typename Format::T* v, int64_t keys, int64_t n, const fl
   for (int64_t i = 0; i < keys; ++i) {
 #pragma GCC unroll 4
     for (int u = 0; u < kVectors; ++u) {
-      const Floats value = load(v + i * n + u * kLanes);
+      const Floats value = load(v + i * cache_stride<Format>(n) + u * kLanes);
 #pragma GCC unroll 4
       for (int j = 0; j < kCount; ++j) sums[u][j] += weights[j * kScores + i] * value;
     }
@@ -209,6 +209,13 @@ void weigh(const typename Format::T* v, int64_t keys, int64_t n, const float* we
   }
 }
 
+/// s[i] *= row i's scale
+template <class Format>
+inline void scale_scores(const typename Format::T* rows, int64_t keys, int64_t n, float* s) {
+  if constexpr (__is_same(Format, Int8Cache))
+    for (int64_t i = 0; i < keys; ++i) s[i] *= cache_scale(rows + i * cache_stride<Format>(n), n);
+}
+
 template <class Format, int kCount>
 void attend_some(const void* k, const void* v, int64_t keys, int64_t n, const float* q, float scale,
                  float* partial) {
@@ -217,6 +224,7 @@ void attend_some(const void* k, const void* v, int64_t keys, int64_t n, const fl
   score<Format, kCount>(static_cast<const T*>(k), static_cast<const T*>(v), keys, n, q, scores);
   for (int j = 0; j < kCount; ++j) {
     float* s = scores + j * kScores;
+    scale_scores<Format>(static_cast<const T*>(k), keys, n, s);
     for (int64_t i = keys; i < keys + kLanes; ++i) s[i] = -__builtin_inff();
     Floats maxima = load_as<Floats>(s);
     for (int64_t i = kLanes; i < keys; i += kLanes) maxima = max(maxima, load_as<Floats>(s + i));
@@ -231,6 +239,7 @@ void attend_some(const void* k, const void* v, int64_t keys, int64_t n, const fl
     }
     partial[j * (2 + n)] = scale * largest;
     partial[j * (2 + n) + 1] = sum(total);
+    scale_scores<Format>(static_cast<const T*>(v), keys, n, s);
   }
   weigh<Format, kCount>(static_cast<const T*>(v), keys, n, scores, partial + 2, 2 + n);
 }
@@ -259,6 +268,19 @@ void store_row(const float* in, int64_t stride, int64_t n, void* row) {
   for (int64_t i = 0; i < n; ++i) out[i] = Format::store_one(in[i * stride]);
 }
 
+void store_int8_row(const float* in, int64_t stride, int64_t n, void* row) {
+  auto* const out = static_cast<std::int8_t*>(row);
+  float most = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float size = __builtin_fabsf(in[i * stride]);
+    most = size > most ? size : most;
+  }
+  const float inverse = most > 0.0f ? 127.0f / most : 0.0f, scale = most / 127.0f;
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = static_cast<std::int8_t>(__builtin_rintf(in[i * stride] * inverse));
+  __builtin_memcpy(out + n, &scale, 4);
+}
+
 }  // namespace
 
 namespace TDA_ISA {
@@ -268,6 +290,7 @@ const RowKernels bf16_rows = {nullptr,   nullptr,       load_row<Bf16>,
                               dot<Bf16>, neurons<Bf16>, selected<Bf16>};
 const CacheKernels f32_cache = {store_row<F32>, attend<F32>};
 const CacheKernels bf16_cache = {store_row<Bf16>, attend<Bf16>};
+const CacheKernels int8_cache = {store_int8_row, attend<Int8Cache>};
 }  // namespace TDA_ISA
 
 }  // namespace tda

@@ -7,7 +7,7 @@ namespace tda::TDA_ISA {
 
 // kernels_decode.cpp
 extern const RowKernels f32_rows, bf16_rows;
-extern const CacheKernels f32_cache, bf16_cache;
+extern const CacheKernels f32_cache, bf16_cache, int8_cache;
 
 // kernels_int8.cpp
 extern const RowKernels int8_rows;
@@ -17,7 +17,7 @@ extern const RowKernels int4_rows;
 
 // kernels_prefill.cpp
 extern const std::int64_t panel;
-extern const PanelKernels f32_panels, f32_cache_panels, bf16_cache_panels;
+extern const PanelKernels f32_panels, f32_cache_panels, bf16_cache_panels, int8_cache_panels;
 extern const PanelKernels int4_panels;
 extern const PanelKernels bf16_panels;  // or kernels_prefill_bf16.cpp
 extern const PanelKernels int8_panels;  // or kernels_prefill_int8.cpp

@@ -62,6 +62,14 @@ inline void convert<Int4>(const Rows& w, int64_t r, int64_t first, int64_t n, fl
   for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
 }
 
+template <>
+inline void convert<Int8Cache>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
+  const auto* const row =
+      reinterpret_cast<const std::int8_t*>(w.data) + r * cache_stride<Int8Cache>(w.n);
+  const float scale = cache_scale(row, w.n);
+  for (int64_t i = 0; i < n; ++i) out[i] = scale * row[first + i];
+}
+
 inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
 template <class Format>
@@ -125,6 +133,7 @@ const PanelKernels f32_panels = panel_kernels<F32>();
 const PanelKernels int4_panels = panel_kernels<Int4>();
 const PanelKernels f32_cache_panels = panel_kernels<F32>();
 const PanelKernels bf16_cache_panels = panel_kernels<Bf16>();
+const PanelKernels int8_cache_panels = panel_kernels<Int8Cache>();
 #if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp
 const PanelKernels bf16_panels = panel_kernels<Bf16>();
 #endif

@@ -107,6 +107,19 @@ inline Words widen(Halves v) {
 #endif
 }
 
+/// kLanes signed bytes as floats.
+inline Floats signed_floats(const std::int8_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Floats out;
+  for (int i = 0; i < kLanes; ++i) out[i] = p[i];
+  return out;
+#endif
+}
+
 // ---- row formats: how T elements become floats ------------------------------------------------
 
 struct F32 {
@@ -122,6 +135,28 @@ struct Bf16 {
   static float load_one(T v) { return bf16_to_f32(v); }
   static T store_one(float v) { return f32_to_bf16(v); }
 };
+
+/// Keys and values of 8 bits: times the scale that stands behind a row's elements.
+struct Int8Cache {
+  using T = std::int8_t;
+  static Floats load(const T* p) { return signed_floats(p); }
+  static float load_one(T v) { return v; }
+};
+
+/// Elements from one row of a cache to the next, and its scale.
+template <class Format>
+constexpr int64_t cache_stride(int64_t n) {
+  return n;
+}
+template <>
+constexpr int64_t cache_stride<Int8Cache>(int64_t n) {
+  return n + 4;
+}
+inline float cache_scale(const std::int8_t* row, int64_t n) {
+  float scale;
+  __builtin_memcpy(&scale, row + n, 4);
+  return scale;
+}
 
 /// The first `count` elements, all if there are more; zeros behind them.
 template <class Format>

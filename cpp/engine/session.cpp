@@ -123,7 +123,7 @@ std::span<const float> Session::Impl::decode(Token token) {
 
   ++decoded_;
   const std::int64_t kv_token =
-      2 * config.kv_size() * (runtime->kv == KvFormat::f32 ? sizeof(float) : 2);
+      2 * config.num_kv_heads * kv_row_bytes(runtime->kv, config.head_dim);
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::int64_t window = config.sliding_window[layer];
     kv_bytes_ += kv_token * (window ? std::min(window, position) : position);

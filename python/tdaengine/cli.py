@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = command("convert", _convert, "Write a checkpoint or GGUF file as a new folder.")
     convert.add_argument("source")
     convert.add_argument("destination")
-    convert.add_argument("--dtype", default="auto", help="auto, f32 or bf16")
+    convert.add_argument("--dtype", default="auto", help="auto, f32, bf16 or int8")
     convert.add_argument(
         "--weights", metavar="FORMAT", help="an engine folder with f32, bf16, int8 or int4 weights"
     )
@@ -124,7 +124,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", help="auto or cpu")
     group.add_argument("--weights", default="auto", help="auto, f32, bf16, int8 or int4")
-    group.add_argument("--kv", default="auto", help="auto, f32 or bf16")
+    group.add_argument("--kv", default="auto", help="auto, f32, bf16 or int8")
     group.add_argument("--threads", type=int)
     group.add_argument("--max-context", type=int, metavar="TOKENS")
 

@@ -122,7 +122,7 @@ class Engine(_native.Engine):
 
     model: a checkpoint folder, or a Hugging Face hub id.
     device: auto | cpu. weights: auto | f32 | bf16 | int8 | int4.
-    kv: how keys and values are cached, auto | f32 | bf16.
+    kv: how keys and values are cached, auto | f32 | bf16 | int8.
     threads: default as many as this process may run on.
     max_context: in tokens, default the checkpoint's own.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.

@@ -227,9 +227,20 @@ struct Session {
     }
   }
 
-  double stored(double v) const {
-    const float f = static_cast<float>(v);
-    return kv == KvFormat::f32 ? f : tda::bf16_to_f32(tda::f32_to_bf16(f));
+  /// Heads of n keys or values as the cache keeps them.
+  void store(Vector& heads, std::int64_t n) const {
+    for (std::size_t first = 0; first < heads.size(); first += n) {
+      double most = 0;
+      for (std::int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(heads[first + i]));
+      for (std::int64_t i = 0; i < n; ++i) {
+        double& v = heads[first + i];
+        const auto f = static_cast<float>(v);
+        v = kv == KvFormat::f32    ? f
+            : kv == KvFormat::bf16 ? tda::bf16_to_f32(tda::f32_to_bf16(f))
+            : most > 0             ? std::nearbyint(v / most * 127) * most / 127
+                                   : 0;
+      }
+    }
   }
 
   void begin(const Step& s) { step = s; }
@@ -261,8 +272,8 @@ struct Session {
       queries.emplace_back(out.begin(), k);
       keys[layer].emplace_back(k, v);
       values_[layer].emplace_back(v, out.end());
-      for (double& e : keys[layer].back()) e = stored(e);
-      for (double& e : values_[layer].back()) e = stored(e);
+      store(keys[layer].back(), c.head_dim);
+      store(values_[layer].back(), c.head_dim);
     }
   }
 

@@ -158,6 +158,50 @@ TEST(attend_matches_doubles) {
   });
 }
 
+TEST(int8_cache_rounds_and_attends_like_doubles) {
+  for (const Kernels* kernels : available_kernels())
+    for (const std::int64_t n : {10, 64, 80})
+      for (const std::int64_t keys : {1, 5, 128}) {
+        const std::int64_t queries = 3, bytes = kv_row_bytes(KvFormat::int8, n);
+        std::vector<std::byte> k(keys * bytes), v(keys * bytes);
+        naive::Vector stored_k, stored_v;
+        for (auto [rows, stored] : {std::pair{&k, &stored_k}, std::pair{&v, &stored_v}})
+          for (std::int64_t i = 0; i < keys; ++i) {
+            auto values = random_floats(2 * n);
+            if (i == 3) values.assign(2 * n, 0.0f);
+            float most = 0;
+            for (std::int64_t e = 0; e < n; ++e) most = std::max(most, std::abs(values[2 * e]));
+            kernels->caches[2].store(values.data(), 2, n, rows->data() + i * bytes);
+            for (std::int64_t e = 0; e < n; ++e) {
+              const auto code = static_cast<std::int8_t>((*rows)[i * bytes + e]);
+              stored->push_back(code * double{most} / 127);
+              CHECK(std::abs(stored->back() - values[2 * e]) <= most / 254 * (1 + 1e-5));
+            }
+          }
+        const auto q = random_floats(queries * n);
+        std::vector<float> partial(queries * (2 + n) + 1, 3);
+        kernels->caches[2].attend(k.data(), v.data(), keys, n, q.data(), queries, 0.5f,
+                                  partial.data());
+        for (std::int64_t j = 0; j < queries; ++j) {
+          const float* part = partial.data() + j * (2 + n);
+          naive::Vector out(n);
+          double total = 0, largest = -1e30;
+          for (std::int64_t i = 0; i < keys; ++i) {
+            double score = 0;
+            for (std::int64_t e = 0; e < n; ++e) score += 0.5 * stored_k[i * n + e] * q[j * n + e];
+            largest = std::max(largest, score);
+            const double weight = std::exp(score - part[0]);
+            total += weight;
+            for (std::int64_t e = 0; e < n; ++e) out[e] += weight * stored_v[i * n + e];
+          }
+          CHECK_NEAR(part[0], largest, 1e-5);
+          CHECK_NEAR(part[1], total, 1e-4);
+          for (std::int64_t e = 0; e < n; ++e) CHECK_NEAR(part[2 + e], out[e], 1e-4);
+        }
+        CHECK(partial.back() == 3);
+      }
+}
+
 TEST(multiply_matches_doubles) {
   for_all_kernels([](const Kernels& kernels, int format) {
     const std::int64_t width = kernels.panel, count = 2;

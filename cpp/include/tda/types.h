@@ -14,12 +14,13 @@ using Tokens = std::span<const Token>;
 enum class Device { automatic, cpu, cuda };
 
 /// How weight matrices are stored in memory (norms and biases are always f32). `automatic`: f32 for
-/// an f32 checkpoint, else bf16. int8: groups of 64 with one scale, as two planes of 4 bits. int4:
-/// groups of 16 with a scale of 8 bits; the embedding and the head stay int8.
+/// an f32 checkpoint, else bf16. int8: a scale for every 32 values, as two planes of 4 bits. int4: a
+/// scale for every 16; the embedding and the head stay int8.
 enum class WeightFormat { automatic, f32, bf16, int8, int4 };
 
-/// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16.
-enum class KvFormat { automatic, f32, bf16 };
+/// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16. int8: a scale for
+/// every head's key or value.
+enum class KvFormat { automatic, f32, bf16, int8 };
 
 std::string_view name_of(Device);
 std::string_view name_of(WeightFormat);
