@@ -392,6 +392,17 @@ void bind_session(nb::module_& m) {
            "Makes the masks of all layers from the prompt seen so far.");
 }
 
+using PyProgress = std::optional<std::function<void(std::int64_t, std::int64_t)>>;
+
+/// Also what lets Ctrl-C end the work.
+tda::Progress reporting(PyProgress progress) {
+  return [progress = std::move(progress)](std::int64_t done, std::int64_t total) {
+    const nb::gil_scoped_acquire acquired;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    if (progress) (*progress)(done, total);
+  };
+}
+
 void bind_engine(nb::module_& m) {
   using tda::Engine;
   nb::class_<Engine>(m, "Engine", "A loaded model; speaks token ids.")
@@ -399,18 +410,19 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](Engine* self, const std::string& path, const std::string& device,
              const std::string& weights, const std::string& kv, int threads,
-             std::int64_t max_context) {
+             std::int64_t max_context, PyProgress progress) {
             tda::EngineOptions options;
             options.device = tda::parse_device(device);
             options.weights = tda::parse_weight_format(weights);
             options.kv = tda::parse_kv_format(kv);
             options.threads = threads;
             options.max_context = max_context;
+            options.progress = reporting(std::move(progress));
             const nb::gil_scoped_release released;
             new (self) Engine(path, options);
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
-          "max_context"_a = 0)
+          "max_context"_a = 0, "progress"_a.none() = nb::none())
       .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal)
       .def_prop_ro("parameters", &Engine::parameters)
       .def_prop_ro("fingerprint", &Engine::fingerprint)
@@ -453,14 +465,10 @@ void bind_engine(nb::module_& m) {
       .def(
           "calibrate",
           [](const Engine& engine, nb::handle texts, const tda::CalibrateOptions& options,
-             std::optional<std::function<void(std::int64_t, std::int64_t)>> progress) {
+             PyProgress progress) {
             std::vector<std::vector<tda::Token>> tokens;
             for (nb::handle text : nb::iter(texts)) tokens.push_back(to_tokens(text));
-            const auto report = [&](std::int64_t done, std::int64_t total) {
-              const nb::gil_scoped_acquire acquired;
-              if (PyErr_CheckSignals() != 0) throw nb::python_error();
-              if (progress) (*progress)(done, total);
-            };
+            const tda::Progress report = reporting(std::move(progress));
             const nb::gil_scoped_release released;
             return engine.calibrate(tokens, options, report);
           },
@@ -468,12 +476,14 @@ void bind_engine(nb::module_& m) {
       .def("session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0);
   m.def(
       "pack_checkpoint",
-      [](const std::string& source, const std::string& destination, const std::string& weights) {
+      [](const std::string& source, const std::string& destination, const std::string& weights,
+         PyProgress progress) {
         const tda::WeightFormat format = tda::parse_weight_format(weights);
+        const tda::Progress report = reporting(std::move(progress));
         const nb::gil_scoped_release released;
-        tda::pack_checkpoint(source, destination, format);
+        tda::pack_checkpoint(source, destination, format, 0, report);
       },
-      "source"_a, "destination"_a, "weights"_a = "auto",
+      "source"_a, "destination"_a, "weights"_a = "auto", "progress"_a.none() = nb::none(),
       "Writes config.json and model.safetensors of an engine folder into an empty folder.");
   m.def("measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
         nb::call_guard<nb::gil_scoped_release>(),

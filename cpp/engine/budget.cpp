@@ -80,10 +80,10 @@ class HarmProbe {
   std::vector<std::vector<float>> dense_;
 };
 
-std::vector<LayerHarm> measure_harm(
-    const std::shared_ptr<const Runtime>& runtime, std::span<const std::vector<Token>> texts,
-    const std::vector<std::vector<float>>& contributions,
-    const std::function<void(std::int64_t, std::int64_t)>& progress) {
+std::vector<LayerHarm> measure_harm(const std::shared_ptr<const Runtime>& runtime,
+                                    std::span<const std::vector<Token>> texts,
+                                    const std::vector<std::vector<float>>& contributions,
+                                    const Progress& progress) {
   const ModelConfig& config = runtime->config();
   std::vector<HarmProbe> probes;
   double tokens = 0;

@@ -31,10 +31,10 @@ struct LayerHarm {
 
 /// contributions: [L] |n| of sampled tokens, in any order. texts: at least one of two tokens or
 /// more. `progress(done, total)` counts layers and the dense runs.
-std::vector<LayerHarm> measure_harm(
-    const std::shared_ptr<const Runtime>& runtime, std::span<const std::vector<Token>> texts,
-    const std::vector<std::vector<float>>& contributions,
-    const std::function<void(std::int64_t, std::int64_t)>& progress);
+std::vector<LayerHarm> measure_harm(const std::shared_ptr<const Runtime>& runtime,
+                                    std::span<const std::vector<Token>> texts,
+                                    const std::vector<std::vector<float>>& contributions,
+                                    const Progress& progress);
 
 struct Spent {
   std::vector<TokenThresholds> thresholds;  // [L]

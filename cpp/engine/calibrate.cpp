@@ -57,7 +57,7 @@ std::vector<std::vector<Token>> write_texts(const Engine& engine, const Calibrat
 void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
                       std::span<const std::vector<Token>> texts, const CalibrateOptions& options,
                       const std::vector<std::vector<FfnSample>>& samples, Thresholds& result,
-                      const std::function<void(std::int64_t, std::int64_t)>& progress) {
+                      const Progress& progress) {
   const Model& model = runtime->model();
   const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
   std::vector<std::vector<float>> h(layers), contributions(layers);  // of all texts' sampled tokens
@@ -94,9 +94,8 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
 
 }  // namespace
 
-Thresholds Engine::calibrate(
-    std::span<const std::vector<Token>> texts, const CalibrateOptions& options,
-    const std::function<void(std::int64_t, std::int64_t)>& progress) const {
+Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
+                             const CalibrateOptions& options, const Progress& progress) const {
   options.validate();
   std::vector<std::vector<Token>> own;
   if (texts.empty()) {

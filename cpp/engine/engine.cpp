@@ -13,7 +13,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
                       ": expected 0 (the checkpoint's own) or more");
   }
   const Checkpoint checkpoint(folder);
-  const auto model = load_model(checkpoint, options.weights, options.threads);
+  const auto model = load_model(checkpoint, options.weights, options.threads, options.progress);
   // What CUDA cannot take yet, `automatic` leaves to the CPU.
   const bool taken = model->format == WeightFormat::f32 || model->format == WeightFormat::bf16;
   const bool cuda = options.device == Device::automatic ? cuda_missing().empty() && taken

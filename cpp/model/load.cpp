@@ -314,14 +314,31 @@ std::vector<WorkItem> split(const std::vector<Copy>& copies) {
   return items;
 }
 
-void run(const std::vector<Copy>& copies, ThreadPool& pool) {
+void run(const std::vector<Copy>& copies, ThreadPool& pool, const Progress& progress) {
   const std::vector<WorkItem> items = split(copies);
   std::vector<std::uint8_t> finite(items.size());
-  pool.run(static_cast<std::int64_t>(items.size()), [&](std::int64_t i, int) {
-    const auto [index, begin, end] = items[i];
-    const Copy& copy = copies[index];
-    finite[i] = copy.transposed ? copy_transposed(copy, begin, end) : copy_rows(copy, begin, end);
-  });
+  const auto bytes = [&](std::int64_t first, std::int64_t last) {
+    std::int64_t sum = 0;
+    for (std::int64_t i = first; i < last; ++i) {
+      const Matrix& target = copies[items[i].copy].target;
+      sum += target.bytes() / target.rows * (items[i].end - items[i].begin);
+    }
+    return sum;
+  };
+  const std::int64_t count = std::ssize(items), total = bytes(0, count);
+  const std::int64_t portion = 16 * pool.threads();  // between two reports
+  std::int64_t done = 0;
+  for (std::int64_t first = 0; first < count; first += portion) {
+    const std::int64_t last = std::min(first + portion, count);
+    pool.run(last - first, [&](std::int64_t i, int) {
+      const auto [index, begin, end] = items[first + i];
+      const Copy& copy = copies[index];
+      finite[first + i] =
+          copy.transposed ? copy_transposed(copy, begin, end) : copy_rows(copy, begin, end);
+    });
+    done += bytes(first, last);
+    if (progress) progress(done, total);
+  }
   const auto bad = std::find(finite.begin(), finite.end(), 0);
   if (bad == finite.end()) return;
   const Copy& copy = copies[items[bad - finite.begin()].copy];
@@ -368,7 +385,7 @@ std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightForma
 }  // namespace
 
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
-                                        int threads) {
+                                        int threads, const Progress& progress) {
   if (checkpoint.packed()) return map_model(checkpoint, format);
   ThreadPool pool(threads);
   if (format == WeightFormat::automatic) format = checkpoint.natural_format();
@@ -379,7 +396,7 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   Layout layout(checkpoint, format, arena.get());
   auto model = std::make_shared<Model>(layout.model());
   model->storage = arena;
-  run(layout.copies(), pool);
+  run(layout.copies(), pool, progress);
   return model;
 }
 

@@ -94,8 +94,8 @@ struct Model {
 
 /// Packs a checkpoint into engine layout, or maps it if it is packed. Throws CheckpointError for
 /// missing tensors, wrong shapes and values that are not finite, OptionError if packed weights have
-/// another format than asked for.
+/// another format than asked for. `progress` counts the bytes packed.
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
-                                        int threads);
+                                        int threads, const Progress& progress = {});
 
 }  // namespace tda

@@ -38,14 +38,14 @@ void write_config(const Model& model, json config, const fs::path& path) {
 }  // namespace
 
 void pack_checkpoint(const fs::path& source, const fs::path& destination, WeightFormat weights,
-                     int threads) {
+                     int threads, const Progress& progress) {
   std::error_code ignored;
   if (!fs::is_directory(destination, ignored))
     throw OptionError(destination.string() + ": no such folder, expected one to write into");
   for (const char* name : {"config.json", "model.safetensors"})
     if (fs::exists(destination / name, ignored))
       throw OptionError(destination.string() + ": found " + name + ", expected a folder without");
-  const auto model = load_model(Checkpoint(source), weights, threads);
+  const auto model = load_model(Checkpoint(source), weights, threads, progress);
   write_weights(*model, destination / "model.safetensors");
   // Last: before it the folder is none.
   write_config(*model, read_json_object(source / "config.json"), destination / "config.json");

@@ -170,7 +170,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _engine(args: argparse.Namespace) -> Engine:
     names = ("device", "weights", "kv", "threads", "max_context")
-    return Engine(args.model, tda=_tda(args), **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    bar = {"desc": "packing", "unit": "B", "unit_scale": True, "leave": False}
+    with _progress_bar(**bar, disable=True if args.json else None) as progress:
+        return Engine(args.model, tda=_tda(args), progress=progress, **options)
 
 
 def _tda(args: argparse.Namespace) -> TDA | None:

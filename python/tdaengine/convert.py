@@ -57,7 +57,7 @@ def convert(
     dtype: "f32", "bf16", or "auto": as stored; for GGUF bf16, or f32 if it holds f32 matrices.
     weights: an engine folder instead, for tdaengine alone: the weights packed in this format (see
     Engine), which Engine maps and uses in place. Then dtype must be "auto".
-    progress(done, total) counts the bytes of model.safetensors.
+    progress(done, total) counts the bytes of the weights.
     The folder appears complete or not at all. Raises CheckpointError or OptionError.
     """
     source, destination = Path(source), Path(destination)
@@ -105,7 +105,7 @@ def _pack(
                 convert(source, unpacked, progress=progress)
                 source = unpacked
             folder = stack.enter_context(_complete_or_absent(destination))
-            _native.pack_checkpoint(str(source), str(folder), weights)
+            _native.pack_checkpoint(str(source), str(folder), weights, progress)
             for pattern in COPIED_FILES:
                 for path in source.glob(pattern):
                     shutil.copyfile(path, folder / path.name)

@@ -125,6 +125,7 @@ class Engine(_native.Engine):
     kv: how keys and values are cached, auto | f32 | bf16 | int8.
     threads: default as many as this process may run on.
     max_context: in tokens, default the checkpoint's own.
+    progress(done, total): of packing, in bytes of weights; those of an engine folder are packed.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.
     Raises CheckpointError, OptionError or DeviceError.
     """
@@ -138,6 +139,7 @@ class Engine(_native.Engine):
         max_context: int | None = None,
         kv: str = "auto",
         tda: TDA | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path: Path = hub.find(model)
         self.tda = _check_tda(tda)
@@ -148,6 +150,7 @@ class Engine(_native.Engine):
             kv=_check(kv, "kv", str),
             threads=_count(threads, "threads"),
             max_context=_count(max_context, "max_context"),
+            progress=progress,
         )
 
     @cached_property

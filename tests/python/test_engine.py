@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +311,25 @@ def test_without_a_chat_template(tmp_path):
 def test_one_root_for_all_errors():
     for error in (CheckpointError, OptionError, ContextOverflow):
         assert issubclass(error, Error)
+
+
+def test_packing_reports_its_progress_and_can_be_stopped(folder: Path):
+    reports: list[tuple[int, int]] = []
+    Engine(folder, weights="int8", progress=lambda done, total: reports.append((done, total)))
+    assert reports and reports == sorted(reports)
+    assert reports[-1][0] == reports[-1][1]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(folder, progress=stop)
+
+
+def test_the_cache_may_be_int8(folder: Path):
+    tokens = [(7 * i) % 90 for i in range(40)]
+    exact = Engine(folder, weights="f32").score(tokens, prompt_tokens=20)
+    rounded = Engine(folder, weights="f32", kv="int8")
+    assert rounded.kv == "int8"
+    difference = abs(rounded.score(tokens, prompt_tokens=20) - exact).mean()
+    assert 0 < difference < 0.05

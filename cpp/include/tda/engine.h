@@ -26,6 +26,7 @@ struct EngineOptions {
   KvFormat kv = KvFormat::automatic;
   int threads = 0;               // 0: as many as this process may run on
   std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
+  Progress progress = {};        // of packing, in bytes of weights; an engine folder needs none
 };
 
 /// Sampling follows the order repetition penalty, temperature, top-k, top-p, min-p.
@@ -135,10 +136,10 @@ class Engine {
                     const std::optional<TdaOptions>& = {}) const;
 
   /// Searches per layer the largest threshold whose mean CETT on the texts stays at or under
-  /// options.error. With no texts the model writes its own. `progress(done, total)` counts texts,
-  /// then (for a budget of bytes) layers.
+  /// options.error. With no texts the model writes its own. `progress` counts texts, then (for a
+  /// budget of bytes) layers.
   Thresholds calibrate(std::span<const std::vector<Token>> texts, const CalibrateOptions& = {},
-                       const std::function<void(std::int64_t, std::int64_t)>& progress = {}) const;
+                       const Progress& progress = {}) const;
 
   /// A session for stepwise use: research, tests, own generate loops. `capacity`: tokens it can
   /// hold. `sample_tokens`: how many tokens of each prefill it remembers for TdaOptions::error, 0
@@ -189,7 +190,8 @@ class Session {
 /// each of the two files is written whole or not at all.
 void pack_checkpoint(const std::filesystem::path& checkpoint,
                      const std::filesystem::path& destination,
-                     WeightFormat weights = WeightFormat::automatic, int threads = 0);
+                     WeightFormat weights = WeightFormat::automatic, int threads = 0,
+                     const Progress& progress = {});
 
 /// Bytes per second of a streaming read over `megabytes` with `threads`: the memory read roof.
 double measure_read_bandwidth(int threads, std::int64_t megabytes = 512);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string_view>
 
@@ -14,8 +15,8 @@ using Tokens = std::span<const Token>;
 enum class Device { automatic, cpu, cuda };
 
 /// How weight matrices are stored in memory (norms and biases are always f32). `automatic`: f32 for
-/// an f32 checkpoint, else bf16. int8: a scale for every 32 values, as two planes of 4 bits. int4: a
-/// scale for every 16; the embedding and the head stay int8.
+/// an f32 checkpoint, else bf16. int8: a scale for every 32 values, as two planes of 4 bits. int4:
+/// a scale for every 16; the embedding and the head stay int8.
 enum class WeightFormat { automatic, f32, bf16, int8, int4 };
 
 /// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16. int8: a scale for
@@ -25,6 +26,9 @@ enum class KvFormat { automatic, f32, bf16, int8 };
 std::string_view name_of(Device);
 std::string_view name_of(WeightFormat);
 std::string_view name_of(KvFormat);
+
+/// Told how much of a long piece of work is done, now and then; what it throws ends the work.
+using Progress = std::function<void(std::int64_t done, std::int64_t total)>;
 
 /// The inverse of name_of ("auto", "cpu", "f32", ...); throws OptionError that lists what is valid.
 Device parse_device(std::string_view);
