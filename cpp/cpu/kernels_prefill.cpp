@@ -130,15 +130,15 @@ namespace TDA_ISA {
 
 const std::int64_t panel = kPanel;
 const PanelKernels f32_panels = panel_kernels<F32>();
-const PanelKernels int4_panels = panel_kernels<Int4>();
 const PanelKernels f32_cache_panels = panel_kernels<F32>();
 const PanelKernels bf16_cache_panels = panel_kernels<Bf16>();
 const PanelKernels int8_cache_panels = panel_kernels<Int8Cache>();
 #if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp
 const PanelKernels bf16_panels = panel_kernels<Bf16>();
 #endif
-#if !defined(__AVX512VNNI__)  // kernels_prefill_int8.cpp
+#if !defined(__AVX512VNNI__)  // kernels_prefill_integer.cpp
 const PanelKernels int8_panels = panel_kernels<Int8>();
+const PanelKernels int4_panels = panel_kernels<Int4>();
 #endif
 
 void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {

@@ -1,6 +1,7 @@
 // int4 weights: rounding, and the kernels of all instruction sets against doubles.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -45,6 +46,12 @@ struct Stored {
   Stored(std::int64_t rows, std::int64_t n) : Stored(rows, n, random_floats(rows * n), 48) {}
   Rows rows(std::int64_t first = 0) const {
     return {matrix.row(first), nullptr, matrix.cols, matrix.stride()};
+  }
+  double scale(std::int64_t row, std::int64_t part) const {
+    const std::byte* scales = matrix.row(row) + low_row_bytes(matrix.cols);
+    float step;
+    std::memcpy(&step, scales + groups_of(matrix.cols) * kInt4Scales, 4);
+    return double{step} * static_cast<std::int8_t>(scales[part]);
   }
   double dot(std::int64_t row, const std::vector<double>& x) const {
     return std::inner_product(x.begin(), x.end(), values.begin() + row * matrix.cols, 0.0);
@@ -270,24 +277,51 @@ TEST(int4_selection_with_thresholds_of_zero_is_dense_to_the_bit) {
 
 TEST(int4_multiplies_panels) {
   for_all_kernels([](const Kernels& kernels, const RowKernels&) {
+    const PanelKernels& panels = kernels.panels[3];
     const std::int64_t width = kernels.panel;
-    for (const std::int64_t rows : {1, 49})
+    for (const std::int64_t rows : {1, 15, 49})
       for (const std::int64_t n : {17, 64, 300}) {
         const Stored w(rows, n);
         const auto b = random_floats(n * width), d = random_floats(rows * width);
+        std::vector<std::byte> memory(panels.prepare ? panels.prepared_bytes(n) + 1 : 1,
+                                      std::byte{7});
+        if (panels.prepare) panels.prepare(b.data(), n, memory.data());
+        CHECK(memory.back() == std::byte{7});
+        const PreparedPanels in = panels.prepare ? PreparedPanels(memory.data(), 0)
+                                                 : PreparedPanels(ConstPanels{b.data(), n * width});
         std::vector<float> c(rows * width + 1, 3), e(n * width + 1, 0);
-        kernels.panels[3].multiply(w.rows(), rows, ConstPanels{b.data(), n * width},
-                                   {c.data(), rows * width}, 1, false);
-        kernels.panels[3].multiply_transposed(w.rows(), rows, 0, n, {d.data(), rows * width},
-                                              {e.data(), n * width}, 1);
+        panels.multiply(w.rows(), rows, in, {c.data(), rows * width}, 1, false);
+        panels.multiply_transposed(w.rows(), rows, 0, n, {d.data(), rows * width},
+                                   {e.data(), n * width}, 1);
+        // What rounds, moves each factor by at most max / 254 of its part of 16; where it is next
+        // to the rows, the weights' scales are in it.
+        const auto half_step = [&](std::int64_t count, std::int64_t i, const auto& value) {
+          double largest = 0;
+          for (std::int64_t j = i / 16 * 16; j < std::min(count, i / 16 * 16 + 16); ++j)
+            largest = std::max(largest, std::abs(double{value(j)}));
+          return panels.prepare ? largest / 254 : 0.0;
+        };
         for (std::int64_t t = 0; t < width; ++t) {
-          std::vector<double> token(n), sums(n);
-          for (std::int64_t i = 0; i < n; ++i) token[i] = b[i * width + t];
           for (std::int64_t r = 0; r < rows; ++r) {
-            CHECK_NEAR(c[r * width + t], w.dot(r, token), 1e-4);
-            for (std::int64_t i = 0; i < n; ++i) sums[i] += w.values[r * n + i] * d[r * width + t];
+            double sum = 0, bound = 1e-4;
+            for (std::int64_t i = 0; i < n; ++i) {
+              const double value = w.values[r * n + i];
+              sum += value * b[i * width + t];
+              bound += std::abs(value) *
+                       half_step(n, i, [&](std::int64_t j) { return b[j * width + t]; });
+            }
+            CHECK_NEAR(c[r * width + t], sum, bound);
           }
-          for (std::int64_t i = 0; i < n; ++i) CHECK_NEAR(e[i * width + t], sums[i], 1e-4);
+          for (std::int64_t i = 0; i < n; ++i) {
+            double sum = 0, bound = 1e-4;
+            for (std::int64_t r = 0; r < rows; ++r) {
+              sum += double{w.values[r * n + i]} * d[r * width + t];
+              bound += 8 * half_step(rows, r, [&](std::int64_t j) {
+                         return w.scale(j, i / 16) * d[j * width + t];
+                       });
+            }
+            CHECK_NEAR(e[i * width + t], sum, bound);
+          }
         }
         CHECK(c.back() == 3 && e.back() == 0);
       }

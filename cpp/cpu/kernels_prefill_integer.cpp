@@ -1,11 +1,13 @@
-// Kernels of prefill for int8 rows by byte products, where there is an instruction for four of them
-// at once; kernels_prefill.cpp has those for other machines.
+// Kernels of prefill for int8 and int4 rows by byte products, where there is an instruction for
+// four of them at once; kernels_prefill.cpp has those for other machines.
 //
-// The tokens of a panel are rounded to bytes by parts of 32, for which weights have a scale, too:
-// x = scale q. A dword of four neighbours of a row is broadcast to the lanes and multiplied with
-// the same four of each token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is
-// where the sums start.
+// The tokens of a panel are rounded to bytes by the parts for which weights have a scale, too
+// (parts of 16 for int8 cost a third of the speed and win a tenth of a per cent of perplexity): x =
+// scale q. A dword of four neighbours of a row is broadcast to the lanes and multiplied with the
+// same four of each token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is where
+// the sums start.
 #include "cpu/dwords.h"
+#include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 
@@ -14,13 +16,13 @@
 namespace tda {
 namespace {
 
-constexpr int64_t kPart = kGroup / kInt8Scales;
-constexpr int kDwords = kPart / 4;
-
-/// A part of a panel's vectors.
+/// Some kSize values of each of a panel's vectors, as many as have a scale in common.
+template <class Row>
 struct Part {
+  static constexpr int64_t kSize = kGroup / Row::kScales;
+  static constexpr int kDwords = kSize / 4;
   PanelDwords<kDwords> q;  // four bytes each
-  int32_t start[kPanel];   // -136 sum of the token's q
+  int32_t start[kPanel];   // -kOffset sum of the token's q
   float scale[kPanel];
 };
 
@@ -28,8 +30,8 @@ struct Part {
 
 /// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the part's half `half` of the
 /// tokens; zeros behind them.
-template <class Value>
-inline void quantize(int64_t count, const Value& value, Part& out, int half) {
+template <class Row, class Value>
+inline void quantize(int64_t count, const Value& value, Part<Row>& out, int half) {
   Floats largest = {};
   for (int64_t i = 0; i < count; ++i)
     largest = (Floats)_mm512_max_ps((__m512)largest, _mm512_abs_ps((__m512)value(i)));
@@ -50,22 +52,31 @@ inline void quantize(int64_t count, const Value& value, Part& out, int half) {
   const auto integer = [&](int64_t i) { return _mm512_cvtps_epi32((__m512)(value(i) * inverse)); };
   int i = 0;
   for (; 4 * i + 4 <= count; ++i) quad(i, integer);
-  for (; i < kDwords; ++i)
+  for (; i < out.kDwords; ++i)
     quad(i, [&](int64_t j) { return j < count ? integer(j) : _mm512_setzero_si512(); });
-  _mm512_storeu_si512(out.start + half * kLanes, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-136)));
+  _mm512_storeu_si512(out.start + half * kLanes,
+                      _mm512_mullo_epi32(sums, _mm512_set1_epi32(-Row::kOffset)));
   store(out.scale + half * kLanes, largest / 127.0f);
 }
 
-int64_t parts_of(int64_t n) { return (n + kPart - 1) / kPart; }
+template <class Row>
+constexpr int64_t parts_of(int64_t n) {
+  return (n + Part<Row>::kSize - 1) / Part<Row>::kSize;
+}
 
-int64_t prepared_bytes(int64_t n) { return parts_of(n) * sizeof(Part); }
+template <class Row>
+int64_t prepared_bytes(int64_t n) {
+  return parts_of<Row>(n) * sizeof(Part<Row>);
+}
 
+template <class Row>
 void prepare(const float* b, int64_t n, void* prepared) {
-  Part* const parts = static_cast<Part*>(prepared);
-  for (int64_t i = 0; i < parts_of(n); ++i, b += kPart * kPanel)
+  constexpr int64_t kSize = Part<Row>::kSize;
+  auto* const parts = static_cast<Part<Row>*>(prepared);
+  for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel)
     for (int half = 0; half < 2; ++half)
       quantize(
-          min(kPart, n - i * kPart),
+          min(kSize, n - i * kSize),
           [&](int64_t j) { return load_as<Floats>(b + j * kPanel + half * kLanes); }, parts[i],
           half);
 }
@@ -84,8 +95,8 @@ struct AddQuads {
 };
 
 /// The products of kRows rows with a part, from its start on; see add_products.
-template <int kRows, int kStep, class At>
-inline void products(const At& at, const Part& b, __m512i sums[kRows][2]) {
+template <int kRows, int kStep, class Row, class At>
+inline void products(const At& at, const Part<Row>& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
@@ -99,8 +110,9 @@ constexpr int kTileRows = 12;  // x 2 vectors
 static_assert(kBlockRows % kTileRows == 0);
 
 /// c[m] += (or =) scales[m] * codes[m] b for m < rows, while codes has kTileRows.
-inline void tile(const std::uint8_t (*codes)[kPart], const float* scales, const Part& b, float* c,
-                 int64_t rows, bool add) {
+template <class Row>
+inline void tile(const std::uint8_t (*codes)[Part<Row>::kSize], const float* scales,
+                 const Part<Row>& b, float* c, int64_t rows, bool add) {
   __m512i sums[kTileRows][2];
   products<kTileRows, 4>([&](int m) { return codes[m]; }, b, sums);
 #pragma GCC unroll 12
@@ -114,27 +126,31 @@ inline void tile(const std::uint8_t (*codes)[kPart], const float* scales, const 
   }
 }
 
+template <class Row>
 void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t count, bool add) {
-  constexpr int64_t kDepth = 16;  // parts of a panel that stay in the first-level cache
-  alignas(64) std::uint8_t codes[kDepth][kBlockRows][kPart];
+  constexpr int64_t kSize = Part<Row>::kSize;
+  constexpr int64_t kDepth = 512 / kSize;  // parts of a panel that stay in the first-level cache
+  alignas(64) std::uint8_t codes[kDepth][kBlockRows][kSize];
   float scales[kDepth][kBlockRows];
-  const int64_t parts = parts_of(w.n);
+  const int64_t parts = parts_of<Row>(w.n);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
     for (int64_t k0 = 0; k0 < parts; k0 += kDepth) {
       const int64_t depth = min(kDepth, parts - k0);
       for (int64_t r = 0; r < (block + kTileRows - 1) / kTileRows * kTileRows; ++r) {
-        const Int8Row row(w, r0 + min(r, block - 1));  // whatever stands behind the last one
-        for (int64_t k = 0; k < depth; k += kInt8Scales) {
-          const __m512i both = row.codes((k0 + k) / kInt8Scales);
-          _mm256_store_si256((__m256i*)codes[k][r], _mm512_castsi512_si256(both));
-          _mm256_store_si256((__m256i*)codes[k + 1][r], _mm512_extracti64x4_epi64(both, 1));
-          for (int i = 0; i < kInt8Scales; ++i) scales[k + i][r] = row.scales[k0 + k + i];
+        const Row row(w, r0 + min(r, block - 1));  // whatever stands behind the last one
+        for (int64_t k = 0; k < depth; k += Row::kScales) {
+          alignas(64) std::uint8_t group[Row::kScales][kSize];
+          _mm512_store_si512(group, row.codes((k0 + k) / Row::kScales));
+          for (int64_t i = k; i < k + Row::kScales; ++i) {
+            __builtin_memcpy(codes[i][r], group[i - k], kSize);
+            scales[i][r] = row.scales[k0 + i];
+          }
         }
       }
       for (int64_t p = 0; p < count; ++p) {
-        const Part* const panel =
-            reinterpret_cast<const Part*>(static_cast<const std::byte*>(b.data) + p * b.stride);
+        const auto* const panel = reinterpret_cast<const Part<Row>*>(
+            static_cast<const std::byte*>(b.data) + p * b.stride);
         for (int64_t r = 0; r < block; r += kTileRows)
           for (int64_t k = 0; k < depth; ++k)
             tile(codes[k] + r, scales[k] + r, panel[k0 + k],
@@ -150,13 +166,14 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
 // rounded, once for each part of the columns.
 
 constexpr int kTileColumns = 8;  // x 2 vectors
-static_assert(kPart % kTileColumns == 0);
 
-/// kPart rows of one group of columns: four rows at a time, their bytes interleaved. Column
-/// 16 i + 4 j + k of the rows' quad is dword (4 j + i) 4 + k.
+/// As many rows as a part has values, of one group of columns: four rows at a time, their bytes
+/// interleaved. Column 16 i + 4 j + k of the rows' quad is dword (4 j + i) 4 + k.
+template <class Row>
 struct Block {
+  static constexpr int kDwords = Part<Row>::kDwords;
   alignas(64) std::uint8_t quads[kDwords][4 * kGroup];
-  float scales[kInt8Scales][kPart];
+  float scales[Row::kScales][Part<Row>::kSize];
 
   /// Rows [first, first + count) of a column group; zeros behind them.
   void load(const Rows& w, int64_t first, int64_t count, int64_t group) {
@@ -165,10 +182,10 @@ struct Block {
       for (int j = 0; j < 4; ++j) {
         const int64_t r = 4 * i + j;
         const bool there = r < count;
-        const Int8Row row(w, first + (there ? r : 0));
+        const Row row(w, first + (there ? r : 0));
         rows[j] = there ? row.codes(group) : _mm512_setzero_si512();
-        for (int part = 0; part < kInt8Scales; ++part)
-          scales[part][r] = there ? row.scales[group * kInt8Scales + part] : 0.0f;
+        for (int part = 0; part < Row::kScales; ++part)
+          scales[part][r] = there ? row.scales[group * Row::kScales + part] : 0.0f;
       }
       __m512i columns[4];
       interleave(rows, columns);
@@ -182,7 +199,8 @@ struct Block {
 };
 
 /// c[m] += blockᵀ b for the columns first + m, m < columns, kTileColumns of them at most.
-inline void tile_transposed(const Block& block, int64_t first, const Part& b, float* c,
+template <class Row>
+inline void tile_transposed(const Block<Row>& block, int64_t first, const Part<Row>& b, float* c,
                             int64_t columns) {
   __m512i sums[kTileColumns][2];
   const std::uint8_t* const start = block.column(first);
@@ -199,19 +217,22 @@ inline void tile_transposed(const Block& block, int64_t first, const Part& b, fl
   }
 }
 
+template <class Row>
 void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t columns, ConstPanels b,
                          Panels c, int64_t count) {
-  Block block;
-  Part part;
+  constexpr int64_t kSize = Part<Row>::kSize;
+  static_assert(kSize % kTileColumns == 0);
+  Block<Row> block;
+  Part<Row> part;
   for (int64_t c0 = 0; c0 < columns; c0 += kGroup)
-    for (int64_t k0 = 0; k0 < rows; k0 += kPart) {
-      const int64_t depth = min(kPart, rows - k0);
+    for (int64_t k0 = 0; k0 < rows; k0 += kSize) {
+      const int64_t depth = min(kSize, rows - k0);
       block.load(w, k0, depth, (first + c0) / kGroup);
       for (int64_t p = 0; p < count; ++p) {
         const float* const in = b.data + p * b.stride + k0 * kPanel;
         for (int64_t i = 0; i < min(kGroup, columns - c0); i += kTileColumns) {
-          if (i % kPart == 0) {
-            const float* const scales = block.scales[i / kPart];
+          if (i % kSize == 0) {
+            const float* const scales = block.scales[i / kSize];
             for (int half = 0; half < 2; ++half)
               quantize(
                   depth,
@@ -227,10 +248,16 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
     }
 }
 
+template <class Row>
+constexpr PanelKernels panel_kernels() {
+  return {prepared_bytes<Row>, prepare<Row>, multiply<Row>, multiply_transposed<Row>, kGroup};
+}
+
 }  // namespace
 
 namespace TDA_ISA {
-const PanelKernels int8_panels = {prepared_bytes, prepare, multiply, multiply_transposed, kGroup};
+const PanelKernels int8_panels = panel_kernels<Int8Row>();
+const PanelKernels int4_panels = panel_kernels<Int4Row>();
 }  // namespace TDA_ISA
 
 }  // namespace tda
