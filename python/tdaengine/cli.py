@@ -24,6 +24,7 @@ from ._native import (
     RopeConfig,
     Thresholds,
 )
+from .analyze import analyze, plot
 from .bench import bench
 from .engine import Engine, Output, Stream
 from .evaluate import evaluate, parse_setting
@@ -104,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--prompt-tokens", type=int, default=256)
     evaluate.add_argument("--score-tokens", type=int, default=256)
     evaluate.add_argument("--texts", type=int, metavar="N", help="only the first N texts")
+
+    analyze = command("analyze", _analyze, "What the sets of active neurons depend on.")
+    _add_engine(analyze)
+    analyze.add_argument("--data", required=True, metavar="FILE", help='JSONL with a field "text"')
+    analyze.add_argument("--texts", type=int, default=8, metavar="N", help="only the first N texts")
+    analyze.add_argument("--active", type=float, default=0.5, help="share of neurons in a set")
+    analyze.add_argument("--prompt-tokens", type=int, default=256)
+    analyze.add_argument("--score-tokens", type=int, default=256)
+    analyze.add_argument("--plot", type=Path, metavar="FILE", help="a picture, .png or .svg")
 
     bench = command("bench", _bench, "Speed and memory, beside the speed of reading memory.")
     _add_engine(bench)
@@ -327,6 +337,30 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"| {row['top1_agreement']:.2f} | {row['tokens_per_second']:.1f} "
             f"| {row['speedup']:.2f} |"
         )
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    texts = _read_texts(Path(args.data))[: args.texts]
+    names = ("active", "prompt_tokens", "score_tokens")
+    with _progress_bar(unit="text", disable=args.json) as progress:
+        figures = analyze(
+            _engine(args), texts, progress=progress, **{name: getattr(args, name) for name in names}
+        )
+    if args.plot:
+        plot(figures, args.score_tokens, args.plot)
+    if args.json:
+        _print_json(figures)
+        return
+    columns = ("next", "shuffled", "texts", "always", "never")
+    first, *_, last = figures["prompt"]
+    print(f"{figures['compared']} texts, sets of {figures['active']:.2f} of the neurons (chance)\n")
+    print("| layer | prompt, first part | last part | " + " | ".join(columns) + " |")
+    print("|---" * (3 + len(columns)) + "|")
+    rows = [first, last, *(figures[name] for name in columns)]
+    for layer, numbers in enumerate(zip(*rows, strict=True)):
+        print(f"| {layer} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    means = (sum(row) / len(row) for row in rows)
+    print("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
 
 
 def _bench(args: argparse.Namespace) -> None:

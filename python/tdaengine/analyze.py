@@ -1,0 +1,158 @@
+"""What the sets of active neurons of a model depend on.
+
+A token's active set in a layer holds the given share of the F neurons, those of the largest
+contributions |n[t,j]| = |h[t,j]| ||W_down[:,j]||. The mask of some tokens holds as many, those of
+the largest relative magnitude R (the statistic of the sequence scope). The overlap of two of these
+sets is the share of one that the other has, too. Chance gives `active`, the same set 1.
+
+Activation uncertainty, how the set depends on the history:
+  next      a token's set and the next token's
+  prompt    the mask of the first prompt_tokens and the set of a later token, by its distance
+  texts     the masks of two texts' prompts
+Activation inertia, what stays active whatever the text means:
+  shuffled  the mask of a prompt and that of its own tokens in random order
+  always    the share of all neurons that nine of ten tokens of all texts have in their sets
+  never     the share that fewer than one of ten has
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._native import OptionError
+from .engine import Engine
+
+PARTS = 8  # of the tokens behind the prompt
+
+Floats = NDArray[np.float32]
+Sets = NDArray[np.bool_]
+
+
+def active_sets(values: Floats, count: int) -> Sets:
+    """The `count` largest along the last axis, [..., F]."""
+    largest = np.argpartition(values, -count, axis=-1)[..., -count:]
+    sets = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(sets, largest, True, axis=-1)
+    return sets
+
+
+def mask(contributions: Floats, count: int) -> Sets:
+    """The mask of these tokens, [F], from [T, F]: R as in tda/sparsity.h."""
+    squares = contributions.astype(np.float64) ** 2
+    totals = squares.sum(axis=1, keepdims=True)
+    relative = np.divide(squares, totals, out=np.zeros_like(squares), where=totals > 0)
+    return active_sets(relative.mean(axis=0), count)
+
+
+def overlap(a: Sets, b: Sets) -> float:
+    """Mean share of sets of equal size, [..., F], that they have in common."""
+    return float((a & b).sum() / np.broadcast_arrays(a, b)[0].sum())
+
+
+def analyze(
+    engine: Engine,
+    texts: Sequence[str | Sequence[int]],
+    *,
+    active: float = 0.5,
+    prompt_tokens: int = 256,
+    score_tokens: int = 256,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The figures above, each as a list with one number per layer; `prompt` as a list of PARTS such
+    lists, for equal parts of the score_tokens behind the prompt.
+
+    seed: of the shuffling. Raises OptionError for fewer than two texts, a text that is too short, a
+    share of no neurons or of all.
+    """
+    layers, neurons = engine.config.num_layers, engine.config.intermediate_size
+    count = round(active * neurons)
+    if not 0 < count < neurons:
+        raise OptionError(f"active {active}: expected more than no and fewer than all neurons")
+    if prompt_tokens < 2 or score_tokens < PARTS:
+        raise OptionError(
+            f"prompt_tokens {prompt_tokens}, score_tokens {score_tokens}: expected at least 2 "
+            f"and {PARTS}"
+        )
+    if len(texts) < 2:
+        raise OptionError(f"texts: found {len(texts)}, expected at least 2 to compare")
+    length = prompt_tokens + score_tokens
+    encoded = []
+    for i, text in enumerate(texts):
+        ids = engine.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        if len(ids) < length:
+            raise OptionError(f"text {i}: found {len(ids)} tokens, expected {length} or more")
+        encoded.append(ids[:length])
+
+    masks = np.zeros((len(texts), layers, neurons), dtype=bool)
+    used = np.zeros((layers, neurons))  # how many tokens' sets a neuron is in
+    following, shuffled = np.zeros((2, layers, len(texts)))
+    prompt = np.zeros((PARTS, layers, len(texts)))
+    for i, ids in enumerate(encoded):
+        session = engine.session(length, sample_tokens=length)
+        session.prefill(ids)
+        mixed = engine.session(prompt_tokens, sample_tokens=prompt_tokens)
+        mixed.prefill(random.Random(seed + i).sample(ids[:prompt_tokens], prompt_tokens))
+        for layer in range(layers):
+            contributions = session.contributions(layer)
+            sets = active_sets(contributions, count)
+            masks[i, layer] = mask(contributions[:prompt_tokens], count)
+            used[layer] += sets.sum(axis=0)
+            following[layer, i] = overlap(sets[:-1], sets[1:])
+            for part, some in enumerate(np.array_split(sets[prompt_tokens:], PARTS)):
+                prompt[part, layer, i] = overlap(masks[i, layer], some)
+            shuffled[layer, i] = overlap(masks[i, layer], mask(mixed.contributions(layer), count))
+        if progress:
+            progress(i + 1, len(encoded))
+    pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
+    share = used / (length * len(texts))
+    return {
+        "compared": len(texts),
+        "active": count / neurons,
+        "next": following.mean(axis=1).tolist(),
+        "prompt": prompt.mean(axis=2).tolist(),
+        "texts": [
+            float(np.mean([overlap(masks[i, layer], masks[j, layer]) for i, j in pairs]))
+            for layer in range(layers)
+        ],
+        "shuffled": shuffled.mean(axis=1).tolist(),
+        "always": (share >= 0.9).mean(axis=1).tolist(),
+        "never": (share < 0.1).mean(axis=1).tolist(),
+    }
+
+
+def plot(figures: dict[str, Any], score_tokens: int, path: Path) -> None:
+    """Two pictures in one file, of the kind that its name ends in. Raises OptionError without
+    matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OptionError("--plot: needs matplotlib, pip install 'tdaengine[plot]'") from error
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    time, depth = figure.subplots(1, 2)
+    ends = [(part + 0.5) * score_tokens / PARTS for part in range(PARTS)]
+    time.plot(
+        ends, [np.mean(part) for part in figures["prompt"]], marker="o", label="prompt's mask"
+    )
+    time.axhline(np.mean(figures["next"]), ls="--", color="C1", label="neighbouring token")
+    time.axhline(figures["active"], ls=":", color="grey", label="chance")
+    time.set(xlabel="tokens behind the prompt", ylabel="overlap with a token's active set")
+    for name, label in (
+        ("shuffled", "own tokens shuffled"),
+        ("texts", "another text"),
+        ("next", "neighbouring tokens"),
+        ("always", "active in 9 of 10 tokens (share of all)"),
+    ):
+        depth.plot(figures[name], label=label)
+    depth.axhline(figures["active"], ls=":", color="grey", label="chance of an overlap")
+    depth.set(xlabel="layer", ylabel="overlap, share")
+    for axes in (time, depth):
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
