@@ -1,25 +1,9 @@
-"""What the sets of active neurons of a model depend on.
-
-A token's active set in a layer holds the given share of the F neurons, those of the largest
-contributions |n[t,j]| = |h[t,j]| ||W_down[:,j]||. The mask of some tokens holds as many, those of
-the largest relative magnitude R (the statistic of the sequence scope). The overlap of two of these
-sets is the share of one that the other has, too. Chance gives `active`, the same set 1.
-
-Activation uncertainty, how the set depends on the history:
-  next      a token's set and the next token's
-  prompt    the mask of the first prompt_tokens and the set of a later token, by its distance
-  texts     the masks of two texts' prompts
-Activation inertia, what stays active whatever the text means:
-  shuffled  the mask of a prompt and that of its own tokens in random order
-  always    the share of all neurons that nine of ten tokens of all texts have in their sets
-  never     the share that fewer than one of ten has
-"""
+"""What the sets of active neurons of a model depend on."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +11,23 @@ from numpy.typing import NDArray
 
 from ._native import OptionError
 from .engine import Engine
+from .evaluate import encode
+
+DEFINITIONS = """\
+A token's active set in a layer holds the given share of the F neurons, those of the largest
+contributions |n[t,j]| = |h[t,j]| ||W_down[:,j]||. The mask of some tokens holds as many, those of
+the largest relative magnitude R (the statistic of the sequence scope). The overlap of two of these
+sets is the share of one that the other has, too. Chance gives that share itself, the same set 1.
+
+Activation uncertainty, how the set depends on the history:
+  next      a token's set and the next token's
+  prompt    the mask of the first prompt tokens and the set of a later token, by its distance
+  texts     the masks of two texts' prompts
+Activation inertia, what stays active whatever the text means:
+  shuffled  the mask of a prompt and that of its own tokens in random order
+  always    the share of all neurons that nine of ten tokens of all texts have in their sets
+  never     the share that fewer than one of ten has
+"""
 
 PARTS = 8  # of the tokens behind the prompt
 
@@ -65,8 +66,8 @@ def analyze(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The figures above, each as a list with one number per layer; `prompt` as a list of PARTS such
-    lists, for equal parts of the score_tokens behind the prompt.
+    """The figures of DEFINITIONS, each as a list with one number per layer; `prompt` as a list of
+    PARTS such lists, for equal parts of the score_tokens behind the prompt.
 
     seed: of the shuffling. Raises OptionError for fewer than two texts, a text that is too short, a
     share of no neurons or of all.
@@ -83,12 +84,7 @@ def analyze(
     if len(texts) < 2:
         raise OptionError(f"texts: found {len(texts)}, expected at least 2 to compare")
     length = prompt_tokens + score_tokens
-    encoded = []
-    for i, text in enumerate(texts):
-        ids = engine.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        if len(ids) < length:
-            raise OptionError(f"text {i}: found {len(ids)} tokens, expected {length} or more")
-        encoded.append(ids[:length])
+    encoded = encode(engine, texts, length)
 
     masks = np.zeros((len(texts), layers, neurons), dtype=bool)
     used = np.zeros((layers, neurons))  # how many tokens' sets a neuron is in
@@ -125,34 +121,3 @@ def analyze(
         "always": (share >= 0.9).mean(axis=1).tolist(),
         "never": (share < 0.1).mean(axis=1).tolist(),
     }
-
-
-def plot(figures: dict[str, Any], score_tokens: int, path: Path) -> None:
-    """Two pictures in one file, of the kind that its name ends in. Raises OptionError without
-    matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError("--plot: needs matplotlib, pip install 'tdaengine[plot]'") from error
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    time, depth = figure.subplots(1, 2)
-    ends = [(part + 0.5) * score_tokens / PARTS for part in range(PARTS)]
-    time.plot(
-        ends, [np.mean(part) for part in figures["prompt"]], marker="o", label="prompt's mask"
-    )
-    time.axhline(np.mean(figures["next"]), ls="--", color="C1", label="neighbouring token")
-    time.axhline(figures["active"], ls=":", color="grey", label="chance")
-    time.set(xlabel="tokens behind the prompt", ylabel="overlap with a token's active set")
-    for name, label in (
-        ("shuffled", "own tokens shuffled"),
-        ("texts", "another text"),
-        ("next", "neighbouring tokens"),
-        ("always", "active in 9 of 10 tokens (share of all)"),
-    ):
-        depth.plot(figures[name], label=label)
-    depth.axhline(figures["active"], ls=":", color="grey", label="chance of an overlap")
-    depth.set(xlabel="layer", ylabel="overlap, share")
-    for axes in (time, depth):
-        axes.set_ylim(0, 1)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tdaengine import Engine, OptionError
-from tdaengine.analyze import PARTS, active_sets, analyze, mask, overlap, plot
+from tdaengine import Engine, OptionError, plots
+from tdaengine.analyze import PARTS, active_sets, analyze, mask, overlap
 from tdaengine.cli import main
 
 TEXTS = [[(7 * i + 3 * t) % 90 + 1 for i in range(48)] for t in range(3)]
@@ -75,7 +75,7 @@ def test_wrong_options(engine: Engine):
 
 
 def test_the_picture(engine: Engine, tmp_path: Path):
-    plot(analyze(engine, TEXTS, **LENGTHS), 24, tmp_path / "picture.png")
+    plots.analysis(analyze(engine, TEXTS, **LENGTHS), 24, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
