@@ -245,7 +245,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 def _compare(path: Path, name: str, found: Any, expected: Any) -> None:
     if isinstance(found, dict) and isinstance(expected, dict):
-        for key in found.keys() | expected.keys():
+        for key in expected | found:
             _compare(path, f"{name}: {key}", found.get(key), expected.get(key))
     elif found != expected:
         raise OptionError(
