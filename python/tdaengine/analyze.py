@@ -21,7 +21,8 @@ sets is the share of one that the other has, too. Chance gives that share itself
 
 Activation uncertainty, how the set depends on the history:
   next      a token's set and the next token's
-  prompt    the mask of the first prompt tokens and the set of a later token, by its distance
+  own       the mask of the prompt tokens and the set of one of them
+  prompt    the same mask and the set of a later token, by its distance
   texts     the masks of two texts' prompts
 Activation inertia, what stays active whatever the text means:
   shuffled  the mask of a prompt and that of its own tokens in random order
@@ -88,7 +89,7 @@ def analyze(
 
     masks = np.zeros((len(texts), layers, neurons), dtype=bool)
     used = np.zeros((layers, neurons))  # how many tokens' sets a neuron is in
-    following, shuffled = np.zeros((2, layers, len(texts)))
+    following, own, shuffled = np.zeros((3, layers, len(texts)))
     prompt = np.zeros((PARTS, layers, len(texts)))
     for i, ids in enumerate(encoded):
         session = engine.session(length, sample_tokens=length)
@@ -101,6 +102,7 @@ def analyze(
             masks[i, layer] = mask(contributions[:prompt_tokens], count)
             used[layer] += sets.sum(axis=0)
             following[layer, i] = overlap(sets[:-1], sets[1:])
+            own[layer, i] = overlap(masks[i, layer], sets[:prompt_tokens])
             for part, some in enumerate(np.array_split(sets[prompt_tokens:], PARTS)):
                 prompt[part, layer, i] = overlap(masks[i, layer], some)
             shuffled[layer, i] = overlap(masks[i, layer], mask(mixed.contributions(layer), count))
@@ -112,6 +114,7 @@ def analyze(
         "compared": len(texts),
         "active": count / neurons,
         "next": following.mean(axis=1).tolist(),
+        "own": own.mean(axis=1).tolist(),
         "prompt": prompt.mean(axis=2).tolist(),
         "texts": [
             float(np.mean([overlap(masks[i, layer], masks[j, layer]) for i, j in pairs]))
@@ -121,3 +124,23 @@ def analyze(
         "always": (share >= 0.9).mean(axis=1).tolist(),
         "never": (share < 0.1).mean(axis=1).tolist(),
     }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as markdown."""
+    rows = {
+        "next": figures["next"],
+        "own": figures["own"],
+        "prompt, first part": figures["prompt"][0],
+        "last part": figures["prompt"][-1],
+        **{name: figures[name] for name in ("texts", "shuffled", "always", "never")},
+    }
+    lines = [
+        f"{figures['compared']} texts, sets of {figures['active']:.2f} of the neurons (chance)\n",
+        "| layer | " + " | ".join(rows) + " |",
+        "|---" * (1 + len(rows)) + "|",
+    ]
+    layers = [*zip(*rows.values(), strict=True), [np.mean(row) for row in rows.values()]]
+    for name, numbers in zip([*range(len(layers) - 1), "mean"], layers, strict=True):
+        lines.append(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    return "\n".join(lines)

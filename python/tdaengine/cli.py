@@ -25,6 +25,7 @@ from ._native import (
     Thresholds,
 )
 from .analyze import DEFINITIONS, analyze
+from .analyze import table as overlaps
 from .bench import bench
 from .engine import Engine, Output, Stream
 from .evaluate import evaluate, frontier, parse_setting, table
@@ -359,8 +360,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.plot:
         points = {name: list(family) for name, family in families.items()}
         points |= {name: [name] for name in others}
-        overlaps = analyze(engine, texts[:OVERLAP_TEXTS], **lengths)
-        plots.evaluation(results, points, overlaps, args.score_tokens, args.plot)
+        figures = analyze(engine, texts[:OVERLAP_TEXTS], **lengths)
+        plots.evaluation(results, points, figures, args.score_tokens, args.plot)
     if args.json:
         _print_json(results)
     else:
@@ -378,17 +379,8 @@ def _analyze(args: argparse.Namespace) -> None:
         plots.analysis(figures, args.score_tokens, args.plot)
     if args.json:
         _print_json(figures)
-        return
-    columns = ("next", "shuffled", "texts", "always", "never")
-    first, *_, last = figures["prompt"]
-    print(f"{figures['compared']} texts, sets of {figures['active']:.2f} of the neurons (chance)\n")
-    print("| layer | prompt, first part | last part | " + " | ".join(columns) + " |")
-    print("|---" * (3 + len(columns)) + "|")
-    rows = [first, last, *(figures[name] for name in columns)]
-    for layer, numbers in enumerate(zip(*rows, strict=True)):
-        print(f"| {layer} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
-    means = (sum(row) / len(row) for row in rows)
-    print("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    else:
+        print(overlaps(figures))
 
 
 def _settings(args: argparse.Namespace) -> dict[str, TDA]:

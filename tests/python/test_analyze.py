@@ -51,10 +51,18 @@ def test_the_statistic_is_that_of_the_engine(engine: Engine):
 def test_figures_of_texts_that_say_the_same(engine: Engine):
     same = analyze(engine, [TEXTS[0], TEXTS[0]], **LENGTHS)
     assert same["texts"] == [1.0] * engine.config.num_layers
+    # The mask's overlap with its own tokens' sets, by hand.
+    session = engine.session(24, sample_tokens=24)
+    session.prefill(TEXTS[0][:24])
+    for layer in range(engine.config.num_layers):
+        contributions, count = session.contributions(layer), round(same["active"] * 80)
+        sets = active_sets(contributions, count)
+        expected = sets[:, mask(contributions, count)].sum() / (24 * count)
+        assert same["own"][layer] == pytest.approx(expected)
     figures = analyze(engine, TEXTS, **LENGTHS)
     assert figures["compared"] == 3 and figures["active"] == pytest.approx(0.5, abs=0.02)
     assert len(figures["prompt"]) == PARTS
-    for name in ("next", "texts", "shuffled", "always", "never"):
+    for name in ("next", "own", "texts", "shuffled", "always", "never"):
         assert len(figures[name]) == engine.config.num_layers
         assert all(0 <= number <= 1 for number in figures[name])
     assert np.mean(figures["texts"]) < 1
@@ -89,4 +97,7 @@ def test_the_command(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixtu
     figures = json.loads(capsys.readouterr().out)
     assert figures["compared"] == 2
     assert not main(common)
-    assert f"| mean | {np.mean(figures['prompt'][0]):.2f} |" in capsys.readouterr().out
+    assert (
+        f"| mean | {np.mean(figures['next']):.2f} | {np.mean(figures['own']):.2f} |"
+        in capsys.readouterr().out
+    )
