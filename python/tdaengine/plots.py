@@ -79,10 +79,9 @@ def _overlap_over_time(axes: Any, figures: Mapping[str, Any], score_tokens: int)
     parts = figures["prompt"]
     middles = [(part + 0.5) * score_tokens / len(parts) for part in range(len(parts))]
     axes.plot(middles, [np.mean(part) for part in parts], marker="o", label="the prompt's mask")
-    for i, (name, label) in enumerate(
-        (("own", "that, in the prompt"), ("next", "the token before")), 1
-    ):
-        axes.axhline(np.mean(figures[name]), ls="--", color=f"C{i}", label=label)
+    lines = (("own", "the same within the prompt", "C1"), ("next", "the next token's set", "C2"))
+    for name, label, color in lines:
+        axes.axhline(np.mean(figures[name]), ls="--", color=color, label=label)
     axes.axhline(figures["active"], ls=":", color="grey", label="chance")
     axes.set(xlabel="tokens behind the prompt", ylabel="overlap with a token's active set")
     axes.set_ylim(0, 1)
