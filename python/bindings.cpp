@@ -379,6 +379,14 @@ void bind_session(nb::module_& m) {
           },
           "layer"_a, "R [F] of everything prefilled.")
       .def(
+          "contributions",
+          [](const Session& session, std::int64_t layer) {
+            std::vector<float> values = session.contributions(layer);
+            const std::size_t neurons = session.statistic(layer).size();
+            return to_array(std::move(values), {values.size() / neurons, neurons});
+          },
+          "layer"_a, "|n[t,j]| of the tokens remembered of the last prefill, [T, F].")
+      .def(
           "mask",
           [](const Session& session, std::int64_t layer) { return to_array(session.mask(layer)); },
           "layer"_a, "The layer's active neurons, ascending.")

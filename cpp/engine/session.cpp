@@ -339,6 +339,20 @@ std::vector<float> Session::statistic(std::int64_t layer) const {
   return impl_->statistic(layer);
 }
 
+std::vector<float> Session::contributions(std::int64_t layer) const {
+  const Model& model = impl_->runtime->model();
+  check_layer(model.config, layer);
+  if (impl_->samples.empty())
+    throw OptionError(
+        "contributions: the session remembers no tokens, make it with sample_tokens > 0 "
+        "and prefill a prompt");
+  std::vector<float> values = impl_->samples[layer].h;
+  const std::span<const float> lengths = model.layers[layer].down_lengths;
+  for (std::size_t i = 0; i < values.size(); ++i)
+    values[i] = std::abs(values[i]) * lengths[i % lengths.size()];
+  return values;
+}
+
 std::vector<std::int32_t> Session::mask(std::int64_t layer) const {
   check_layer(impl_->runtime->config(), layer);
   return impl_->backend.mask(*impl_->state, layer);

@@ -1,4 +1,4 @@
-"""The command line: tdaengine generate | chat | convert | calibrate | evaluate | bench | info."""
+"""The command line, `tdaengine COMMAND`: every function _command runs one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, plots
 from ._native import (
     TDA,
     Error,
@@ -24,13 +24,17 @@ from ._native import (
     RopeConfig,
     Thresholds,
 )
+from .analyze import DEFINITIONS, analyze
+from .analyze import table as overlaps
 from .bench import bench
 from .engine import Engine, Output, Stream
-from .evaluate import evaluate, parse_setting
+from .evaluate import evaluate, frontier, parse_setting, table
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+
+OVERLAP_TEXTS = 8  # of those evaluated, for the picture of overlaps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,11 +103,34 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "Quality and speed of TDA settings against dense.")
     _add_engine(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="FILE", help='JSONL with a field "text"')
+    _add_texts(evaluate)
     _add_settings(evaluate)
-    evaluate.add_argument("--prompt-tokens", type=int, default=256)
-    evaluate.add_argument("--score-tokens", type=int, default=256)
-    evaluate.add_argument("--texts", type=int, metavar="N", help="only the first N texts")
+    evaluate.add_argument(
+        "--frontier",
+        action="store_true",
+        help="six settings of each kind of TDA, of GRIFFIN and of CATS",
+    )
+    evaluate.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="FORMAT",
+        help="dense with other weights, too, e.g. int4; repeatable",
+    )
+    evaluate.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="takes each text's figures as they come; if it exists, goes on behind them",
+    )
+
+    analyze = command("analyze", _analyze, "What the sets of active neurons depend on.")
+    analyze.formatter_class = argparse.RawDescriptionHelpFormatter
+    analyze.epilog = DEFINITIONS
+    _add_engine(analyze)
+    _add_texts(analyze)
+    analyze.add_argument("--active", type=float, default=0.5, help="share of neurons in a set")
 
     bench = command("bench", _bench, "Speed and memory, beside the speed of reading memory.")
     _add_engine(bench)
@@ -158,6 +185,14 @@ def _add_tda(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--refresh", type=int, metavar="N", help="renew the mask every N tokens")
 
 
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="FILE", help='JSONL with a field "text"')
+    parser.add_argument("--texts", type=int, metavar="N", help="only the first N texts")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--score-tokens", type=int, default=256)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, .png or .svg")
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tda",
@@ -168,9 +203,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def _engine(args: argparse.Namespace, **changed: Any) -> Engine:
     names = ("device", "weights", "kv", "threads", "max_context")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names} | changed
     bar = {"desc": "packing", "unit": "B", "unit_scale": True, "leave": False}
     with _progress_bar(**bar, disable=True if args.json else None) as progress:
         return Engine(args.model, tda=_tda(args), progress=progress, **options)
@@ -304,34 +339,73 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    texts = _read_texts(Path(args.data))[: args.texts]
-    settings = {setting: parse_setting(setting) for setting in args.tda}
+    texts = _texts(args)
+    families = {name: {name: tda} for name, tda in _settings(args).items()}
+    _check_unique("--also", args.also)
+    engine = _engine(args)
+    others = {f"{also} dense": _engine(args, weights=also) for also in args.also}
+    if args.frontier:
+        families |= frontier(engine.weights)
+    lengths = {name: getattr(args, name) for name in ("prompt_tokens", "score_tokens")}
     with _progress_bar(unit="text", disable=args.json) as progress:
         results = evaluate(
-            _engine(args),
+            engine,
             texts,
-            settings,
-            prompt_tokens=args.prompt_tokens,
-            score_tokens=args.score_tokens,
+            {name: tda for family in families.values() for name, tda in family.items()},
+            others=others,
+            output=args.output,
             progress=progress,
+            **lengths,
         )
+    if args.plot:
+        points = {name: list(family) for name, family in families.items()}
+        points |= {name: [name] for name in others}
+        figures = analyze(engine, texts[:OVERLAP_TEXTS], **lengths)
+        plots.evaluation(results, points, figures, args.score_tokens, args.plot)
     if args.json:
         _print_json(results)
-        return
-    print("| setting | active (coarse) | FFN bytes | perplexity | top-1 | tokens/s | speed-up |")
-    print("|---|---|---|---|---|---|---|")
-    for name, row in results.items():
-        print(
-            f"| {name} | {row['active']:.2f} ({row['coarse']:.2f}) | {row['ffn_bytes']:.3f} "
-            f"| {row['perplexity']:.2f} "
-            f"| {row['top1_agreement']:.2f} | {row['tokens_per_second']:.1f} "
-            f"| {row['speedup']:.2f} |"
+    else:
+        print(table(results))
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    names = ("active", "prompt_tokens", "score_tokens")
+    with _progress_bar(unit="text", disable=args.json) as progress:
+        figures = analyze(
+            _engine(args), texts, progress=progress, **{name: getattr(args, name) for name in names}
         )
+    if args.plot:
+        plots.analysis(figures, args.score_tokens, args.plot)
+    if args.json:
+        _print_json(figures)
+    else:
+        print(overlaps(figures))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, TDA]:
+    _check_unique("--tda", args.tda)
+    return {setting: parse_setting(setting) for setting in args.tda}
+
+
+def _check_unique(option: str, given: list[str]) -> None:
+    for value in given:
+        if given.count(value) > 1:
+            raise OptionError(f"{option}: found {value!r} twice")
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """Of --data, the first --texts."""
+    if args.texts is not None and args.texts < 1:
+        raise OptionError(f"--texts {args.texts}: expected 1 or more")
+    if args.plot:
+        plots.check(args.plot)
+    return _read_texts(Path(args.data))[: args.texts]
 
 
 def _bench(args: argparse.Namespace) -> None:
     lengths = {name: _lengths(args, name) for name in ("prefill", "context")}
-    settings = {setting: parse_setting(setting) for setting in args.tda}
+    settings = _settings(args)
     start = time.perf_counter()
     engine = _engine(args)
     load_seconds = time.perf_counter() - start

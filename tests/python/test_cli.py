@@ -350,24 +350,3 @@ def test_interrupted_process(folder):
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
-
-
-def test_evaluate(folder, tmp_path, capsys):
-    data = tmp_path / "texts.jsonl"
-    line = json.dumps({"text": PROMPT * 40})
-    data.write_text(f"{line}\n{line}\n")
-    settings = ("error=0", "active=0.5,refresh=8")
-    options = [f"--tda={setting}" for setting in settings]
-    sizes = ("--prompt-tokens", "12", "--score-tokens", "20")
-    assert cli.main(["evaluate", str(folder), "--data", str(data), *options, *sizes, "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)
-    assert list(results) == ["dense", *settings]
-    dense, exact, sparse = results.values()
-    assert exact["perplexity"] == dense["perplexity"] and exact["top1_agreement"] == 1
-    assert sparse["perplexity"] != dense["perplexity"] and sparse["active"] == 0.5
-    assert sparse["ffn_bytes"] > 0.5  # the refreshes read all
-    for bad in ("active", "active=2", "speed=1"):
-        assert cli.main(["evaluate", str(folder), "--data", str(data), f"--tda={bad}"]) == 2
-    too_long = ("--prompt-tokens", "9000")
-    assert cli.main(["evaluate", str(folder), "--data", str(data), *too_long]) == 2
-    assert "text 0: found" in capsys.readouterr().err

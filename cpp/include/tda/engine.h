@@ -142,8 +142,8 @@ class Engine {
                        const Progress& progress = {}) const;
 
   /// A session for stepwise use: research, tests, own generate loops. `capacity`: tokens it can
-  /// hold. `sample_tokens`: how many tokens of each prefill it remembers for TdaOptions::error, 0
-  /// for none.
+  /// hold. `sample_tokens`: how many tokens of each prefill it remembers for TdaOptions::error and
+  /// `contributions`, 0 for none.
   Session session(std::int64_t capacity, std::int64_t sample_tokens = 0) const;
 
  private:
@@ -167,6 +167,8 @@ class Session {
 
   /// R[j] of the layer over everything prefilled, [F].
   std::vector<float> statistic(std::int64_t layer) const;
+  /// |n[t,j]| = |h[t,j]| ||down[j]|| of the tokens remembered of the last prefill, [T, F].
+  std::vector<float> contributions(std::int64_t layer) const;
   /// The layer's active neurons, strictly ascending; all of them until set.
   std::vector<std::int32_t> mask(std::int64_t layer) const;
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
