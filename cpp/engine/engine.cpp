@@ -23,7 +23,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
   return std::make_shared<const Runtime>(
       std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
-      options.max_context ? options.max_context : model->config.max_position);
+      options.max_context ? options.max_context : model->config.max_position, options.before_step);
 }
 
 }  // namespace
@@ -56,8 +56,10 @@ Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                           " exceed max_context " + std::to_string(max_context()));
   }
   const std::int64_t capacity = std::ssize(prompt) + options.max_new_tokens;
-  return Generation(std::unique_ptr<Generation::Impl>(new Generation::Impl{
-      .run = {runtime_, prompt, capacity, tda}, .sampler = {options, prompt}, .options = options}));
+  std::unique_ptr<Generation::Impl> impl(new Generation::Impl{
+      .run = {runtime_, prompt, capacity, tda}, .sampler = {options, prompt}, .options = options});
+  impl->run.listen(impl->cancel.get_token());
+  return Generation(std::move(impl));
 }
 
 GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
@@ -67,7 +69,7 @@ GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
   GenerationResult result;
   while (const std::optional<Token> token = generation.next()) {
     result.tokens.push_back(*token);
-    if (on_token && !on_token(*token)) break;
+    if (on_token && !on_token(*token)) generation.cancel();
   }
   result.finish_reason = generation.finish_reason();
   result.stats = generation.stats();

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <numeric>
 
 #include "engine/parallel.h"
@@ -54,7 +55,6 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
                           std::to_string(capacity));
   }
   step.sequence_length = position + std::ssize(tokens);
-  const std::lock_guard lock(runtime->computing);
   std::span<const float> logits;
   for (std::size_t done = 0; done < tokens.size();) {
     const std::size_t count =
@@ -62,6 +62,9 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
     step.tokens = tokens.subspan(done, count);
     step.position = position;
     done += count;
+    if (stop.stop_requested()) throw Cancelled();
+    if (runtime->before_step) runtime->before_step();
+    const std::lock_guard lock(runtime->computing);
     const std::int64_t last_rows = done == tokens.size() ? rows : 0;
     logits = forward(backend, *state, step, all ? std::ssize(step.tokens) : last_rows);
     if (all) all->insert(all->end(), logits.begin(), logits.end());
@@ -318,11 +321,13 @@ std::int64_t Session::capacity() const { return impl_->capacity; }
 std::int64_t Session::ffn_bytes() const { return impl_->ffn_bytes(); }
 
 std::vector<float> Session::prefill(Tokens tokens) {
+  const InUse guard(impl_->in_use, "session");
   const auto logits = impl_->prefill(tokens, FfnMode::gather);
   return {logits.begin(), logits.end()};
 }
 
 std::vector<float> Session::decode(Token token) {
+  const InUse guard(impl_->in_use, "session");
   const auto logits = impl_->decode(token);
   return {logits.begin(), logits.end()};
 }
@@ -345,10 +350,14 @@ std::vector<std::int32_t> Session::mask(std::int64_t layer) const {
 }
 
 void Session::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons) {
+  const InUse guard(impl_->in_use, "session");
   check_layer(impl_->runtime->config(), layer);
   impl_->set_mask(layer, neurons);
 }
 
-void Session::apply(const TdaOptions& options) { impl_->apply(options); }
+void Session::apply(const TdaOptions& options) {
+  const InUse guard(impl_->in_use, "session");
+  impl_->apply(options);
+}
 
 }  // namespace tda

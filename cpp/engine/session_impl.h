@@ -6,13 +6,18 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stop_token>
 #include <vector>
 
 #include "backend/backend.h"
+#include "engine/in_use.h"
 #include "engine/runtime.h"
 #include "sparsity/sparsity.h"
 
 namespace tda {
+
+/// Ends a step whose generation was cancelled; never leaves the library.
+struct Cancelled {};
 
 struct Session::Impl {
   /// `sample_tokens` as in Engine::session. Throws ContextOverflow if capacity exceeds max_context.
@@ -37,6 +42,8 @@ struct Session::Impl {
   std::int64_t capacity;
   std::int64_t sample_tokens;
   std::int64_t position = 0;
+  std::stop_token stop;  // asked before every step
+  UseFlag in_use;
   FfnMode decode_mode = FfnMode::dense;
   Estimate estimate = Estimate::contribution;  // of prefills to come
   /// [L] of the last prefill: h (or act(gate), see Estimate), no scores; empty if sample_tokens is

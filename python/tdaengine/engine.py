@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ Prompt = str | Sequence[int]
 @dataclass(frozen=True)
 class Output:
     """What was generated. text: None if the checkpoint has no tokenizer. finish_reason: "stop"
-    (end-of-text token or stop string), "length" (max_new_tokens), or None while under way.
+    (end-of-text token or stop string), "length" (max_new_tokens), "cancelled" (Stream.cancel, or an
+    exception), or None while under way. stats: GenerationStats.
     """
 
     text: str | None
@@ -41,6 +43,9 @@ class Output:
 class Stream(Iterator[str]):
     """Pieces of text as they are generated. `output` holds what there is so far, and the whole once
     the pieces are exhausted; its text is the pieces put together.
+
+    One thread at a time takes pieces, a second one gets an OptionError; `cancel` and `output` are
+    for any thread.
     """
 
     def __init__(
@@ -52,26 +57,47 @@ class Stream(Iterator[str]):
         self._token_ids: list[int] = []
         self._pieces: list[str] = []
         self._is_done = False
+        # As of the last token, since while the next one is made nobody may look.
+        self._finish_reason: str | None = None
+        self._stats = generation.stats
+        self._taking = Lock()
 
     def __next__(self) -> str:
-        while not self._is_done:
-            piece = self._advance()
-            if piece:
-                self._pieces.append(piece)
-                return piece
-        raise StopIteration
+        """The next piece, not empty. Raises what `generate` raises while computing."""
+        if not self._taking.acquire(blocking=False):
+            raise OptionError("stream: found it in use by another thread, expected one at a time")
+        try:
+            while not self._is_done:
+                piece = self._advance()
+                if piece:
+                    self._pieces.append(piece)
+                    return piece
+            raise StopIteration
+        finally:
+            self._taking.release()
+
+    def cancel(self) -> None:
+        """Ends the stream, from any thread: after the token under way, or in the midst of a long
+        prompt, the iteration ends and finish_reason is "cancelled".
+        """
+        self._generation.cancel()
 
     @property
     def output(self) -> Output:
+        """What there is so far."""
         return Output(
             text=None if self._text is None else "".join(self._pieces),
             token_ids=list(self._token_ids),
-            finish_reason="stop" if self._stop.is_found else self._generation.finish_reason,
-            stats=self._generation.stats,
+            finish_reason=self._finish_reason,
+            stats=self._stats,
         )
 
     def _advance(self) -> str:
-        token = self._generation.next()
+        try:
+            token = self._generation.next()
+        finally:
+            self._finish_reason = self._generation.finish_reason
+            self._stats = self._generation.stats
         if token is not None:
             self._token_ids.append(token)
         if self._text is None:
@@ -81,6 +107,8 @@ class Stream(Iterator[str]):
             piece = self._stop.push(self._text.push(token))
         else:
             piece = self._stop.push(self._text.flush()) + self._stop.flush()
+        if self._stop.is_found:
+            self._finish_reason = "stop"
         self._is_done = token is None or self._stop.is_found
         return piece
 

@@ -48,16 +48,20 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint with 96 tokens, a context of 128, and one character per token."""
-    folder = tiny.write(tmp_path_factory.mktemp("checkpoints") / "llama", "llama")
+    tiny.write(folder, "llama")
     write_tokenizer(folder)
     # Logit 0 for <unk>, <s> and </s>: greedy decoding never chooses them, the best is far above.
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][:3] = 0
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llama")
 
 
 @pytest.fixture(scope="session")
