@@ -32,7 +32,8 @@ std::vector<tda::Token> to_tokens(nb::handle sequence) {
   }
   std::vector<tda::Token> tokens;
   for (nb::handle item : nb::iter(sequence)) {
-    const nb::object integer = nb::steal(PyNumber_Index(item.ptr()));
+    const bool is_bool = PyBool_Check(item.ptr());
+    const nb::object integer = is_bool ? nb::object() : nb::steal(PyNumber_Index(item.ptr()));
     long long id = -1;
     if (integer.is_valid()) id = PyLong_AsLongLong(integer.ptr());
     const bool failed = PyErr_Occurred() != nullptr;
@@ -185,10 +186,11 @@ void bind_options(nb::module_& m) {
       .field("tokens", &Thresholds::tokens, "How many tokens they had.")
       .def(
           "save", [](const Thresholds& t, const std::filesystem::path& path) { t.save(path); },
-          "path"_a, "Writes JSON to the file `path`, atomically. Raises CheckpointError.")
+          "path"_a, nb::sig("def save(self, path: str | os.PathLike[str]) -> None"),
+          "Writes JSON to the file `path`, atomically. Raises CheckpointError.")
       .def_static(
           "load", [](const std::filesystem::path& path) { return Thresholds::load(path); },
-          "path"_a,
+          "path"_a, nb::sig("def load(path: str | os.PathLike[str]) -> Thresholds"),
           "Reads what `save` wrote to the file `path`. Raises CheckpointError for anything else.");
 
   RecordClass<GenerateOptions>(

@@ -6,9 +6,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <tda/error.h>
+#include <tda/sparsity.h>
 
+#include <cstdint>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace nb = nanobind;
@@ -23,34 +28,60 @@ inline std::string short_repr(nb::handle value) {
   return nb::cast<std::string>(nb::repr(value));
 }
 
+/// What a field of this type takes, for messages.
+template <typename Member>
+constexpr const char* expected = "a list of numbers";
+template <>
+constexpr const char* expected<bool> = "True or False";
+template <>
+constexpr const char* expected<std::int64_t> = "an integer of 64 bits";
+template <>
+constexpr const char* expected<std::uint64_t> = "an integer from 0 to 2**64 - 1";
+template <>
+constexpr const char* expected<std::optional<std::uint64_t>> =
+    "an integer from 0 to 2**64 - 1, or None";
+template <>
+constexpr const char* expected<double> = "a number";
+template <>
+constexpr const char* expected<std::optional<double>> = "a number, or None";
+template <>
+constexpr const char* expected<std::string> = "a string";
+template <>
+constexpr const char* expected<std::shared_ptr<const tda::Thresholds>> = "Thresholds, or None";
+
 template <typename Struct>
 class RecordClass {
  public:
   RecordClass(nb::module_& module, const char* name, const char* doc) : class_(module, name, doc) {
     class_.def("__repr__", [](nb::handle self) { return represent(self); });
     class_.def("__getstate__", [](nb::handle self) {
-      nb::dict state;
+      nb::typed<nb::dict, nb::str, nb::object> state;
       for (const Field& field : fields()) state[field.name] = self.attr(field.name);
       return state;
     });
-    class_.def("__setstate__", [](Struct& self, const nb::dict& state) {
-      Struct value;
-      for (const auto& [key, field] : state) set(value, nb::cast<std::string>(key), field);
-      new (&self) Struct(std::move(value));
-    });
+    class_.def("__setstate__",
+               [](Struct& self, const nb::typed<nb::dict, nb::str, nb::object>& state) {
+                 Struct value;
+                 for (const auto& [key, field] : state)
+                   set(value, nb::cast<std::string>(key), field);
+                 new (&self) Struct(std::move(value));
+               });
   }
 
   template <typename Member>
   RecordClass& field(const char* name, Member Struct::* member, const char* doc) {
     class_.def_ro(name, member, doc);
-    fields().push_back({name, [member](Struct& record, nb::handle value) {
+    fields().push_back({name, expected<Member>, [member](Struct& record, nb::handle value) {
+                          // bool is a kind of int in Python, but a slip where a number is meant.
+                          if (PyBool_Check(value.ptr()) && !std::is_same_v<Member, bool>)
+                            throw std::bad_cast();
                           record.*member = nb::cast<Member>(value);
                         }});
     return *this;
   }
 
-  /// Called after the fields. `signature` is for readers and type checkers. A name or type that does
-  /// not fit is an OptionError.
+  /// Called after the fields. `signature` is for readers and type checkers. A name or type that
+  /// does not fit is an OptionError.
   RecordClass& from_keywords(const char* signature) {
     class_.def(
         "__init__",
@@ -88,6 +119,7 @@ class RecordClass {
  private:
   struct Field {
     const char* name;
+    const char* expected;
     std::function<void(Struct&, nb::handle)> set;
   };
   static std::vector<Field>& fields() {
@@ -114,8 +146,8 @@ class RecordClass {
       try {
         field.set(record, value);
       } catch (const std::bad_cast&) {
-        throw tda::OptionError("option " + name + ": found " + short_repr(value) + " of type " +
-                               name_of_type(value) + ", which does not fit");
+        throw tda::OptionError(name + ": found " + short_repr(value) + ", expected " +
+                               field.expected);
       }
       return;
     }

@@ -47,7 +47,6 @@ std::string Engine::device() const { return runtime_->backend->name(); }
 Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                          const std::optional<TdaOptions>& tda) const {
   options.validate();
-  if (tda) tda->validate();
   check_tokens(config(), prompt);
   // Subtraction, since the sum could overflow.
   if (options.max_new_tokens > max_context() - std::ssize(prompt)) {
@@ -83,7 +82,6 @@ std::vector<float> Engine::logits(Tokens tokens) const {
 
 ScoreResult Engine::score(Tokens tokens, std::int64_t prompt_tokens,
                           const std::optional<TdaOptions>& tda) const {
-  if (tda) tda->validate();
   check_tokens(config(), tokens);
   if (prompt_tokens < 1 || prompt_tokens >= std::ssize(tokens)) {
     throw OptionError("prompt_tokens " + std::to_string(prompt_tokens) + ": expected 1 to " +

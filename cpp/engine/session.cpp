@@ -6,6 +6,7 @@
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
+#include "sparsity/text_of.h"
 
 namespace tda {
 
@@ -103,7 +104,14 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
 std::vector<float> Session::Impl::all_logits(Tokens tokens) {
   check_tokens(runtime->config(), tokens);
   std::vector<float> all;
-  all.reserve(tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size));
+  const auto numbers = tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size);
+  try {
+    all.reserve(numbers);
+  } catch (const std::bad_alloc&) {
+    throw DeviceError("out of memory: " + std::to_string(numbers * sizeof(float)) +
+                      " bytes needed for the logits of " + std::to_string(tokens.size()) +
+                      " tokens");
+  }
   Step step;
   step.tokens = tokens;
   run(step, 0, &all);
@@ -151,8 +159,18 @@ void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> n
   decode_mode = FfnMode::sparse;
 }
 
-void Session::Impl::apply(const TdaOptions& options) {
+void Session::Impl::check(const TdaOptions& options) const {
   options.validate();
+  if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
+  const WeightFormat format = runtime->model().format;
+  if (options.coarse > 0 && format != WeightFormat::int8) {
+    throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
+                      std::string(name_of(format)));
+  }
+}
+
+void Session::Impl::apply(const TdaOptions& options) {
+  check(options);
   if (options.scope == "token")
     apply_token(options);
   else
@@ -186,7 +204,6 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
   const std::int64_t layers = model.config.num_layers;
   thresholds_.clear();
   if (options.thresholds) {
-    check_thresholds(*options.thresholds, "sequence");
     thresholds_ = options.thresholds->values;
   } else if (options.error) {
     if (samples.empty()) throw no_samples("error");
@@ -210,13 +227,8 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
 void Session::Impl::apply_token(const TdaOptions& options) {
   const Model& model = runtime->model();
   const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
-  if (options.coarse > 0 && model.format != WeightFormat::int8) {
-    throw OptionError("tda coarse " + std::to_string(options.coarse) +
-                      ": expected int8 weights, found " + std::string(name_of(model.format)));
-  }
   std::vector<TokenThresholds> chosen(layers);
   if (options.thresholds) {
-    check_thresholds(*options.thresholds, "token");
     const Thresholds& file = *options.thresholds;
     for (std::int64_t layer = 0; layer < layers; ++layer)
       chosen[layer] = {file.values[layer],

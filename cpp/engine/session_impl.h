@@ -29,6 +29,8 @@ struct Session::Impl {
   std::vector<float> all_logits(Tokens tokens);
   std::span<const float> decode(Token token);
   std::vector<float> statistic(std::int64_t layer) const;
+  /// Whether the options fit the model, before any work. Throws CheckpointError or OptionError.
+  void check(const TdaOptions& options) const;
   void apply(const TdaOptions& options);
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
   std::int64_t ffn_bytes() const;

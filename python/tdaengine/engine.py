@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -176,9 +176,9 @@ class Engine(_native.Engine):
             device=_check(device, "device", str),
             weights=_check(weights, "weights", str),
             kv=_check(kv, "kv", str),
-            threads=_count(threads, "threads"),
+            threads=_count(threads, "threads", 2**31 - 1),
             max_context=_count(max_context, "max_context"),
-            progress=progress,
+            progress=_check_progress(progress),
         )
 
     @cached_property
@@ -207,8 +207,9 @@ class Engine(_native.Engine):
         Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
         """
         if isinstance(prompt, list | tuple) and prompt and not _is_id(prompt[0]):
-            return [self._generate(each, stop, tda, options) for each in prompt]
-        return self._generate(prompt, stop, tda, options)
+            encoded = [self._encode(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
+            return [self._generate(each, stop, tda, options) for each in encoded]
+        return self._generate(cast(Prompt, prompt), stop, tda, options)
 
     def stream(
         self,
@@ -242,7 +243,7 @@ class Engine(_native.Engine):
         # The template writes all special tokens itself.
         return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
 
-    def score(
+    def score(  # type: ignore[override]  # what has text on both sides takes other arguments
         self,
         token_ids: Sequence[int],
         prompt_tokens: int,
@@ -252,9 +253,10 @@ class Engine(_native.Engine):
 
         The prompt is prefilled, the rest goes through the decode path that `generate` uses.
         """
-        return super().score(token_ids, prompt_tokens, self._tda(tda)).log_probabilities
+        count = _count(prompt_tokens, "prompt_tokens")
+        return super().score(token_ids, count, self._tda(tda)).log_probabilities
 
-    def calibrate(
+    def calibrate(  # type: ignore[override]
         self,
         texts: Sequence[str | Sequence[int]] | None = None,
         error: float | None = None,
@@ -269,14 +271,18 @@ class Engine(_native.Engine):
         (for a budget of bytes) layers.
         Raises OptionError.
         """
-        if isinstance(texts, str) or (texts is not None and len(texts) == 0):
-            raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
+        if texts is not None:
+            if isinstance(texts, str) or not isinstance(texts, Sequence) or len(texts) == 0:
+                raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
+            for name in ("self_texts", "self_tokens", "seed"):
+                if name in options:
+                    raise OptionError(f"{name} {options[name]!r}: expected only without texts")
         if error is not None:
             if options.get("bytes") is not None:
                 raise OptionError(f"error {error!r}: expected only without bytes")
             options["error"] = error
-        ids = [self._encode(text) for text in texts or ()]
-        return super().calibrate(ids, CalibrateOptions(**options), progress)
+        ids = [self._encode(text, f"texts[{i}]") for i, text in enumerate(texts or ())]
+        return super().calibrate(ids, CalibrateOptions(**options), _check_progress(progress))
 
     def _generate(
         self,
@@ -303,11 +309,11 @@ class Engine(_native.Engine):
         generation = self.start(self._encode(prompt), GenerateOptions(**options), self._tda(tda))
         return Stream(generation, text, stop)
 
-    def _encode(self, text: Prompt) -> Sequence[int]:
+    def _encode(self, text: Prompt, name: str = "prompt") -> Sequence[int]:
         if isinstance(text, str):
             return self.tokenizer.encode(text)
-        if isinstance(text, Mapping) or not isinstance(text, Iterable):
-            raise OptionError(f"found {text!r}, expected a text or a list of token ids")
+        if isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
+            raise OptionError(f"{name}: found {text!r}, expected a text or a list of token ids")
         return text
 
     def _tda(self, tda: TDA | bool | None) -> TDA | None:
@@ -339,10 +345,16 @@ def _check_stop(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _count(value: int | None, name: str) -> int:
+def _check_progress(progress: Any) -> Callable[[int, int], None] | None:
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress: found {progress!r}, expected a function of (done, total)")
+    return cast(Callable[[int, int], None] | None, progress)
+
+
+def _count(value: int | None, name: str, most: int = 2**63 - 1) -> int:
     """The engine takes 0 for "not given"."""
     if value is None:
         return 0
-    if isinstance(value, bool) or not _is_id(value) or value < 1:
-        raise OptionError(f"{name}: found {value!r}, expected 1 or more")
+    if isinstance(value, bool) or not _is_id(value) or not 1 <= value <= most:
+        raise OptionError(f"{name}: found {value!r}, expected an integer from 1 to {most}")
     return int(value)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from tdaengine import Engine, Output
 
 PROMPT = "The sky is"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 TEMPLATE = (
     "{{ bos_token }}"
