@@ -330,9 +330,10 @@ void bind_results(nb::module_& m) {
 void bind_session(nb::module_& m) {
   using tda::Session;
   nb::class_<Session>(m, "Session", "All that changes while a model runs, for stepwise use.")
-      .def_prop_ro("position", &Session::position)
-      .def_prop_ro("capacity", &Session::capacity)
-      .def_prop_ro("ffn_bytes", &Session::ffn_bytes)
+      .def_prop_ro("position", &Session::position, "Tokens in the cache.")
+      .def_prop_ro("capacity", &Session::capacity, "Tokens that the cache can hold.")
+      .def_prop_ro("ffn_bytes", &Session::ffn_bytes,
+                   "Feed-forward weight bytes that decoding has read so far.")
       .def(
           "prefill",
           [](Session& session, nb::handle ids) {
@@ -344,7 +345,7 @@ void bind_session(nb::module_& m) {
             }
             return to_array(std::move(logits));
           },
-          nb::arg("tokens").none(), "Appends tokens, dense; logits [V] of the last one.")
+          nb::arg("tokens").none(), "Appends `tokens`, dense; logits [V] f32 of the last one.")
       .def(
           "decode",
           [](Session& session, tda::Token token) {
@@ -355,25 +356,25 @@ void bind_session(nb::module_& m) {
             }
             return to_array(std::move(logits));
           },
-          "token"_a, "Appends one token through the masks; its logits [V].")
+          "token"_a, "Appends one `token` through the masks; its logits [V] f32.")
       .def(
           "statistic",
           [](const Session& session, std::int64_t layer) {
             return to_array(session.statistic(layer));
           },
-          "layer"_a, "R [F] of everything prefilled.")
+          "layer"_a, "R [F] f32 of the `layer` over everything prefilled.")
       .def(
           "mask",
           [](const Session& session, std::int64_t layer) { return to_array(session.mask(layer)); },
-          "layer"_a, "The layer's active neurons, ascending.")
+          "layer"_a, "The layer's active neurons, ascending, int32.")
       .def(
           "set_mask",
           [](Session& session, std::int64_t layer, nb::handle ids) {
             session.set_mask(layer, to_tokens(ids));
           },
-          "layer"_a, "neurons"_a)
+          "layer"_a, "neurons"_a, "The layer's active neurons: strictly ascending ids.")
       .def("apply", &Session::apply, "tda"_a, nb::call_guard<GilReleased>(),
-           "Makes the masks of all layers from the prompt seen so far.");
+           "Makes the masks of all layers by `tda` from the prompt seen so far.");
 }
 
 using PyProgress = std::optional<std::function<void(std::int64_t, std::int64_t)>>;
@@ -421,22 +422,30 @@ void bind_engine(nb::module_& m) {
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
           "max_context"_a = 0, "progress"_a.none() = nb::none())
-      .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal)
-      .def_prop_ro("parameters", &Engine::parameters)
-      .def_prop_ro("fingerprint", &Engine::fingerprint)
-      .def_prop_ro("weights", [](const Engine& e) { return std::string(name_of(e.weights())); })
-      .def_prop_ro("kv", [](const Engine& e) { return std::string(name_of(e.kv())); })
-      .def_prop_ro("max_context", &Engine::max_context)
-      .def_prop_ro("weight_bytes", &Engine::weight_bytes)
-      .def_prop_ro("threads", &Engine::threads)
-      .def_prop_ro("device", &Engine::device)
+      .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal,
+                   "What the checkpoint's config.json says.")
+      .def_prop_ro("parameters", &Engine::parameters, "How many numbers the checkpoint has.")
+      .def_prop_ro("fingerprint", &Engine::fingerprint, "Of the checkpoint's tensors.")
+      .def_prop_ro(
+          "weights", [](const Engine& e) { return std::string(name_of(e.weights())); },
+          "Their format: \"f32\", \"bf16\", \"int8\" or \"int4\".")
+      .def_prop_ro(
+          "kv", [](const Engine& e) { return std::string(name_of(e.kv())); },
+          "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
+      .def_prop_ro("max_context", &Engine::max_context,
+                   "How many tokens a prompt and what follows may have together.")
+      .def_prop_ro("weight_bytes", &Engine::weight_bytes, "Of all weights, as they lie in memory.")
+      .def_prop_ro("threads", &Engine::threads, "How many threads compute.")
+      .def_prop_ro("device", &Engine::device, "What computes, as \"cpu (avx2)\".")
       .def(
           "start",
           [](const Engine& engine, nb::handle prompt, const tda::GenerateOptions& options,
              const tda::TdaOptions* tda) {
             return engine.start(to_tokens(prompt), options, to_optional(tda));
           },
-          nb::arg("prompt").none(), "options"_a, "tda"_a.none() = nb::none())
+          nb::arg("prompt").none(), "options"_a, "tda"_a.none() = nb::none(),
+          "Starts a generation after `prompt`, token ids, by the `options` and `tda`. Raises "
+          "OptionError,\nCheckpointError or ContextOverflow.")
       .def(
           "logits",
           [](const Engine& engine, nb::handle ids) {
@@ -449,7 +458,9 @@ void bind_engine(nb::module_& m) {
             const auto vocab = static_cast<std::size_t>(engine.config().vocab_size);
             return to_array(std::move(logits), {tokens.size(), vocab});
           },
-          nb::arg("tokens").none(), "Dense logits of every position, [T, V].")
+          nb::arg("tokens").none(),
+          "Dense logits of every position of `tokens` [T], f32 [T, V]. Raises OptionError or "
+          "ContextOverflow.")
       .def(
           "score",
           [](const Engine& engine, nb::handle ids, std::int64_t prompt_tokens,
@@ -471,7 +482,10 @@ void bind_engine(nb::module_& m) {
             return engine.calibrate(tokens, options, report);
           },
           "texts"_a, "options"_a, "progress"_a.none() = nb::none())
-      .def("session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0);
+      .def(
+          "session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0,
+          "A Session that can hold `capacity` tokens and remembers `sample_tokens` of each prefill "
+          "for\nTDA(error=...). Raises OptionError or ContextOverflow.");
   m.def(
       "pack_checkpoint",
       [](const std::string& source, const std::string& destination, const std::string& weights,
@@ -483,9 +497,11 @@ void bind_engine(nb::module_& m) {
       },
       "source"_a, "destination"_a, "weights"_a = "auto", "progress"_a.none() = nb::none(),
       "Writes config.json and model.safetensors of an engine folder into an empty folder.");
-  m.def("measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
-        nb::call_guard<GilReleased>(),
-        "Bytes per second of a streaming read: the memory roof of decoding.");
+  m.def(
+      "measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
+      nb::call_guard<GilReleased>(),
+      "Bytes per second that `threads` (0: all) read of `megabytes` in one stream: the memory roof "
+      "of\ndecoding.");
 }
 
 }  // namespace

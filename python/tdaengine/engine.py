@@ -199,9 +199,11 @@ class Engine(_native.Engine):
         tda: TDA | bool | None = None,
         **options: Any,
     ) -> Output | list[Output]:
-        """Continues a text or a list of token ids; of several in a list each by itself, in order.
+        """Continues `prompt`, a text or a list of token ids; of several in a list each by itself,
+        in order.
 
         stop: strings that end the text, which stops before them.
+        tda: TDA for this call, False for none; without it that of the engine.
         options: the fields of GenerateOptions, as max_new_tokens=128, temperature=0.0 (greedy),
         top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False.
         Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
@@ -219,7 +221,11 @@ class Engine(_native.Engine):
         tda: TDA | bool | None = None,
         **options: Any,
     ) -> Stream:
-        """`generate` for one prompt, piece by piece. For a chat pass `chat_prompt(messages)`."""
+        """`generate` for one `prompt`, piece by piece; for a chat pass `chat_prompt(messages)`.
+
+        stop, tda and options: as in `generate`. What is wrong with them raises here, what goes
+        wrong in computing raises with the piece.
+        """
         self.tokenizer  # noqa: B018  raises where there is none: ids alone make no pieces
         return self._stream(prompt, stop, tda, options)
 
@@ -231,11 +237,14 @@ class Engine(_native.Engine):
         tda: TDA | bool | None = None,
         **options: Any,
     ) -> Output:
-        """Answers [{"role": "user", "content": "..."}, ...], as `generate` otherwise."""
+        """Answers `messages`, [{"role": "user", "content": "..."}, ...].
+
+        stop, tda and options: as in `generate`. Raises what `chat_prompt` and `generate` raise.
+        """
         return self._generate(self.chat_prompt(messages), stop, tda, options)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins.
+        """Token ids of a conversation, `messages`, up to where the answer begins.
 
         Raises CheckpointError if the checkpoint has no chat template, OptionError for messages that
         are of the wrong shape or that the template refuses.
@@ -249,9 +258,11 @@ class Engine(_native.Engine):
         prompt_tokens: int,
         tda: TDA | bool | None = None,
     ) -> np.ndarray:
-        """Log-probability of each token after the first `prompt_tokens`, [T - prompt_tokens] f32.
+        """Log-probability of each of `token_ids` [T] after the first `prompt_tokens`,
+        [T - prompt_tokens] f32.
 
         The prompt is prefilled, the rest goes through the decode path that `generate` uses.
+        tda: as in `generate`. Raises OptionError, or ContextOverflow if T exceeds max_context.
         """
         count = _count(prompt_tokens, "prompt_tokens")
         return super().score(token_ids, count, self._tda(tda)).log_probabilities
@@ -267,7 +278,10 @@ class Engine(_native.Engine):
         """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
         under `error` (default 0.1). Without texts the model writes its own.
 
-        options: the further fields of CalibrateOptions. progress(done, total) counts texts, then
+        options: the further fields of CalibrateOptions, scope="sequence" or "token"; bytes: instead
+        of error, with scope "token", the share of FFN bytes to read; max_tokens=512 and
+        sample_tokens=32 of each text; self_texts=16 texts of self_tokens=128 that the model writes
+        from seed=0 on. progress(done, total) counts texts, then
         (for a budget of bytes) layers.
         Raises OptionError.
         """

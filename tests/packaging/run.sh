@@ -8,7 +8,7 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 python3 -m venv "$place/venv"
 bin=$place/venv/bin
-"$bin/pip" install -q --disable-pip-version-check build mypy types-tqdm
+"$bin/pip" install -q --disable-pip-version-check build
 
 "$bin/python" -m build --outdir "$place/dist" "$source"
 tar -tf "$place"/dist/*.tar.gz | sed 's,^[^/]*/,,' | sort >"$place/sdist"
@@ -28,5 +28,7 @@ test "$(wc -w <said)" -gt 50
 test -s thresholds.json
 "$bin/tdaengine" info models/SmolLM2-135M-Instruct
 "$bin/python" "$source/tests/typing/sample.py" models/SmolLM2-135M-Instruct
+
+"$bin/pip" install -q --disable-pip-version-check mypy types-tqdm "$(echo "$place"/dist/*.whl)[convert]"
 "$bin/mypy" --strict "$source/tests/typing/sample.py"
 "$bin/mypy" --strict -p tdaengine
