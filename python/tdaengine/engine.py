@@ -146,7 +146,9 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Engine(_native.Engine):
-    """A loaded model.
+    """A loaded model. Any number of threads may use it, and so may a child of fork(), with threads
+    of its own; computation is one call at a time. It is not pickled: load one in each process that
+    is spawned (from an engine folder they share its pages).
 
     model: a checkpoint folder, or a Hugging Face hub id.
     device: auto | cpu. weights: auto | f32 | bf16 | int8 | int4.

@@ -106,7 +106,8 @@ struct ScoreResult {
 };
 
 /// A loaded model. Const: any number of threads may use one engine, each call has a session of its
-/// own; computation itself is one call at a time.
+/// own; computation itself is one call at a time. It works on in the child of a fork(), with
+/// threads started there; sessions that another thread was using at that moment do not.
 class Engine {
  public:
   /// Throws CheckpointError, OptionError or DeviceError.
