@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,27 +87,20 @@ def test_threads_cannot_break_one_stream(endless, two_threads):
 
 
 def test_a_session_is_one_threads_at_a_time(endless):
-    session = endless.session(FOREVER)
-    started = threading.Event()
-    failed = []
+    session = endless.session(8000)
+    refused = []
 
-    def work() -> None:
-        started.set()
+    def attempt(call: Callable[[], object]) -> None:
         try:
-            session.prefill([5] * FOREVER)
+            call()
         except OptionError as error:
-            failed.append(error)
+            refused.append(str(error))
 
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=attempt, args=(lambda: session.prefill([5] * 8000),))
     worker.start()
-    started.wait()
-    refusals = 0
-    while not refusals and not failed:
-        try:
-            session.set_mask(0, [1])
-        except OptionError as error:
-            assert "in use by another thread" in str(error)
-            refusals += 1
+    while worker.is_alive():
+        attempt(lambda: session.set_mask(0, [1]))
+    assert set(refused) == {"session: found it in use by another thread, expected one at a time"}
 
 
 # ---- cancelling ---------------------------------------------------------------------------------
@@ -157,15 +151,14 @@ class Alarm(Exception):
 
 
 @pytest.fixture
-def alarm():
-    """A signal soon, whose handler raises, as Ctrl-C does."""
+def alarm() -> Iterator[Callable[[], object]]:
+    """Called, it sends a signal soon, whose handler raises, as Ctrl-C's does."""
 
     def ring(*_: object) -> None:
         raise Alarm
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    yield
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.2)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
@@ -184,6 +177,7 @@ def alarm():
 )
 def test_a_signal_ends_the_work(endless, alarm, work):
     with pytest.raises(Alarm):
+        alarm()
         work(endless)
     assert len(endless.generate(PROMPT, max_new_tokens=3, ignore_eos=True).token_ids) == 3
 
@@ -191,6 +185,7 @@ def test_a_signal_ends_the_work(endless, alarm, work):
 def test_a_stream_that_a_signal_ended_stays_ended(endless, alarm):
     stream = endless.stream(PROMPT, max_new_tokens=300_000, ignore_eos=True)
     with pytest.raises(Alarm):
+        alarm()
         for _ in stream:
             pass
     before = stream.output.token_ids
