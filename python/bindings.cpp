@@ -2,6 +2,7 @@
 // keyword arguments that carry the C++ field names.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -9,20 +10,18 @@
 #include <nanobind/stl/vector.h>
 #include <tda/engine.h>
 
+#include <filesystem>
 #include <functional>
 #include <limits>
-#include <map>
 #include <string>
 #include <vector>
 
-namespace nb = nanobind;
+#include "gil.h"
+#include "records.h"
+
 using namespace nb::literals;
 
 namespace {
-
-std::string name_of_type(nb::handle value) {
-  return nb::cast<std::string>(nb::str(value.type().attr("__name__")));
-}
 
 /// Any sequence of integers. Throws OptionError naming the element that is none.
 std::vector<tda::Token> to_tokens(nb::handle sequence) {
@@ -33,7 +32,8 @@ std::vector<tda::Token> to_tokens(nb::handle sequence) {
   }
   std::vector<tda::Token> tokens;
   for (nb::handle item : nb::iter(sequence)) {
-    const nb::object integer = nb::steal(PyNumber_Index(item.ptr()));
+    const bool is_bool = PyBool_Check(item.ptr());
+    const nb::object integer = is_bool ? nb::object() : nb::steal(PyNumber_Index(item.ptr()));
     long long id = -1;
     if (integer.is_valid()) id = PyLong_AsLongLong(integer.ptr());
     const bool failed = PyErr_Occurred() != nullptr;
@@ -61,66 +61,6 @@ nb::ndarray<nb::numpy, T> to_array(std::vector<T> values) {
   return to_array(std::move(values), {size});
 }
 
-/// Binds a struct whose Python constructor takes its fields as keyword arguments. A name or type
-/// that does not fit is an OptionError.
-template <typename Options>
-class OptionsClass {
- public:
-  OptionsClass(nb::module_& module, const char* name, const char* doc) : class_(module, name, doc) {
-    class_.def("__init__", [](Options* self, const nb::kwargs& arguments) {
-      Options options;
-      for (const auto& [key, value] : arguments) set(options, nb::cast<std::string>(key), value);
-      options.validate();
-      new (self) Options(std::move(options));
-    });
-    class_.def_prop_ro_static("fields", [](nb::handle) {
-      nb::list names;
-      for (const auto& [name, setter] : setters()) names.append(name);
-      return names;
-    });
-  }
-
-  template <typename Member>
-  OptionsClass& field(const char* name, Member Options::* member) {
-    class_.def_ro(name, member);
-    setters()[name] = [member](Options& options, nb::handle value) {
-      options.*member = nb::cast<Member>(value);
-    };
-    return *this;
-  }
-
-  template <typename Make, typename... Extra>
-  OptionsClass& preset(const char* name, Make make, const Extra&... extra) {
-    class_.def_static(name, make, extra...);
-    return *this;
-  }
-
- private:
-  using Setter = std::function<void(Options&, nb::handle)>;
-  static std::map<std::string, Setter>& setters() {
-    static std::map<std::string, Setter> table;
-    return table;
-  }
-
-  static void set(Options& options, const std::string& name, nb::handle value) {
-    const auto setter = setters().find(name);
-    if (setter == setters().end()) {
-      std::string known;
-      for (const auto& entry : setters()) known += (known.empty() ? "" : ", ") + entry.first;
-      throw tda::OptionError("unknown option \"" + name + "\": expected one of " + known);
-    }
-    try {
-      setter->second(options, value);
-    } catch (const std::bad_cast&) {
-      throw tda::OptionError("option " + name + ": found " +
-                             nb::cast<std::string>(nb::repr(value)) + " of type " +
-                             name_of_type(value) + ", which does not fit");
-    }
-  }
-
-  nb::class_<Options> class_;
-};
-
 std::optional<tda::TdaOptions> to_optional(const tda::TdaOptions* tda) {
   return tda ? std::optional(*tda) : std::nullopt;
 }
@@ -131,6 +71,8 @@ const char* to_string(tda::FinishReason reason) {
       return "stop";
     case tda::FinishReason::length:
       return "length";
+    case tda::FinishReason::cancelled:
+      return "cancelled";
     case tda::FinishReason::none:
       break;
   }
@@ -170,10 +112,22 @@ const char* to_string(tda::RopeConfig::Scaling scaling) {
 
 void bind_errors(nb::module_& m) {
   const nb::exception<tda::Error> error(m, "Error");
-  nb::exception<tda::CheckpointError>(m, "CheckpointError", error);
-  nb::exception<tda::OptionError>(m, "OptionError", error);
-  nb::exception<tda::DeviceError>(m, "DeviceError", error);
-  nb::exception<tda::ContextOverflow>(m, "ContextOverflow", error);
+  error.doc() =
+      "Root of all errors. A message names the file, tensor or option, what was found there and "
+      "what\nwas expected.";
+  const auto bind = [&]<typename E>(const char* name, const char* doc) {
+    nb::exception<E>(m, name, error).doc() = doc;
+  };
+  bind.operator()<tda::CheckpointError>(
+      "CheckpointError",
+      "A checkpoint, thresholds or tokenizer file is missing, damaged, unsupported or another "
+      "model's.");
+  bind.operator()<tda::OptionError>(
+      "OptionError", "An option or argument is out of range, unknown, or contradicts another one.");
+  bind.operator()<tda::DeviceError>("DeviceError",
+                                    "The device asked for is absent, out of memory, or failed.");
+  bind.operator()<tda::ContextOverflow>("ContextOverflow",
+                                        "The tokens asked for do not fit into the context.");
 }
 
 void bind_config(nb::module_& m) {
@@ -211,64 +165,81 @@ void bind_options(nb::module_& m) {
   using tda::GenerateOptions;
   using tda::TdaOptions;
   using tda::Thresholds;
-  nb::class_<Thresholds>(m, "Thresholds",
-                         "One threshold per layer on the neurons' relative magnitudes, and where "
-                         "it came from. Made by Engine.calibrate.")
+  RecordClass<Thresholds>(
+      m, "Thresholds",
+      "One threshold per layer on what neurons contribute, and where it came from. Made by\n"
+      "Engine.calibrate; for TDA(thresholds=...).")
+      .field("model", &Thresholds::model, "Folder name of the model, for messages.")
+      .field("fingerprint", &Thresholds::fingerprint,
+             "Of the checkpoint's tensors; must be that of the model they are used with.")
+      .field("weights", &Thresholds::weights, "Format of the weights, \"int8\": must match, too.")
+      .field("scope", &Thresholds::scope, "\"sequence\" or \"token\".")
+      .field("error", &Thresholds::error, "The error that was asked for; 0 if bytes were.")
+      .field("bytes", &Thresholds::bytes, "The share of FFN bytes that was asked for, or 0.")
+      .field("values", &Thresholds::values, "The thresholds, one per layer.")
+      .field("coarse", &Thresholds::coarse,
+             "The second, lower ones (scope \"token\", int8), or none.")
+      .field("reached", &Thresholds::reached,
+             "Per layer the error, or share of bytes, on the calibration text.")
+      .field("source", &Thresholds::source, "\"texts\" or \"self-generated\".")
+      .field("texts", &Thresholds::texts, "How many texts were used.")
+      .field("tokens", &Thresholds::tokens, "How many tokens they had.")
       .def(
-          "save", [](const Thresholds& t, const std::string& path) { t.save(path); }, "path"_a,
-          "Writes JSON, atomically. Raises CheckpointError.")
+          "save", [](const Thresholds& t, const std::filesystem::path& path) { t.save(path); },
+          "path"_a, nb::sig("def save(self, path: str | os.PathLike[str]) -> None"),
+          "Writes JSON to the file `path`, atomically. Raises CheckpointError.")
       .def_static(
-          "load", [](const std::string& path) { return Thresholds::load(path); }, "path"_a,
-          "Raises CheckpointError.")
-      .def_ro("model", &Thresholds::model)
-      .def_ro("fingerprint", &Thresholds::fingerprint)
-      .def_ro("weights", &Thresholds::weights)
-      .def_ro("scope", &Thresholds::scope)
-      .def_ro("error", &Thresholds::error)
-      .def_ro("bytes", &Thresholds::bytes)
-      .def_ro("values", &Thresholds::values)
-      .def_ro("coarse", &Thresholds::coarse)
-      .def_ro("reached", &Thresholds::reached)
-      .def_ro("source", &Thresholds::source)
-      .def_ro("texts", &Thresholds::texts)
-      .def_ro("tokens", &Thresholds::tokens);
+          "load", [](const std::filesystem::path& path) { return Thresholds::load(path); },
+          "path"_a, nb::sig("def load(path: str | os.PathLike[str]) -> Thresholds"),
+          "Reads what `save` wrote to the file `path`. Raises CheckpointError for anything else.");
 
-  OptionsClass<GenerateOptions>(
+  RecordClass<GenerateOptions>(
       m, "GenerateOptions",
-      "max_new_tokens=128, temperature=0.0 (greedy), top_k=0 (off), top_p=1.0 (off), min_p=0.0 "
-      "(off),\nrepetition_penalty=1.0 (off), seed=None (a fresh one), ignore_eos=False.\n"
-      "Raises OptionError.")
-      .field("max_new_tokens", &GenerateOptions::max_new_tokens)
-      .field("temperature", &GenerateOptions::temperature)
-      .field("top_k", &GenerateOptions::top_k)
-      .field("top_p", &GenerateOptions::top_p)
-      .field("min_p", &GenerateOptions::min_p)
-      .field("repetition_penalty", &GenerateOptions::repetition_penalty)
-      .field("seed", &GenerateOptions::seed)
-      .field("ignore_eos", &GenerateOptions::ignore_eos);
+      "How to generate. Sampling follows the order repetition_penalty, temperature, top_k, top_p,\n"
+      "min_p. Raises OptionError.")
+      .field("max_new_tokens", &GenerateOptions::max_new_tokens, "1 or more.")
+      .field("temperature", &GenerateOptions::temperature, "0: greedy.")
+      .field("top_k", &GenerateOptions::top_k, "So many most likely tokens; 0: off.")
+      .field("top_p", &GenerateOptions::top_p,
+             "The fewest tokens that have this probability together; 1: off.")
+      .field("min_p", &GenerateOptions::min_p,
+             "Tokens at least this likely relative to the likeliest; 0: off.")
+      .field("repetition_penalty", &GenerateOptions::repetition_penalty,
+             "Over prompt and generated tokens; 1: off.")
+      .field("seed", &GenerateOptions::seed, "0 to 2**64 - 1; None: a fresh one.")
+      .field("ignore_eos", &GenerateOptions::ignore_eos, "Go on after an end-of-text token.")
+      .from_keywords(
+          "def __init__(self, *, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = "
+          "0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | "
+          "None = None, ignore_eos: bool = False) -> None");
 
-  OptionsClass<TdaOptions>(
+  RecordClass<TdaOptions>(
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
       "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
       "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
-      "Exactly one of\n"
-      "  error: 0 <= error < 1, target for the relative error of each layer's FFN on the prompt\n"
-      "         (CETT); thresholds are searched on the prompt itself;\n"
-      "  active: 0 < active <= 1, share of neurons kept in every layer;\n"
-      "  thresholds: from Engine.calibrate or Thresholds.load.\n"
-      "coarse=0: scope \"token\" with int8 weights and active: a further share kept at 4 bits.\n"
-      "refresh=0: scope \"sequence\": renew the mask every so many generated tokens; 0: never.\n"
-      "estimate=\"contribution\"; \"hidden\" and \"gate\" serve TDA.griffin and TDA.cats.\n"
-      "Raises OptionError.")
-      .field("scope", &TdaOptions::scope)
-      .field("error", &TdaOptions::error)
-      .field("active", &TdaOptions::active)
-      .field("thresholds", &TdaOptions::thresholds)
-      .field("coarse", &TdaOptions::coarse)
-      .field("estimate", &TdaOptions::estimate)
-      .field("refresh", &TdaOptions::refresh)
-      .preset(
+      "Exactly one of error, active and thresholds is given. Raises OptionError.")
+      .field("scope", &TdaOptions::scope, "\"sequence\" or \"token\".")
+      .field("estimate", &TdaOptions::estimate,
+             "\"contribution\"; \"hidden\" and \"gate\" serve TDA.griffin and TDA.cats.")
+      .field("error", &TdaOptions::error,
+             "0 <= error < 1, target for the relative error of each layer's FFN on the prompt\n"
+             "(CETT); thresholds are searched on the prompt itself.")
+      .field("active", &TdaOptions::active,
+             "0 < active <= 1, share of neurons kept in every layer.")
+      .field("thresholds", &TdaOptions::thresholds,
+             "Thresholds, from Engine.calibrate or Thresholds.load.")
+      .field("coarse", &TdaOptions::coarse,
+             "Scope \"token\" with int8 weights and active: a further share kept at 4 bits.")
+      .field("refresh", &TdaOptions::refresh,
+             "Scope \"sequence\": renew the mask every so many generated tokens; 0: never.")
+      .from_keywords(
+          "def __init__(self, *, scope: str = 'sequence', error: float | None = None, active: "
+          "float "
+          "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
+          "= "
+          "0, estimate: str = 'contribution') -> None")
+      .def_static(
           "griffin",
           [](double active) {
             TdaOptions options{.estimate = "hidden", .active = active};
@@ -276,9 +247,9 @@ void bind_options(nb::module_& m) {
             return options;
           },
           "active"_a,
-          "For comparison: a share of neurons by their activations in the prompt, as in GRIFFIN\n"
-          "(arXiv 2404.01365).")
-      .preset(
+          "For comparison: a share `active` of neurons by their activations in the prompt, as in\n"
+          "GRIFFIN (arXiv 2404.01365). Raises OptionError.")
+      .def_static(
           "cats",
           [](double active) {
             TdaOptions options{.scope = "token", .estimate = "gate", .active = active};
@@ -286,45 +257,57 @@ void bind_options(nb::module_& m) {
             return options;
           },
           "active"_a,
-          "For comparison: per token those neurons whose gate is open widest, as in CATS\n"
-          "(arXiv 2404.08763).");
+          "For comparison: per token the share `active` of neurons whose gate is open widest, as "
+          "in\n"
+          "CATS (arXiv 2404.08763). Raises OptionError.");
 
-  OptionsClass<CalibrateOptions>(
-      m, "CalibrateOptions",
-      "scope=\"sequence\" or \"token\"; error=0.1: the CETT to meet in every layer; bytes: instead "
-      "of\n"
-      "it, with scope \"token\", the share of FFN bytes to read, spent over the layers where it "
-      "helps\n"
-      "most; max_tokens=512 of each text; sample_tokens=32 of each text on\n"
-      "which CETT is measured; self_texts=16 of self_tokens=128 that the model writes from\n"
-      "seed=0 on if no texts are given. Raises OptionError.")
-      .field("scope", &CalibrateOptions::scope)
-      .field("error", &CalibrateOptions::error)
-      .field("bytes", &CalibrateOptions::bytes)
-      .field("max_tokens", &CalibrateOptions::max_tokens)
-      .field("sample_tokens", &CalibrateOptions::sample_tokens)
-      .field("self_texts", &CalibrateOptions::self_texts)
-      .field("self_tokens", &CalibrateOptions::self_tokens)
-      .field("seed", &CalibrateOptions::seed);
+  RecordClass<CalibrateOptions>(m, "CalibrateOptions",
+                                "How to search thresholds. Raises OptionError.")
+      .field("scope", &CalibrateOptions::scope, "\"sequence\" or \"token\".")
+      .field("error", &CalibrateOptions::error, "0 <= error < 1, the CETT to meet in every layer.")
+      .field("bytes", &CalibrateOptions::bytes,
+             "Instead of error, with scope \"token\": the share of FFN bytes to read, spent over\n"
+             "the layers where it helps most.")
+      .field("max_tokens", &CalibrateOptions::max_tokens, "Of each text.")
+      .field("sample_tokens", &CalibrateOptions::sample_tokens,
+             "Of each text, on which CETT is measured.")
+      .field("self_texts", &CalibrateOptions::self_texts,
+             "How many texts the model writes if none are given,")
+      .field("self_tokens", &CalibrateOptions::self_tokens, "each so long,")
+      .field("seed", &CalibrateOptions::seed, "sampled from this seed on.")
+      .from_keywords(
+          "def __init__(self, *, scope: str = 'sequence', error: float = 0.1, bytes: float | None "
+          "= "
+          "None, max_tokens: int = 512, sample_tokens: int = 32, self_texts: int = 16, "
+          "self_tokens: "
+          "int = 128, seed: int = 0) -> None");
 }
 
 void bind_results(nb::module_& m) {
   using tda::GenerationStats;
   using tda::ScoreResult;
-  nb::class_<GenerationStats>(m, "GenerationStats",
-                              "Seconds, tokens, and what decoding read; see <tda/engine.h>.")
-      .def_ro("prompt_tokens", &GenerationStats::prompt_tokens)
-      .def_ro("new_tokens", &GenerationStats::new_tokens)
-      .def_ro("prefill_seconds", &GenerationStats::prefill_seconds)
-      .def_ro("mask_seconds", &GenerationStats::mask_seconds)
-      .def_ro("decode_seconds", &GenerationStats::decode_seconds)
-      .def_ro("tokens_per_second", &GenerationStats::tokens_per_second)
-      .def_ro("ffn_active", &GenerationStats::ffn_active)
-      .def_ro("ffn_coarse", &GenerationStats::ffn_coarse)
-      .def_ro("ffn_active_by_layer", &GenerationStats::ffn_active_by_layer)
-      .def_ro("ffn_bytes", &GenerationStats::ffn_bytes)
-      .def_ro("ffn_bytes_fraction", &GenerationStats::ffn_bytes_fraction)
-      .def_ro("bytes_per_token", &GenerationStats::bytes_per_token);
+  RecordClass<GenerationStats>(m, "GenerationStats",
+                               "Seconds, tokens, and what decoding read of the weights.")
+      .field("prompt_tokens", &GenerationStats::prompt_tokens, "Tokens of the prompt.")
+      .field("new_tokens", &GenerationStats::new_tokens, "Tokens generated.")
+      .field("prefill_seconds", &GenerationStats::prefill_seconds,
+             "The prompt, up to the logits of the first new token.")
+      .field("mask_seconds", &GenerationStats::mask_seconds,
+             "TDA: thresholds and masks, part of neither of the others.")
+      .field("decode_seconds", &GenerationStats::decode_seconds, "The other new tokens.")
+      .field("tokens_per_second", &GenerationStats::tokens_per_second,
+             "Decode steps / decode_seconds.")
+      .field("ffn_active", &GenerationStats::ffn_active,
+             "Mean share of feed-forward neurons used while decoding.")
+      .field("ffn_coarse", &GenerationStats::ffn_coarse,
+             "Of them those used at 4 bits, as a share of all neurons.")
+      .field("ffn_active_by_layer", &GenerationStats::ffn_active_by_layer, "ffn_active per layer.")
+      .field("ffn_bytes", &GenerationStats::ffn_bytes,
+             "Feed-forward weight bytes read while decoding, as counted.")
+      .field("ffn_bytes_fraction", &GenerationStats::ffn_bytes_fraction,
+             "ffn_bytes relative to dense decoding in the same format.")
+      .field("bytes_per_token", &GenerationStats::bytes_per_token,
+             "Mean of all weight and KV bytes read per decoded token.");
   nb::class_<ScoreResult>(m, "ScoreResult")
       .def_prop_ro(
           "log_probabilities", [](const ScoreResult& r) { return to_array(r.log_probabilities); },
@@ -336,8 +319,9 @@ void bind_results(nb::module_& m) {
 
   using tda::Generation;
   nb::class_<Generation>(m, "Generation", "One generation under way.")
-      .def("next", &Generation::next, nb::call_guard<nb::gil_scoped_release>(),
+      .def("next", &Generation::next, nb::call_guard<GilReleased>(),
            "The next token id, or None at the end.")
+      .def("cancel", &Generation::cancel, "From any thread: nothing more comes.")
       .def_prop_ro("finish_reason",
                    [](const Generation& g) { return to_string(g.finish_reason()); })
       .def_prop_ro("stats", &Generation::stats);
@@ -346,38 +330,39 @@ void bind_results(nb::module_& m) {
 void bind_session(nb::module_& m) {
   using tda::Session;
   nb::class_<Session>(m, "Session", "All that changes while a model runs, for stepwise use.")
-      .def_prop_ro("position", &Session::position)
-      .def_prop_ro("capacity", &Session::capacity)
-      .def_prop_ro("ffn_bytes", &Session::ffn_bytes)
+      .def_prop_ro("position", &Session::position, "Tokens in the cache.")
+      .def_prop_ro("capacity", &Session::capacity, "Tokens that the cache can hold.")
+      .def_prop_ro("ffn_bytes", &Session::ffn_bytes,
+                   "Feed-forward weight bytes that decoding has read so far.")
       .def(
           "prefill",
           [](Session& session, nb::handle ids) {
             const std::vector<tda::Token> tokens = to_tokens(ids);
             std::vector<float> logits;
             {
-              const nb::gil_scoped_release released;
+              const GilReleased released;
               logits = session.prefill(tokens);
             }
             return to_array(std::move(logits));
           },
-          nb::arg("tokens").none(), "Appends tokens, dense; logits [V] of the last one.")
+          nb::arg("tokens").none(), "Appends `tokens`, dense; logits [V] f32 of the last one.")
       .def(
           "decode",
           [](Session& session, tda::Token token) {
             std::vector<float> logits;
             {
-              const nb::gil_scoped_release released;
+              const GilReleased released;
               logits = session.decode(token);
             }
             return to_array(std::move(logits));
           },
-          "token"_a, "Appends one token through the masks; its logits [V].")
+          "token"_a, "Appends one `token` through the masks; its logits [V] f32.")
       .def(
           "statistic",
           [](const Session& session, std::int64_t layer) {
             return to_array(session.statistic(layer));
           },
-          "layer"_a, "R [F] of everything prefilled.")
+          "layer"_a, "R [F] f32 of the `layer` over everything prefilled.")
       .def(
           "contributions",
           [](const Session& session, std::int64_t layer) {
@@ -389,24 +374,35 @@ void bind_session(nb::module_& m) {
       .def(
           "mask",
           [](const Session& session, std::int64_t layer) { return to_array(session.mask(layer)); },
-          "layer"_a, "The layer's active neurons, ascending.")
+          "layer"_a, "The layer's active neurons, ascending, int32.")
       .def(
           "set_mask",
           [](Session& session, std::int64_t layer, nb::handle ids) {
             session.set_mask(layer, to_tokens(ids));
           },
-          "layer"_a, "neurons"_a)
-      .def("apply", &Session::apply, "tda"_a, nb::call_guard<nb::gil_scoped_release>(),
-           "Makes the masks of all layers from the prompt seen so far.");
+          "layer"_a, "neurons"_a, "The layer's active neurons: strictly ascending ids.")
+      .def("apply", &Session::apply, "tda"_a, nb::call_guard<GilReleased>(),
+           "Makes the masks of all layers by `tda` from the prompt seen so far.");
 }
 
 using PyProgress = std::optional<std::function<void(std::int64_t, std::int64_t)>>;
 
-/// Also what lets Ctrl-C end the work.
+/// What lets Ctrl-C end work that runs without the GIL.
+void check_signals() {
+  const GilAcquired acquired;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
+/// The thread that Python handles signals in.
+unsigned long main_thread() {
+  return nb::cast<unsigned long>(
+      nb::module_::import_("threading").attr("main_thread")().attr("ident"));
+}
+
 tda::Progress reporting(PyProgress progress) {
   return [progress = std::move(progress)](std::int64_t done, std::int64_t total) {
-    const nb::gil_scoped_acquire acquired;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    check_signals();
+    const GilAcquired acquired;
     if (progress) (*progress)(done, total);
   };
 }
@@ -426,47 +422,60 @@ void bind_engine(nb::module_& m) {
             options.threads = threads;
             options.max_context = max_context;
             options.progress = reporting(std::move(progress));
-            const nb::gil_scoped_release released;
+            options.before_step = [main = main_thread()] {
+              if (PyThread_get_thread_ident() == main) check_signals();
+            };
+            const GilReleased released;
             new (self) Engine(path, options);
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
           "max_context"_a = 0, "progress"_a.none() = nb::none())
-      .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal)
-      .def_prop_ro("parameters", &Engine::parameters)
-      .def_prop_ro("fingerprint", &Engine::fingerprint)
-      .def_prop_ro("weights", [](const Engine& e) { return std::string(name_of(e.weights())); })
-      .def_prop_ro("kv", [](const Engine& e) { return std::string(name_of(e.kv())); })
-      .def_prop_ro("max_context", &Engine::max_context)
-      .def_prop_ro("weight_bytes", &Engine::weight_bytes)
-      .def_prop_ro("threads", &Engine::threads)
-      .def_prop_ro("device", &Engine::device)
+      .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal,
+                   "What the checkpoint's config.json says.")
+      .def_prop_ro("parameters", &Engine::parameters, "How many numbers the checkpoint has.")
+      .def_prop_ro("fingerprint", &Engine::fingerprint, "Of the checkpoint's tensors.")
+      .def_prop_ro(
+          "weights", [](const Engine& e) { return std::string(name_of(e.weights())); },
+          "Their format: \"f32\", \"bf16\", \"int8\" or \"int4\".")
+      .def_prop_ro(
+          "kv", [](const Engine& e) { return std::string(name_of(e.kv())); },
+          "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
+      .def_prop_ro("max_context", &Engine::max_context,
+                   "How many tokens a prompt and what follows may have together.")
+      .def_prop_ro("weight_bytes", &Engine::weight_bytes, "Of all weights, as they lie in memory.")
+      .def_prop_ro("threads", &Engine::threads, "How many threads compute.")
+      .def_prop_ro("device", &Engine::device, "What computes, as \"cpu (avx2)\".")
       .def(
           "start",
           [](const Engine& engine, nb::handle prompt, const tda::GenerateOptions& options,
              const tda::TdaOptions* tda) {
             return engine.start(to_tokens(prompt), options, to_optional(tda));
           },
-          nb::arg("prompt").none(), "options"_a, "tda"_a.none() = nb::none())
+          nb::arg("prompt").none(), "options"_a, "tda"_a.none() = nb::none(),
+          "Starts a generation after `prompt`, token ids, by the `options` and `tda`. Raises "
+          "OptionError,\nCheckpointError or ContextOverflow.")
       .def(
           "logits",
           [](const Engine& engine, nb::handle ids) {
             const std::vector<tda::Token> tokens = to_tokens(ids);
             std::vector<float> logits;
             {
-              const nb::gil_scoped_release released;
+              const GilReleased released;
               logits = engine.logits(tokens);
             }
             const auto vocab = static_cast<std::size_t>(engine.config().vocab_size);
             return to_array(std::move(logits), {tokens.size(), vocab});
           },
-          nb::arg("tokens").none(), "Dense logits of every position, [T, V].")
+          nb::arg("tokens").none(),
+          "Dense logits of every position of `tokens` [T], f32 [T, V]. Raises OptionError or "
+          "ContextOverflow.")
       .def(
           "score",
           [](const Engine& engine, nb::handle ids, std::int64_t prompt_tokens,
              const tda::TdaOptions* tda) {
             const std::vector<tda::Token> tokens = to_tokens(ids);
             const auto options = to_optional(tda);
-            const nb::gil_scoped_release released;
+            const GilReleased released;
             return engine.score(tokens, prompt_tokens, options);
           },
           nb::arg("tokens").none(), "prompt_tokens"_a, "tda"_a.none() = nb::none())
@@ -477,31 +486,38 @@ void bind_engine(nb::module_& m) {
             std::vector<std::vector<tda::Token>> tokens;
             for (nb::handle text : nb::iter(texts)) tokens.push_back(to_tokens(text));
             const tda::Progress report = reporting(std::move(progress));
-            const nb::gil_scoped_release released;
+            const GilReleased released;
             return engine.calibrate(tokens, options, report);
           },
           "texts"_a, "options"_a, "progress"_a.none() = nb::none())
-      .def("session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0);
+      .def(
+          "session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0,
+          "A Session that can hold `capacity` tokens and remembers `sample_tokens` of each prefill "
+          "for\nTDA(error=...). Raises OptionError or ContextOverflow.");
   m.def(
       "pack_checkpoint",
       [](const std::string& source, const std::string& destination, const std::string& weights,
          PyProgress progress) {
         const tda::WeightFormat format = tda::parse_weight_format(weights);
         const tda::Progress report = reporting(std::move(progress));
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         tda::pack_checkpoint(source, destination, format, 0, report);
       },
       "source"_a, "destination"_a, "weights"_a = "auto", "progress"_a.none() = nb::none(),
       "Writes config.json and model.safetensors of an engine folder into an empty folder.");
-  m.def("measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
-        nb::call_guard<nb::gil_scoped_release>(),
-        "Bytes per second of a streaming read: the memory roof of decoding.");
+  m.def(
+      "measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
+      nb::call_guard<GilReleased>(),
+      "Bytes per second that `threads` (0: all) read of `megabytes` in one stream: the memory roof "
+      "of\ndecoding.");
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.attr("__version__") = TDA_VERSION;
+  InterpreterEnd::watch();
+  nb::set_leak_warnings(false);  // what daemon threads hold at the interpreter's end is no news
   bind_errors(m);
   bind_config(m);
   bind_options(m);

@@ -52,7 +52,12 @@ inline nlohmann::json read_json_object(const std::filesystem::path& path) {
   std::ifstream stream(path, std::ios::binary);
   if (!std::filesystem::is_regular_file(path, ignored) || !stream)
     throw CheckpointError(path.string() + ": missing or unreadable, expected a JSON file");
-  const std::string text{std::istreambuf_iterator<char>(stream), {}};
+  std::string text;
+  try {
+    text = {std::istreambuf_iterator<char>(stream), {}};
+  } catch (const std::ios_base::failure& e) {
+    throw CheckpointError(path.string() + ": cannot be read: " + e.what());
+  }
   return parse_json_object(text, path.string());
 }
 

@@ -6,6 +6,9 @@
 #include <chrono>
 #include <string>
 #include <system_error>
+#include <utility>
+
+#include "backend/after_fork.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -65,8 +68,13 @@ int resolve_threads(int threads) {
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
 }
 
-ThreadPool::ThreadPool(int threads) : ranges_(resolve_threads(threads)) {
-  const int workers = static_cast<int>(ranges_.size()) - 1;
+ThreadPool::ThreadPool(int threads) : ranges_(resolve_threads(threads)) { start(); }
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::start() {
+  const int workers = threads() - 1;
+  forks_ = forks();
   workers_.reserve(workers);
   try {
     for (int i = 0; i < workers; ++i) workers_.emplace_back([this, i] { work(i + 1); });
@@ -78,20 +86,30 @@ ThreadPool::ThreadPool(int threads) : ranges_(resolve_threads(threads)) {
   }
 }
 
-ThreadPool::~ThreadPool() { stop(); }
+bool ThreadPool::lost_workers() {
+  if (forks_ == forks()) return false;
+  // A thread object whose thread is gone can be neither joined nor destroyed.
+  new std::vector<std::thread>(std::exchange(workers_, {}));
+  gate_ = left_ = 0;
+  return true;
+}
 
 void ThreadPool::stop() {
+  if (lost_workers()) return;
   stop_ = true;
   gate_ += kRegion;
   gate_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
+  stop_ = false;
 }
 
 void ThreadPool::run(std::int64_t n, Task task, const void* body) {
-  if (n <= 1 || workers_.empty()) {
+  if (n <= 1 || threads() == 1) {
     for (std::int64_t i = 0; i < n; ++i) task(body, i, 0);
     return;
   }
+  if (lost_workers() || workers_.empty()) start();
   task_ = task;
   body_ = body;
   const auto count = static_cast<std::int64_t>(ranges_.size());

@@ -20,7 +20,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(ranges_.size()); }
 
   /// Runs body(i, thread) for each i in [0, n), the calling thread taking part, and returns when
   /// all are done. Each thread has a range of its own, so that it reads on where it stopped, and
@@ -41,7 +41,10 @@ class ThreadPool {
   void run(std::int64_t n, Task task, const void* body);
   void take_tasks(int thread);
   void work(int thread);
+  void start();
   void stop();
+  /// In the child of a fork, which has none of the workers; they are forgotten.
+  bool lost_workers();
 
   // A region's job; written while the gate is shut and nobody is inside.
   Task task_ = nullptr;
@@ -56,6 +59,7 @@ class ThreadPool {
   alignas(64) std::atomic<std::uint32_t> gate_ = 0;
   alignas(64) std::atomic<std::uint32_t> left_ = 0;  // how many went in and came out again
   std::atomic<bool> stop_ = false;
+  std::uint32_t forks_ = 0;  // forks() when the workers were started
   std::vector<std::thread> workers_;
 };
 

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "engine/session_impl.h"
+#include "sparsity/text_of.h"
 
 namespace tda {
 namespace {
@@ -150,8 +151,8 @@ Spent spend(const Model& model, const std::vector<LayerHarm>& harm,
   };
   double low = 1e-30, high = 1e30;  // lambda: at the first all is read, at the second nothing
   if (mean(at(high)) > bytes) {
-    throw OptionError("bytes " + std::to_string(bytes) + ": expected at least " +
-                      std::to_string(mean(at(high))) + ", which the estimates alone read");
+    throw OptionError("bytes " + text_of(bytes) + ": expected at least " + text_of(mean(at(high))) +
+                      ", which the estimates alone read");
   }
   for (int i = 0; i < 200 && high / low > 1 + 1e-9; ++i) {
     const double middle = std::sqrt(low) * std::sqrt(high);

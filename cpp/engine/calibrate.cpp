@@ -4,6 +4,7 @@
 #include "engine/budget.h"
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
+#include "sparsity/text_of.h"
 
 namespace tda {
 
@@ -17,13 +18,13 @@ void CalibrateOptions::validate() const {
     throw OptionError("scope \"" + scope + "\": expected \"sequence\" or \"token\"");
   }
   if (!(error >= 0 && error < 1)) {
-    throw OptionError("error " + std::to_string(error) + ": expected 0 or more, less than 1");
+    throw OptionError("error " + text_of(error) + ": expected 0 or more, less than 1");
   }
   if (bytes && scope != "token") {
     throw OptionError("bytes: expected with scope \"token\" only");
   }
   if (bytes && !(*bytes > 0 && *bytes <= 1)) {
-    throw OptionError("bytes " + std::to_string(*bytes) + ": expected more than 0, at most 1");
+    throw OptionError("bytes " + text_of(*bytes) + ": expected more than 0, at most 1");
   }
   at_least_one("max_tokens", max_tokens);
   at_least_one("sample_tokens", sample_tokens);

@@ -23,7 +23,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
   return std::make_shared<const Runtime>(
       std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
-      options.max_context ? options.max_context : model->config.max_position);
+      options.max_context ? options.max_context : model->config.max_position, options.before_step);
 }
 
 }  // namespace
@@ -47,7 +47,6 @@ std::string Engine::device() const { return runtime_->backend->name(); }
 Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                          const std::optional<TdaOptions>& tda) const {
   options.validate();
-  if (tda) tda->validate();
   check_tokens(config(), prompt);
   // Subtraction, since the sum could overflow.
   if (options.max_new_tokens > max_context() - std::ssize(prompt)) {
@@ -56,8 +55,10 @@ Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                           " exceed max_context " + std::to_string(max_context()));
   }
   const std::int64_t capacity = std::ssize(prompt) + options.max_new_tokens;
-  return Generation(std::unique_ptr<Generation::Impl>(new Generation::Impl{
-      .run = {runtime_, prompt, capacity, tda}, .sampler = {options, prompt}, .options = options}));
+  std::unique_ptr<Generation::Impl> impl(new Generation::Impl{
+      .run = {runtime_, prompt, capacity, tda}, .sampler = {options, prompt}, .options = options});
+  impl->run.listen(impl->cancel.get_token());
+  return Generation(std::move(impl));
 }
 
 GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
@@ -67,7 +68,7 @@ GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
   GenerationResult result;
   while (const std::optional<Token> token = generation.next()) {
     result.tokens.push_back(*token);
-    if (on_token && !on_token(*token)) break;
+    if (on_token && !on_token(*token)) generation.cancel();
   }
   result.finish_reason = generation.finish_reason();
   result.stats = generation.stats();
@@ -81,7 +82,6 @@ std::vector<float> Engine::logits(Tokens tokens) const {
 
 ScoreResult Engine::score(Tokens tokens, std::int64_t prompt_tokens,
                           const std::optional<TdaOptions>& tda) const {
-  if (tda) tda->validate();
   check_tokens(config(), tokens);
   if (prompt_tokens < 1 || prompt_tokens >= std::ssize(tokens)) {
     throw OptionError("prompt_tokens " + std::to_string(prompt_tokens) + ": expected 1 to " +

@@ -5,7 +5,20 @@
 namespace tda {
 
 std::optional<Token> Generation::Impl::next() {
+  const InUse guard(in_use, "generation");
   if (finish_reason != FinishReason::none) return {};
+  try {
+    return advance();
+  } catch (const Cancelled&) {
+    finish_reason = FinishReason::cancelled;
+    return {};
+  } catch (...) {
+    finish_reason = FinishReason::cancelled;  // half a step is nothing to go on from
+    throw;
+  }
+}
+
+std::optional<Token> Generation::Impl::advance() {
   if (new_tokens == options.max_new_tokens) {
     finish_reason = FinishReason::length;
     return {};
@@ -25,6 +38,7 @@ Generation& Generation::operator=(Generation&&) noexcept = default;
 Generation::~Generation() = default;
 
 std::optional<Token> Generation::next() { return impl_->next(); }
+void Generation::cancel() { impl_->cancel.request_stop(); }
 FinishReason Generation::finish_reason() const { return impl_->finish_reason; }
 
 GenerationStats Generation::stats() const {

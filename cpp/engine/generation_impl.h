@@ -1,5 +1,8 @@
 #pragma once
 
+#include <stop_token>
+
+#include "engine/in_use.h"
 #include "engine/run.h"
 #include "engine/sampler.h"
 
@@ -7,6 +10,7 @@ namespace tda {
 
 struct Generation::Impl {
   std::optional<Token> next();
+  std::optional<Token> advance();
 
   Run run;
   Sampler sampler;
@@ -14,6 +18,8 @@ struct Generation::Impl {
   Token last = 0;
   std::int64_t new_tokens = 0;
   FinishReason finish_reason = FinishReason::none;
+  std::stop_source cancel = {};
+  UseFlag in_use = {};
 };
 
 }  // namespace tda

@@ -34,6 +34,7 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
     : session_(std::move(runtime), capacity, tda && needs_samples(*tda) ? kPromptSamples : 0),
       prompt_(prompt.begin(), prompt.end()),
       tda_(tda) {
+  if (tda) session_.check(*tda);
   if (tda && tda->estimate == "hidden") session_.estimate = Estimate::hidden;
   if (tda && tda->estimate == "gate") session_.estimate = Estimate::gate;
 }

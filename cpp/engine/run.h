@@ -3,6 +3,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stop_token>
 #include <vector>
 
 #include "engine/session_impl.h"
@@ -22,6 +23,8 @@ class Run {
   std::span<const float> decode(Token token);
   /// All fields but new_tokens.
   GenerationStats stats() const;
+  /// Work under way ends with Cancelled after `stop` was requested.
+  void listen(std::stop_token stop) { session_.stop = std::move(stop); }
   const ModelConfig& config() const { return session_.runtime->config(); }
 
  private:

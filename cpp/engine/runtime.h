@@ -4,17 +4,22 @@
 #include <tda/engine.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
-#include <mutex>
 
+#include "backend/after_fork.h"
 #include "backend/backend.h"
 
 namespace tda {
 
 class Runtime {
  public:
-  Runtime(std::unique_ptr<Backend> backend, KvFormat kv, std::int64_t max_context)
-      : backend(std::move(backend)), kv(kv), max_context(max_context) {}
+  Runtime(std::unique_ptr<Backend> backend, KvFormat kv, std::int64_t max_context,
+          std::function<void()> before_step)
+      : backend(std::move(backend)),
+        kv(kv),
+        max_context(max_context),
+        before_step(std::move(before_step)) {}
 
   const Model& model() const { return backend->model(); }
   const ModelConfig& config() const { return model().config; }
@@ -22,7 +27,8 @@ class Runtime {
   const std::unique_ptr<Backend> backend;
   const KvFormat kv;
   const std::int64_t max_context;
-  mutable std::mutex computing;  // held for the length of one forward pass
+  const std::function<void()> before_step;  // see EngineOptions; may be empty
+  mutable ForkSafeMutex computing;          // held for the length of one step
 };
 
 /// Throws OptionError if tokens is empty or an id is outside the vocabulary.

@@ -3,23 +3,25 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sparsity/text_of.h"
+
 namespace tda {
 namespace {
 
-[[noreturn]] void reject(const char* option, double found, const char* expected) {
-  throw OptionError(std::string(option) + " " + std::to_string(found) + ": expected " + expected);
+template <typename Number>
+[[noreturn]] void reject(const char* option, Number found, const char* expected) {
+  throw OptionError(std::string(option) + " " + text_of(found) + ": expected " + expected);
 }
 
 }  // namespace
 
 void GenerateOptions::validate() const {
   // Written so that NaN fails each of them.
-  if (max_new_tokens < 1)
-    reject("max_new_tokens", static_cast<double>(max_new_tokens), "1 or more");
+  if (max_new_tokens < 1) reject("max_new_tokens", max_new_tokens, "1 or more");
   if (!(temperature >= 0 && std::isfinite(temperature))) {
     reject("temperature", temperature, "a finite number, 0 (greedy) or more");
   }
-  if (top_k < 0) reject("top_k", static_cast<double>(top_k), "0 (off) or more");
+  if (top_k < 0) reject("top_k", top_k, "0 (off) or more");
   if (!(top_p > 0 && top_p <= 1)) reject("top_p", top_p, "more than 0, at most 1 (off)");
   if (!(min_p >= 0 && min_p <= 1)) reject("min_p", min_p, "0 (off) to 1");
   if (!(repetition_penalty > 0 && std::isfinite(repetition_penalty))) {

@@ -1,10 +1,12 @@
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <numeric>
 
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
+#include "sparsity/text_of.h"
 
 namespace tda {
 
@@ -54,7 +56,6 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
                           std::to_string(capacity));
   }
   step.sequence_length = position + std::ssize(tokens);
-  const std::lock_guard lock(runtime->computing);
   std::span<const float> logits;
   for (std::size_t done = 0; done < tokens.size();) {
     const std::size_t count =
@@ -62,6 +63,9 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
     step.tokens = tokens.subspan(done, count);
     step.position = position;
     done += count;
+    if (stop.stop_requested()) throw Cancelled();
+    if (runtime->before_step) runtime->before_step();
+    const std::lock_guard lock(runtime->computing);
     const std::int64_t last_rows = done == tokens.size() ? rows : 0;
     logits = forward(backend, *state, step, all ? std::ssize(step.tokens) : last_rows);
     if (all) all->insert(all->end(), logits.begin(), logits.end());
@@ -100,7 +104,14 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
 std::vector<float> Session::Impl::all_logits(Tokens tokens) {
   check_tokens(runtime->config(), tokens);
   std::vector<float> all;
-  all.reserve(tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size));
+  const auto numbers = tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size);
+  try {
+    all.reserve(numbers);
+  } catch (const std::bad_alloc&) {
+    throw DeviceError("out of memory: " + std::to_string(numbers * sizeof(float)) +
+                      " bytes needed for the logits of " + std::to_string(tokens.size()) +
+                      " tokens");
+  }
   Step step;
   step.tokens = tokens;
   run(step, 0, &all);
@@ -148,8 +159,18 @@ void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> n
   decode_mode = FfnMode::sparse;
 }
 
-void Session::Impl::apply(const TdaOptions& options) {
+void Session::Impl::check(const TdaOptions& options) const {
   options.validate();
+  if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
+  const WeightFormat format = runtime->model().format;
+  if (options.coarse > 0 && format != WeightFormat::int8) {
+    throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
+                      std::string(name_of(format)));
+  }
+}
+
+void Session::Impl::apply(const TdaOptions& options) {
+  check(options);
   if (options.scope == "token")
     apply_token(options);
   else
@@ -183,7 +204,6 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
   const std::int64_t layers = model.config.num_layers;
   thresholds_.clear();
   if (options.thresholds) {
-    check_thresholds(*options.thresholds, "sequence");
     thresholds_ = options.thresholds->values;
   } else if (options.error) {
     if (samples.empty()) throw no_samples("error");
@@ -207,13 +227,8 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
 void Session::Impl::apply_token(const TdaOptions& options) {
   const Model& model = runtime->model();
   const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
-  if (options.coarse > 0 && model.format != WeightFormat::int8) {
-    throw OptionError("tda coarse " + std::to_string(options.coarse) +
-                      ": expected int8 weights, found " + std::string(name_of(model.format)));
-  }
   std::vector<TokenThresholds> chosen(layers);
   if (options.thresholds) {
-    check_thresholds(*options.thresholds, "token");
     const Thresholds& file = *options.thresholds;
     for (std::int64_t layer = 0; layer < layers; ++layer)
       chosen[layer] = {file.values[layer],
@@ -318,11 +333,13 @@ std::int64_t Session::capacity() const { return impl_->capacity; }
 std::int64_t Session::ffn_bytes() const { return impl_->ffn_bytes(); }
 
 std::vector<float> Session::prefill(Tokens tokens) {
+  const InUse guard(impl_->in_use, "session");
   const auto logits = impl_->prefill(tokens, FfnMode::gather);
   return {logits.begin(), logits.end()};
 }
 
 std::vector<float> Session::decode(Token token) {
+  const InUse guard(impl_->in_use, "session");
   const auto logits = impl_->decode(token);
   return {logits.begin(), logits.end()};
 }
@@ -359,10 +376,14 @@ std::vector<std::int32_t> Session::mask(std::int64_t layer) const {
 }
 
 void Session::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons) {
+  const InUse guard(impl_->in_use, "session");
   check_layer(impl_->runtime->config(), layer);
   impl_->set_mask(layer, neurons);
 }
 
-void Session::apply(const TdaOptions& options) { impl_->apply(options); }
+void Session::apply(const TdaOptions& options) {
+  const InUse guard(impl_->in_use, "session");
+  impl_->apply(options);
+}
 
 }  // namespace tda

@@ -6,13 +6,18 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stop_token>
 #include <vector>
 
 #include "backend/backend.h"
+#include "engine/in_use.h"
 #include "engine/runtime.h"
 #include "sparsity/sparsity.h"
 
 namespace tda {
+
+/// Ends a step whose generation was cancelled; never leaves the library.
+struct Cancelled {};
 
 struct Session::Impl {
   /// `sample_tokens` as in Engine::session. Throws ContextOverflow if capacity exceeds max_context.
@@ -24,6 +29,8 @@ struct Session::Impl {
   std::vector<float> all_logits(Tokens tokens);
   std::span<const float> decode(Token token);
   std::vector<float> statistic(std::int64_t layer) const;
+  /// Whether the options fit the model, before any work. Throws CheckpointError or OptionError.
+  void check(const TdaOptions& options) const;
   void apply(const TdaOptions& options);
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
   std::int64_t ffn_bytes() const;
@@ -37,6 +44,8 @@ struct Session::Impl {
   std::int64_t capacity;
   std::int64_t sample_tokens;
   std::int64_t position = 0;
+  std::stop_token stop;  // asked before every step
+  UseFlag in_use;
   FfnMode decode_mode = FfnMode::dense;
   Estimate estimate = Estimate::contribution;  // of prefills to come
   /// [L] of the last prefill: h (or act(gate), see Estimate), no scores; empty if sample_tokens is

@@ -5,9 +5,9 @@
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <sstream>
 
 #include "sparsity/sparsity.h"
+#include "sparsity/text_of.h"
 
 namespace tda {
 
@@ -85,9 +85,7 @@ void TdaOptions::validate() const {
   // Written so that NaN, for which every comparison is false, is out of range.
   const auto check = [](bool in_range, const char* name, auto found, const char* expected) {
     if (in_range) return;
-    std::ostringstream message;
-    message << "tda " << name << " " << found << ": expected " << expected;
-    throw OptionError(message.str());
+    throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected " + expected);
   };
   if (error) check(*error >= 0 && *error < 1, "error", *error, "0 or more, less than 1");
   if (active) check(*active > 0 && *active <= 1, "active", *active, "more than 0, at most 1");

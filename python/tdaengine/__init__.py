@@ -18,9 +18,9 @@ from ._native import (
     OptionError,
     Session,
     Thresholds,
-    __version__,
     measure_read_bandwidth,
 )
+from ._native import __version__ as __version__  # type: ignore[attr-defined]  # not in stubs
 from .engine import Engine, Output, Stream
 
 __all__ = [

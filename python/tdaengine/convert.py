@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import _native
 from ._native import CheckpointError, OptionError
@@ -37,15 +38,15 @@ COPIED_FILES = (
 class Source:
     """A checkpoint about to be written."""
 
-    config: dict
+    config: dict[str, Any]
     tensors: list[Tensor]
     files: dict[str, bytes | Path]  # name -> content, or a file to copy
     dtype: str | None = None  # what "auto" stands for; None: each tensor keeps its own
 
 
 def convert(
-    source: str | os.PathLike,
-    destination: str | os.PathLike,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     dtype: str = "auto",
     weights: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -113,12 +114,12 @@ def _pack(
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
 
 
-def _temporary_folder(destination: Path) -> tempfile.TemporaryDirectory:
+def _temporary_folder(destination: Path) -> tempfile.TemporaryDirectory[str]:
     """Beside the destination, for it is where there is room."""
     return tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent)
 
 
-def json_bytes(value: dict) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
@@ -166,7 +167,7 @@ def _read_folder(folder: Path) -> Source:
     # Buffers that some old checkpoints store; the engine computes them.
     tensors = [t for t in _read_shards(folder) if not t.name.endswith("rotary_emb.inv_freq")]
     files = {path.name: path for pattern in COPIED_FILES for path in folder.glob(pattern)}
-    return Source(config, tensors, files)
+    return Source(config, tensors, {**files})
 
 
 def _read_shards(folder: Path) -> list[Tensor]:
@@ -201,7 +202,7 @@ def _read_shards(folder: Path) -> list[Tensor]:
     return tensors
 
 
-def _read_json_object(path: Path) -> dict:
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,7 +30,8 @@ Prompt = str | Sequence[int]
 @dataclass(frozen=True)
 class Output:
     """What was generated. text: None if the checkpoint has no tokenizer. finish_reason: "stop"
-    (end-of-text token or stop string), "length" (max_new_tokens), or None while under way.
+    (end-of-text token or stop string), "length" (max_new_tokens), "cancelled" (Stream.cancel, or an
+    exception), or None while under way. stats: GenerationStats.
     """
 
     text: str | None
@@ -41,6 +43,9 @@ class Output:
 class Stream(Iterator[str]):
     """Pieces of text as they are generated. `output` holds what there is so far, and the whole once
     the pieces are exhausted; its text is the pieces put together.
+
+    One thread at a time takes pieces, a second one gets an OptionError; `cancel` and `output` are
+    for any thread.
     """
 
     def __init__(
@@ -52,26 +57,47 @@ class Stream(Iterator[str]):
         self._token_ids: list[int] = []
         self._pieces: list[str] = []
         self._is_done = False
+        # As of the last token, since while the next one is made nobody may look.
+        self._finish_reason: str | None = None
+        self._stats = generation.stats
+        self._taking = Lock()
 
     def __next__(self) -> str:
-        while not self._is_done:
-            piece = self._advance()
-            if piece:
-                self._pieces.append(piece)
-                return piece
-        raise StopIteration
+        """The next piece, not empty. Raises what `generate` raises while computing."""
+        if not self._taking.acquire(blocking=False):
+            raise OptionError("stream: found it in use by another thread, expected one at a time")
+        try:
+            while not self._is_done:
+                piece = self._advance()
+                if piece:
+                    self._pieces.append(piece)
+                    return piece
+            raise StopIteration
+        finally:
+            self._taking.release()
+
+    def cancel(self) -> None:
+        """Ends the stream, from any thread: after the token under way, or in the midst of a long
+        prompt, the iteration ends and finish_reason is "cancelled".
+        """
+        self._generation.cancel()
 
     @property
     def output(self) -> Output:
+        """What there is so far."""
         return Output(
             text=None if self._text is None else "".join(self._pieces),
             token_ids=list(self._token_ids),
-            finish_reason="stop" if self._stop.is_found else self._generation.finish_reason,
-            stats=self._generation.stats,
+            finish_reason=self._finish_reason,
+            stats=self._stats,
         )
 
     def _advance(self) -> str:
-        token = self._generation.next()
+        try:
+            token = self._generation.next()
+        finally:
+            self._finish_reason = self._generation.finish_reason
+            self._stats = self._generation.stats
         if token is not None:
             self._token_ids.append(token)
         if self._text is None:
@@ -81,6 +107,8 @@ class Stream(Iterator[str]):
             piece = self._stop.push(self._text.push(token))
         else:
             piece = self._stop.push(self._text.flush()) + self._stop.flush()
+        if self._stop.is_found:
+            self._finish_reason = "stop"
         self._is_done = token is None or self._stop.is_found
         return piece
 
@@ -118,7 +146,9 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Engine(_native.Engine):
-    """A loaded model.
+    """A loaded model. Any number of threads may use it, and so may a child of fork(), with threads
+    of its own; computation is one call at a time. It is not pickled: load one in each process that
+    is spawned (from an engine folder they share its pages).
 
     model: a checkpoint folder, or a Hugging Face hub id.
     device: auto | cpu. weights: auto | f32 | bf16 | int8 | int4.
@@ -148,9 +178,9 @@ class Engine(_native.Engine):
             device=_check(device, "device", str),
             weights=_check(weights, "weights", str),
             kv=_check(kv, "kv", str),
-            threads=_count(threads, "threads"),
+            threads=_count(threads, "threads", 2**31 - 1),
             max_context=_count(max_context, "max_context"),
-            progress=progress,
+            progress=_check_progress(progress),
         )
 
     @cached_property
@@ -171,16 +201,19 @@ class Engine(_native.Engine):
         tda: TDA | bool | None = None,
         **options: Any,
     ) -> Output | list[Output]:
-        """Continues a text or a list of token ids; of several in a list each by itself, in order.
+        """Continues `prompt`, a text or a list of token ids; of several in a list each by itself,
+        in order.
 
         stop: strings that end the text, which stops before them.
+        tda: TDA for this call, False for none; without it that of the engine.
         options: the fields of GenerateOptions, as max_new_tokens=128, temperature=0.0 (greedy),
         top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False.
         Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
         """
         if isinstance(prompt, list | tuple) and prompt and not _is_id(prompt[0]):
-            return [self._generate(each, stop, tda, options) for each in prompt]
-        return self._generate(prompt, stop, tda, options)
+            encoded = [self._encode(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
+            return [self._generate(each, stop, tda, options) for each in encoded]
+        return self._generate(cast(Prompt, prompt), stop, tda, options)
 
     def stream(
         self,
@@ -190,7 +223,11 @@ class Engine(_native.Engine):
         tda: TDA | bool | None = None,
         **options: Any,
     ) -> Stream:
-        """`generate` for one prompt, piece by piece. For a chat pass `chat_prompt(messages)`."""
+        """`generate` for one `prompt`, piece by piece; for a chat pass `chat_prompt(messages)`.
+
+        stop, tda and options: as in `generate`. What is wrong with them raises here, what goes
+        wrong in computing raises with the piece.
+        """
         self.tokenizer  # noqa: B018  raises where there is none: ids alone make no pieces
         return self._stream(prompt, stop, tda, options)
 
@@ -202,11 +239,14 @@ class Engine(_native.Engine):
         tda: TDA | bool | None = None,
         **options: Any,
     ) -> Output:
-        """Answers [{"role": "user", "content": "..."}, ...], as `generate` otherwise."""
+        """Answers `messages`, [{"role": "user", "content": "..."}, ...].
+
+        stop, tda and options: as in `generate`. Raises what `chat_prompt` and `generate` raise.
+        """
         return self._generate(self.chat_prompt(messages), stop, tda, options)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins.
+        """Token ids of a conversation, `messages`, up to where the answer begins.
 
         Raises CheckpointError if the checkpoint has no chat template, OptionError for messages that
         are of the wrong shape or that the template refuses.
@@ -214,19 +254,22 @@ class Engine(_native.Engine):
         # The template writes all special tokens itself.
         return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
 
-    def score(
+    def score(  # type: ignore[override]  # what has text on both sides takes other arguments
         self,
         token_ids: Sequence[int],
         prompt_tokens: int,
         tda: TDA | bool | None = None,
     ) -> np.ndarray:
-        """Log-probability of each token after the first `prompt_tokens`, [T - prompt_tokens] f32.
+        """Log-probability of each of `token_ids` [T] after the first `prompt_tokens`,
+        [T - prompt_tokens] f32.
 
         The prompt is prefilled, the rest goes through the decode path that `generate` uses.
+        tda: as in `generate`. Raises OptionError, or ContextOverflow if T exceeds max_context.
         """
-        return super().score(token_ids, prompt_tokens, self._tda(tda)).log_probabilities
+        count = _count(prompt_tokens, "prompt_tokens")
+        return super().score(token_ids, count, self._tda(tda)).log_probabilities
 
-    def calibrate(
+    def calibrate(  # type: ignore[override]
         self,
         texts: Sequence[str | Sequence[int]] | None = None,
         error: float | None = None,
@@ -237,18 +280,25 @@ class Engine(_native.Engine):
         """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
         under `error` (default 0.1). Without texts the model writes its own.
 
-        options: the further fields of CalibrateOptions. progress(done, total) counts texts, then
+        options: the further fields of CalibrateOptions, scope="sequence" or "token"; bytes: instead
+        of error, with scope "token", the share of FFN bytes to read; max_tokens=512 and
+        sample_tokens=32 of each text; self_texts=16 texts of self_tokens=128 that the model writes
+        from seed=0 on. progress(done, total) counts texts, then
         (for a budget of bytes) layers.
         Raises OptionError.
         """
-        if isinstance(texts, str) or (texts is not None and len(texts) == 0):
-            raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
+        if texts is not None:
+            if isinstance(texts, str) or not isinstance(texts, Sequence) or len(texts) == 0:
+                raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
+            for name in ("self_texts", "self_tokens", "seed"):
+                if name in options:
+                    raise OptionError(f"{name} {options[name]!r}: expected only without texts")
         if error is not None:
             if options.get("bytes") is not None:
                 raise OptionError(f"error {error!r}: expected only without bytes")
             options["error"] = error
-        ids = [self._encode(text) for text in texts or ()]
-        return super().calibrate(ids, CalibrateOptions(**options), progress)
+        ids = [self._encode(text, f"texts[{i}]") for i, text in enumerate(texts or ())]
+        return super().calibrate(ids, CalibrateOptions(**options), _check_progress(progress))
 
     def _generate(
         self,
@@ -275,11 +325,11 @@ class Engine(_native.Engine):
         generation = self.start(self._encode(prompt), GenerateOptions(**options), self._tda(tda))
         return Stream(generation, text, stop)
 
-    def _encode(self, text: Prompt) -> Sequence[int]:
+    def _encode(self, text: Prompt, name: str = "prompt") -> Sequence[int]:
         if isinstance(text, str):
             return self.tokenizer.encode(text)
-        if isinstance(text, Mapping) or not isinstance(text, Iterable):
-            raise OptionError(f"found {text!r}, expected a text or a list of token ids")
+        if isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
+            raise OptionError(f"{name}: found {text!r}, expected a text or a list of token ids")
         return text
 
     def _tda(self, tda: TDA | bool | None) -> TDA | None:
@@ -311,10 +361,16 @@ def _check_stop(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _count(value: int | None, name: str) -> int:
+def _check_progress(progress: Any) -> Callable[[int, int], None] | None:
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress: found {progress!r}, expected a function of (done, total)")
+    return cast(Callable[[int, int], None] | None, progress)
+
+
+def _count(value: int | None, name: str, most: int = 2**63 - 1) -> int:
     """The engine takes 0 for "not given"."""
     if value is None:
         return 0
-    if isinstance(value, bool) or not _is_id(value) or value < 1:
-        raise OptionError(f"{name}: found {value!r}, expected 1 or more")
+    if isinstance(value, bool) or not _is_id(value) or not 1 <= value <= most:
+        raise OptionError(f"{name}: found {value!r}, expected an integer from 1 to {most}")
     return int(value)

@@ -79,9 +79,9 @@ class Metadata:
             raise self.error(key, repr(value)[:80], kind.__name__)
         return value
 
-    def get_list(self, key: str, kind: type) -> list:
+    def get_list(self, key: str, kind: type) -> list[Any]:
         """The list under `key`, all of whose items are of the kind. Raises CheckpointError."""
-        values = self.get(key, list)
+        values: list[Any] = self.get(key, list)
         for i, value in enumerate(values):
             if not isinstance(value, kind):
                 raise self.error(f"{key}[{i}]", repr(value), kind.__name__)
@@ -122,7 +122,7 @@ def read_gguf(path: Path) -> Source:
             config[key] = generation[key]
     files["generation_config.json"] = json_bytes(generation)
     tensors = [_tensor(metadata, target, stored[name], heads) for name, target in names.items()]
-    return Source(config, tensors, files, "F32" if full else "BF16")
+    return Source(config, tensors, {**files}, "F32" if full else "BF16")
 
 
 def _tensor(metadata: Metadata, name: str, stored: Any, heads: tuple[int, int]) -> Tensor:
@@ -188,7 +188,7 @@ def _expected_names(metadata: Metadata, stored: dict[str, Any]) -> Iterator[tupl
                 yield f"blk.{layer}.{part}.bias", f"model.layers.{layer}.{target}.bias"
 
 
-def _config(metadata: Metadata, stored: dict[str, Any]) -> dict:
+def _config(metadata: Metadata, stored: dict[str, Any]) -> dict[str, Any]:
     get = metadata.get
     hidden, heads = get("@.embedding_length", int), get("@.attention.head_count", int)
     if hidden < 1 or heads < 1:
@@ -230,7 +230,7 @@ def _config(metadata: Metadata, stored: dict[str, Any]) -> dict:
 
 
 def _rope_scaling(
-    metadata: Metadata, stored: dict[str, Any], config: dict
+    metadata: Metadata, stored: dict[str, Any], config: dict[str, Any]
 ) -> Iterator[tuple[str, object]]:
     get = metadata.get
     kind = get("@.rope.scaling.type", str, "none")
@@ -253,9 +253,11 @@ def _rope_scaling(
         raise metadata.error("@.rope.scaling.type", kind, "none, linear or yarn")
 
 
-def _llama3_scaling(metadata: Metadata, divisors: np.ndarray, config: dict) -> dict:
+def _llama3_scaling(
+    metadata: Metadata, divisors: np.ndarray, config: dict[str, Any]
+) -> dict[str, Any]:
     """The parameters that give these divisors of the rotary frequencies, [head_dim / 2]."""
-    rope = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3_ROPE}
+    rope: dict[str, Any] = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3_ROPE}
     half = config["head_dim"] // 2
     wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -27,7 +27,7 @@ SPLIT = (
 )
 
 
-def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict]:
+def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The tokenizer's files by name, and the token ids for generation_config.json. Raises
     CheckpointError."""
     vocabulary = _Vocabulary(metadata)
@@ -83,16 +83,16 @@ class _Vocabulary:
 
     def _id(self, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
-        token = self._metadata.get(key, int, None)
+        token: int | None = self._metadata.get(key, int, None)
         if token is not None and not 0 <= token < len(self.tokens):
             raise self._metadata.error(key, token, f"0 to {len(self.tokens) - 1}")
         return token
 
-    def generation_ids(self) -> dict:
+    def generation_ids(self) -> dict[str, Any]:
         """bos_token_id, and all that end a text: end of text, of a turn, of a message."""
-        result = {"bos_token_id": self.roles["bos"]} if "bos" in self.roles else {}
-        ends = [self._id(name) for name in ("eos", "eot", "eom")]
-        ends = list(dict.fromkeys(token for token in ends if token is not None))
+        result: dict[str, Any] = {"bos_token_id": self.roles["bos"]} if "bos" in self.roles else {}
+        named = [self._id(name) for name in ("eos", "eot", "eom")]
+        ends = list(dict.fromkeys(token for token in named if token is not None))
         if ends:
             result["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         return result
@@ -167,16 +167,16 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
         raise metadata.error(
             "tokenizer.ggml.scores", f"a list of {len(scores)}", f"{len(vocabulary.tokens)} values"
         )
-    model = pb2.ModelProto()
+    model = pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type = pb2.TrainerSpec.BPE
+    trainer.model_type = pb2.TrainerSpec.BPE  # type: ignore[attr-defined]
     trainer.vocab_size = len(vocabulary.tokens)
     trainer.byte_fallback = BYTE in vocabulary.types
-    for role, token in vocabulary.roles.items():
-        setattr(trainer, f"{role}_id", token)
-        setattr(trainer, f"{role}_piece", vocabulary.tokens[token])
+    for role, role_id in vocabulary.roles.items():
+        setattr(trainer, f"{role}_id", role_id)
+        setattr(trainer, f"{role}_piece", vocabulary.tokens[role_id])
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", bool, True)
     normalizer.remove_extra_whitespaces = metadata.get(
@@ -185,4 +185,5 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
     normalizer.precompiled_charsmap = bytes(
         metadata.get("tokenizer.ggml.precompiled_charsmap", list, [])
     )
-    return model.SerializeToString()
+    serialized: bytes = model.SerializeToString()
+    return serialized

@@ -31,6 +31,8 @@ def find(model: str | os.PathLike[str]) -> Path:
     if not isinstance(model, str | os.PathLike):
         raise OptionError(f"model: found {model!r}, expected a folder or a hub id")
     path = Path(model)
+    if not str(model):
+        raise OptionError(f"model: found {model!r}, expected a folder or a hub id")
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,11 @@ from safetensors import SafetensorError, safe_open
 from ._native import CheckpointError
 
 # How NumPy holds each dtype; it has no bf16, whose bits travel as u16.
-STORAGE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+STORAGE: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def read_safetensors(path: Path) -> Iterator[Tensor]:
             )
         count = (end - begin) // STORAGE[dtype].itemsize
 
-        def read(offset: int = 8 + size + begin, dtype: str = dtype, count: int = count):
+        def read(
+            offset: int = 8 + size + begin, dtype: str = dtype, count: int = count
+        ) -> np.ndarray:
             return np.fromfile(path, STORAGE[dtype], count, offset=offset)
 
         yield Tensor(name, dtype, tuple(entry["shape"]), path, read)
@@ -64,7 +71,8 @@ def write_safetensors(
     time, which the safetensors package cannot. `progress(done, total)` counts bytes written."""
     # Widest first, so that every tensor is aligned to its element.
     tensors = sorted(tensors, key=lambda t: -STORAGE[dtype or t.dtype].itemsize)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for tensor in tensors:
         target = dtype or tensor.dtype
         begin, end = end, end + math.prod(tensor.shape) * STORAGE[target].itemsize
@@ -80,7 +88,7 @@ def write_safetensors(
         done = 0
         for tensor in tensors:
             values = cast(tensor, dtype or tensor.dtype)
-            done += file.write(np.ascontiguousarray(values))
+            done += file.write(np.ascontiguousarray(values).data)
             if progress is not None:
                 progress(done, end)
 

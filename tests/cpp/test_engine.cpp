@@ -282,6 +282,48 @@ TEST(threads_share_an_engine) {
   for (const auto& result : results) CHECK(result == alone);
 }
 
+TEST(a_generation_is_cancelled_by_its_reader_or_by_any_thread) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const auto whole = generate(engine, tokens(200));
+  int seen = 0;
+  const auto three = engine.generate(kPrompt, tokens(200), {}, [&](Token) { return ++seen < 3; });
+  CHECK(three.tokens == std::vector<Token>(whole.begin(), whole.begin() + 3));
+  CHECK(three.finish_reason == tda::FinishReason::cancelled);
+
+  tda::Generation generation = engine.start(kPrompt, tokens(200));
+  std::vector<Token> found;
+  {
+    const std::jthread other([&] { generation.cancel(); });
+    while (const auto token = generation.next()) found.push_back(*token);
+  }
+  CHECK(found == std::vector<Token>(whole.begin(), whole.begin() + std::ssize(found)));
+  CHECK(!generation.next());
+  CHECK(generation.finish_reason() ==
+        (found.size() == 200 ? tda::FinishReason::length : tda::FinishReason::cancelled));
+}
+
+TEST(what_before_step_throws_ends_the_call) {
+  const TinyCheckpoint checkpoint;
+  tda::EngineOptions options;
+  int left = 1000;
+  options.before_step = [&] {
+    if (left-- == 0) throw tda::Error("enough");
+  };
+  const tda::Engine engine(checkpoint.folder(), options);
+  const auto whole = generate(engine, tokens(20));
+  tda::Generation generation = engine.start(kPrompt, tokens(20));
+  left = 3;  // the prompt and two tokens
+  for (int i = 0; i < 3; ++i) CHECK(generation.next() == whole[i]);
+  CHECK_THROWS(generation.next(), tda::Error, "enough");
+  CHECK(!generation.next());
+  CHECK(generation.finish_reason() == tda::FinishReason::cancelled);
+  left = 0;
+  CHECK_THROWS(engine.logits(kPrompt), tda::Error, "enough");
+  left = 1000;
+  CHECK(generate(engine, tokens(20)) == whole);
+}
+
 TEST(results_do_not_depend_on_the_number_of_threads) {
   const TinyCheckpoint checkpoint;
   std::vector<std::vector<float>> results;

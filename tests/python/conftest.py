@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from tdaengine import Engine, Output
 
 PROMPT = "The sky is"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 TEMPLATE = (
     "{{ bos_token }}"
@@ -48,16 +49,20 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint with 96 tokens, a context of 128, and one character per token."""
-    folder = tiny.write(tmp_path_factory.mktemp("checkpoints") / "llama", "llama")
+    tiny.write(folder, "llama")
     write_tokenizer(folder)
     # Logit 0 for <unk>, <s> and </s>: greedy decoding never chooses them, the best is far above.
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][:3] = 0
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llama")
 
 
 @pytest.fixture(scope="session")

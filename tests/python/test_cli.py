@@ -108,12 +108,6 @@ def test_generate_with_tda(run, folder, engine, arguments, tda):
     assert result["stats"]["ffn_active"] == same.stats.ffn_active < 1
 
 
-def test_refresh_needs_tda(run, folder):
-    code, _, err = run("generate", folder, PROMPT, "--refresh", "3")
-    assert code == 2
-    assert err.startswith("error: --refresh: needs --tda-error")
-
-
 # ---- chat ---------------------------------------------------------------------------------------
 
 
@@ -201,27 +195,6 @@ def test_calibrate_json(run, folder, tmp_path):
     assert result["values"] == Thresholds.load(str(output)).values
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "a"}\n{"text": ', "line 2"),
-        (b'{"text": "a"}\n\n["a"]\n', 'line 3: expected {"text"'),
-        (b'{"text": 5}\n', "line 1: expected"),
-        (b'{"texts": "a"}\n', "line 1: expected"),
-        (b"\xff\xfe\n", "line 1"),
-        (b"\n", "found no texts"),
-    ],
-)
-def test_broken_calibration_data(run, folder, tmp_path, content, message):
-    data, output = tmp_path / "texts.jsonl", tmp_path / "thresholds.json"
-    data.write_bytes(content)
-    code, _, err = run("calibrate", folder, "--data", data, "-o", output)
-    assert code == 2
-    assert err.startswith(f"error: {data}")
-    assert message in err
-    assert not output.exists()
-
-
 def test_info(run, folder, engine):
     code, out, _ = run("info", folder, "--json")
     info = json.loads(out)
@@ -256,48 +229,6 @@ def test_convert(run, folder, tmp_path, expected):
 
 
 # ---- errors -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate", "absent", "x"], "absent: no such folder"),
-        (["generate", "{folder}", "x", "--top-p", "2"], "top_p"),
-        (["generate", "{folder}", "x", "--max-new-tokens", "500"], "max_context 128"),
-        (["generate", "{folder}", "x", "--weights", "int3"], "int3"),
-        (["generate", "{folder}", "x", "--tda-active", "7"], "active"),
-        (["generate", "{folder}", "x", "--tda-thresholds", "{folder}/config.json"], "config.json"),
-        (["chat", "{folder}", "--json"], "--message"),
-        (["calibrate", "{folder}", "--data", "absent.jsonl", "-o", "x"], "absent.jsonl"),
-        (["calibrate", "{folder}", "--error", "2", "-o", "x"], "error 2"),
-        (["convert", "absent", "x"], "absent"),
-        (["info", "{folder}/config.json"], "config.json"),
-    ],
-)
-def test_errors_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(*(argument.format(folder=folder) for argument in arguments))
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["unknown"],
-        ["generate", "model"],
-        ["generate", "model", "x", "--top-k", "many"],
-        ["generate", "model", "x", "--tda-error", "0.1", "--tda-active", "0.5"],
-        ["calibrate", "model"],
-    ],
-)
-def test_wrong_usage(run, arguments):
-    with pytest.raises(SystemExit) as exited:
-        run(*arguments)
-    assert exited.value.code == 2
 
 
 # ---- a process ----------------------------------------------------------------------------------

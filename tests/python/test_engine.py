@@ -1,6 +1,5 @@
 """The Python API on a tiny random model: prompts, TDA, calibration, chats, loading and errors."""
 
-import math
 import sys
 import types
 from pathlib import Path
@@ -8,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from conftest import PROMPT, write_tokenizer
+from conftest import MESSAGES, PROMPT
 
-from tdaengine import TDA, CheckpointError, ContextOverflow, Engine, Error, OptionError, Thresholds
-
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+from tdaengine import TDA, CheckpointError, Engine, Thresholds
 
 
 @pytest.fixture(scope="module")
@@ -23,40 +20,10 @@ def thresholds(engine: Engine) -> Thresholds:
 # ---- prompts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "prompt", [[], (), [[]], 5, None, b"bytes", [1.5], [1, "a"], ["a", 1], [["a"]], [None], {1: 2}]
-)
-def test_unusable_prompts(engine, prompt):
-    with pytest.raises(OptionError):
-        engine.generate(prompt, max_new_tokens=2)
-
-
-def test_a_stream_takes_one_prompt(engine):
-    with pytest.raises(OptionError):
-        engine.stream([PROMPT, PROMPT])
-
-
-@pytest.mark.parametrize("token", [-1, 96, 2**31, 2**70])
-def test_token_id_out_of_range(engine, token):
-    for call in (engine.generate, engine.logits):
-        with pytest.raises(OptionError, match=r"tokens\[2\]"):
-            call([1, 5, token])
-
-
-def test_lone_surrogate(engine):
-    with pytest.raises(OptionError, match="position 1"):
-        engine.generate("a\ud800")
-
-
-def test_context_overflow(engine):
+def test_the_context_can_be_filled(engine):
     assert engine.max_context == 128
     ids = [5] * 100
     assert len(engine.generate(ids, max_new_tokens=28, ignore_eos=True).token_ids) == 28
-    for call in (engine.generate, engine.stream):
-        with pytest.raises(ContextOverflow, match="128"):
-            call(ids, max_new_tokens=29)
-        with pytest.raises(ContextOverflow):
-            call(ids, max_new_tokens=2**63 - 1)
 
 
 # ---- threshold-based dynamic activation ---------------------------------------------------------
@@ -77,36 +44,6 @@ def test_tda_of_engine_and_of_call(folder, engine, dense):
     assert not np.array_equal(with_default.score(ids, 11, tda=False), scores)
 
 
-@pytest.mark.parametrize("tda", [True, 0.1, "sequence", {"error": 0.1}])
-def test_tda_of_the_wrong_type(folder, engine, tda):
-    with pytest.raises(OptionError, match="tda"):
-        engine.generate(PROMPT, tda=tda)
-    with pytest.raises(OptionError, match="tda"):
-        engine.score([1, 5, 6], 1, tda=tda)
-    with pytest.raises(OptionError, match="tda"):
-        Engine(folder, tda=tda)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"error": 0.1, "active": 0.5},
-        {"error": 1.0},
-        {"error": math.nan},
-        {"active": 0.0},
-        {"active": 1.5},
-        {"active": 0.5, "refresh": -1},
-        {"active": 0.5, "scope": "page"},
-        {"thresholds": "file.json"},
-        {"share": 0.5},
-    ],
-)
-def test_tda_options(options):
-    with pytest.raises(OptionError):
-        TDA(**options)
-
-
 def test_calibrated_thresholds(tmp_path, engine, thresholds):
     assert thresholds.fingerprint == engine.fingerprint
     assert (thresholds.texts, thresholds.source, thresholds.error) == (3, "texts", 0.2)
@@ -116,12 +53,6 @@ def test_calibrated_thresholds(tmp_path, engine, thresholds):
     assert again.values == thresholds.values
     out = engine.generate(PROMPT, tda=TDA(thresholds=again), max_new_tokens=5, ignore_eos=True)
     assert 0 < out.stats.ffn_active < 1
-
-
-def test_thresholds_of_another_model(tmp_path, thresholds):
-    other = Engine(tiny.write(tmp_path / "other", "llama_tied"), threads=1)
-    with pytest.raises(CheckpointError, match=r"thresholds.*do not fit"):
-        other.generate([1, 5], tda=TDA(thresholds=thresholds), max_new_tokens=2)
 
 
 def test_calibration_progress_and_own_texts(engine):
@@ -142,20 +73,6 @@ def test_an_exception_in_progress_ends_calibration(engine):
         engine.calibrate([PROMPT, PROMPT], progress=stop)
 
 
-@pytest.mark.parametrize("texts", [[], "text", [[]], [5], [[1, 96]], [None]])
-def test_unusable_calibration_texts(engine, texts):
-    with pytest.raises(OptionError):
-        engine.calibrate(texts)
-
-
-@pytest.mark.parametrize(
-    "options", [{"error": 1.0}, {"error": "x"}, {"max_tokens": 0}, {"scope": "page"}]
-)
-def test_calibration_options(engine, options):
-    with pytest.raises(OptionError):
-        engine.calibrate([PROMPT], **options)
-
-
 # ---- chats --------------------------------------------------------------------------------------
 
 
@@ -166,30 +83,6 @@ def test_chat(engine):
     assert ids.count(1) == 1
     out = engine.chat(MESSAGES, max_new_tokens=10, ignore_eos=True, stop="\x7f")
     assert out.token_ids == engine.generate(ids, max_new_tokens=10, ignore_eos=True).token_ids
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        "Hi.",
-        None,
-        {"role": "user", "content": "Hi."},
-        ["Hi."],
-        [{"role": "user"}],
-        [{"content": "Hi."}],
-        [{"role": "user", "content": None}],
-        [{"role": 1, "content": "Hi."}],
-    ],
-)
-def test_messages_of_the_wrong_shape(engine, messages):
-    with pytest.raises(OptionError, match="messages"):
-        engine.chat(messages)
-
-
-def test_messages_that_the_template_refuses(engine):
-    with pytest.raises(OptionError, match="no such role: pirate"):
-        engine.chat([{"role": "pirate", "content": "Arr."}])
 
 
 # ---- score, session, loading --------------------------------------------------------------------
@@ -204,9 +97,6 @@ def test_score(engine, dense):
     expected = logits[np.arange(40), dense.token_ids] - log_sum
     assert (scores.shape, scores.dtype) == ((40,), np.float32)
     np.testing.assert_allclose(scores, expected, atol=1e-4)
-    for wrong in (0, -1, len(ids), 2**40):
-        with pytest.raises(OptionError, match="prompt_tokens"):
-            engine.score(ids, wrong)
 
 
 def test_session(engine, dense):
@@ -216,28 +106,6 @@ def test_session(engine, dense):
     assert token == dense.token_ids[0]
     assert int(session.decode(token).argmax()) == dense.token_ids[1]
     assert session.position == len(ids) + 1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"device": "tpu"},
-        {"device": None},
-        {"weights": "int3"},
-        {"weights": 32},
-        {"kv": "f8"},
-        {"threads": 0},
-        {"threads": -1},
-        {"threads": True},
-        {"threads": "all"},
-        {"max_context": 0},
-        {"max_context": -5},
-        {"max_context": 1.5},
-    ],
-)
-def test_engine_options(folder, options):
-    with pytest.raises(OptionError, match=next(iter(options))):
-        Engine(folder, **options)
 
 
 def test_engine_properties(folder, engine):
@@ -251,15 +119,6 @@ def test_engine_properties(folder, engine):
     config = engine.config
     assert (config.model_type, config.num_layers, config.eos_tokens) == ("llama", 2, [2])
     assert config.rope.theta == 10000
-
-
-def test_model_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder"):
-        Engine(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        Engine(tmp_path)
-    with pytest.raises(OptionError, match="model"):
-        Engine(None)
 
 
 def test_hub_id(tmp_path, monkeypatch, folder):
@@ -288,29 +147,6 @@ def test_without_a_tokenizer_only_token_ids_work(tmp_path):
     out = engine.generate([1, 5, 6], max_new_tokens=4, ignore_eos=True)
     assert out.text is None
     assert len(out.token_ids) == 4
-    for call in (
-        lambda: engine.generate("text"),
-        lambda: engine.generate([1, 5], stop="x"),
-        lambda: engine.stream([1, 5]),
-        lambda: engine.calibrate(["text"]),
-        lambda: engine.chat(MESSAGES),
-    ):
-        with pytest.raises(CheckpointError, match=r"tokenizer|chat template"):
-            call()
-
-
-def test_without_a_chat_template(tmp_path):
-    folder = tiny.write(tmp_path / "plain", "llama")
-    write_tokenizer(folder)
-    (folder / "tokenizer_config.json").unlink()
-    engine = Engine(folder, threads=1)
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
-        engine.chat(MESSAGES)
-
-
-def test_one_root_for_all_errors():
-    for error in (CheckpointError, OptionError, ContextOverflow):
-        assert issubclass(error, Error)
 
 
 def test_packing_reports_its_progress_and_can_be_stopped(folder: Path):

@@ -27,6 +27,9 @@ struct EngineOptions {
   int threads = 0;               // 0: as many as this process may run on
   std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
   Progress progress = {};        // of packing, in bytes of weights; an engine folder needs none
+  /// Called before each step, a token or a few hundred of a prompt, by the thread that computes.
+  /// What it throws ends the call that computes.
+  std::function<void()> before_step = {};
 };
 
 /// Sampling follows the order repetition penalty, temperature, top-k, top-p, min-p.
@@ -59,14 +62,15 @@ struct GenerationStats {
   std::int64_t bytes_per_token = 0;  // mean of all weight and KV bytes read per decoded token
 };
 
-enum class FinishReason { none, stop, length };
+enum class FinishReason { none, stop, length, cancelled };
 
 class HarmProbe;
 class Run;
 class Runtime;
 class Session;
 
-/// One generation under way: `next` until it returns nothing.
+/// One generation under way: `next` until it returns nothing. One thread at a time may use it, but
+/// for `cancel`.
 class Generation {
  public:
   Generation(Generation&&) noexcept;
@@ -76,6 +80,9 @@ class Generation {
   /// The next token. Nothing after an end-of-text token (which is not returned; reason `stop`) or
   /// after max_new_tokens (reason `length`). The first call runs the prompt.
   std::optional<Token> next();
+  /// From any thread: nothing more comes (reason `cancelled`, as after an exception). A `next`
+  /// under way gives its token, or gives up the prompt, after the step it is in.
+  void cancel();
   FinishReason finish_reason() const;
   GenerationStats stats() const;
 
@@ -99,7 +106,8 @@ struct ScoreResult {
 };
 
 /// A loaded model. Const: any number of threads may use one engine, each call has a session of its
-/// own; computation itself is one call at a time.
+/// own; computation itself is one call at a time. It works on in the child of a fork(), with
+/// threads started there; sessions that another thread was using at that moment do not.
 class Engine {
  public:
   /// Throws CheckpointError, OptionError or DeviceError.

@@ -1,0 +1,41 @@
+// What survives fork(): memory does, of the threads only the one that called it.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace tda {
+
+/// How many forks lie between this process and the first one that asked. What was made or locked
+/// under another number was so by threads that do not exist here.
+inline std::uint32_t forks() {
+  static std::atomic<std::uint32_t> count = 0;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++count; });
+  static_cast<void>(registered);
+  return count.load(std::memory_order_relaxed);
+}
+
+/// A mutex that a child of fork() takes from a thread it has not got.
+class ForkSafeMutex {
+ public:
+  void lock() {
+    const std::uint32_t mine = forks() + 1;
+    std::uint32_t holder = 0;
+    while (!holder_.compare_exchange_weak(holder, mine, std::memory_order_acquire)) {
+      if (holder != mine) continue;  // free, or held by a thread lost in a fork: try again
+      holder_.wait(holder);
+      holder = 0;
+    }
+  }
+  void unlock() {
+    holder_.store(0, std::memory_order_release);
+    holder_.notify_one();
+  }
+
+ private:
+  std::atomic<std::uint32_t> holder_ = 0;  // 0: free, else forks() + 1 of the holder's process
+};
+
+}  // namespace tda

@@ -1,0 +1,8 @@
+"""Prints the Python snippet of README.md, which tests/packaging/run.sh runs as it stands."""
+
+import re
+from pathlib import Path
+
+readme = Path(__file__).parents[2] / "README.md"
+(snippet,) = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
+print(snippet, end="")

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The sdist, the wheel made from it, and what a user has after installing that in a bare environment
+# elsewhere: the README's Python snippet, and types that mypy --strict accepts.
+# Needs the demo model; takes git's word for what belongs into an sdist.
+set -euo pipefail
+source=$(cd "$(dirname "$0")/../.." && pwd)
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+python3 -m venv "$place/venv"
+bin=$place/venv/bin
+"$bin/pip" install -q --disable-pip-version-check build
+
+"$bin/python" -m build --outdir "$place/dist" "$source"
+tar -tf "$place"/dist/*.tar.gz | sed 's,^[^/]*/,,' | sort >"$place/sdist"
+(cd "$source" && git ls-files CMakeLists.txt LICENSE README.md pyproject.toml cpp cuda python &&
+  echo PKG-INFO) | sort | diff - "$place/sdist"
+python3 -m zipfile -l "$place"/dist/*.whl | awk 'NR > 1 { print $1 }' | grep -v dist-info/ | sort >"$place/wheel"
+(cd "$source/python" && git ls-files tdaengine && echo tdaengine/_native.pyi) | sort |
+  diff - <(grep -v '\.so$' "$place/wheel")
+
+"$bin/pip" install -q --disable-pip-version-check "$place"/dist/*.whl
+mkdir "$place/user"
+cd "$place/user"
+ln -s "$source/models" models
+python3 "$source/tests/packaging/readme_snippet.py" >snippet.py
+"$bin/python" snippet.py | tee said
+test "$(wc -w <said)" -gt 50
+test -s thresholds.json
+"$bin/tdaengine" info models/SmolLM2-135M-Instruct
+"$bin/python" "$source/tests/typing/sample.py" models/SmolLM2-135M-Instruct
+
+"$bin/pip" install -q --disable-pip-version-check mypy types-tqdm "$(echo "$place"/dist/*.whl)[convert]"
+"$bin/mypy" --strict "$source/tests/typing/sample.py"
+"$bin/mypy" --strict -p tdaengine

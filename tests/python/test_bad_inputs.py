@@ -1,0 +1,243 @@
+"""Every bad input in BAD_INPUTS.md gives the error that stands beside it.
+
+    python tests/python/test_bad_inputs.py
+
+fills in the table: a new row needs the input alone; "..." in a message stands for anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tiny
+from conftest import MESSAGES, write_checkpoint
+
+import tdaengine
+from tdaengine import Engine, cli
+from tdaengine.bench import bench
+from tdaengine.convert import convert
+from tdaengine.evaluate import evaluate, parse_setting
+
+TABLE = Path(__file__).with_name("BAD_INPUTS.md")
+# What commands find in their folder.
+DATA = {
+    "texts.jsonl": b'{"text": "Some text."}\n',
+    "empty.jsonl": b"\n",
+    "numbers.jsonl": b'{"text": "a"}\n\n{"text": 5}\n',
+    "broken.jsonl": b'{"text": "a"}\n{"text": ',
+    "latin.jsonl": b'{"text": "\xe9"}\n',
+}
+
+
+class Row(NamedTuple):
+    bad_input: str  # an expression, an assignment or a command line
+    error: str = ""
+    message: str = ""  # its first line
+
+    @staticmethod
+    def parse(line: str) -> Row | None:
+        cells = [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        return Row(cells[0][1:-1], *cells[1:]) if cells and cells[0].startswith("`") else None
+
+    def __str__(self) -> str:
+        cells = (f"`{self.bad_input}`", self.error, self.message)
+        return "".join(f"| {cell.replace('|', chr(92) + '|')} " for cell in cells) + "|"
+
+    def agrees(self, found: Row) -> bool:
+        pattern = ".*".join(map(re.escape, self.message.split("...")))
+        return self.error == found.error and re.fullmatch(pattern, found.message) is not None
+
+
+# ---- what the inputs may name -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def limit(kind: int, soft: int) -> Iterator[None]:
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def full_disk(call: Callable[[], Any]) -> None:
+    """No file may get longer than a few bytes."""
+    with limit(resource.RLIMIT_FSIZE, 100):
+        call()
+
+
+def little_memory(call: Callable[[], Any]) -> None:
+    """Address space for 256 MiB more than there is now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limit(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + 2**28):
+        call()
+
+
+def missing(file: Path) -> None:
+    file.unlink()
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def unreadable(file: Path) -> None:
+    """Even for root."""
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+
+
+def nan_at_the_end(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff" * 4)
+
+
+def all_int64(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I64"'))
+
+
+class World:
+    """Carries inputs out, in an empty folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = write_checkpoint(root / "FOLDER")
+        engine = Engine(self.folder, threads=1)
+        packed = root / "PACKED"
+        convert(self.folder, packed, weights="int8")
+        self.names = {
+            **vars(tdaengine),
+            **{f.__name__: f for f in (bench, convert, evaluate, parse_setting)},
+            **{f.__name__: f for f in (full_disk, little_memory, missing, truncated, folder)},
+            **{f.__name__: f for f in (unreadable, nan_at_the_end, all_int64, self.damaged)},
+            "FOLDER": self.folder,
+            "PACKED": packed,
+            "MESSAGES": MESSAGES,
+            "engine": engine,
+            "int8": Engine(packed, threads=1),
+            "bare": Engine(tiny.write(root / "bare", "llama"), threads=1),
+            "other": Engine(tiny.write(root / "other", "llama_tied"), threads=1),
+            "long": Engine(self.folder, threads=1, max_context=2**40),
+            "thresholds": engine.calibrate(["Some text."], error=0.2),
+            "nan": math.nan,
+            "np": np,
+            "pickle": pickle,
+        }
+
+    def damaged(self, name: str, change: Any) -> None:
+        """Reads all of a checkpoint one file of which has this content, these JSON keys, or went
+        through this function.
+        """
+        copy = self.root / "damaged" / "FOLDER"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.folder, copy)
+        file = copy / name
+        if name == "tokenizer.model":  # which is read where there is no
+            (copy / "tokenizer.json").unlink()
+        if name == "model.safetensors.index.json":
+            (copy / "model.safetensors").unlink()
+        if callable(change):
+            change(file)
+        elif isinstance(change, dict):
+            before = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(before | change))
+        else:
+            file.write_bytes(change)
+        Engine(copy, threads=1).chat(MESSAGES, max_new_tokens=2)
+
+    def run(self, bad_input: str) -> Row:
+        with tempfile.TemporaryDirectory(dir=self.root) as here:
+            before = os.getcwd()
+            os.chdir(here)
+            try:
+                error, message = self._outcome(bad_input)
+            finally:
+                os.chdir(before)
+            left = set(os.listdir(here)) - set(DATA)
+            assert not left, f"{bad_input} leaves {left} behind"
+            for known in (self.root / "damaged", here, self.root):
+                message = message.replace(f"{known}/", "")
+        return Row(bad_input, error, message)
+
+    def _outcome(self, bad_input: str) -> tuple[str, str]:
+        if bad_input.split(" ")[0] == "tdaengine":
+            return self._command(shlex.split(bad_input.replace("FOLDER", str(self.folder)))[1:])
+        is_assignment = re.match(r"[^(]*(\([^()]*\))?\.\w+ = ", bad_input)
+        try:
+            (exec if is_assignment else eval)(bad_input, dict(self.names))
+        except Exception as error:
+            return type(error).__name__, str(error).split("\n")[0]
+        return "none", ""
+
+    def _command(self, arguments: list[str]) -> tuple[str, str]:
+        for name, content in DATA.items():
+            Path(name).write_bytes(content)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code: Any = cli.main(arguments)
+            except SystemExit as exited:  # argparse: the usage, then the message
+                code = exited.code
+        assert out.getvalue() == ""
+        *usage, message = err.getvalue().splitlines()
+        assert bool(usage) == message.startswith("tdaengine"), usage  # an error is one line
+        return f"exit code {code}", message
+
+
+# ---- the tests ----------------------------------------------------------------------------------
+
+ROWS = [row for row in map(Row.parse, TABLE.read_text().splitlines()) if row]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.bad_input for row in ROWS])
+def test_bad_input(world: World, row: Row):
+    found = world.run(row.bad_input)
+    assert row.agrees(found), f"found {found}"
+    known = [name for name in vars(tdaengine) if name.endswith(("Error", "Overflow"))]
+    assert found.error in (*known, "TypeError", "AttributeError", "exit code 2")
+
+
+def test_the_table_is_large():
+    assert len(ROWS) == len({row.bad_input for row in ROWS}) >= 250
+
+
+def fill_in() -> None:
+    lines = []
+    with tempfile.TemporaryDirectory() as root:
+        world = World(Path(root))
+        for line in TABLE.read_text().splitlines():
+            row = Row.parse(line)
+            if row:
+                found = world.run(row.bad_input)
+                row = row if row.agrees(found) else found
+            lines.append(str(row) if row else line)
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    fill_in()
