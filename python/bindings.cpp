@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <tda/engine.h>
+#include <tda/version.h>
 
 #include <functional>
 #include <limits>
@@ -493,7 +494,7 @@ void bind_engine(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.attr("__version__") = TDA_VERSION;
+  m.attr("__version__") = std::string(tda::version());
   bind_errors(m);
   bind_config(m);
   bind_options(m);
