@@ -23,12 +23,11 @@ constexpr const char* map_file = "special_tokens_map.json";
 constexpr const char* added_file = "added_tokens.json";
 
 std::string read_file(const fs::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  std::string content{std::istreambuf_iterator<char>(stream), {}};
   std::error_code ignored;
-  if (!stream || !fs::is_regular_file(path, ignored))
+  std::ifstream stream(path, std::ios::binary);
+  if (!fs::is_regular_file(path, ignored) || !stream)
     throw CheckpointError(path.string() + ": found no readable file, expected one");
-  return content;
+  return {std::istreambuf_iterator<char>(stream), {}};
 }
 
 nlohmann::json parse_or_empty(const std::string* content, const std::string& file) {
