@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the README's C++ program in an empty folder, by find_package and pkg-config against the
 # installed shared and static library and by add_subdirectory, and compares its text with Python's.
-# From the repository's root, after `make build` and `make model`.
+# From the repository's root, after `make build`, `make model` and `.venv/bin/pip install pkgconf`.
 set -euo pipefail
 bin=$PWD/.venv/bin
 work=$PWD/build/embed
@@ -37,10 +37,11 @@ project() {  # how, what CMakeLists.txt has in place of find_package or "", opti
 installed() {  # shared or static
   prefix=$work/prefix-$1
   project "find_package, $1" "" -DCMAKE_PREFIX_PATH="$prefix"
-  flags=$(PKG_CONFIG_PATH=$(dirname "$(find "$prefix" -name tdaengine.pc)") \
-    pkg-config --cflags --libs $([ "$1" = static ] && echo --static) tdaengine)
+  pc=$(find "$prefix" -name tdaengine.pc)
+  flags=$("$bin/pkgconf" --cflags --libs $([ "$1" = static ] && echo --static) "$pc")
   c++ -std=c++20 tests/embed/main.cpp $flags -o "$work/pkg-config" -Wl,-rpath,"$prefix/lib"
   check "pkg-config, $1" "$work/pkg-config"
+  [ "$("$bin/pkgconf" --modversion "$pc")" = "$("$bin/tdaengine" --version)" ]
 }
 
 rm -rf "$work"/prefix-*

@@ -4,11 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import PROMPT
 
-from tdaengine import TDA, Engine, GenerateOptions, Thresholds, cli
+from tdaengine import TDA, Engine, GenerateOptions, Thresholds, __version__, cli
 from tdaengine.engine import Stream
 
 SHORT = ["--max-new-tokens", "8", "--ignore-eos"]
@@ -371,3 +372,9 @@ def test_evaluate(folder, tmp_path, capsys):
     too_long = ("--prompt-tokens", "9000")
     assert cli.main(["evaluate", str(folder), "--data", str(data), *too_long]) == 2
     assert "text 0: found" in capsys.readouterr().err
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__ == version("tdaengine")
