@@ -15,7 +15,7 @@ CODE = [
     "\x00\x01\x1b[0m\x7f",
 ]
 SCRIPTS = [
-    "it's IT'S we'Re I'LL you'D 'ſ 'x '",
+    "it's IT'S we'Re I'LL you'D it'ſo xſo yſo éſo 'x '",
     "e\u0301\u0323o\u0323\u0301 ﷺ ﬁ Å \u212b \u2126",
     "\u1100\u1161\u11a8한국어 \uac00\u11a8",
     "\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd",
