@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
-SOURCES := $(shell find cpp cuda python tests/cpp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find cpp cuda python tests/cpp tests/text -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
 .PHONY: demo test build model format check-format clean
 
@@ -29,7 +29,7 @@ $(VENV)/tools:
 # One build tree for the package and the C++ tests, kept between runs.
 $(VENV)/built: $(VENV)/tools $(SOURCES)
 	$(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation \
-	  -C build-dir=build -C cmake.define.TDA_TESTS=ON '.[test]'
+	  -C build-dir=build -C cmake.define.TDA_TESTS=ON -C cmake.define.TDA_EXAMPLES=ON '.[test]'
 	touch $@
 
 $(MODEL): | $(VENV)/built

@@ -9,6 +9,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <tda/engine.h>
+#include <tda/version.h>
 
 #include <filesystem>
 #include <functional>
@@ -515,7 +516,7 @@ void bind_engine(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.attr("__version__") = TDA_VERSION;
+  m.attr("__version__") = std::string(tda::version());
   InterpreterEnd::watch();
   nb::set_leak_warnings(false);  // what daemon threads hold at the interpreter's end is no news
   bind_errors(m);

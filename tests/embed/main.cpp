@@ -1,18 +1,17 @@
-// embed MODEL ID...: prints 16 greedy token ids that continue the prompt.
 #include <tda/engine.h>
+#include <tda/tokenizer.h>
 
-#include <cstdlib>
 #include <iostream>
 
-int main(int count, char** arguments) try {
-  if (count < 3) throw tda::OptionError("found too few arguments, expected MODEL ID...");
-  std::vector<tda::Token> prompt;
-  for (int i = 2; i < count; ++i) prompt.push_back(std::atoi(arguments[i]));
-  const tda::Engine engine(arguments[1]);
-  for (tda::Token token : engine.generate(prompt, {.max_new_tokens = 16}).tokens)
-    std::cout << token << ' ';
-  std::cout << '\n';
-} catch (const tda::Error& error) {
-  std::cerr << error.what() << '\n';
-  return 1;
+int main() {
+  const tda::Engine engine("models/SmolLM2-135M-Instruct");
+  const tda::Tokenizer tokenizer("models/SmolLM2-135M-Instruct");
+  tda::TextStream text = tokenizer.stream();
+  const auto print = [&](tda::Token token) {
+    std::cout << text.push(token) << std::flush;
+    return true;  // go on
+  };
+  engine.generate(tokenizer.encode("The capital of France"), {.max_new_tokens = 32},
+                  tda::TdaOptions{.error = 0.1}, print);
+  std::cout << text.flush() << '\n';
 }

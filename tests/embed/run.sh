@@ -1,35 +1,61 @@
 #!/usr/bin/env bash
-# Builds a program against the library from an empty folder and compares its tokens with Python's.
-# usage: run.sh [KIND]..., of static and shared (installed first) and source (by add_subdirectory).
-# From the repository's root, after `make build` and `make model`.
+# Builds the README's C++ program in an empty folder, by find_package and pkg-config against the
+# installed shared and static library and by add_subdirectory, and compares its text with Python's.
+# From the repository's root, after `make build`, `make model` and `.venv/bin/pip install pkgconf`.
 set -euo pipefail
 bin=$PWD/.venv/bin
-model=$PWD/models/SmolLM2-135M-Instruct
 work=$PWD/build/embed
-prompt="504 3575 282 4649 314"
 configure="$bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$bin/ninja -DPython_EXECUTABLE=$bin/python"
-expected=$("$bin/python" - "$model" $prompt <<'PYTHON'
-import sys
-from tdaengine import Engine
+expected=$("$bin/python" - <<'PYTHON'
+from tdaengine import TDA, Engine
 
-prompt = [int(token) for token in sys.argv[2:]]
-print(*Engine(sys.argv[1]).generate(prompt, max_new_tokens=16).token_ids)
+engine = Engine("models/SmolLM2-135M-Instruct")
+print(engine.generate("The capital of France", max_new_tokens=32, tda=TDA(error=0.1)).text)
 PYTHON
 )
-for kind in ${@:-static shared source}; do
-  rm -rf "$work/prefix" "$work/program"
-  if [ "$kind" = source ]; then
-    where=-DTDA_SOURCE=$PWD
-  else
-    where=-DCMAKE_PREFIX_PATH=$work/prefix
-    shared=$([ "$kind" = shared ] && echo ON || echo OFF)
-    $configure -S . -B "$work/$kind" -DBUILD_SHARED_LIBS="$shared" -DCMAKE_INSTALL_PREFIX="$work/prefix"
-    "$bin/cmake" --build "$work/$kind"
-    "$bin/cmake" --install "$work/$kind"
-  fi
-  $configure -S tests/embed -B "$work/program" "$where"
-  "$bin/cmake" --build "$work/program"
-  found=$("$work/program/embed" "$model" $prompt)
-  [ "${found% }" = "$expected" ] || { echo "$kind: found $found, expected $expected"; exit 1; }
-  echo "$kind: the same tokens as Python: $expected"
+
+if grep -q 'tda/tokenizer.h' README.md; then
+  sed -n '/^```cpp$/,/^```$/{/^```/d;p}' README.md | diff - tests/embed/main.cpp
+fi
+
+check() {  # how, program
+  found=$("$2")
+  [ "$found" = "$expected" ] || { printf '%s: found %s\nexpected %s\n' "$1" "$found" "$expected"; exit 1; }
+  echo "$1: the same text as Python"
+}
+
+project() {  # how, what CMakeLists.txt has in place of find_package or "", options for cmake
+  rm -rf "$work/program"
+  mkdir -p "$work/program"
+  cp tests/embed/main.cpp "$work/program"
+  sed "s|^find_package.*|${2:-&}|" tests/embed/CMakeLists.txt >"$work/program/CMakeLists.txt"
+  $configure -S "$work/program" -B "$work/program/build" "${@:3}"
+  "$bin/cmake" --build "$work/program/build"
+  check "$1" "$work/program/build/embed"
+}
+
+installed() {  # shared or static
+  prefix=$work/prefix-$1
+  project "find_package, $1" "" -DCMAKE_PREFIX_PATH="$prefix"
+  pc=$(find "$prefix" -name tdaengine.pc)
+  flags=$("$bin/pkgconf" --cflags --libs $([ "$1" = static ] && echo --static) "$pc")
+  c++ -std=c++20 tests/embed/main.cpp $flags -o "$work/pkg-config" -Wl,-rpath,"$prefix/lib"
+  check "pkg-config, $1" "$work/pkg-config"
+  [ "$("$bin/pkgconf" --modversion "$pc")" = "$("$bin/tdaengine" --version)" ]
+}
+
+rm -rf "$work"/prefix-*
+$configure -S . -B "$work/shared" -DBUILD_SHARED_LIBS=ON
+"$bin/cmake" --build "$work/shared"
+"$bin/cmake" --install "$work/shared" --prefix "$work/prefix-shared"
+installed shared
+
+# Each public header compiles alone, with nothing but the prefix to include from.
+for header in "$work"/prefix-shared/include/tda/*.h; do
+  echo "#include <tda/$(basename "$header")>" |
+    c++ -std=c++20 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I"$work/prefix-shared/include" -x c++ -
 done
+
+project "add_subdirectory" "add_subdirectory($PWD tdaengine)" -DCMAKE_BUILD_TYPE=Release
+"$bin/cmake" --install "$work/program/build" --prefix "$work/prefix-static"
+installed static

@@ -4,11 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import PROMPT
 
-from tdaengine import TDA, Engine, GenerateOptions, Thresholds, cli
+from tdaengine import TDA, Engine, GenerateOptions, Thresholds, __version__, cli
 from tdaengine.engine import Stream
 
 SHORT = ["--max-new-tokens", "8", "--ignore-eos"]
@@ -281,3 +282,9 @@ def test_interrupted_process(folder):
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__ == version("tdaengine")

@@ -1,0 +1,3 @@
+#include <tda/version.h>
+
+std::string_view tda::version() { return TDA_VERSION; }

@@ -1,0 +1,65 @@
+// The stages of a tokenizer.json around its model: normalizer, pre-tokenizer, post-processor,
+// decoder. Each is read from the file's object of that name into functions that run in order.
+#pragma once
+
+#include <tda/types.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "text/field.h"
+
+namespace tda {
+
+/// A stretch of the text on its way to tokens.
+struct Piece {
+  std::string text;
+  std::optional<Token> token = {};  // it is this one already, and passes all stages as it is
+  bool is_start = false;            // of the whole text
+};
+using Pieces = std::vector<Piece>;
+
+using Normalizer = std::function<void(std::string& text)>;
+using PreTokenizer = std::function<void(Pieces&)>;
+using PostProcessor = std::function<void(std::vector<Token>& ids, bool add_special_tokens)>;
+using Decoder = std::function<void(std::vector<std::string>& tokens)>;
+
+// Absent stages give no functions, and no decoder joins tokens with spaces between them. Throw
+// CheckpointError for what is not supported.
+std::vector<Normalizer> read_normalizers(const Field&);
+std::vector<PreTokenizer> read_pre_tokenizers(const Field&);
+std::vector<PostProcessor> read_post_processors(const Field&);
+std::vector<Decoder> read_decoders(const Field&);
+
+/// Calls cut(text, at) for the size of the part that begins there, and replaces every piece but
+/// tokens by its parts.
+template <class Cut>
+void split_pieces(Pieces& pieces, Cut cut) {
+  Pieces result;
+  for (Piece& piece : pieces) {
+    if (piece.token) {
+      result.push_back(std::move(piece));
+      continue;
+    }
+    for (std::size_t at = 0, size; at < piece.text.size(); at += size) {
+      size = cut(std::string_view(piece.text), at);
+      result.push_back({piece.text.substr(at, size), {}, piece.is_start && at == 0});
+    }
+  }
+  pieces = std::move(result);
+}
+
+/// The byte-level alphabet: a printable character for every byte.
+std::string to_byte_level(std::string_view bytes);
+/// The inverse; nothing if some character is none of the alphabet.
+std::optional<std::string> from_byte_level(std::string_view text);
+
+/// The byte that a token <0x0A> stands for, nothing for others.
+std::optional<char> byte_of(std::string_view token);
+
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to);
+
+}  // namespace tda

@@ -1,0 +1,184 @@
+// The public Tokenizer: which files make it, checks of what goes in, and streaming.
+#include <tda/tokenizer.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <utility>
+
+#include "text/impl.h"
+#include "text/unicode.h"
+
+namespace tda {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* json_file = "tokenizer.json";
+constexpr const char* model_file = "tokenizer.model";
+constexpr const char* config_file = "tokenizer_config.json";
+constexpr const char* map_file = "special_tokens_map.json";
+constexpr const char* added_file = "added_tokens.json";
+
+std::string read_file(const fs::path& path) {
+  std::error_code ignored;
+  std::ifstream stream(path, std::ios::binary);
+  if (!fs::is_regular_file(path, ignored) || !stream)
+    throw CheckpointError(path.string() + ": found no readable file, expected one");
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+nlohmann::json parse_or_empty(const std::string* content, const std::string& file) {
+  return content ? parse_json_object(*content, file) : nlohmann::json::object();
+}
+
+}  // namespace
+
+TokenizerSettings::TokenizerSettings(const std::string* special_tokens_map,
+                                     const std::string* tokenizer_config, const std::string& name)
+    : map_name_(name + map_file),
+      config_name_(name + config_file),
+      map_(parse_or_empty(special_tokens_map, map_name_)),
+      config_(parse_or_empty(tokenizer_config, config_name_)) {}
+
+Field TokenizerSettings::operator[](const std::string& key) const {
+  if (!config_.contains(key) && map_.contains(key)) return Field(&map_, map_name_)[key];
+  return Field(&config_, config_name_)[key];
+}
+
+bool TokenizerSettings::decides(const std::string& kind) const {
+  const std::string key = "add_" + kind + "_token";
+  return config_.contains(key) || map_.contains(key);
+}
+
+std::optional<std::string> TokenizerSettings::around(
+    const std::string& kind, bool by_default, const std::optional<std::string>& or_else) const {
+  const bool adds = decides(kind) ? (*this)["add_" + kind + "_token"].flag_or(false) : by_default;
+  if (!adds) return std::nullopt;
+  const std::string key = kind + "_token";
+  if (!config_.contains(key) && !map_.contains(key)) return or_else;
+  const Field token = (*this)[key];
+  const Field text = token.is_object() ? token["content"] : token;
+  return text.is_absent() ? std::nullopt : std::optional(text.text());
+}
+
+void TokenizerSettings::fail_unknown(const std::string& kind, const std::string& token) const {
+  throw CheckpointError(config_name_ + ": " + kind + "_token is " + describe(token) +
+                        ", expected a token of the vocabulary");
+}
+
+Tokenizer::Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
+Tokenizer::Tokenizer(const fs::path& checkpoint, std::int64_t vocab_size) {
+  std::map<std::string, std::string> files;
+  for (const char* name : {json_file, model_file, config_file, map_file, added_file}) {
+    std::error_code ignored;
+    if (fs::exists(checkpoint / name, ignored)) files[name] = read_file(checkpoint / name);
+  }
+  *this = from_bytes(files, checkpoint.string(), vocab_size);
+}
+
+Tokenizer Tokenizer::from_bytes(const std::map<std::string, std::string>& files,
+                                const std::string& name, std::int64_t vocab_size) {
+  if (vocab_size < 0 || vocab_size > Field::max_tokens)
+    throw OptionError("vocab_size: found " + std::to_string(vocab_size) + ", expected 0 to " +
+                      std::to_string(Field::max_tokens));
+  const std::string prefix = name.empty() ? "" : name + "/";
+  const auto content = [&](const char* file) {
+    const auto found = files.find(file);
+    return found == files.end() ? nullptr : &found->second;
+  };
+  const TokenizerSettings settings(content(map_file), content(config_file), prefix);
+  std::shared_ptr<Impl> impl;
+  if (content(json_file))
+    impl = make_json_tokenizer(*content(json_file), prefix + json_file, settings);
+  else if (content(model_file))
+    impl = make_sentencepiece_tokenizer(*content(model_file), prefix + model_file,
+                                        content(added_file), prefix + added_file, settings);
+  else
+    throw CheckpointError((name.empty() ? "files" : name) + ": no tokenizer, looked for " +
+                          json_file + " and " + model_file);
+  impl->vocab_size = std::max(impl->vocab_size, vocab_size);
+  impl->anchor = impl->encode("a", false);
+  impl->anchor_size = impl->decode(impl->anchor).size();
+  return Tokenizer(std::move(impl));
+}
+
+std::int64_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
+
+std::vector<Token> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
+  constexpr std::size_t most = std::numeric_limits<std::int32_t>::max() / 4;
+  if (text.size() > most)
+    throw OptionError("text: found " + std::to_string(text.size()) + " bytes, expected at most " +
+                      std::to_string(most));
+  if (const std::size_t at = unicode::find_invalid(text); at != text.npos) {
+    char byte[8];
+    std::snprintf(byte, sizeof byte, "0x%02X",
+                  static_cast<unsigned>(static_cast<unsigned char>(text[at])));
+    throw OptionError("text: found byte " + std::string(byte) + " at position " +
+                      std::to_string(at) + ", expected UTF-8");
+  }
+  return impl_->encode(text, add_special_tokens);
+}
+
+std::string Tokenizer::decode(Tokens ids, bool skip_special_tokens) const {
+  std::vector<Token> kept;
+  for (Token id : ids) {
+    if (id < 0 || id >= impl_->vocab_size)
+      throw OptionError("ids: found " + std::to_string(id) + ", expected 0 to " +
+                        std::to_string(impl_->vocab_size - 1));
+    if (!skip_special_tokens || !impl_->special.contains(id)) kept.push_back(id);
+  }
+  return impl_->decode(kept);
+}
+
+TextStream Tokenizer::stream() const { return TextStream(impl_); }
+
+TextStream::TextStream(std::shared_ptr<const Tokenizer::Impl> tokenizer)
+    : tokenizer_(std::move(tokenizer)) {}
+
+std::string TextStream::push(Token token) {
+  if (token < 0 || token >= tokenizer_->vocab_size)
+    throw OptionError("token: found " + std::to_string(token) + ", expected 0 to " +
+                      std::to_string(tokenizer_->vocab_size - 1));
+  if (tokenizer_->special.contains(token)) return {};
+  pending_.push_back(token);
+  // A run of byte tokens is text or not as a whole.
+  if (pending_.size() < try_at_ || tokenizer_->bytes.contains(token)) return {};
+  std::string text = decode();
+  if (text.empty() || text.ends_with(unicode::replacement)) {
+    // A sequence is complete after 4 bytes. Beyond that this is no text at all; looking at doubled
+    // lengths only keeps the cost linear.
+    const std::size_t length = pending_.size();
+    try_at_ = length < 4 ? length + 1 : 2 * length;
+    return {};
+  }
+  restart();
+  return text;
+}
+
+std::string TextStream::flush() {
+  std::string text = decode();
+  restart();
+  return text;
+}
+
+std::string TextStream::decode() const {
+  // Tokenizers strip a space from the front of a text, hence the anchor from the second piece on;
+  // nothing else in front of a token changes its text.
+  if (is_first_) return tokenizer_->decode(pending_);
+  std::vector<Token> ids = tokenizer_->anchor;
+  ids.insert(ids.end(), pending_.begin(), pending_.end());
+  const std::string text = tokenizer_->decode(ids);
+  return text.substr(std::min(tokenizer_->anchor_size, text.size()));
+}
+
+void TextStream::restart() {
+  pending_.clear();
+  try_at_ = 1;
+  is_first_ = false;
+}
+
+}  // namespace tda
