@@ -51,7 +51,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::int64_t n = model_->config.hidden_size;
   const std::int64_t count = static_cast<std::int64_t>(neurons.size());
   const std::int64_t tasks = std::min((count + kTaskNeurons - 1) / kTaskNeurons, kMostTasks);
-  const std::int64_t stride = (n + 63) / 64 * 64 * 2;  // see RowKernels; tasks share no cache line
+  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
   float* partials = state.partials.reserve(kMostTasks * stride, "partial sums");
   const void* prepared = prepare(state, weights.gate.format, in, n);
   const NeuronRows neuron_rows = {rows_of(weights.gate), rows_of(weights.up),

@@ -7,30 +7,46 @@ namespace tda {
 namespace {
 
 struct Int4Row {
-  static constexpr int kScales = kInt4Scales, kVectors = kInt4Vectors, kOffset = 8;
+  static constexpr int kScales = kInt4Scales, kOffset = 8;
   static constexpr bool kPlanes = false;
-  const std::uint8_t* high;  // the only plane
-  int64_t n;
+  const std::uint8_t* nibbles;
+  RowScales scales;
 
   Int4Row() = default;
   Int4Row(const Rows& w, int64_t r)
-      : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride), n(w.n) {}
+      : nibbles(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
+        scales(nibbles, w.n, kScales) {}
 
 #if defined(__AVX512VNNI__)
-  /// A group's codes, in order.
+  /// A group's codes.
+  template <bool = true>
   __m512i codes(int64_t group) const {
-    const Chunk chunk = chunk_at(group, groups_of(n), kVectors);
-    return _mm512_and_si512(ordered_nibbles<0>(high, group, chunk), _mm512_set1_epi8(15));
+    const auto* at = reinterpret_cast<const __m256i*>(nibbles + group * kGroupBytes);
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
+    const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
+                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
+    return _mm512_and_si512(_mm512_srlv_epi16(twice, down), _mm512_set1_epi8(15));
+  }
+#else
+  /// A group's codes, less the offset.
+  template <bool>
+  void codes(int64_t group, std::int8_t out[kGroup]) const {
+    Bytes w[kParts];
+    expand(nibbles + group * kGroupBytes, w);
+    for (int i = 0; i < kParts; ++i) w[i] -= kOffset;
+    __builtin_memcpy(out, w, sizeof w);
   }
 #endif
 
   /// Values [first, first + 16); `first` is a multiple of 16.
   void load(int64_t first, float* out) const {
-    std::uint8_t nibbles[16];
-    load_nibbles(high, first, n, kVectors, nibbles);
+    const int64_t quarter = first % kGroup / 16;
+    const HalfBytes both =
+        load_as<HalfBytes>(nibbles + first / kGroup * kGroupBytes + quarter % 2 * 16);
+    const HalfBytes code = (quarter < 2 ? both & 15 : both >> 4) - kOffset;
     std::int8_t codes[16];
-    for (int i = 0; i < 16; ++i) codes[i] = static_cast<std::int8_t>(nibbles[i] - kOffset);
-    const float scale = scale_of(*this, first);
+    __builtin_memcpy(codes, &code, 16);
+    const float scale = scales[first / (kGroup / kScales)];
     for (int i = 0; i < 16; i += kLanes) store(out + i, scale * signed_floats(codes + i));
   }
 };

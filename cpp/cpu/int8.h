@@ -9,106 +9,94 @@ namespace tda {
 namespace {
 
 typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+typedef std::uint8_t HalfBytes __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's values as bytes
 
-/// Scales of a row of integers and their step stand behind its nibbles.
-template <class Row>
-inline const std::int8_t* scales_of(const Row& row) {
-  return reinterpret_cast<const std::int8_t*>(row.high + low_row_bytes(row.n));
-}
-template <class Row>
-inline float step_of(const Row& row) {
-  float step;
-  __builtin_memcpy(&step, scales_of(row) + groups_of(row.n) * Row::kScales, 4);
-  return step;
-}
-/// The scale that value i shares with its neighbours.
-template <class Row>
-inline float scale_of(const Row& row, int64_t i) {
-  return step_of(row) * static_cast<float>(scales_of(row)[i / (kGroup / Row::kScales)]);
-}
-
-/// Sixteen neighbours' nibbles, the first a multiple of 16, in order.
-inline void load_nibbles(const std::uint8_t* plane, int64_t first, int64_t n, int64_t most,
-                         std::uint8_t out[16]) {
-  for (int64_t i = 0; i < 16; i += 4) {
-    const Four four = four_at(first + i, n, most);
-    std::uint32_t bytes;
-    __builtin_memcpy(&bytes, plane + four.byte, 4);
-    bytes = bytes >> four.shift & 0x0f0f0f0f;
-    __builtin_memcpy(out + i, &bytes, 4);
+#if !defined(__AVX512VNNI__)
+/// A group of one plane: 64 nibbles, in order.
+inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
+  for (int i = 0; i < kParts / 2; ++i) {
+    const Bytes v = load_as<Bytes>(group + i * kVectorBytes);
+    out[i] = v & 15;
+    out[i + kParts / 2] = v >> 4;
   }
-}
-
-#if defined(__AVX512VNNI__)
-/// A group's nibbles in order, in the lower (kShift 0) or upper (4) halves of bytes; other bits are
-/// left as they come.
-template <int kShift>
-inline __m512i ordered_nibbles(const std::uint8_t* plane, int64_t group, const Chunk& chunk) {
-  const std::uint8_t* const at =
-      plane + chunk.first * kGroupBytes +
-      (group - chunk.first) * (chunk.vectors == 1 ? kGroupBytes : 64 / chunk.vectors);
-  const auto eight = [at](int i) { return _mm_loadl_epi64((const __m128i*)(at + i * 64)); };
-  const auto sixteen = [at](int i) { return _mm_loadu_si128((const __m128i*)(at + i * 64)); };
-  __m256i bytes;  // the group's part of the chunk's lines, one after the other
-  if (chunk.vectors == 8)
-    bytes = _mm256_set_m128i(_mm_unpacklo_epi64(eight(2), eight(3)),
-                             _mm_unpacklo_epi64(eight(0), eight(1)));
-  else if (chunk.vectors == 4)
-    bytes = _mm256_set_m128i(sixteen(1), sixteen(0));
-  else
-    bytes = _mm256_loadu_si256((const __m256i*)at);
-  // Fours of the lower halves, then of the upper ones.
-  const __m512i twice = _mm512_broadcast_i64x4(bytes);
-  const __m512i fours = kShift == 0 ? _mm512_mask_srli_epi16(twice, 0xffff0000, twice, 4)
-                                    : _mm512_mask_slli_epi16(twice, 0x0000ffff, twice, 4);
-  if (chunk.vectors == 1) return fours;
-  // Four i of the group is in lane i / V of vector i % V.
-  alignas(64) static constexpr int32_t order[3][16] = {
-      {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15},
-      {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
-      {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15}};
-  return _mm512_permutexvar_epi32(_mm512_load_si512(order[chunk.vectors == 2   ? 0
-                                                          : chunk.vectors == 4 ? 1
-                                                                               : 2]),
-                                  fours);
 }
 #endif
 
+/// Scales of an integer row and their step, where they stand behind the nibbles.
+struct RowScales {
+  const std::int8_t* scales;
+  float step;
+
+  RowScales() = default;
+  RowScales(const std::uint8_t* row, int64_t n, int64_t per_group)
+      : scales(reinterpret_cast<const std::int8_t*>(row + low_row_bytes(n))) {
+    __builtin_memcpy(&step, scales + groups_of(n) * per_group, 4);
+  }
+  float operator[](int64_t i) const { return step * static_cast<float>(scales[i]); }
+  /// kLanes of them, in steps; a row's last ones may be followed by anything.
+  Floats from(int64_t first) const { return signed_floats(scales + first); }
+};
+
 struct Int8Row {
-  static constexpr int kScales = kInt8Scales, kVectors = kInt8Vectors, kOffset = 136;
+  static constexpr int kScales = kInt8Scales, kOffset = 136;
   static constexpr bool kPlanes = true;
   const std::uint8_t *high, *low;
-  int64_t n;
+  RowScales scales;
 
   Int8Row() = default;
   Int8Row(const Rows& w, int64_t r)
       : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * w.low_stride),
-        n(w.n) {}
+        scales(high, w.n, kScales) {}
 
 #if defined(__AVX512VNNI__)
-  /// A group's codes, 16 high + low, in order.
+  /// A group's codes: 16 high + low, or 16 high + 8.
+  template <bool kExact = true>
   __m512i codes(int64_t group) const {
-    const Chunk chunk = chunk_at(group, groups_of(n), kVectors);
+    const auto twice = [group](const std::uint8_t* plane) {
+      const auto* at = reinterpret_cast<const __m256i*>(plane + group * kGroupBytes);
+      return _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
+    };
+    // The first 32 values take the lower halves of both planes' bytes, the others the upper ones.
+    const __m512i up = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
+                                        0x0004000400040004, 0x0004000400040004);
+    const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
+                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
+    const __m512i l = kExact ? _mm512_srlv_epi16(twice(low), down) : _mm512_set1_epi8(8);
     // Where the mask is set bits of the high plane, else of the low one.
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
-                                     ordered_nibbles<4>(high, group, chunk),
-                                     ordered_nibbles<0>(low, group, chunk), 0xca);
+                                     _mm512_sllv_epi16(twice(high), up), l, 0xca);
+  }
+#else
+  /// A group's 16 (high - 8) + (low - 8), or 16 (high - 8).
+  template <bool kExact>
+  void codes(int64_t group, std::int8_t out[kGroup]) const {
+    const int64_t at = group * kGroupBytes;
+    Bytes w[kParts], lows[kParts] = {};
+    expand(high + at, w);
+    if (kExact) expand(low + at, lows);
+    const std::uint8_t offset = kExact ? 136 : 128;
+    for (int i = 0; i < kParts; ++i) w[i] = (w[i] << 4) + lows[i] - offset;
+    __builtin_memcpy(out, w, sizeof w);
   }
 #endif
 
   /// Values [first, first + 16); `first` is a multiple of 16.
   void load(int64_t first, float* out) const {
-    std::uint8_t highs[16], lows[16];
-    load_nibbles(high, first, n, kVectors, highs);
-    load_nibbles(low, first, n, kVectors, lows);
+    const int64_t group = first / kGroup, quarter = first % kGroup / 16;
+    const int64_t at = group * kGroupBytes + quarter % 2 * 16;
+    HalfBytes h = load_as<HalfBytes>(high + at), l = load_as<HalfBytes>(low + at);
+    if (quarter < 2)
+      h <<= 4, l &= 15;
+    else
+      h &= 0xf0, l >>= 4;
+    const HalfBytes code = (h | l) - 136;
     std::int8_t codes[16];
-    for (int i = 0; i < 16; ++i)
-      codes[i] = static_cast<std::int8_t>(16 * highs[i] + lows[i] - kOffset);
-    const float scale = scale_of(*this, first);
+    __builtin_memcpy(codes, &code, 16);
+    const float scale = scales[first / (kGroup / kScales)];
     for (int i = 0; i < 16; i += kLanes) store(out + i, scale * signed_floats(codes + i));
   }
 };

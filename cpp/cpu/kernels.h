@@ -91,7 +91,7 @@ struct RowKernels {
   /// y[r] = w[r]·x, or += with `add`, r < rows. x: [n]
   void (*dot)(const Rows& w, std::int64_t rows, const void* x, float* y, bool add);
   /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < ids.count.
-  /// x: [n], y: [n], with room for twice as many whole groups of 64, the second half for scratch
+  /// x: [n], y: [n], with room for whole groups of 64
   void (*neurons)(const NeuronRows&, Activation, const NeuronIds& ids, const void* x, float* h,
                   float* y);
   /// The same for the selected of these neurons; h is 0 for the others. With thresholds of 0 it

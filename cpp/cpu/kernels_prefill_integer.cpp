@@ -144,7 +144,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
           _mm512_store_si512(group, row.codes((k0 + k) / Row::kScales));
           for (int64_t i = k; i < k + Row::kScales; ++i) {
             __builtin_memcpy(codes[i][r], group[i - k], kSize);
-            scales[i][r] = scale_of(row, (k0 + i) * kSize);
+            scales[i][r] = row.scales[k0 + i];
           }
         }
       }
@@ -185,8 +185,7 @@ struct Block {
         const Row row(w, first + (there ? r : 0));
         rows[j] = there ? row.codes(group) : _mm512_setzero_si512();
         for (int part = 0; part < Row::kScales; ++part)
-          scales[part][r] =
-              there ? scale_of(row, group * kGroup + part * kGroup / Row::kScales) : 0.0f;
+          scales[part][r] = there ? row.scales[group * Row::kScales + part] : 0.0f;
       }
       __m512i columns[4];
       interleave(rows, columns);

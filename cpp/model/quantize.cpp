@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "model/half.h"
 #include "model/model.h"
@@ -16,28 +15,6 @@ constexpr int kMostScale = 127;
 constexpr int kLargest = 119;  // 16 * (15 - 8) + (15 - 8)
 constexpr int kOffset = 136;   // 16 * 8 + 8
 constexpr std::int64_t kInt8Group = kGroup / kInt8Scales, kInt4Group = kGroup / kInt4Scales;
-
-/// Puts a row's codes, [groups of 64] of them, into their places in a plane of zeros.
-void store_nibbles(const std::uint8_t* codes, std::int64_t cols, std::int64_t most,
-                   std::byte* plane) {
-  for (std::int64_t i = 0; i < groups_of(cols) * kGroup; i += 4) {
-    const Four four = four_at(i, cols, most);
-    for (int j = 0; j < 4; ++j)
-      plane[four.byte + j] |= static_cast<std::byte>(codes[i + j] << four.shift);
-  }
-}
-
-/// The codes of values [first, first + count).
-std::vector<std::uint8_t> load_nibbles(const std::byte* plane, std::int64_t cols, std::int64_t most,
-                                       std::int64_t first, std::int64_t count) {
-  std::vector<std::uint8_t> codes(count);
-  for (std::int64_t i = first; i < first + count;) {
-    const Four four = four_at(i / 4 * 4, cols, most);
-    do codes[i - first] = static_cast<int>(plane[four.byte + i % 4]) >> four.shift & 15;
-    while (++i % 4 != 0 && i < first + count);
-  }
-  return codes;
-}
 
 float largest_of(const float* values, std::int64_t count) {
   float largest = 0;
@@ -70,34 +47,40 @@ void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std:
   const float least = std::numeric_limits<float>::denorm_min();
   const float step = std::max(largest_of(values, cols) / kLargest / kMostScale, least);
   std::memcpy(scales.step, &step, 4);
-  std::vector<std::uint8_t> highs(groups * kGroup), lows(groups * kGroup);
-  for (std::int64_t part = 0; part < groups * kInt8Scales; ++part) {
-    const std::int64_t first = std::min(cols, part * kInt8Group);
-    const std::int64_t count = std::min(cols - first, kInt8Group);
-    const float needed = std::ceil(largest_of(values + first, count) / kLargest / step);
-    const int scale = std::min(static_cast<int>(needed), kMostScale);
-    scales.scales[part] = static_cast<std::byte>(scale);
-    const float size = scale > 0 ? step * static_cast<float>(scale) : 1;
-    for (std::int64_t i = 0; i < kInt8Group; ++i) {
-      const long rounded = i < count ? std::lround(values[first + i] / size) : 0;
-      const auto code = std::clamp<long>(rounded, -kLargest, kLargest) + kOffset;
-      highs[part * kInt8Group + i] = static_cast<std::uint8_t>(code >> 4);
-      lows[part * kInt8Group + i] = code & 15;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    int codes[kGroup];
+    for (std::int64_t part = 0; part < kInt8Scales; ++part) {
+      const std::int64_t first = std::min(cols, g * kGroup + part * kInt8Group);
+      const std::int64_t count = std::min(cols - first, kInt8Group);
+      const float needed = std::ceil(largest_of(values + first, count) / kLargest / step);
+      const int scale = std::min(static_cast<int>(needed), kMostScale);
+      scales.scales[g * kInt8Scales + part] = static_cast<std::byte>(scale);
+      const float size = scale > 0 ? step * static_cast<float>(scale) : 1;
+      for (std::int64_t i = 0; i < kInt8Group; ++i) {
+        const long rounded = i < count ? std::lround(values[first + i] / size) : 0;
+        codes[part * kInt8Group + i] =
+            static_cast<int>(std::clamp<long>(rounded, -kLargest, kLargest)) + kOffset;
+      }
+    }
+    for (std::int64_t i = 0; i < kGroupBytes; ++i) {
+      const int a = codes[i], b = codes[kGroupBytes + i];
+      high[g * kGroupBytes + i] = static_cast<std::byte>(a >> 4 | (b & 0xf0));
+      low[g * kGroupBytes + i] = static_cast<std::byte>((a & 15) | (b & 15) << 4);
     }
   }
-  store_nibbles(highs.data(), cols, kInt8Vectors, high);
-  std::memset(low, 0, static_cast<std::size_t>(low_row_bytes(cols)));
-  store_nibbles(lows.data(), cols, kInt8Vectors, low);
 }
 
 void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t cols,
                      std::int64_t first, std::int64_t count, float* out) {
   const Scales scales(high, cols, kInt8Scales);
-  const auto highs = load_nibbles(high, cols, kInt8Vectors, first, count);
-  const auto lows = load_nibbles(low, cols, kInt8Vectors, first, count);
-  for (std::int64_t i = 0; i < count; ++i)
-    out[i] =
-        scales[(first + i) / kInt8Group] * static_cast<float>(highs[i] * 16 + lows[i] - kOffset);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
+    const std::int64_t at = group * kGroupBytes + in_group % kGroupBytes;
+    const int shift = in_group < kGroupBytes ? 0 : 4;
+    const int code = (static_cast<int>(high[at]) >> shift & 15) * 16 +
+                     (static_cast<int>(low[at]) >> shift & 15) - kOffset;
+    out[i] = scales[(first + i) / kInt8Group] * static_cast<float>(code);
+  }
 }
 
 namespace {
@@ -148,23 +131,30 @@ void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
   constexpr float kLargestInSteps = 8 * kMostScale / 1.1f;
   const float step = largest / kLargestInSteps;
   std::memcpy(scales.step, &step, 4);
-  std::vector<std::uint8_t> codes(groups * kGroup);
   for (std::int64_t g = 0; g < groups * kInt4Scales; ++g) {
     const std::int64_t first = g * kInt4Group, end = std::min(first + kInt4Group, cols);
     float group[kInt4Group] = {};  // in steps
     for (std::int64_t i = first; i < end && largest > 0; ++i)
       group[i - first] = values[i] / largest * kLargestInSteps;
-    scales.scales[g] = static_cast<std::byte>(choose_scale(group, codes.data() + first));
+    std::uint8_t codes[kInt4Group];
+    scales.scales[g] = static_cast<std::byte>(choose_scale(group, codes));
+    // Value 32 + i stands above value i.
+    std::byte* const nibbles = row + g / kInt4Scales * kGroupBytes + g % 2 * kInt4Group;
+    const int shift = g % kInt4Scales < 2 ? 0 : 4;
+    for (std::int64_t i = 0; i < kInt4Group; ++i)
+      nibbles[i] |= static_cast<std::byte>(codes[i] << shift);
   }
-  store_nibbles(codes.data(), cols, kInt4Vectors, row);
 }
 
 void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first,
                      std::int64_t count, float* out) {
   const Scales scales(row, cols, kInt4Scales);
-  const auto codes = load_nibbles(row, cols, kInt4Vectors, first, count);
-  for (std::int64_t i = 0; i < count; ++i)
-    out[i] = scales[(first + i) / kInt4Group] * static_cast<float>(codes[i] - 8);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
+    const std::byte both = row[group * kGroupBytes + in_group % kGroupBytes];
+    const int code = (static_cast<int>(both) >> (in_group < kGroupBytes ? 0 : 4) & 15) - 8;
+    out[i] = scales[(first + i) / kInt4Group] * static_cast<float>(code);
+  }
 }
 
 void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
