@@ -2,6 +2,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "checkpoint/size.h"
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
@@ -100,7 +101,13 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
 std::vector<float> Session::Impl::all_logits(Tokens tokens) {
   check_tokens(runtime->config(), tokens);
   std::vector<float> all;
-  all.reserve(tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size));
+  const Size size = Size(std::ssize(tokens)) * runtime->config().vocab_size;
+  try {
+    all.reserve(static_cast<std::size_t>(size.value()));
+  } catch (const std::exception&) {  // bad_alloc or length_error
+    throw DeviceError("out of memory: " + std::to_string(size.value()) +
+                      " logits do not fit, expected fewer tokens");
+  }
   Step step;
   step.tokens = tokens;
   run(step, 0, &all);
