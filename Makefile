@@ -1,14 +1,15 @@
 # make demo   a real model answers, dense and with TDA
 # make test   C++ and Python tests
+# make fuzz   every fuzz target for SECONDS (60); needs clang
 # Both set up .venv and build what is needed; running them again is quick.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
-SOURCES := $(shell find cpp cuda python tests/cpp tests/text -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find cpp cuda python tests/cpp tests/text -type f -not -name '*.pyc') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test build model format check-format clean
+.PHONY: demo test fuzz build model format check-format clean
 
 demo: build model
 	$(BIN)/python tools/demo.py $(MODEL)
@@ -16,6 +17,9 @@ demo: build model
 test: build model
 	$(BIN)/ctest --test-dir build --output-on-failure
 	$(BIN)/python -m pytest -q
+
+fuzz: $(VENV)/tools
+	tests/fuzz/run.sh $(or $(SECONDS),60)
 
 build: $(VENV)/built
 

@@ -8,18 +8,10 @@
 #include <string>
 #include <system_error>
 
+#include "checkpoint/file.h"
+
 namespace tda {
 namespace {
-
-struct Descriptor {
-  explicit Descriptor(int descriptor) : value(descriptor) {}
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() {
-    if (value >= 0) ::close(value);
-  }
-  const int value;
-};
 
 /// A new file next to `path`, removed with this object unless renamed before.
 class Temporary {

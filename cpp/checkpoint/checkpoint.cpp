@@ -6,6 +6,7 @@
 #include <set>
 
 #include "checkpoint/json.h"
+#include "checkpoint/size.h"
 
 namespace tda {
 namespace {
@@ -25,25 +26,6 @@ void check_folder(const fs::path& folder) {
   throw CheckpointError(folder.string() +
                         (fs::exists(folder, ignored) ? ": found a file" : ": no such folder") +
                         ", expected a folder with config.json and model.safetensors");
-}
-
-/// Tensor name -> shard, as the index states it. A shard is a plain file name in the same folder.
-std::map<std::string, std::string> read_weight_map(const fs::path& index) {
-  const std::string file = index.string();
-  const json object = read_json_object(index);
-  const auto entries = object.find("weight_map");
-  if (entries == object.end() || !entries->is_object() || entries->empty())
-    throw CheckpointError(file +
-                          ": weight_map is missing or empty, expected tensor names and files");
-  std::map<std::string, std::string> result;
-  for (const auto& [tensor, shard] : entries->items()) {
-    const std::string name = shard.is_string() ? shard.get<std::string>() : "";
-    if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != name.npos)
-      throw CheckpointError(file + ": weight_map of \"" + tensor + "\" is " + describe(shard) +
-                            ", expected a file name without folders");
-    result.emplace(tensor, name);
-  }
-  return result;
 }
 
 /// FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv), 64 bits.
@@ -72,12 +54,33 @@ class Hash {
 /// between any two models that were trained apart.
 void add_samples(Hash& hash, const TensorView& tensor) {
   constexpr std::int64_t pieces = 16, piece = 64;  // bytes
-  if (tensor.bytes <= pieces * piece) return hash.add(tensor.data, tensor.bytes);
-  for (std::int64_t i = 0; i < pieces; ++i)
-    hash.add(tensor.data + (tensor.bytes - piece) / (pieces - 1) * i, piece);
+  std::byte sample[pieces * piece];
+  const auto add = [&](std::int64_t first, std::int64_t count) {
+    tensor.read(first, count, sample);
+    hash.add(sample, count);
+  };
+  if (tensor.bytes <= pieces * piece) return add(0, tensor.bytes);
+  for (std::int64_t i = 0; i < pieces; ++i) add((tensor.bytes - piece) / (pieces - 1) * i, piece);
 }
 
 }  // namespace
+
+std::map<std::string, std::string> parse_weight_map(const json& index, const std::string& file) {
+  const auto entries = index.find("weight_map");
+  if (entries == index.end() || !entries->is_object() || entries->empty())
+    throw CheckpointError(file +
+                          ": weight_map is missing or empty, expected tensor names and files");
+  std::map<std::string, std::string> result;
+  for (const auto& [tensor, shard] : entries->items()) {
+    const std::string name = shard.is_string() ? shard.get<std::string>() : "";
+    if (name.empty() || name.size() > 255 || name == "." || name == ".." ||
+        name.find_first_of({"/\\\0", 3}) != name.npos)
+      throw CheckpointError(file + ": weight_map of " + describe(tensor) + " is " +
+                            describe(shard) + ", expected a file name without folders");
+    result.emplace(tensor, name);
+  }
+  return result;
+}
 
 Checkpoint::Checkpoint(const fs::path& folder) {
   check_folder(folder);
@@ -98,7 +101,7 @@ Checkpoint::Checkpoint(const fs::path& folder) {
   if (fs::exists(single, ignored)) {
     names.insert(single.filename().string());
   } else if (fs::exists(index, ignored)) {
-    weight_map = read_weight_map(index);
+    weight_map = parse_weight_map(read_json_object(index), index.string());
     for (const auto& [tensor, shard] : weight_map) names.insert(shard);
   } else {
     throw CheckpointError(folder.string() +
@@ -107,32 +110,35 @@ Checkpoint::Checkpoint(const fs::path& folder) {
   }
 
   for (const std::string& name : names) {
-    files_.emplace_back(folder / name).prefetch();
-    for (const auto& [tensor, view] : files_.back().tensors()) {
-      const auto [other, inserted] = tensors_.emplace(tensor, view);
-      if (!inserted)
-        throw CheckpointError(view.file + ": tensor \"" + tensor + "\" is also in " +
-                              other->second.file + ", expected in one file");
+    TensorMap tensors = read_safetensors(folder / name);
+    if (!tensors.empty()) tensors.begin()->second.file->prefetch();
+    tensors_.merge(tensors);
+    if (!tensors.empty()) {  // what stays behind is there already
+      const auto& [tensor, view] = *tensors.begin();
+      throw CheckpointError(view.file->name() + ": tensor " + describe(tensor) + " is also in " +
+                            tensors_.at(tensor).file->name() + ", expected in one file");
     }
   }
   for (const auto& [tensor, shard] : weight_map) {
     const auto found = tensors_.find(tensor);
-    if (found == tensors_.end() || found->second.file != (folder / shard).string())
-      throw CheckpointError((folder / shard).string() + ": tensor \"" + tensor +
-                            "\" is missing, expected here by " + index.string());
+    if (found == tensors_.end() || found->second.file->name() != (folder / shard).string())
+      throw CheckpointError((folder / shard).string() + ": tensor " + describe(tensor) +
+                            " is missing, expected here by " + index.string());
   }
 
   Hash hash;
+  Size parameters = 0;
   for (const auto& [name, view] : tensors_) {
     hash.add(name);
     hash.add(view.dtype_name);
     hash.add(static_cast<std::int64_t>(view.shape.size()));
     for (std::int64_t size : view.shape) hash.add(size);
     add_samples(hash, view);
-    std::int64_t count = 1;
-    for (std::int64_t size : view.shape) count *= size;  // fits: its bits do
-    parameters_ += count;
+    Size count = 1;
+    for (std::int64_t size : view.shape) count = count * size;
+    parameters = parameters + count;
   }
+  parameters_ = parameters.value();  // no more than the files have bits
   fingerprint_ = hash.hex();
 }
 
@@ -148,10 +154,10 @@ const TensorView& Checkpoint::tensor(std::string_view name,
                           "\" is missing, expected with shape " + shape_text(expected_shape));
   const TensorView& view = found->second;
   if (view.shape != expected_shape)
-    throw CheckpointError(view.file + ": tensor \"" + view.name + "\" has shape " +
+    throw CheckpointError(view.file->name() + ": tensor \"" + view.name + "\" has shape " +
                           shape_text(view.shape) + ", expected " + shape_text(expected_shape));
   if (view.dtype == DType::other)
-    throw CheckpointError(view.file + ": tensor \"" + view.name + "\" has dtype " +
+    throw CheckpointError(view.file->name() + ": tensor \"" + view.name + "\" has dtype " +
                           view.dtype_name + ", expected F32, F16 or BF16");
   return view;
 }

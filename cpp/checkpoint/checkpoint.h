@@ -8,42 +8,40 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "checkpoint/file.h"
+
 namespace tda {
 
 enum class DType { f32, f16, bf16, other };
 
-/// A tensor inside a mapped file. `data` may have any alignment.
+/// A tensor of a safetensors file, which is read piece by piece: a checkpoint's files may be
+/// replaced or cut short at any time, and then reading, not the process, fails.
 struct TensorView {
   std::string name;
   DType dtype = DType::other;
   std::string dtype_name;  // as the file spells it, e.g. "BF16"
   std::vector<std::int64_t> shape;
-  const std::byte* data = nullptr;
+  std::int64_t begin = 0;  // where its data is in the file, at any alignment
   std::int64_t bytes = 0;
-  std::string file;  // for messages
+  std::shared_ptr<const File> file;
+
+  /// Bytes [first, first + count) of the data. Throws CheckpointError.
+  void read(std::int64_t first, std::int64_t count, void* out) const {
+    file->read(begin + first, count, out);
+  }
 };
 
-/// One mapped file. Every header field is checked on opening: sizes, offsets inside the file, no
+using TensorMap = std::map<std::string, TensorView, std::less<>>;
+
+/// The tensors of one file. Every header field is checked: sizes, offsets inside the file, no
 /// overlap, no holes, bytes equal to shape times dtype. Throws CheckpointError.
-class SafetensorsFile {
- public:
-  explicit SafetensorsFile(const std::filesystem::path& path);
-  const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
-  /// Unmapped with its last owner.
-  const std::shared_ptr<const std::byte>& mapping() const { return mapping_; }
-  /// Asks the system to read the whole file soon.
-  void prefetch() const;
-
- private:
-  std::shared_ptr<const std::byte> mapping_;
-  std::int64_t bytes_ = 0;  // of the mapping
-  std::map<std::string, TensorView, std::less<>> tensors_;
-};
+TensorMap read_safetensors(const std::filesystem::path& path);
 
 /// Weights that pack_checkpoint has brought into engine layout: one tensor of bytes, which is used
 /// in place. config.json says what they are.
@@ -57,11 +55,18 @@ struct PackedWeights {
   std::string fingerprint;                          // of the checkpoint they were made of,
   std::int64_t parameters = 0;                      // and its numbers
   TensorView arena;
-  std::shared_ptr<const std::byte> mapping;  // keeps it alive
+  /// Its bytes, in the file's pages. Whoever shortens the file now ends the process (see
+  /// File::map): an engine folder is replaced by renaming, as pack_checkpoint does, never written.
+  std::shared_ptr<const std::byte> data;
 };
 
 /// Nothing if config.json does not make the folder an engine folder. Throws CheckpointError.
 std::optional<PackedWeights> read_packed(const std::filesystem::path& folder);
+
+/// Tensor name -> shard, as model.safetensors.index.json states it in `index`, its content. A shard
+/// is a plain file name in the same folder. Throws CheckpointError.
+std::map<std::string, std::string> parse_weight_map(const nlohmann::json& index,
+                                                    const std::string& file);
 
 class Checkpoint {
  public:
@@ -92,12 +97,14 @@ class Checkpoint {
   std::string fingerprint_;
   std::int64_t parameters_ = 0;
   std::optional<PackedWeights> packed_;
-  std::vector<SafetensorsFile> files_;                      // keep the mappings alive
-  std::map<std::string, TensorView, std::less<>> tensors_;  // of all files
+  TensorMap tensors_;  // of all files
 };
 
 /// config.json (and generation_config.json, which may be absent) of `folder`, checked for every
 /// field the engine relies on. Throws CheckpointError naming file, key, found and expected.
 ModelConfig read_config(const std::filesystem::path& folder);
+/// The same of the files' contents; `generation` may be null.
+ModelConfig parse_config(const nlohmann::json& config, const nlohmann::json* generation,
+                         const std::filesystem::path& folder);
 
 }  // namespace tda

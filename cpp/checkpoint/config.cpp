@@ -104,11 +104,12 @@ class Object {
     return Object(value, file_, prefix_ + key + ".");
   }
 
-  /// A name for the first entry that is itself an object, or nothing.
-  std::optional<std::string> first_nested() const {
+  /// Refuses entries that are objects themselves.
+  void expect_flat(const char* expected) const {
     for (const auto& [key, value] : object_->items())
-      if (value.is_object()) return key;
-    return std::nullopt;
+      if (value.is_object())
+        throw CheckpointError(file_ + ": " + prefix_ + describe(key) + " is an object, expected " +
+                              expected);
   }
 
  private:
@@ -220,8 +221,7 @@ RopeConfig read_rope(const Object& config, std::int64_t max_position) {
   std::optional<Object> given = config.object("rope_scaling");
   if (!given) given = config.object("rope_parameters");
   const Object rope = given.value_or(Object(nothing, ""));
-  if (const auto nested = rope.first_nested())
-    rope.fail(*nested, "one set of RoPE parameters for all layers");
+  rope.expect_flat("one set of RoPE parameters for all layers");
   for (const Object* object : {&config, &rope})
     if (object->number("partial_rotary_factor", 0).value_or(1) != 1)
       object->fail("partial_rotary_factor", "1");
@@ -255,6 +255,9 @@ RopeConfig read_rope(const Object& config, std::int64_t max_position) {
   } else if (type != "default") {
     rope.fail(type_key, "default, linear, dynamic, llama3 or yarn");
   }
+  // Beyond these the frequencies would not be finite as f32.
+  if (!(result.factor >= 1e-3 && result.factor <= 1e6))
+    rope.fail("factor", "a number from 0.001 to 1000000");
   return result;
 }
 
@@ -331,18 +334,14 @@ void refuse_unsupported(const Object& config) {
 }
 
 /// Ids that end a text. The family's default holds only if neither file says anything.
-std::vector<Token> read_eos(const std::filesystem::path& folder, const Object& config,
+std::vector<Token> read_eos(const Object& config, const std::optional<Object>& generation,
                             const Family& family, std::int64_t vocab_size) {
   std::vector<Token> result;
   config.append_tokens("eos_token_id", vocab_size, result);
   bool stated = config.find("eos_token_id") != nullptr;
-  const std::filesystem::path path = folder / "generation_config.json";
-  std::error_code ignored;
-  if (std::filesystem::exists(path, ignored)) {
-    const json content = read_json_object(path);
-    const Object generation(content, path.string());
-    generation.append_tokens("eos_token_id", vocab_size, result);
-    stated = stated || generation.has("eos_token_id");
+  if (generation) {
+    generation->append_tokens("eos_token_id", vocab_size, result);
+    stated = stated || generation->has("eos_token_id");
   }
   if (!stated && family.eos_token) result.push_back(*family.eos_token);
   return result;
@@ -351,9 +350,20 @@ std::vector<Token> read_eos(const std::filesystem::path& folder, const Object& c
 }  // namespace
 
 ModelConfig read_config(const std::filesystem::path& folder) {
-  const std::filesystem::path path = folder / "config.json";
-  const json content = read_json_object(path);
-  const Object config(content, path.string());
+  const json config = read_json_object(folder / "config.json");
+  const std::filesystem::path path = folder / "generation_config.json";
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) return parse_config(config, nullptr, folder);
+  const json generation = read_json_object(path);
+  return parse_config(config, &generation, folder);
+}
+
+ModelConfig parse_config(const json& content, const json* generation_content,
+                         const std::filesystem::path& folder) {
+  const Object config(content, (folder / "config.json").string());
+  std::optional<Object> generation;
+  if (generation_content)
+    generation.emplace(*generation_content, (folder / "generation_config.json").string());
   const Family& family = read_family(config);
   refuse_unsupported(config);
 
@@ -378,7 +388,7 @@ ModelConfig read_config(const std::filesystem::path& folder) {
     model.bos_token = family.bos_token;
   else if (!config.is_null("bos_token_id"))
     model.bos_token = static_cast<Token>(*config.integer("bos_token_id", 0, model.vocab_size - 1));
-  model.eos_tokens = read_eos(folder, config, family, model.vocab_size);
+  model.eos_tokens = read_eos(config, generation, family, model.vocab_size);
   return model;
 }
 

@@ -75,22 +75,20 @@ class Description {
 };
 
 /// Checks all but the number of bytes, which load_model knows.
-const TensorView& find_arena(const SafetensorsFile& weights, const std::string& file) {
+TensorView find_arena(const TensorMap& tensors, const std::string& file) {
   const auto expect = [&](bool good, const std::string& found, const std::string& expected) {
     if (!good) throw CheckpointError(file + ": " + found + ", expected " + expected);
   };
-  const auto& tensors = weights.tensors();
   expect(tensors.size() == 1 && tensors.begin()->first == PackedWeights::kTensor,
          "found " + std::to_string(tensors.size()) + " tensors" +
-             (tensors.empty() ? "" : ", the first of them \"" + tensors.begin()->first + "\""),
+             (tensors.empty() ? "" : ", the first of them " + describe(tensors.begin()->first)),
          "\"" + std::string(PackedWeights::kTensor) + "\" alone in an engine folder");
   const TensorView& arena = tensors.begin()->second;
   expect(arena.dtype_name == "U8", "the arena has dtype " + arena.dtype_name, "U8");
   expect(arena.shape.size() == 1,
          "the arena has " + std::to_string(arena.shape.size()) + " dimensions", "1");
-  // The file is mapped at a page, so this is its place in the file.
-  const auto begin = reinterpret_cast<std::uintptr_t>(arena.data) % PackedWeights::kAlignment;
-  expect(begin == 0, "the arena begins " + std::to_string(begin) + " bytes into a page",
+  const std::int64_t into_page = arena.begin % PackedWeights::kAlignment;
+  expect(into_page == 0, "the arena begins " + std::to_string(into_page) + " bytes into a page",
          "data at a multiple of " + std::to_string(PackedWeights::kAlignment) + " bytes");
   return arena;
 }
@@ -109,9 +107,9 @@ std::optional<PackedWeights> read_packed(const std::filesystem::path& folder) {
   packed.fingerprint = description.fingerprint();
   packed.parameters = description.parameters();
   const std::filesystem::path path = folder / "model.safetensors";
-  const SafetensorsFile weights(path);
-  packed.arena = find_arena(weights, path.string());
-  packed.mapping = weights.mapping();
+  packed.arena = find_arena(read_safetensors(path), path.string());
+  const std::shared_ptr<const std::byte> mapping = packed.arena.file->map();
+  packed.data = {mapping, mapping.get() + packed.arena.begin};
   return packed;
 }
 

@@ -1,19 +1,13 @@
 // The safetensors format: a little-endian u64 header length N, N bytes of JSON, then raw data.
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <tda/error.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
-#include <cerrno>
-#include <cstring>
 #include <limits>
-#include <system_error>
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/json.h"
+#include "checkpoint/size.h"
 
 namespace tda {
 namespace {
@@ -22,7 +16,7 @@ using nlohmann::json;
 
 static_assert(std::endian::native == std::endian::little, "safetensors data is used in place");
 
-constexpr std::int64_t header_limit = 100'000'000;  // bytes, that of the reference implementation
+constexpr std::int64_t max_dimensions = 16;
 
 struct DTypeInfo {
   const char* name;
@@ -44,46 +38,16 @@ constexpr DTypeInfo dtypes[] = {
     {"F6_E3M2", DType::other, 6},     {"F4", DType::other, 4},
 };
 
-struct Mapping {
-  std::shared_ptr<const std::byte> data;
-  std::int64_t bytes = 0;
-};
-
-Mapping map_file(const std::filesystem::path& path) {
-  const std::string file = path.string();
-  const auto fail = [&](const std::string& found) {
-    throw CheckpointError(file + ": " + found + ", expected a safetensors file");
-  };
-  struct stat status{};
-  // Before opening: open() would wait for the other end of a pipe.
-  if (::stat(file.c_str(), &status) != 0) fail(std::generic_category().message(errno));
-  if (S_ISDIR(status.st_mode)) fail("found a folder");
-  if (!S_ISREG(status.st_mode)) fail("not a regular file");
-  const int descriptor = ::open(file.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) fail(std::generic_category().message(errno));
-  const int stated = ::fstat(descriptor, &status);
-  const auto size = static_cast<std::size_t>(stated == 0 ? status.st_size : 0);
-  void* address =
-      size >= 8 ? ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0) : nullptr;
-  const int error = errno;
-  ::close(descriptor);
-  if (size < 8) fail("found " + std::to_string(size) + " bytes, not even the 8 of a header length");
-  if (address == MAP_FAILED) fail("cannot be mapped: " + std::generic_category().message(error));
-  return {std::shared_ptr<const std::byte>(
-              static_cast<const std::byte*>(address),
-              [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); }),
-          static_cast<std::int64_t>(size)};
-}
-
 /// Reads one tensor's entry of the header. `data_bytes`: what follows the header.
 class EntryReader {
  public:
-  EntryReader(const std::string& file, const std::string& name, const json& entry)
+  EntryReader(const std::shared_ptr<const File>& file, const std::string& name, const json& entry)
       : file_(file), name_(name), entry_(entry) {
     if (!entry.is_object()) fail("entry is " + describe(entry) + ", expected an object");
   }
 
-  TensorView read(const std::byte* data, std::int64_t data_bytes) const {
+  /// The data of all tensors is [data, data + data_bytes) of the file.
+  TensorView read(std::int64_t data, std::int64_t data_bytes) const {
     const DTypeInfo& info = dtype();
     TensorView view;
     view.name = name_;
@@ -91,6 +55,9 @@ class EntryReader {
     view.dtype_name = info.name;
     view.file = file_;
     view.shape = sizes("shape");
+    if (std::ssize(view.shape) > max_dimensions)
+      fail("shape has " + std::to_string(view.shape.size()) + " dimensions, expected at most " +
+           std::to_string(max_dimensions));
     const std::vector<std::int64_t> offsets = sizes("data_offsets");
     if (offsets.size() != 2)
       fail("data_offsets has " + std::to_string(offsets.size()) + " values, expected 2");
@@ -99,7 +66,7 @@ class EntryReader {
       fail("data_offsets are " + std::to_string(begin) + " to " + std::to_string(end) +
            ", expected an ascending pair within the " + std::to_string(data_bytes) +
            " bytes of data");
-    view.data = data + begin;
+    view.begin = data + begin;
     view.bytes = end - begin;
     const std::int64_t expected = expected_bytes(view.shape, info.bits);
     if (view.bytes != expected)
@@ -110,12 +77,12 @@ class EntryReader {
 
  private:
   [[noreturn]] void fail(const std::string& what) const {
-    throw CheckpointError(file_ + ": tensor \"" + name_ + "\": " + what);
+    throw CheckpointError(file_->name() + ": tensor " + describe(name_) + ": " + what);
   }
 
   const json& field(const char* key) const {
     const auto found = entry_.find(key);
-    if (found == entry_.end()) fail(std::string(key) + " is missing");
+    if (found == entry_.end()) fail(std::string(key) + " is missing, expected in every entry");
     return *found;
   }
 
@@ -143,15 +110,15 @@ class EntryReader {
   }
 
   std::int64_t expected_bytes(const std::vector<std::int64_t>& shape, int bits) const {
-    std::int64_t product = bits;
-    for (std::int64_t size : shape)
-      if (__builtin_mul_overflow(product, size, &product))
-        fail("shape has more than 2^63 bits, expected one that fits into the file");
-    if (product % 8 != 0) fail("shape gives a part of a byte, expected whole bytes");
-    return product / 8;
+    Size total = bits;
+    for (std::int64_t size : shape) total = total * size;
+    if (total.too_large())
+      fail("shape has more than 2^63 bits, expected one that fits into the file");
+    if (total.value() % 8 != 0) fail("shape gives a part of a byte, expected whole bytes");
+    return total.value() / 8;
   }
 
-  const std::string& file_;
+  const std::shared_ptr<const File>& file_;
   const std::string& name_;
   const json& entry_;
 };
@@ -160,22 +127,24 @@ void check_metadata(const std::string& file, const json& metadata) {
   const bool valid =
       metadata.is_object() &&
       std::all_of(metadata.begin(), metadata.end(), [](const json& v) { return v.is_string(); });
-  if (!valid) throw CheckpointError(file + ": __metadata__ is expected to map strings to strings");
+  if (!valid)
+    throw CheckpointError(file + ": __metadata__ is " + describe(metadata) +
+                          ", expected an object of strings");
 }
 
 /// The tensors must tile the data: each byte belongs to exactly one.
-void check_tiling(const std::string& file, const std::byte* data, std::int64_t data_bytes,
-                  const std::map<std::string, TensorView, std::less<>>& tensors) {
+void check_tiling(const std::string& file, std::int64_t data, std::int64_t data_bytes,
+                  const TensorMap& tensors) {
   std::vector<const TensorView*> ordered;
   for (const auto& [name, view] : tensors) ordered.push_back(&view);
   std::sort(ordered.begin(), ordered.end(), [](const TensorView* a, const TensorView* b) {
-    return std::pair(a->data, a->bytes) < std::pair(b->data, b->bytes);
+    return std::pair(a->begin, a->bytes) < std::pair(b->begin, b->bytes);
   });
   std::int64_t end = 0;
   for (const TensorView* view : ordered) {
-    const std::int64_t begin = view->data - data;
+    const std::int64_t begin = view->begin - data;
     if (begin != end)
-      throw CheckpointError(file + ": tensor \"" + view->name + "\" begins at byte " +
+      throw CheckpointError(file + ": tensor " + describe(view->name) + " begins at byte " +
                             std::to_string(begin) + " of the data, expected " +
                             std::to_string(end) + (begin < end ? " (overlap)" : " (hole)"));
     end = begin + view->bytes;
@@ -187,34 +156,31 @@ void check_tiling(const std::string& file, const std::byte* data, std::int64_t d
 
 }  // namespace
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) {
-  const std::string file = path.string();
-  const Mapping mapping = map_file(path);
+TensorMap read_safetensors(const std::filesystem::path& path) {
+  const auto file = std::make_shared<const File>(path, "a safetensors file");
+  const auto expect = [&](bool good, const std::string& found, const std::string& expected) {
+    if (!good) throw CheckpointError(file->name() + ": " + found + ", expected " + expected);
+  };
+  expect(file->bytes() >= 8, "found " + std::to_string(file->bytes()) + " bytes",
+         "a safetensors file, whose first 8 are a header's length");
   std::uint64_t header_bytes = 0;
-  std::memcpy(&header_bytes, mapping.data.get(), 8);
-  const std::int64_t limit = std::min(header_limit, mapping.bytes - 8);
-  if (header_bytes > static_cast<std::uint64_t>(limit))
-    throw CheckpointError(file + ": header length is " + std::to_string(header_bytes) +
-                          ", expected at most " + std::to_string(limit));
-  const std::byte* header = mapping.data.get() + 8;
-  const json entries =
-      parse_json_object({reinterpret_cast<const char*>(header), header_bytes}, file);
-  const std::byte* data = header + header_bytes;
-  const std::int64_t data_bytes = mapping.bytes - 8 - static_cast<std::int64_t>(header_bytes);
+  file->read(0, 8, &header_bytes);
+  const std::int64_t limit = std::min(kMaxJsonBytes, file->bytes() - 8);
+  expect(header_bytes <= static_cast<std::uint64_t>(limit),
+         "header length is " + std::to_string(header_bytes), "at most " + std::to_string(limit));
+  std::string header(header_bytes, '\0');
+  file->read(8, std::ssize(header), header.data());
+  const json entries = parse_json_object(header, file->name());
+  const std::int64_t data = 8 + std::ssize(header), data_bytes = file->bytes() - data;
+  TensorMap tensors;
   for (const auto& [name, entry] : entries.items()) {
     if (name == "__metadata__")
-      check_metadata(file, entry);
+      check_metadata(file->name(), entry);
     else
-      tensors_.emplace(name, EntryReader(file, name, entry).read(data, data_bytes));
+      tensors.emplace(name, EntryReader(file, name, entry).read(data, data_bytes));
   }
-  check_tiling(file, data, data_bytes, tensors_);
-  mapping_ = mapping.data;
-  bytes_ = mapping.bytes;
-}
-
-void SafetensorsFile::prefetch() const {
-  ::madvise(const_cast<std::byte*>(mapping_.get()), static_cast<std::size_t>(bytes_),
-            MADV_WILLNEED);
+  check_tiling(file->name(), data, data_bytes, tensors);
+  return tensors;
 }
 
 }  // namespace tda

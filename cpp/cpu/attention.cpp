@@ -74,8 +74,8 @@ void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
   const std::int64_t chunks = (end - begin + kAttendKeys - 1) / kAttendKeys;
   const std::int64_t chunk_size = group * (2 + n);  // floats in partials: [kv heads, chunks, group]
   const float scale = 1.0f / std::sqrt(static_cast<float>(n));
-  float* partials =
-      state.partials.reserve(config.num_kv_heads * chunks * chunk_size, "attention's partial sums");
+  float* partials = state.partials.reserve(Size(config.num_kv_heads) * chunks * chunk_size,
+                                           "attention's partial sums");
 
   pool_.run(config.num_kv_heads * chunks, [&](std::int64_t task, int) {
     const std::int64_t head = task / chunks, chunk = task % chunks;

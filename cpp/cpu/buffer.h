@@ -10,6 +10,8 @@
 #include <string>
 #include <string_view>
 
+#include "checkpoint/size.h"
+
 namespace tda {
 
 /// 64-byte aligned elements, not initialised; pages cost nothing until they are written.
@@ -18,18 +20,17 @@ class Buffer {
  public:
   /// Makes room for `count` elements; if that means growing, the contents are lost. Throws
   /// DeviceError, which says what the memory is `needed_for`.
-  T* reserve(std::int64_t count, std::string_view needed_for) {
-    if (count <= count_) return data();
-    std::int64_t bytes = 0;
-    if (__builtin_mul_overflow(count, std::int64_t{sizeof(T)}, &bytes)) bytes = INT64_MAX;
+  T* reserve(Size count, std::string_view needed_for) {
+    if (count.value() <= count_) return data();
+    const Size bytes = (count * sizeof(T)).rounded_up(64);
     data_.reset();
     count_ = 0;
-    const std::size_t lines = (static_cast<std::size_t>(bytes) + 63) / 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, lines * 64)));
+    if (!bytes.too_large())
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, static_cast<std::size_t>(bytes.value()))));
     if (!data_)
-      throw DeviceError("out of memory: " + std::to_string(bytes) + " bytes needed for " +
+      throw DeviceError("out of memory: " + std::to_string(bytes.value()) + " bytes needed for " +
                         std::string(needed_for));
-    count_ = count;
+    count_ = count.value();
     return data();
   }
 

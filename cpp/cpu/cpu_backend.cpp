@@ -8,18 +8,6 @@
 #include "model/rope.h"
 
 namespace tda {
-namespace {
-
-/// The product, or the largest number there is if that is less.
-std::int64_t product(std::initializer_list<std::int64_t> factors) {
-  std::int64_t result = 1;
-  for (const std::int64_t factor : factors)
-    if (__builtin_mul_overflow(result, factor, &result)) return INT64_MAX;
-  return result;
-}
-
-}  // namespace
-
 std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, int threads) {
   return std::make_unique<CpuBackend>(std::move(model), threads);
 }
@@ -46,8 +34,8 @@ std::unique_ptr<State> CpuBackend::new_state(std::int64_t capacity, KvFormat kv)
   state->kv = kv != KvFormat::automatic             ? kv
               : model_->format == WeightFormat::f32 ? KvFormat::f32
                                                     : KvFormat::bf16;
-  const std::int64_t bytes =
-      product({config.num_layers, config.num_kv_heads, capacity, cache_row_bytes(*state)});
+  const Size bytes =
+      Size(config.num_layers) * config.num_kv_heads * capacity * cache_row_bytes(*state);
   const std::string needed_for = "the keys (and as many for the values) of a KV cache of " +
                                  std::to_string(capacity) + " tokens";
   state->keys.reserve(bytes, needed_for);
@@ -89,7 +77,7 @@ PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, Weight
   const std::int64_t stride = n * layout.width;
   if (!kernels.prepare) return ConstPanels{x, stride};
   const std::int64_t bytes = kernels.prepared_bytes(n);
-  std::byte* prepared = state.prepared.reserve(layout.panels * bytes, "prepared panels");
+  std::byte* prepared = state.prepared.reserve(Size(layout.panels) * bytes, "prepared panels");
   pool_.run(layout.panels, [&](std::int64_t panel, int) {
     kernels.prepare(x + panel * stride, n, prepared + panel * bytes);
   });
@@ -121,16 +109,16 @@ void CpuBackend::begin(State& s, const Step& step) const {
   // Gates are recorded by prefill alone, so there a single token goes by panels, too.
   const bool gates = step.recorder && step.estimate == Estimate::gate;
   state.layout = gates ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
-  const std::int64_t lanes = state.layout.lanes();
+  const Size lanes = state.layout.lanes();
   const char* needed_for = "a step's activations";
   state.x.reserve(lanes * config.hidden_size, needed_for);
   state.normed.reserve(lanes * config.hidden_size, needed_for);
-  state.qkv.reserve(lanes * (config.q_size() + 2 * config.kv_size()), needed_for);
+  state.qkv.reserve(lanes * model_->layers.front().qkv.rows, needed_for);
   state.attended.reserve(lanes * config.q_size(), needed_for);
   state.hidden.reserve(lanes * config.intermediate_size, needed_for);
-  state.cos.reserve(lanes * config.head_dim / 2, needed_for);
-  state.sin.reserve(lanes * config.head_dim / 2, needed_for);
-  state.thread_scratch.reserve(threads() * scratch_size_, needed_for);
+  state.cos.reserve(lanes * (config.head_dim / 2), needed_for);
+  state.sin.reserve(lanes * (config.head_dim / 2), needed_for);
+  state.thread_scratch.reserve(Size(threads()) * scratch_size_, needed_for);
   angles(state);
 }
 

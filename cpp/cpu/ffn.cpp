@@ -52,7 +52,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::int64_t count = static_cast<std::int64_t>(neurons.size());
   const std::int64_t tasks = std::min((count + kTaskNeurons - 1) / kTaskNeurons, kMostTasks);
   const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
-  float* partials = state.partials.reserve(kMostTasks * stride, "partial sums");
+  float* partials = state.partials.reserve(Size(kMostTasks) * stride, "partial sums");
   const void* prepared = prepare(state, weights.gate.format, in, n);
   const NeuronRows neuron_rows = {rows_of(weights.gate), rows_of(weights.up),
                                   rows_of(weights.down)};
@@ -120,7 +120,7 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   const std::int64_t x_stride = n * width, h_stride = neurons * width;
 
   float* const gates = state.step.recorder && state.step.estimate == Estimate::gate
-                           ? state.gates.reserve(panels * h_stride, "gates")
+                           ? state.gates.reserve(Size(panels) * h_stride, "gates")
                            : nullptr;
 
   const PreparedPanels prepared =

@@ -88,13 +88,13 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   copy_tokens(state.x.data(), all, all.tokens - count, head.cols, in, wanted);
   norm(wanted, in, model_->final_norm, in);
 
-  const std::int64_t size = count * head.rows;
+  const Size size = Size(count) * head.rows;
   float* out = state.logits.reserve(size, "the logits");
   if (count == 1)
     multiply(state, wanted, head, in, out, false);
   else
     multiply_to_rows(state, wanted, head, in, out);
-  return {out, static_cast<std::size_t>(size)};
+  return {out, static_cast<std::size_t>(size.value())};
 }
 
 void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const Matrix& w,

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <new>
 
 #include "checkpoint/checkpoint.h"
 #include "engine/generation_impl.h"
@@ -7,7 +8,7 @@ namespace tda {
 namespace {
 
 std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
-                                            const EngineOptions& options) {
+                                            const EngineOptions& options) try {
   if (options.max_context < 0) {
     throw OptionError("max_context " + std::to_string(options.max_context) +
                       ": expected 0 (the checkpoint's own) or more");
@@ -24,6 +25,8 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   return std::make_shared<const Runtime>(
       std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
       options.max_context ? options.max_context : model->config.max_position, options.before_step);
+} catch (const std::bad_alloc&) {
+  throw DeviceError("out of memory while " + folder.string() + " was loaded, expected more free");
 }
 
 }  // namespace

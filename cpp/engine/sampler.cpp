@@ -33,7 +33,8 @@ Token argmax(std::span<const float> logits) {
   const auto best = std::max_element(logits.begin(), logits.end());
   // A NaN anywhere poisons every layer's sums, so it shows in all logits or in the first.
   if (!std::isfinite(*best) || std::isnan(logits.front())) {
-    throw Error("the model's logits are not finite: found " + std::to_string(*best));
+    throw Error("the model's logits are not finite: found " + std::to_string(*best) +
+                ", expected numbers");
   }
   return static_cast<Token>(best - logits.begin());
 }

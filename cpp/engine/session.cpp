@@ -3,6 +3,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "checkpoint/size.h"
 #include "engine/parallel.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
@@ -104,11 +105,11 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
 std::vector<float> Session::Impl::all_logits(Tokens tokens) {
   check_tokens(runtime->config(), tokens);
   std::vector<float> all;
-  const auto numbers = tokens.size() * static_cast<std::size_t>(runtime->config().vocab_size);
+  const Size numbers = Size(std::ssize(tokens)) * runtime->config().vocab_size;
   try {
-    all.reserve(numbers);
-  } catch (const std::bad_alloc&) {
-    throw DeviceError("out of memory: " + std::to_string(numbers * sizeof(float)) +
+    all.reserve(static_cast<std::size_t>(numbers.value()));
+  } catch (const std::exception&) {  // bad_alloc or length_error
+    throw DeviceError("out of memory: " + std::to_string((numbers * sizeof(float)).value()) +
                       " bytes needed for the logits of " + std::to_string(tokens.size()) +
                       " tokens");
   }

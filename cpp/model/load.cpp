@@ -8,8 +8,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/size.h"
+#include "cpu/buffer.h"
 #include "cpu/thread_pool.h"
 #include "model/half.h"
 #include "model/model.h"
@@ -37,22 +40,24 @@ class Layout {
       : checkpoint_(checkpoint), format_(format), memory_(memory) {}
 
   Model model();
-  std::int64_t bytes() const { return used_; }
+  Size bytes() const { return used_; }
   const std::vector<Copy>& copies() const { return copies_; }
 
  private:
-  std::byte* allocate(std::int64_t bytes) {
-    const std::int64_t offset = used_, end = offset + bytes;
-    used_ = round_up(end, 64);
+  /// Sizes can only be too large while measuring: then there is no memory for them.
+  std::byte* allocate(Size count, std::int64_t each) {
+    const Size offset = used_, end = offset + count * each;
+    used_ = end.rounded_up(64);
     if (!memory_) return nullptr;
     // The gap: what pack_checkpoint writes is to depend on the checkpoint alone.
-    if (!checkpoint_.packed()) std::fill(memory_ + end, memory_ + used_, std::byte{});
-    return memory_ + offset;
+    if (!checkpoint_.packed())
+      std::fill(memory_ + end.value(), memory_ + used_.value(), std::byte{});
+    return memory_ + offset.value();
   }
 
   void allocate(Matrix& matrix) {
-    matrix.data = allocate(matrix.rows * matrix.row_bytes());
-    if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows * matrix.low_row_bytes());
+    matrix.data = allocate(matrix.rows, matrix.row_bytes());
+    if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows, matrix.low_row_bytes());
   }
 
   /// The FFN matrices, [F, H] each; int8 and int4 rows side by side (see LayerWeights).
@@ -60,7 +65,7 @@ class Layout {
     for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
     if (format_ == WeightFormat::int4) {
       const std::int64_t row = int4_row_bytes(hidden);
-      const std::byte* data = allocate(neurons * 3 * row);
+      const std::byte* data = allocate(neurons, 3 * row);
       for (Matrix* m : {&w.gate, &w.up, &w.down}) {
         m->data = data;
         m->gap = 2 * row;
@@ -73,17 +78,17 @@ class Layout {
       return;
     }
     const std::int64_t high = high_row_bytes(hidden), low = low_row_bytes(hidden);
-    const std::byte* const always = allocate(neurons * 2 * high);
+    const std::byte* const always = allocate(neurons, 2 * high);
     // Lines of memory that a selection reads begin with the down row's high plane.
     const std::int64_t record = round_up(high + 3 * low, 64);
-    std::byte* const sometimes = allocate(neurons * record);
-    if (memory_ && !checkpoint_.packed())
+    std::byte* const sometimes = allocate(neurons, record);
+    if (!memory_) return;
+    if (!checkpoint_.packed())
       for (std::int64_t j = 0; j < neurons; ++j)
         std::fill(sometimes + j * record + high + 3 * low, sometimes + (j + 1) * record,
                   std::byte{});
     const auto place = [&](Matrix& m, const std::byte* data, std::int64_t stride,
                            std::int64_t low_offset) {
-      if (!memory_) return;
       m.data = data;
       m.gap = stride - high;
       m.low = sometimes + low_offset;
@@ -119,8 +124,10 @@ class Layout {
     for (std::size_t i = 0; i < names.size(); row += rows[i++]) {
       Matrix part = result;
       part.rows = rows[i];
-      part.data = result.row(row);
-      part.low = result.low_row(row);
+      if (memory_) {  // else there is no row to point to
+        part.data = result.row(row);
+        part.low = result.low_row(row);
+      }
       fill(part, names[i]);
     }
     return result;
@@ -149,14 +156,14 @@ class Layout {
     return vector(std::vector{name}, {size});
   }
 
-  float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count * 4)); }
+  float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count, 4)); }
 
   LayerWeights layer(const std::string& prefix);
 
   const Checkpoint& checkpoint_;
   const WeightFormat format_;
   std::byte* const memory_;
-  std::int64_t used_ = 0;
+  Size used_ = 0;
   std::vector<Copy> copies_;
 };
 
@@ -208,7 +215,7 @@ Model Layout::model() {
     model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
   model.final_norm = vector("model.norm.weight", config.hidden_size);
   model.head = config.tied_embeddings ? model.embedding : vocabulary("lm_head.weight");
-  model.weight_bytes = used_;
+  model.weight_bytes = used_.value();
   return model;
 }
 
@@ -216,19 +223,20 @@ Model Layout::model() {
 
 constexpr std::int64_t tile = 64;  // elements; a tile of f32 is 16 KiB, half a first-level cache
 
-/// Elements [first, first + count) of a tensor. memcpy, for its data may have any alignment.
-void read_elements(const TensorView& source, std::int64_t first, std::int64_t count, float* out) {
-  if (source.dtype == DType::f32) {
-    std::memcpy(out, source.data + 4 * first, static_cast<std::size_t>(4 * count));
+std::int64_t element_bytes(const TensorView& tensor) { return tensor.dtype == DType::f32 ? 4 : 2; }
+
+/// memcpy, for data may have any alignment.
+void to_f32(DType dtype, const std::byte* data, std::int64_t count, float* out) {
+  if (dtype == DType::f32) {
+    std::memcpy(out, data, static_cast<std::size_t>(4 * count));
     return;
   }
-  const std::byte* data = source.data + 2 * first;
   const auto half = [data](std::int64_t i) {
     std::uint16_t bits;
     std::memcpy(&bits, data + 2 * i, 2);
     return bits;
   };
-  if (source.dtype == DType::f16)
+  if (dtype == DType::f16)
     for (std::int64_t i = 0; i < count; ++i) out[i] = f16_to_f32(half(i));
   else
     for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
@@ -261,98 +269,106 @@ bool write_row(const Matrix& target, std::int64_t row, const float* values) {
   return finite;
 }
 
-bool copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
-  const std::int64_t cols = copy.target.cols;
-  std::vector<float> values(cols);
-  bool finite = true;
-  for (std::int64_t r = begin; r < end; ++r) {
-    read_elements(*copy.source, r * cols, cols, values.data());
-    finite &= write_row(copy.target, r, values.data());
-  }
-  return finite;
+[[noreturn]] void refuse_values(const Copy& copy) {
+  throw CheckpointError(copy.source->file->name() + ": tensor \"" + copy.source->name +
+                        "\" holds NaN or infinity as " + std::string(name_of(copy.target.format)) +
+                        ", expected finite values only");
 }
 
-/// Rows [begin, end), at most `tile` of them, are columns of the source, which is read `tile`
-/// elements at a time, so that both sides move in whole cache lines.
-bool copy_transposed(const Copy& copy, std::int64_t begin, std::int64_t end) {
+void copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
+  const std::int64_t cols = copy.target.cols, row_bytes = cols * element_bytes(*copy.source);
+  std::vector<std::byte> data((end - begin) * row_bytes);
+  copy.source->read(begin * row_bytes, std::ssize(data), data.data());
+  std::vector<float> values(cols);
+  for (std::int64_t r = begin; r < end; ++r) {
+    to_f32(copy.source->dtype, data.data() + (r - begin) * row_bytes, cols, values.data());
+    if (!write_row(copy.target, r, values.data())) refuse_values(copy);
+  }
+}
+
+/// Rows [begin, end), at most `tile` of them, are columns of the source, all of whose `data` is
+/// read `tile` elements at a time, so that both sides move in whole cache lines.
+void copy_transposed(const Copy& copy, const std::byte* data, std::int64_t begin,
+                     std::int64_t end) {
   const Matrix& target = copy.target;
-  std::vector<float> rows(tile * target.cols);
+  const std::int64_t size = element_bytes(*copy.source);
+  std::vector<float> rows((end - begin) * target.cols);
   float column[tile];
   for (std::int64_t c = 0; c < target.cols; ++c) {
-    read_elements(*copy.source, c * target.rows + begin, end - begin, column);
+    to_f32(copy.source->dtype, data + (c * target.rows + begin) * size, end - begin, column);
     for (std::int64_t r = begin; r < end; ++r)
       rows[(r - begin) * target.cols + c] = column[r - begin];
   }
-  bool finite = true;
   for (std::int64_t r = begin; r < end; ++r) {
     float* const row = rows.data() + (r - begin) * target.cols;
-    finite &= write_row(target, r, row);
-    if (!finite) return false;
+    if (!write_row(target, r, row)) refuse_values(copy);
     read_row(target, r, 0, target.cols, row);  // as stored
     double squares = 0;
     for (std::int64_t i = 0; i < target.cols; ++i) squares += double{row[i]} * row[i];
     copy.lengths[r] = static_cast<float>(std::sqrt(squares));
   }
-  return finite;
 }
 
-struct WorkItem {
-  std::size_t copy;
-  std::int64_t begin, end;  // rows of its target
-};
-
-std::vector<WorkItem> split(const std::vector<Copy>& copies) {
-  constexpr std::int64_t elements = 1 << 18;
-  std::vector<WorkItem> items;
-  for (std::size_t i = 0; i < copies.size(); ++i) {
-    const Matrix& target = copies[i].target;
-    const std::int64_t step =
-        copies[i].transposed ? tile : std::max<std::int64_t>(1, elements / target.cols);
-    for (std::int64_t row = 0; row < target.rows; row += step)
-      items.push_back({i, row, std::min(row + step, target.rows)});
+/// body(begin, end) for [0, n) in parts of `step` on the pool. `report(end)`, now and then, says
+/// that all before `end` is done. Throws what the first part that failed has thrown.
+template <class Body, class Report>
+void in_parts(ThreadPool& pool, std::int64_t n, std::int64_t step, const Body& body,
+              const Report& report) {
+  const std::int64_t portion = 16 * pool.threads();  // parts between two reports
+  std::vector<std::exception_ptr> errors(portion);
+  for (std::int64_t first = 0; first < n; first += portion * step) {
+    const std::int64_t last = std::min(first + portion * step, n);
+    pool.run((last - first + step - 1) / step, [&](std::int64_t i, int) {
+      try {
+        const std::int64_t begin = first + i * step;
+        body(begin, std::min(begin + step, last));
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    });
+    for (const std::exception_ptr& error : errors)
+      if (error) std::rethrow_exception(error);
+    report(last);
   }
-  return items;
 }
 
 void run(const std::vector<Copy>& copies, ThreadPool& pool, const Progress& progress) {
-  const std::vector<WorkItem> items = split(copies);
-  std::vector<std::uint8_t> finite(items.size());
-  const auto bytes = [&](std::int64_t first, std::int64_t last) {
-    std::int64_t sum = 0;
-    for (std::int64_t i = first; i < last; ++i) {
-      const Matrix& target = copies[items[i].copy].target;
-      sum += target.bytes() / target.rows * (items[i].end - items[i].begin);
+  constexpr std::int64_t part_elements = 1 << 18;
+  std::int64_t done = 0, total = 0;
+  for (const Copy& copy : copies) total += copy.target.bytes();
+  Buffer<std::byte> whole;  // the source of a transposed copy
+  for (const Copy& copy : copies) {
+    const TensorView& source = *copy.source;
+    const Matrix& target = copy.target;
+    const auto report = [&](std::int64_t rows) {
+      if (progress) progress(done + target.bytes() / target.rows * rows, total);
+    };
+    if (copy.transposed) {
+      std::byte* const data = whole.reserve(source.bytes, "a tensor that is transposed");
+      const auto read = [&](std::int64_t begin, std::int64_t end) {
+        source.read(begin, end - begin, data + begin);
+      };
+      in_parts(pool, source.bytes, part_elements, read, [](std::int64_t) {});
+      const auto body = [&](std::int64_t begin, std::int64_t end) {
+        copy_transposed(copy, data, begin, end);
+      };
+      in_parts(pool, target.rows, tile, body, report);
+    } else {
+      const auto body = [&](std::int64_t begin, std::int64_t end) { copy_rows(copy, begin, end); };
+      in_parts(pool, target.rows, std::max<std::int64_t>(1, part_elements / target.cols), body,
+               report);
     }
-    return sum;
-  };
-  const std::int64_t count = std::ssize(items), total = bytes(0, count);
-  const std::int64_t portion = 16 * pool.threads();  // between two reports
-  std::int64_t done = 0;
-  for (std::int64_t first = 0; first < count; first += portion) {
-    const std::int64_t last = std::min(first + portion, count);
-    pool.run(last - first, [&](std::int64_t i, int) {
-      const auto [index, begin, end] = items[first + i];
-      const Copy& copy = copies[index];
-      finite[first + i] =
-          copy.transposed ? copy_transposed(copy, begin, end) : copy_rows(copy, begin, end);
-    });
-    done += bytes(first, last);
-    if (progress) progress(done, total);
+    done += target.bytes();
   }
-  const auto bad = std::find(finite.begin(), finite.end(), 0);
-  if (bad == finite.end()) return;
-  const Copy& copy = copies[items[bad - finite.begin()].copy];
-  throw CheckpointError(copy.source->file + ": tensor \"" + copy.source->name +
-                        "\" holds NaN or infinity as " + std::string(name_of(copy.target.format)) +
-                        ", expected finite values only");
 }
 
-std::shared_ptr<std::byte> allocate_arena(std::int64_t bytes) {
-  constexpr std::size_t huge_page = 2 << 20;
-  const auto size = static_cast<std::size_t>(round_up(bytes, huge_page));
-  void* const memory = std::aligned_alloc(huge_page, size);
+std::shared_ptr<std::byte> allocate_arena(Size bytes) {
+  constexpr std::int64_t huge_page = 2 << 20;
+  const Size padded = bytes.rounded_up(huge_page);
+  const auto size = static_cast<std::size_t>(padded.value());
+  void* const memory = padded.too_large() ? nullptr : std::aligned_alloc(huge_page, size);
   if (!memory)
-    throw DeviceError("cpu: no memory for the weights, " + std::to_string(bytes) +
+    throw DeviceError("cpu: no memory for the weights, " + std::to_string(bytes.value()) +
                       " bytes expected to be free");
 #ifdef MADV_HUGEPAGE
   ::madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults now, fewer TLB misses later
@@ -365,20 +381,20 @@ std::shared_ptr<std::byte> allocate_arena(std::int64_t bytes) {
 /// that are not finite would read every page.
 std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightFormat format) {
   const PackedWeights& packed = *checkpoint.packed();
-  const std::string& file = packed.arena.file;
+  const std::string& file = packed.arena.file->name();
   if (format != WeightFormat::automatic && format != packed.format)
     throw OptionError("weights is \"" + std::string(name_of(format)) + "\", but " + file +
                       " is packed as " + std::string(name_of(packed.format)) +
                       ", expected that or auto");
   Layout measured(checkpoint, packed.format, nullptr);
   measured.model();
-  if (measured.bytes() != packed.arena.bytes)
+  const std::int64_t expected = measured.bytes().value();
+  if (expected != packed.arena.bytes)
     throw CheckpointError(file + ": the arena has " + std::to_string(packed.arena.bytes) +
-                          " bytes, expected " + std::to_string(measured.bytes()) +
-                          " by config.json");
-  Layout layout(checkpoint, packed.format, const_cast<std::byte*>(packed.arena.data));
+                          " bytes, expected " + std::to_string(expected) + " by config.json");
+  Layout layout(checkpoint, packed.format, const_cast<std::byte*>(packed.data.get()));
   auto model = std::make_shared<Model>(layout.model());
-  model->storage = {packed.mapping, packed.arena.data};
+  model->storage = packed.data;
   return model;
 }
 

@@ -5,12 +5,17 @@
 #include <tda/sparsity.h>
 
 #include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <vector>
 
 #include "model/model.h"
 
 namespace tda {
+
+/// Thresholds::load of what the file at `path` holds.
+Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem::path& path);
 
 /// R[j] = sqrt(sums[j] / tokens), [F]. tokens > 0.
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens);

@@ -8,6 +8,7 @@
 
 #include "checkpoint/atomic_file.h"
 #include "checkpoint/json.h"
+#include "sparsity/sparsity.h"
 
 namespace tda {
 namespace {
@@ -41,14 +42,14 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
     }
   };
   if (t.scope != "sequence" && t.scope != "token") {
-    reject(path, "scope", '"' + t.scope + '"', "\"sequence\" or \"token\"");
+    reject(path, "scope", describe(t.scope), "\"sequence\" or \"token\"");
   }
   if (!t.coarse.empty() && (t.scope != "token" || t.coarse.size() != t.values.size())) {
     reject(path, "coarse", std::to_string(t.coarse.size()) + " numbers",
            "none, or with scope \"token\" as many as values");
   }
   if (t.source != "texts" && t.source != "self-generated") {
-    reject(path, "source", '"' + t.source + '"', "\"texts\" or \"self-generated\"");
+    reject(path, "source", describe(t.source), "\"texts\" or \"self-generated\"");
   }
   if (!(t.error >= 0 && t.error < 1)) {
     reject(path, "error", text_of(t.error), "0 or more, less than 1");
@@ -75,7 +76,8 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
 /// The fields of one file, by type.
 class Fields {
  public:
-  explicit Fields(const std::filesystem::path& path) : path_(path), json_(read_json_object(path)) {}
+  Fields(const nlohmann::json& object, const std::filesystem::path& path)
+      : path_(path), json_(object) {}
 
   std::string string(const char* key) const {
     const json& field = at(key);
@@ -112,7 +114,7 @@ class Fields {
 
   const json& at(const char* key) const {
     const auto field = json_.find(key);
-    if (field == json_.end()) throw CheckpointError(path_.string() + ": no key \"" + key + '"');
+    if (field == json_.end()) reject(path_, std::string("\"") + key + '"', "no such key", "it");
     return *field;
   }
 
@@ -126,7 +128,7 @@ class Fields {
   }
 
   const std::filesystem::path& path_;
-  const json json_;
+  const json& json_;
 };
 
 }  // namespace
@@ -146,9 +148,13 @@ void Thresholds::save(const std::filesystem::path& path) const {
 }
 
 Thresholds Thresholds::load(const std::filesystem::path& path) {
-  const Fields fields(path);
+  return parse_thresholds(read_json_object(path), path);
+}
+
+Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem::path& path) {
+  const Fields fields(content, path);
   if (const std::string format = fields.string("format"); format != kFormat) {
-    reject(path, "format", '"' + format + '"', std::string("\"") + kFormat + '"');
+    reject(path, "format", describe(format), std::string("\"") + kFormat + '"');
   }
   if (const std::int64_t version = fields.integer("version"); version != kVersion) {
     reject(path, "version", std::to_string(version), std::to_string(kVersion));

@@ -164,11 +164,13 @@ TEST(config_refuses_what_it_cannot_run) {
       {{{"rope_theta", 0}}, "rope_theta is 0"},
       {{{"rope_scaling", 3}}, "rope_scaling is 3, expected an object"},
       {{{"rope_parameters", {{"full_attention", {{"rope_theta", 1e4}}}}}},
-       "rope_parameters.full_attention is an object"},
+       "rope_parameters.\"full_attention\" is an object"},
       {scaling({{"type", "longrope"}}),
        "rope_scaling.type is \"longrope\", expected default, linear, dynamic, llama3 or yarn"},
       {scaling({{"type", "linear"}}), "rope_scaling.factor is missing"},
       {scaling({{"type", "linear"}, {"factor", -1}}), "rope_scaling.factor is -1"},
+      {scaling({{"type", "linear"}, {"factor", 1e-40}}), "factor is 1e-40, expected a number from"},
+      {scaling({{"type", "dynamic"}, {"factor", 1e300}}), "factor is 1e+300, expected a number"},
       {scaling({{"rope_type", "llama3"}, {"factor", 8}}), "low_freq_factor is missing"},
       {scaling({{"rope_type", "llama3"},
                 {"factor", 8},
@@ -183,7 +185,7 @@ TEST(config_refuses_what_it_cannot_run) {
     CHECK_THROWS(config_of(updated(tiny, c.changes)), CheckpointError, c.message);
 
   Folder folder;
-  CHECK_THROWS(tda::read_config(folder.path), CheckpointError, "config.json: missing");
+  CHECK_THROWS(tda::read_config(folder.path), CheckpointError, "config.json: No such file");
   folder.write("config.json", "{\"model_type\": \"llama\", }");
   CHECK_THROWS(tda::read_config(folder.path), CheckpointError, "config.json: expected JSON");
 }

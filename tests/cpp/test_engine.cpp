@@ -1,15 +1,20 @@
 // Sampler, sessions and the generate loop over a tiny checkpoint.
+#include <sys/resource.h>
 #include <tda/engine.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <fstream>
 #include <limits>
 #include <map>
 #include <thread>
 
 #include "check.h"
 #include "engine/sampler.h"
+#include "fixtures.h"
 #include "tiny_checkpoint.h"
 
+using fixtures::json;
 using tda::GenerateOptions;
 using tda::Token;
 
@@ -268,6 +273,66 @@ TEST(calibration_makes_thresholds_for_its_model_only) {
   CHECK(own.values == engine.calibrate({}, options).values);
 }
 
+/// A checkpoint of zeros, whose file takes no room on disk.
+struct ZeroCheckpoint {
+  explicit ZeroCheckpoint(std::int64_t vocabulary) {
+    json header;
+    std::int64_t end = 0;
+    const auto add = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+      const std::int64_t begin = end;
+      end += 4 * shape[0] * (shape.size() > 1 ? shape[1] : 1);
+      header[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {begin, end}}};
+    };
+    const std::string layer = "model.layers.0.";
+    add("model.embed_tokens.weight", {vocabulary, kHidden});
+    for (const std::string& name :
+         {layer + "input_layernorm", layer + "post_attention_layernorm", std::string("model.norm")})
+      add(name + ".weight", {kHidden});
+    for (const char* name : {"self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate",
+                             "mlp.up", "mlp.down"})
+      add(layer + name + "_proj.weight", {kHidden, kHidden});
+    const json config = {{"model_type", "llama"},
+                         {"vocab_size", vocabulary},
+                         {"hidden_size", kHidden},
+                         {"intermediate_size", kHidden},
+                         {"num_hidden_layers", 1},
+                         {"num_attention_heads", 1},
+                         {"max_position_embeddings", kMostTokens},
+                         {"tie_word_embeddings", true}};
+    folder.write("config.json", config.dump());
+    const std::string start = fixtures::with_length(header.dump(), "");
+    std::filesystem::resize_file(folder.write("model.safetensors", start), start.size() + end);
+  }
+  static constexpr std::int64_t kHidden = 6;
+  static constexpr std::int64_t kMostTokens = std::int64_t{1} << 24;
+  fixtures::Folder folder;
+};
+
+// Sanitizers end the process where `new` finds no memory, and take address space of their own.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+TEST(memory_that_runs_out_is_an_error) {
+  const ZeroCheckpoint large(1 << 22);
+  {
+    const tda::Engine engine(large.folder.path, {.threads = 1});
+    const std::vector<Token> tokens(ZeroCheckpoint::kMostTokens);
+    CHECK_THROWS(engine.logits(tokens), tda::DeviceError, "281474976710656 bytes needed for the logits");
+  }
+  // 96 MiB of weights, more than the heaps that malloc may keep in reserve.
+  std::int64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit before;
+  ::getrlimit(RLIMIT_AS, &before);
+  const rlimit tight = {.rlim_cur = pages * ::sysconf(_SC_PAGESIZE) + (8u << 20),
+                        .rlim_max = before.rlim_max};
+  ::setrlimit(RLIMIT_AS, &tight);
+  CHECK_THROWS(tda::Engine(large.folder.path, {.threads = 1}), tda::DeviceError,
+               "no memory for the weights");
+  ::setrlimit(RLIMIT_AS, &before);
+  CHECK(tda::Engine(large.folder.path, {.threads = 1}).parameters() ==
+        6 * (1 << 22) + 3 * 6 + 7 * 36);
+}
+#endif
+
 TEST(threads_share_an_engine) {
   const TinyCheckpoint checkpoint;
   const tda::Engine engine(checkpoint.folder());
@@ -322,6 +387,34 @@ TEST(what_before_step_throws_ends_the_call) {
   CHECK_THROWS(engine.logits(kPrompt), tda::Error, "enough");
   left = 1000;
   CHECK(generate(engine, tokens(20)) == whole);
+}
+
+TEST(threads_share_an_engine_step_by_step) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder(), {.threads = 2});
+  // Each session in turn dense, with a mask, by token, and with a mask that is renewed.
+  const auto run = [&](std::size_t kind) {
+    tda::Session session = engine.session(40, 8);
+    session.prefill(std::span(kPrompt).first(5 + kind));
+    tda::TdaOptions options = with_active(0.5);
+    options.scope = kind == 2 ? "token" : "sequence";
+    options.refresh = kind == 3 ? 3 : 0;
+    if (kind > 0) session.apply(options);
+    std::vector<float> all = session.statistic(1);
+    for (const Token token : kPrompt) {
+      const std::vector<float> logits = session.decode(token);
+      all.insert(all.end(), logits.begin(), logits.end());
+    }
+    return all;
+  };
+  std::vector<std::vector<float>> alone, together(8);
+  for (std::size_t kind = 0; kind < 4; ++kind) alone.push_back(run(kind));
+  {
+    std::vector<std::jthread> threads;
+    for (std::size_t i = 0; i < together.size(); ++i)
+      threads.emplace_back([&, i] { together[i] = run(i % 4); });
+  }
+  for (std::size_t i = 0; i < together.size(); ++i) CHECK(together[i] == alone[i % 4]);
 }
 
 TEST(results_do_not_depend_on_the_number_of_threads) {

@@ -222,6 +222,46 @@ TEST(load_refuses_wrong_tensors) {
                "has dtype I16, expected F32, F16 or BF16");
 }
 
+/// Sizes that a config may have, but not with these few tensors: refused before memory is asked
+/// for.
+TEST(load_refuses_sizes_beyond_the_files) {
+  const Tensors tensors = tensors_of(tiny);
+  const std::int64_t most = 1 << 22;
+  struct Case {
+    json changes;
+    const char* message;
+  };
+  const Case cases[] = {
+      {{{"vocab_size", most}},
+       "\"model.embed_tokens.weight\" has shape [7, 72], expected [4194304, "},
+      {{{"intermediate_size", most}}, "has shape [70, 72], expected [4194304, 72]"},
+      {{{"num_hidden_layers", 4096}}, "\"model.layers.2.input_layernorm.weight\" is missing"},
+      {{{"head_dim", 699050}}, "q_proj.weight\" has shape [72, 72], expected [4194300, 72]"},
+  };
+  for (const Case& c : cases) {
+    Folder folder;
+    write_model(folder, updated(tiny, c.changes), tensors, "F32");
+    CHECK_THROWS(tda::load_model(tda::Checkpoint(folder.path), WeightFormat::f32, 2),
+                 CheckpointError, c.message);
+  }
+}
+
+/// The error comes out of the threads that read, rows and transposed alike.
+TEST(load_refuses_files_cut_short_meanwhile) {
+  const Tensors tensors = tensors_of(tiny);
+  for (const int threads : {1, 3}) {
+    for (const std::uintmax_t kept :
+         {std::uintmax_t{9000}, std::uintmax_t{3000}, std::uintmax_t{0}}) {
+      Folder folder;
+      write_model(folder, tiny, tensors, "BF16");
+      const tda::Checkpoint checkpoint(folder.path);
+      fs::resize_file(folder.path / "model.safetensors", kept);
+      CHECK_THROWS(tda::load_model(checkpoint, WeightFormat::bf16, threads), CheckpointError,
+                   " to " + std::to_string(kept) + " bytes while it was being read");
+    }
+  }
+}
+
 }  // namespace
 
 int main() { return run_tests(); }

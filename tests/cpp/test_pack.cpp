@@ -1,7 +1,9 @@
 // Engine folders: packed once, then mapped and used in place.
+#include <sys/wait.h>
 #include <tda/engine.h>
 
 #include <cmath>
+#include <csignal>
 #include <iterator>
 #include <limits>
 #include <set>
@@ -93,6 +95,38 @@ TEST(a_folder_serves_several_engines_and_outlives_its_files) {
   check_same(expected, second);
 }
 
+/// How a child process ends that runs `body`: the signal, or 0 if it returns.
+template <class Body>
+int signal_of(const Body& body) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    std::signal(SIGBUS, SIG_DFL);  // sanitizers have handlers of their own
+    body();
+    ::_exit(0);
+  }
+  int status = 0;
+  CHECK(::waitpid(child, &status, 0) == child);
+  return WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+TEST(an_engine_folder_may_be_replaced_but_not_cut_short_while_in_use) {
+  const auto after = [](const auto& change) {
+    const Packed packed;
+    return signal_of([&] {
+      const tda::Engine engine(packed.folder.path, {.threads = 1});
+      change(packed.folder.path / "model.safetensors");
+      engine.logits(kTokens);
+    });
+  };
+  CHECK(after([](const fs::path&) {}) == 0);
+  CHECK(after([](const fs::path& file) {
+          std::ofstream(file.string() + ".new") << "another";
+          fs::rename(file.string() + ".new", file);
+        }) == 0);
+  // The rule of File::map, which no reader of a mapping can soften.
+  CHECK(after([](const fs::path& file) { fs::resize_file(file, 4096); }) == SIGBUS);
+}
+
 TEST(what_is_packed_depends_on_the_checkpoint_alone) {
   for (const WeightFormat format : kFormats) {
     const Packed packed(tiny, format);
@@ -169,6 +203,21 @@ TEST(damaged_weights_are_refused) {
   refuses("found 2 tensors");
   fs::remove(packed.folder.path / "model.safetensors");
   refuses("No such file");
+}
+
+/// Else fuzzing never passes the first check: run tests/fuzz/make_corpus.py.
+TEST(the_fuzz_corpus_has_engine_folders_of_this_layout) {
+  for (const char* format : {"f32", "bf16", "int8", "int4"}) {
+    const std::string seed =
+        read(fs::path(TDA_CORPUS) / "folder" / ("packed_" + std::string(format)));
+    const std::size_t zero = seed.find('\0');
+    const Folder folder;
+    folder.write("config.json", seed.substr(0, zero));
+    folder.write("model.safetensors", seed.substr(zero + 1));
+    const tda::Engine engine(folder.path, {.threads = 1});
+    CHECK(tda::name_of(engine.weights()) == format);
+    CHECK(std::isfinite(engine.logits(std::vector<tda::Token>{1})[0]));
+  }
 }
 
 TEST(a_config_that_does_not_fit_is_refused) {

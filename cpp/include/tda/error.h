@@ -1,4 +1,5 @@
-// The exceptions that tdaengine throws. Python sees the same tree under the same names.
+// The exceptions that tdaengine throws. Python sees the same tree under the same names. Memory that
+// runs out in pieces too small to be worth a message is std::bad_alloc (Python: MemoryError).
 #pragma once
 
 #include <stdexcept>

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Which lines of the checkpoint room its C++ tests and the kept corpus run: a table, the lines they
+# miss, and failure below 95 per cent.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+bin=$PWD/.venv/bin build=build/coverage
+tests=(test_{checkpoint,config,load,pack,thresholds} $(ls tests/fuzz/corpus | sed 's/^/fuzz_/'))
+
+mkdir -p $build
+"$bin/cmake" -S . -B $build -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$bin/python" \
+  -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O0 --coverage" -DTDA_PORTABLE=ON -DTDA_TESTS=ON >$build/log
+"$bin/cmake" --build $build "${tests[@]/#/--target=}" >>$build/log || { cat $build/log; exit 1; }
+find $build -name '*.gcda' -delete
+"$bin/ctest" --test-dir $build -R '^(checkpoint|config|load|pack|thresholds|fuzz_.*)$' >>$build/log ||
+  { cat $build/log; exit 1; }
+
+# A header's lines count as run if any source file has run them.
+gcov -t -r -s "$PWD" $build/CMakeFiles/tdaengine.dir/cpp/checkpoint/*.gcda 2>/dev/null | awk -F: '
+  $2 + 0 == 0 && $3 == "Source" { file = $4 }
+  file ~ /^cpp\/checkpoint\// && $2 + 0 > 0 && $1 !~ /-$/ {
+    key = file ":" $2 + 0
+    if (!(key in run)) { run[key] = 0; lines[file]++ }
+    if ($1 !~ /#|=/ && !run[key]) { run[key] = 1; good[file]++ }
+  }
+  END {
+    for (file in lines) {
+      printf "%-32s %4d of %4d lines  %5.1f%%\n", file, good[file], lines[file], 100 * good[file] / lines[file] | "sort"
+      all += lines[file]; allgood += good[file]
+    }
+    close("sort")
+    printf "%-32s %4d of %4d lines  %5.1f%%\n", "all", allgood, all, 100 * allgood / all
+    for (key in run) if (!run[key]) print "not run: " key | "sort -t: -k2,2 -k3,3n"
+    close("sort -t: -k2,2 -k3,3n")
+    exit allgood < 0.95 * all
+  }'

@@ -1,0 +1,164 @@
+"""Writes the seeds of the fuzz targets: tiny valid files, and variants that take other ways.
+
+tests/fuzz/run.sh merge adds what fuzzing finds beyond them, under names that are hashes. To be run
+again, with the package installed, when the layout of engine folders changes.
+"""
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+
+from tdaengine import _native
+
+CORPUS = Path(__file__).parent / "corpus"
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 4,
+    "hidden_size": 4,
+    "intermediate_size": 3,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+    "tie_word_embeddings": True,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 8,
+}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+CONFIGS = {
+    "llama": LLAMA,
+    "defaults": {"model_type": "qwen3"},
+    "llama3": LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "eos_token_id": [1, 2]},
+    "yarn": LLAMA | {"rope_parameters": YARN | {"mscale": 0.5, "mscale_all_dim": 1}},
+    "linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "dynamic": LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 4},
+    "mistral": LLAMA | {"model_type": "mistral", "architectures": None, "sliding_window": 3},
+    "qwen2": LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]} | WINDOWS,
+    "qwen3": LLAMA
+    | {"model_type": "qwen3", "architectures": None, "layer_types": ["full_attention"]},
+    "biased": LLAMA | {"attention_bias": True, "bos_token_id": 1, "hidden_act": "gelu_new"},
+}
+THRESHOLDS = {
+    "format": "tdaengine-thresholds",
+    "version": 2,
+    "model": "tiny",
+    "fingerprint": "0123456789abcdef",
+    "weights": "int8",
+    "scope": "token",
+    "error": 0.1,
+    "bytes": 0.6,
+    "values": [0.5, 0.25],
+    "coarse": [0.25, 0],
+    "reached": [0.09, 0.1],
+    "source": "texts",
+    "texts": 2,
+    "tokens": 64,
+}
+
+
+def write(target: str, name: str, content: bytes) -> None:
+    folder = CORPUS / target
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+
+
+def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+    header, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def weights(config: dict, dtype: str) -> bytes:
+    """Every tensor the config asks for; the values repeat 0.5, -1, 2."""
+    number = {"F32": "<f", "F16": "<e", "BF16": None}[dtype]
+    heads, kv, hidden = (
+        config[k] for k in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    )
+    neurons, vocab = config["intermediate_size"], config["vocab_size"]
+    size = config.get("head_dim", 128 if config["model_type"] == "qwen3" else hidden // heads)
+    shapes = {"model.embed_tokens.weight": [vocab, hidden], "model.norm.weight": [hidden]}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = [vocab, hidden]
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        shapes[p + "input_layernorm.weight"] = [hidden]
+        shapes[p + "post_attention_layernorm.weight"] = [hidden]
+        for name, rows in ("q", heads * size), ("k", kv * size), ("v", kv * size):
+            shapes[f"{p}self_attn.{name}_proj.weight"] = [rows, hidden]
+            if config.get("attention_bias") or config["model_type"] == "qwen2":
+                shapes[f"{p}self_attn.{name}_proj.bias"] = [rows]
+        shapes[p + "self_attn.o_proj.weight"] = [hidden, heads * size]
+        if config.get("attention_bias"):
+            shapes[p + "self_attn.o_proj.bias"] = [hidden]
+        if config["model_type"] == "qwen3":
+            for name in "q_norm", "k_norm":
+                shapes[f"{p}self_attn.{name}.weight"] = [size]
+        for name, shape in (
+            ("gate", [neurons, hidden]),
+            ("up", [neurons, hidden]),
+            ("down", [hidden, neurons]),
+        ):
+            shapes[f"{p}mlp.{name}_proj.weight"] = shape
+    tensors = {}
+    for name, shape in shapes.items():
+        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        values = ((0.5, -1.0, 2.0)[i % 3] for i in range(count))
+        if number:
+            content = b"".join(struct.pack(number, value) for value in values)
+        else:
+            content = b"".join(struct.pack("<f", value)[2:] for value in values)
+        tensors[name] = dtype, shape, content
+    return safetensors(tensors)
+
+
+def main() -> None:
+    for name, config in CONFIGS.items():
+        write("config", name, json.dumps(config).encode())
+    generation = b'{"eos_token_id": [1, 3], "temperature": 0.6}'
+    write("config", "generation", json.dumps(LLAMA).encode() + b"\0" + generation)
+
+    index = {"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two"}}
+    write("index", "two", json.dumps(index).encode())
+    write("index", "outside", b'{"weight_map": {"a": "../one.safetensors"}}')
+
+    write("thresholds", "token", json.dumps(THRESHOLDS).encode())
+    sequence = THRESHOLDS | {"scope": "sequence", "coarse": [], "source": "self-generated"}
+    write("thresholds", "sequence", json.dumps(sequence).encode())
+
+    tensors = {"a": ("BF16", [1, 2], b"abcd"), "b": ("F4", [2], b"e"), "c": ("F32", [0, 5], b"")}
+    write("safetensors", "three", safetensors(tensors))
+    overlap = safetensors({"a": ("U8", [2], b"ab"), "b": ("U8", [2], b"cd")})
+    write("safetensors", "overlap", overlap.replace(b"[2, 4]", b"[1, 3]"))
+    write("safetensors", "metadata", b"\x1f" + bytes(7) + b'{"__metadata__": {"key": "v"}} ')
+    write("safetensors", "length", b"\xff" * 8 + b"{}")
+
+    for name, dtype in ("llama", "F32"), ("mistral", "F16"), ("qwen2", "BF16"), ("biased", "F32"):
+        config = CONFIGS[name]
+        write("folder", name, json.dumps(config).encode() + b"\0" + weights(config, dtype))
+    qwen3 = CONFIGS["qwen3"] | {"head_dim": 4}
+    write("folder", "qwen3", json.dumps(qwen3).encode() + b"\0" + weights(qwen3, "F16"))
+    for packed in "f32", "bf16", "int8", "int4":
+        with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
+            Path(source, "config.json").write_text(json.dumps(LLAMA))
+            Path(source, "model.safetensors").write_bytes(weights(LLAMA, "F32"))
+            _native.pack_checkpoint(source, folder, packed, None)
+            config, arena = (Path(folder, name) for name in ("config.json", "model.safetensors"))
+            content = json.dumps(json.loads(config.read_text())).encode()
+            write("folder", "packed_" + packed, content + b"\0" + arena.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
