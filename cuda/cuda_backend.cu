@@ -193,6 +193,9 @@ void CudaBackend::begin(State& s, const Step& step) const {
   grown |= state.attended.reserve(tokens * config.q_size(), needed_for);
   grown |= state.hidden.reserve(tokens * config.intermediate_size, needed_for);
   grown |= state.ups.reserve(tokens * config.intermediate_size, needed_for);
+  const std::int64_t widest =
+      std::max({config.hidden_size, config.q_size(), config.intermediate_size});
+  if (tokens > 1) state.rounded.reserve(tokens * padded(widest), needed_for);
   grown |= state.token_weights.reserve(tokens, needed_for);
   grown |= state.partials.reserve(
       std::max(heads_partials, down_groups() * padded(config.hidden_size)), "partial sums");

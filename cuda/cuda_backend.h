@@ -42,10 +42,11 @@ struct CudaState final : State {
   cuda::Memory<float> cos, sin;  // [T, head_dim / 2]
   cuda::PinnedMemory<int> host_numbers;
   cuda::PinnedMemory<float> host_angles;
-  cuda::Memory<float> x, normed;      // [T, H]
-  cuda::Memory<float> qkv, attended;  // [T, q_size + 2 kv_size], [T, q_size]
-  cuda::Memory<float> hidden, ups;    // [T, F]
-  cuda::Memory<float> partials;       // what blocks hand over to be added up
+  cuda::Memory<float> x, normed;        // [T, H]
+  cuda::Memory<float> qkv, attended;    // [T, q_size + 2 kv_size], [T, q_size]
+  cuda::Memory<float> hidden, ups;      // [T, F]
+  cuda::Memory<std::uint16_t> rounded;  // [T, up to padded(max(H, q_size, F))] bf16
+  cuda::Memory<float> partials;         // what blocks hand over to be added up
   cuda::Memory<unsigned> counters, selected;
   cuda::Memory<double> token_weights;  // [T]
   cuda::Memory<float> logits;          // [rows, V]

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda_backend.h"
+#include "gemm.h"
 #include "linear.h"
 
 namespace tda {
@@ -31,18 +32,24 @@ void CudaBackend::multiply(CudaState& state, const Matrix& w, const Bytes& data,
          w.format == WeightFormat::f32 ? linear_kernel<float> : linear_kernel<bf16>, a);
 }
 
-void CudaBackend::gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a,
+void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, const float* a,
                        const float* bias, float* c, std::int64_t tokens, std::int64_t n,
                        std::int64_t depth, bool add) const {
-  const Gemm g = {
-      a,  w.data(), bias, c, static_cast<int>(tokens), static_cast<int>(n), static_cast<int>(depth),
-      add};
-  const auto tiles = [](std::int64_t i) { return static_cast<unsigned>((i + kTile - 1) / kTile); };
-  const bool f32 = model_->format == WeightFormat::f32;
-  launch(stream_, {tiles(n), tiles(tokens), 1}, kThreads, 2 * kTileDepth * kTilePitch * 4,
-         neuron_major ? (f32 ? gemm_kernel<float, true> : gemm_kernel<bf16, true>)
-                      : (f32 ? gemm_kernel<float, false> : gemm_kernel<bf16, false>),
-         g);
+  const auto parts = [](std::int64_t i, int of) {
+    return static_cast<unsigned>((i + of - 1) / of);
+  };
+  const int t = static_cast<int>(tokens), outputs = static_cast<int>(n),
+            k = static_cast<int>(depth);
+  if (model_->format == WeightFormat::f32)
+    return launch(stream_, {parts(n, kTile), parts(tokens, kTile), 1}, kThreads,
+                  2 * kTileDepth * kTilePitch * 4,
+                  neuron_major ? gemm_kernel<true> : gemm_kernel<false>,
+                  Gemm<float>{a, w.data(), bias, c, t, outputs, k, add});
+  launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, 0, round_kernel, a, k,
+         state.rounded.data());
+  launch(stream_, {parts(n, kGemmOutputs), parts(tokens, kGemmTokens), 1}, kThreads, kGemmShared,
+         neuron_major ? mma_kernel<true> : mma_kernel<false>,
+         Gemm<bf16>{state.rounded.data(), w.data(), bias, c, t, outputs, k, add});
 }
 
 void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,

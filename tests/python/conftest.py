@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: the demo model, and a tiny one with a tokenizer."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what auto means")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All engines of the tests, those of programs they start included, take this device."""
+    os.environ["TDA_DEVICE"] = config.getoption("--device")
 
 
 @pytest.fixture(scope="session")
