@@ -50,6 +50,7 @@ struct CudaState final : State {
   cuda::Memory<unsigned> counters, selected;
   cuda::Memory<double> token_weights;  // [T]
   cuda::Memory<float> logits;          // [rows, V]
+  cuda::Memory<std::uint64_t> best;    // for greedy()
   cuda::PinnedMemory<float> host_logits;
 
   std::int64_t tokens() const { return static_cast<std::int64_t>(step.tokens.size()); }
@@ -73,6 +74,7 @@ class CudaBackend final : public Backend {
   void attention_out(State&, std::int64_t layer) const override;
   void ffn(State&, std::int64_t layer) const override;
   std::span<const float> logits(State&, std::int64_t rows) const override;
+  Token greedy(State&) const override;
 
   Statistic statistic(const State&, std::int64_t layer) const override;
   void fade_statistic(State&, double factor) const override;
@@ -106,6 +108,7 @@ class CudaBackend final : public Backend {
                 const Floats* norm, const Floats& bias, float* y, bool add) const;
   void gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a, const float* bias,
             float* c, std::int64_t tokens, std::int64_t n, std::int64_t depth, bool add) const;
+  void make_logits(CudaState&, std::int64_t rows) const;
   void norm(CudaState&, const float* x, std::int64_t tokens, const Floats& weight) const;
 
   // ffn.cu

@@ -76,20 +76,44 @@ void CudaBackend::attention_out(State& s, std::int64_t layer) const {
            state.tokens(), nullptr, layers_[layer].output_bias, state.x.data(), true);
 }
 
-std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
-  CudaState& state = CudaState::of(s);
+void CudaBackend::make_logits(CudaState& state, std::int64_t rows) const {
   if (rows < 1 || rows > state.tokens())
     throw OptionError("logits of " + std::to_string(rows) + " rows, expected 1 to the step's " +
                       std::to_string(state.tokens()));
   const std::int64_t size = rows * model_->head.rows;
   state.logits.reserve(size, "the logits");
-  state.host_logits.reserve(size, "the logits, on the host");
   const float* x = state.x.data() + (state.tokens() - rows) * model_->config.hidden_size;
   multiply(state, model_->head, head_.data() ? head_ : embedding_, x, rows, &final_norm_, {},
            state.logits.data(), false);
+}
+
+std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
+  CudaState& state = CudaState::of(s);
+  make_logits(state, rows);
+  const std::int64_t size = rows * model_->head.rows;
+  state.host_logits.reserve(size, "the logits, on the host");
   copy(stream_, state.host_logits.data(), state.logits.data(), size);
   stream_.wait();
   return {state.host_logits.data(), static_cast<std::size_t>(size)};
+}
+
+/// Twelve bytes come back instead of all logits.
+Token CudaBackend::greedy(State& s) const {
+  CudaState& state = CudaState::of(s);
+  make_logits(state, 1);
+  const auto n = static_cast<int>(model_->head.rows);
+  const unsigned blocks = static_cast<unsigned>(std::min((n + kThreads - 1) / kThreads, 64));
+  state.best.reserve(blocks + 1, "the best logits");
+  Best* best = reinterpret_cast<Best*>(state.best.data());
+  launch(stream_, {blocks, 1, 1}, kThreads, kWarps * sizeof(Best) + 4, argmax_kernel,
+         state.logits.data(), n, best, state.counters.data());
+  Best found;
+  float first;
+  copy(stream_, &found, best + blocks, 1);
+  copy(stream_, &first, state.logits.data(), 1);
+  stream_.wait();
+  check_finite(found.value, first);
+  return found.id;
 }
 
 }  // namespace tda

@@ -83,6 +83,42 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(Linear a) {
   }
 }
 
+/// The best of some logits.
+struct Best {
+  float value;
+  int id;
+};
+static_assert(sizeof(Best) == sizeof(std::uint64_t));
+
+/// Equal ones: the lower id. A NaN is never better.
+__device__ inline Best better(Best a, Best b) {
+  return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+}
+
+/// best[gridDim.x] = the best logit of all, as argmax() on the host finds it. logits: [n], at least
+/// one per block; best: [gridDim.x + 1], the blocks' own before it; counter: [1] zero;
+/// shared: kWarps Best and a flag
+static __global__ void argmax_kernel(const float* logits, int n, Best* best, unsigned* counter) {
+  Best* parts = shared_as<Best>();  // [kWarps]
+  unsigned* flag = reinterpret_cast<unsigned*>(parts + kWarps);
+  Best mine = {load(logits), 0};
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; TDA_WITHIN(i, n); i += gridDim.x * blockDim.x)
+    mine = better(mine, {load(logits + i), i});
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+    mine = better(mine,
+                  {__shfl_xor_sync(kAll, mine.value, mask), __shfl_xor_sync(kAll, mine.id, mask)});
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) mine = better(mine, parts[w]);
+    best[blockIdx.x] = mine;
+  }
+  if (!last_to_arrive(counter, gridDim.x, flag) || threadIdx.x > 0) return;
+  for (unsigned b = 0; b < gridDim.x; ++b) mine = better(mine, best[b]);
+  best[gridDim.x] = mine;
+}
+
 /// x[t] = embedding[tokens[t]]; a block per token. x: [T, cols]
 template <class W>
 __global__ void embed_kernel(const void* embedding, const int* tokens, int cols, float* x) {

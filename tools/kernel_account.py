@@ -83,9 +83,8 @@ def compile_one(nvcc: str, source: str, arch: int, folder: str) -> str:
 
 def plain(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    name = re.sub(
-        r"^void |\((?!tda::cuda::Select\)).*$|tda::cuda::(?=\w+_kernel)", "", name.strip()
-    )
+    name = re.sub(r"^void |\((?!tda::cuda::Select\)).*$", "", name.strip())
+    name = re.sub(r"tda::cuda::(?=\w+_kernel)", "", name)
     for old, new in (
         ("unsigned short", "bf16"),
         ("(tda::cuda::Select)0", "all"),
@@ -113,7 +112,9 @@ def table(kernels: dict[int, dict[str, tuple[int, int]]], version: str) -> str:
     lines = [
         f"nvcc {version}; shared memory and blocks at Llama-2-7B's shape.",
         "",
-        "| kernel | threads | registers sm_80, sm_90 | shared bytes | blocks per processor sm_80, sm_90 |",
+        "Registers and blocks: sm_80, sm_90.",
+        "",
+        "| kernel | threads | registers | shared bytes | blocks per processor |",
         "|---|---|---|---|---|",
     ]
     for name in sorted(kernels[80]):

@@ -4,13 +4,18 @@
 
 namespace tda {
 
+Token Generation::Impl::choose() {
+  if (new_tokens == 0) return sampler.sample(run.prefill());
+  return sampler.is_greedy() ? run.decode_greedily(last) : sampler.sample(run.decode(last));
+}
+
 std::optional<Token> Generation::Impl::next() {
   if (finish_reason != FinishReason::none) return {};
   if (new_tokens == options.max_new_tokens) {
     finish_reason = FinishReason::length;
     return {};
   }
-  const Token token = sampler.sample(new_tokens == 0 ? run.prefill() : run.decode(last));
+  const Token token = choose();
   if (!options.ignore_eos && std::ranges::count(run.config().eos_tokens, token)) {
     finish_reason = FinishReason::stop;
     return {};

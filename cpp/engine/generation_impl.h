@@ -7,6 +7,7 @@ namespace tda {
 
 struct Generation::Impl {
   std::optional<Token> next();
+  Token choose();
 
   Run run;
   Sampler sampler;

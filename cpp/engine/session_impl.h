@@ -22,7 +22,10 @@ struct Session::Impl {
   std::span<const float> prefill(Tokens tokens, FfnMode mode, std::int64_t rows = 1);
   /// Logits [T, V] of all tokens.
   std::vector<float> all_logits(Tokens tokens);
-  std::span<const float> decode(Token token);
+  /// Logits [V], unless `rows` is 0.
+  std::span<const float> decode(Token token, std::int64_t rows = 1);
+  /// decode, then the token that greedy decoding takes.
+  Token decode_greedily(Token token);
   std::vector<float> statistic(std::int64_t layer) const;
   void apply(const TdaOptions& options);
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);

@@ -259,7 +259,7 @@ def test_engine_properties(folder, engine):
 @pytest.mark.parametrize(
     ("device", "forced", "weights", "found"),
     [
-        ("cuda", None, "f32", "DeviceError: device cuda: .*(no CUDA|CUDA driver)"),
+        ("cuda", None, "f32", "DeviceError: device cuda: .*(no CUDA|no NVIDIA driver)"),
         ("auto", "cuda", "f32", "DeviceError: device cuda: "),
         ("auto", "cuda", "int8", "cpu"),
         ("auto", None, "f32", "cpu"),

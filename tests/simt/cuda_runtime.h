@@ -89,7 +89,7 @@ struct cudaLaunchConfig_t {
 
 namespace simt {
 inline std::size_t memory_total = std::size_t{1} << 30, memory_used = 0;  // tests may shrink it
-inline int devices = 1, processors = 3;
+inline int driver = 13000, devices = 1, capability = 9, processors = 3;
 
 // Behind every allocation lies a fence, poisoned as all memory is at first. Whoever writes there is
 // found out later, whoever reads by load() at once.
@@ -117,6 +117,11 @@ inline const char* cudaGetErrorString(cudaError_t e) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = simt::devices, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* v) { return *v = simt::driver, cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {
+  return *v = simt::capability, cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = cudaDeviceProp{};

@@ -112,7 +112,10 @@ double run_case(const Case& c, FfnMode single = FfnMode::dense) {
       std::vector<naive::Vector> expected;
       for (std::int64_t t = size - rows; t < size; ++t)
         expected.push_back(session.logits(t, rows == 1));
-      check(backend.logits(*s, rows).data(), expected);
+      const auto logits = backend.logits(*s, rows);
+      check(logits.data(), expected);
+      const Token best = argmax(logits.last(c.config.vocab_size));
+      if (rows == 1) CHECK(backend.greedy(*s) == best);
     }
     position += size;
   }
@@ -146,6 +149,24 @@ std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds
     all.insert(all.end(), logits.begin(), logits.end());
   }
   return all;
+}
+
+TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
+  ModelConfig config = small_config();
+  config.vocab_size = 700;  // several blocks
+  const RandomModel random(config, WeightFormat::f32, 8);
+  const auto model = random.get();
+  for (std::int64_t r = 1; r < config.vocab_size; ++r)  // equal logits
+    std::memcpy(const_cast<std::byte*>(model->head.row(r)), model->head.row(0),
+                static_cast<std::size_t>(model->head.row_bytes()));
+  RandomModel::poison(model->embedding, 1);
+  const CudaBackend backend(model, 1);
+  const auto state = backend.new_state(2, KvFormat::f32);
+  const std::vector<Token> tokens = {0, 1};
+  forward(backend, *state, step_of({&tokens[0], 1}, 0), 0);
+  CHECK(backend.greedy(*state) == 0);
+  forward(backend, *state, step_of({&tokens[1], 1}, 1), 0);
+  CHECK_THROWS(backend.greedy(*state), Error, "not finite");
 }
 
 TEST(graphs_give_the_same_bits_as_single_launches) {
@@ -302,6 +323,12 @@ TEST(what_does_not_fit_is_refused_by_name) {
   simt::devices = 0;
   CHECK_THROWS(make_cuda_backend(f32.get(), 1), DeviceError, "no CUDA device");
   simt::devices = 1;
+  simt::capability = 7;
+  CHECK_THROWS(make_cuda_backend(f32.get(), 1), DeviceError, "capability 7.x, expected 8.0");
+  simt::capability = 9;
+  simt::driver = 0;
+  CHECK_THROWS(make_cuda_backend(f32.get(), 1), DeviceError, "no NVIDIA driver");
+  simt::driver = 13000;
 }
 
 int main() { return run_tests(); }

@@ -71,6 +71,7 @@ std::vector<float> outcome(const Scenario& scenario) {
     see(state.x.data(), size * scenario.config.hidden_size);
     const auto logits = backend.logits(*s, size);
     see(logits.data(), std::ssize(logits));
+    seen.push_back(static_cast<float>(backend.greedy(*s)));
     position += size;
   }
   const auto statistic = backend.statistic(*s, 0);

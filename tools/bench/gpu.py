@@ -31,6 +31,7 @@ import tiny  # noqa: E402
 from tdaengine import TDA, Engine, GenerateOptions, OptionError  # noqa: E402
 
 SHARES = (0.75, 0.5, 0.25)
+LARGEST = {"f32": 1e-3, "bf16": 0.3}  # differences of logits; their size is 3
 GREEDY, SAME = 64, 100  # tokens compared with the CPU's; generations compared with each other
 
 
@@ -109,18 +110,15 @@ def run_check(device: str, shape: str) -> None:
             failures.append(what)
 
     with tempfile.TemporaryDirectory() as folder:
-        worst = {"f32": 0.0, "bf16": 0.0}
+        worst = dict.fromkeys(LARGEST, 0.0)
         for name in tiny.VARIANTS:
             model = tiny.write(Path(folder) / name, name)
             for weights in worst:
                 found = largest_difference(model, device, weights, tiny.tokens(name))
                 worst[weights] = max(worst[weights], found)
-        report(
-            f"logits on {device} and cpu, f32: differ by {worst['f32']:.2g}", worst["f32"] <= 1e-3
-        )
-        report(
-            f"logits on {device} and cpu, bf16: differ by {worst['bf16']:.2g}", worst["bf16"] <= 0.3
-        )
+        for weights, most in LARGEST.items():
+            what = f"logits in {weights} on {device} and cpu differ by {worst[weights]:.2g}"
+            report(f"{what}, at most {most}", worst[weights] <= most)
 
         engine = Engine(Path(folder) / "llama", device=device, weights="bf16")
         for name, tda in scopes().items():
@@ -205,9 +203,7 @@ class Bench:
         difference, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
         if not difference <= 0.1 * size:
             raise SystemExit(f"logits differ from torch's by {difference:.3g} of {size:.3g}")
-        self.notes.append(
-            f"logits differ from torch's by {difference:.2g}, their size is {size:.2g}"
-        )
+        self.notes.append(f"logits of size {size:.2g} differ from torch's by {difference:.2g}")
 
     def _round(self, engine: Engine, peers: dict) -> dict[str, float]:
         measured = {}

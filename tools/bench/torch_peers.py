@@ -144,10 +144,10 @@ class Products:
 
     def __init__(self, compiled: Compiled, device: str) -> None:
         self.bytes = compiled.shape.weight_bytes
-        matrices = [m for layer in compiled.layers for m in layer if m.dim() > 1] + [compiled.head]
-        vectors = {
-            m.shape[1]: torch.ones(1, m.shape[1], device=device).bfloat16() for m in matrices
-        }
+        matrices = [m for layer in compiled.layers for m in layer if m.dim() > 1]
+        matrices.append(compiled.head)
+        sizes = {m.shape[1] for m in matrices}
+        vectors = {n: torch.ones(1, n, device=device).bfloat16() for n in sizes}
 
         def step() -> None:
             with torch.inference_mode():
