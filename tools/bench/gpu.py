@@ -93,7 +93,7 @@ def largest_difference(model: Path, device: str, weights: str, tokens: list[int]
     """Of logits, prefilled and decoded."""
     rows = []
     for on in (device, "cpu"):
-        engine = Engine(model, device=on, weights=weights)
+        engine = Engine(model, device=on, weights=weights, max_context=tiny.CONTEXT)
         session = engine.session(len(tokens))
         session.prefill(tokens[: len(tokens) // 2])
         decoded = [session.decode(token) for token in tokens[len(tokens) // 2 :]]

@@ -63,7 +63,7 @@ if [ "$device" = cuda ]; then
   step suite-cpp 40 env TDA_DEVICE=cuda "$bin/ctest" --test-dir build/gpu-tree \
     --output-on-failure -R '^engine$'
 fi
-step suite-python 100 "$bin/python" -m pytest -q --device "$device" $tests
+step suite-python 100 "$bin/python" -m pytest -q tests/python --device "$device" $tests
 for tool in memcheck racecheck synccheck initcheck; do
   sanitizer="compute-sanitizer --tool $tool --error-exitcode 1"
   [ "$device" = cuda ] || sanitizer=
