@@ -55,6 +55,7 @@ printf '| step | result | seconds |\n|---|---|---|\n' | tee "$out/steps.md"
 
 if [ "$device" = cuda ]; then
   step driver 20 nvidia-smi
+  ((failed)) && echo "this needs a GPU; without one: tools/bench/gpu.sh --rehearse" && exit 1
   step environment 60 bash -c "python3 -m venv --system-site-packages build/gpu-venv &&
     $bin/pip install -q --no-index --find-links build/wheels $(echo $packages)"
   step build 240 env PATH="$PWD/$bin:/usr/local/cuda/bin:$PATH" "$bin/pip" install -q --no-deps \
