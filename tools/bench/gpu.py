@@ -220,10 +220,15 @@ class Bench:
                 name = f"tdaengine {setting}, context {context}"
                 measured[name] = generation.stats.tokens_per_second
                 self.bytes[name] = generation.stats.bytes_per_token
-            for peer_name, peer in peers.items():
+            for peer_name, peer in list(peers.items()):
                 name = f"{peer_name}, context {context}"
-                work = peer.decode_loop(context, self.new)
-                measured[name] = self.new / seconds(work, self.device)
+                try:
+                    work = peer.decode_loop(context, self.new)
+                    measured[name] = self.new / seconds(work, self.device)
+                except Exception as error:  # whatever PyTorch raises: the peer is left out
+                    del peers[peer_name]
+                    self.notes.append(f"{peer_name} left out: {type(error).__name__}: {error}")
+                    continue
                 self.bytes[name] = peer.bytes_per_token(context)
         return measured
 
