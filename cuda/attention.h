@@ -34,7 +34,7 @@ __global__ void append_kernel(Attention a) {
     if (norm) {
       float squares = 0;
       for (int i = threadIdx.x; i < n; i += blockDim.x) squares += v[i] * v[i];
-      scale = 1 / sqrtf(block_sum(squares, shared_floats()) / n + a.eps);
+      scale = 1 / sqrtf(block_sum(squares, shared_as<float>()) / n + a.eps);
     }
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
       const float c = a.cos[t * half + i], s = a.sin[t * half + i];
@@ -50,7 +50,7 @@ __global__ void append_kernel(Attention a) {
   C* cache = static_cast<C*>(is_value ? a.values : a.keys) +
              (static_cast<std::int64_t>(kv_head) * a.capacity + *a.position + t) * pitch;
   for (int i = threadIdx.x; i < pitch; i += blockDim.x)
-    store(TDA_WITHIN(i, n) ? v[i] : 0, cache + i);
+    store(TDA_WITHIN(i, n) ? read(v + i) : 0, cache + i);
 }
 
 inline constexpr int kAttendThreads = 128, kKeyLanes = 8;  // lanes that share a key
@@ -66,9 +66,9 @@ constexpr std::int64_t attend_shared(int heads, std::int64_t n) {
 /// last block of the head group those of all splits. Lanes hold `Chunks` chunks of a key each.
 /// grid: (kv_heads * groups, splits, T)
 template <class C, int Heads, int Chunks>
-__global__ void __launch_bounds__(kAttendThreads) attend_kernel(Attention a) {
+__global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(Attention a) {
   const int n = a.n, pitch = static_cast<int>(padded(n)), part_size = 2 + pitch;
-  float* q = shared_floats();        // [Heads, pitch]
+  float* q = shared_as<float>();     // [Heads, pitch]
   float* parts = q + Heads * pitch;  // [kStreams, Heads, 2 + pitch]: maximum, sum, values
   unsigned* flag = reinterpret_cast<unsigned*>(parts + kStreams * Heads * part_size);
   const int per_kv = a.heads / a.kv_heads, groups = (per_kv + Heads - 1) / Heads;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(Attention a) {
   for (int i = threadIdx.x; i < Heads * pitch; i += kAttendThreads) {
     const int h = i / pitch, d = i % pitch;
     const std::int64_t row = static_cast<std::int64_t>(t) * (a.heads + 2 * a.kv_heads) + head + h;
-    q[i] = TDA_WITHIN(h, heads) && TDA_WITHIN(d, n) ? a.qkv[row * n + d] * a.scale : 0;
+    q[i] = h < heads && d < n ? a.qkv[row * n + d] * a.scale : 0;
   }
   __syncthreads();
 

@@ -13,13 +13,18 @@ namespace tda {
 using namespace cuda;
 
 std::string cuda_missing() {
-  int count = 0;
+  int driver = 0, count = 0, major = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) return "this machine has no NVIDIA driver";
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     cudaGetLastError();
     return std::string("no CUDA device can be used: ") + cudaGetErrorString(error);
   }
-  return count > 0 ? "" : "this machine has no CUDA device";
+  if (count == 0) return "this machine has no CUDA device";
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "the device");
+  if (major >= 8) return "";
+  return "the device has compute capability " + std::to_string(major) + ".x, expected 8.0 or more";
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model, int threads) {
@@ -193,6 +198,9 @@ void CudaBackend::begin(State& s, const Step& step) const {
   grown |= state.attended.reserve(tokens * config.q_size(), needed_for);
   grown |= state.hidden.reserve(tokens * config.intermediate_size, needed_for);
   grown |= state.ups.reserve(tokens * config.intermediate_size, needed_for);
+  const std::int64_t widest =
+      std::max({config.hidden_size, config.q_size(), config.intermediate_size});
+  if (tokens > 1) state.rounded.reserve(tokens * padded(widest), needed_for);
   grown |= state.token_weights.reserve(tokens, needed_for);
   grown |= state.partials.reserve(
       std::max(heads_partials, down_groups() * padded(config.hidden_size)), "partial sums");

@@ -42,13 +42,15 @@ struct CudaState final : State {
   cuda::Memory<float> cos, sin;  // [T, head_dim / 2]
   cuda::PinnedMemory<int> host_numbers;
   cuda::PinnedMemory<float> host_angles;
-  cuda::Memory<float> x, normed;      // [T, H]
-  cuda::Memory<float> qkv, attended;  // [T, q_size + 2 kv_size], [T, q_size]
-  cuda::Memory<float> hidden, ups;    // [T, F]
-  cuda::Memory<float> partials;       // what blocks hand over to be added up
+  cuda::Memory<float> x, normed;        // [T, H]
+  cuda::Memory<float> qkv, attended;    // [T, q_size + 2 kv_size], [T, q_size]
+  cuda::Memory<float> hidden, ups;      // [T, F]
+  cuda::Memory<std::uint16_t> rounded;  // [T, up to padded(max(H, q_size, F))] bf16
+  cuda::Memory<float> partials;         // what blocks hand over to be added up
   cuda::Memory<unsigned> counters, selected;
   cuda::Memory<double> token_weights;  // [T]
   cuda::Memory<float> logits;          // [rows, V]
+  cuda::Memory<std::uint64_t> best;    // for greedy()
   cuda::PinnedMemory<float> host_logits;
 
   std::int64_t tokens() const { return static_cast<std::int64_t>(step.tokens.size()); }
@@ -72,6 +74,7 @@ class CudaBackend final : public Backend {
   void attention_out(State&, std::int64_t layer) const override;
   void ffn(State&, std::int64_t layer) const override;
   std::span<const float> logits(State&, std::int64_t rows) const override;
+  Token greedy(State&) const override;
 
   Statistic statistic(const State&, std::int64_t layer) const override;
   void fade_statistic(State&, double factor) const override;
@@ -105,6 +108,7 @@ class CudaBackend final : public Backend {
                 const Floats* norm, const Floats& bias, float* y, bool add) const;
   void gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a, const float* bias,
             float* c, std::int64_t tokens, std::int64_t n, std::int64_t depth, bool add) const;
+  void make_logits(CudaState&, std::int64_t rows) const;
   void norm(CudaState&, const float* x, std::int64_t tokens, const Floats& weight) const;
 
   // ffn.cu

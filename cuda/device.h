@@ -13,13 +13,15 @@ namespace tda::cuda {
 #endif
 
 /// Shared memory of a block; every kernel lays out its own.
+template <class T>
+__device__ T* shared_as() {
 #ifdef __CUDACC__
-extern __shared__ uint4 shared_memory[];
-__device__ inline float* shared_floats() { return reinterpret_cast<float*>(shared_memory); }
+  extern __shared__ uint4 shared_memory[];
+  return reinterpret_cast<T*>(shared_memory);
 #else
-inline char* const shared_memory = simt::shared;
-inline float* shared_floats() { return reinterpret_cast<float*>(shared_memory); }
+  return reinterpret_cast<T*>(simt::shared_memory());
 #endif
+}
 
 inline constexpr int kThreads = 256, kWarps = kThreads / 32;
 inline constexpr unsigned kAll = 0xffffffffu;
@@ -32,7 +34,26 @@ __host__ __device__ constexpr std::int64_t padded(std::int64_t n) {
 
 using bf16 = std::uint16_t;  // as a bit pattern
 
-/// Read-only, used once: kept out of the first cache.
+/// Where reading outside of memory would not show in results, tests see it here.
+template <class T>
+__device__ T read(const T* p) {
+#ifdef TDA_ON_HOST
+  simt::check_read(p, sizeof(T));
+#endif
+  return *p;
+}
+
+/// The same of what is read-only for the whole kernel.
+template <class T>
+__device__ T load(const T* p) {
+#ifdef __CUDA_ARCH__
+  return __ldg(p);
+#else
+  return read(p);
+#endif
+}
+
+/// The same, used once: kept out of the first cache.
 __device__ inline uint4 load_once(const uint4* p) {
 #ifdef __CUDA_ARCH__
   uint4 v;
@@ -41,7 +62,7 @@ __device__ inline uint4 load_once(const uint4* p) {
       : "l"(p));
   return v;
 #else
-  return *p;
+  return load(p);
 #endif
 }
 
@@ -59,7 +80,7 @@ struct Chunk<float> {
   }
   __device__ static Chunk cached(const float* p) {
     const uint4* q = reinterpret_cast<const uint4*>(p);
-    return {{q[0], q[1]}};
+    return {{load(q), load(q + 1)}};
   }
   __device__ void unpack(float (&out)[kChunk]) const {
     for (int i = 0; i < 2; ++i) {
@@ -77,7 +98,9 @@ struct Chunk<bf16> {
   __device__ static Chunk once(const bf16* p) {
     return {load_once(reinterpret_cast<const uint4*>(p))};
   }
-  __device__ static Chunk cached(const bf16* p) { return {*reinterpret_cast<const uint4*>(p)}; }
+  __device__ static Chunk cached(const bf16* p) {
+    return {load(reinterpret_cast<const uint4*>(p))};
+  }
   __device__ void unpack(float (&out)[kChunk]) const {
     const unsigned w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll

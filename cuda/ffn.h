@@ -50,7 +50,7 @@ inline constexpr int kSlice = 32 * kChunk;                   // columns of a blo
 /// those that fail one). shared: padded(hidden) + kWarps floats
 template <class W, Select S>
 __global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 1 : 2) gate_up_kernel(Neurons a) {
-  float* x = shared_floats();
+  float* x = shared_as<float>();
   const int pitch = static_cast<int>(padded(a.hidden));
   unsigned* bits = reinterpret_cast<unsigned*>(x + pitch);  // [kWarps]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -153,8 +153,7 @@ __device__ inline Share active_share(const unsigned* words, int count, int part,
   const Share share = share_of(total, part, parts);
   for (int w = mine.first; w < mine.end; ++w)
     for (unsigned rest = words[w]; rest != 0; rest &= rest - 1, ++at)
-      if (at >= share.first && TDA_WITHIN(at, share.end))
-        entries[at - share.first] = 32 * w + __ffs(rest) - 1;
+      if (at >= share.first && at < share.end) entries[at - share.first] = 32 * w + __ffs(rest) - 1;
   return share;
 }
 
@@ -164,7 +163,7 @@ __device__ inline Share active_share(const unsigned* words, int count, int part,
 /// neurons / groups + 1) ints
 template <class W, Select S>
 __global__ void __launch_bounds__(kThreads, 2) down_kernel(Neurons a) {
-  float* parts = shared_floats();                               // [kWarps, kSlice]
+  float* parts = shared_as<float>();                            // [kWarps, kSlice]
   int* sums = reinterpret_cast<int*>(parts + kWarps * kSlice);  // [kWarps]
   unsigned* flag = reinterpret_cast<unsigned*>(sums + kWarps);  // [1]
   int* entries = sums + kWarps + 1;
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) down_kernel(Neurons a) {
     float total = 0;
     for (int g = 0; g < groups; ++g)
       total += a.partials[static_cast<std::int64_t>(g) * pitch + mine];
-    a.x[mine] += total;
+    a.x[mine] = read(a.x + mine) + total;
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.exact = share.total;
 }
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) down_kernel(Neurons a) {
 static __global__ void gated_kernel(Activation activation, float* gate, float* up, std::int64_t n) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (!TDA_WITHIN(i, n)) return;
-  const float active = activate(activation, gate[i]);
+  const float active = activate(activation, read(gate + i));
   gate[i] = active * up[i];
   up[i] = active;
 }
@@ -224,7 +223,7 @@ static __global__ void gated_kernel(Activation activation, float* gate, float* u
 /// token. h: [T, neurons]; lengths: [neurons] or null: ones; shared: kWarps doubles
 static __global__ void token_weights_kernel(const float* h, const float* lengths, int neurons,
                                             double* weights) {
-  double* parts = reinterpret_cast<double*>(shared_memory);
+  double* parts = shared_as<double>();
   const std::int64_t t = blockIdx.x;
   double squares = 0;
   for (int j = threadIdx.x; j < neurons; j += blockDim.x) {
@@ -240,7 +239,7 @@ static __global__ void gather_kernel(const float* h, const float* lengths, const
                                      int tokens, int neurons, double* sums) {
   const int j = blockIdx.x * blockDim.x + threadIdx.x;
   if (!TDA_WITHIN(j, neurons)) return;
-  double sum = sums[j];
+  double sum = read(sums + j);
   for (int t = 0; t < tokens; ++t) {
     const double length = static_cast<double>(h[static_cast<std::int64_t>(t) * neurons + j]) *
                           (lengths ? lengths[j] : 1.0f);
@@ -251,7 +250,7 @@ static __global__ void gather_kernel(const float* h, const float* lengths, const
 
 static __global__ void scale_kernel(double* values, double factor, std::int64_t n) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (TDA_WITHIN(i, n)) values[i] *= factor;
+  if (TDA_WITHIN(i, n)) values[i] = read(values + i) * factor;
 }
 
 }  // namespace tda::cuda

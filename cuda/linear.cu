@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda_backend.h"
+#include "gemm.h"
 #include "linear.h"
 
 namespace tda {
@@ -31,18 +32,24 @@ void CudaBackend::multiply(CudaState& state, const Matrix& w, const Bytes& data,
          w.format == WeightFormat::f32 ? linear_kernel<float> : linear_kernel<bf16>, a);
 }
 
-void CudaBackend::gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a,
+void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, const float* a,
                        const float* bias, float* c, std::int64_t tokens, std::int64_t n,
                        std::int64_t depth, bool add) const {
-  const Gemm g = {
-      a,  w.data(), bias, c, static_cast<int>(tokens), static_cast<int>(n), static_cast<int>(depth),
-      add};
-  const auto tiles = [](std::int64_t i) { return static_cast<unsigned>((i + kTile - 1) / kTile); };
-  const bool f32 = model_->format == WeightFormat::f32;
-  launch(stream_, {tiles(n), tiles(tokens), 1}, kThreads, 2 * kTileDepth * kTilePitch * 4,
-         neuron_major ? (f32 ? gemm_kernel<float, true> : gemm_kernel<bf16, true>)
-                      : (f32 ? gemm_kernel<float, false> : gemm_kernel<bf16, false>),
-         g);
+  const auto parts = [](std::int64_t i, int of) {
+    return static_cast<unsigned>((i + of - 1) / of);
+  };
+  const int t = static_cast<int>(tokens), outputs = static_cast<int>(n),
+            k = static_cast<int>(depth);
+  if (model_->format == WeightFormat::f32)
+    return launch(stream_, {parts(n, kTile), parts(tokens, kTile), 1}, kThreads,
+                  2 * kTileDepth * kTilePitch * 4,
+                  neuron_major ? gemm_kernel<true> : gemm_kernel<false>,
+                  Gemm<float>{a, w.data(), bias, c, t, outputs, k, add});
+  launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, 0, round_kernel, a, k,
+         state.rounded.data());
+  launch(stream_, {parts(n, kGemmOutputs), parts(tokens, kGemmTokens), 1}, kThreads, kGemmShared,
+         neuron_major ? mma_kernel<true> : mma_kernel<false>,
+         Gemm<bf16>{state.rounded.data(), w.data(), bias, c, t, outputs, k, add});
 }
 
 void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,
@@ -69,20 +76,44 @@ void CudaBackend::attention_out(State& s, std::int64_t layer) const {
            state.tokens(), nullptr, layers_[layer].output_bias, state.x.data(), true);
 }
 
-std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
-  CudaState& state = CudaState::of(s);
+void CudaBackend::make_logits(CudaState& state, std::int64_t rows) const {
   if (rows < 1 || rows > state.tokens())
     throw OptionError("logits of " + std::to_string(rows) + " rows, expected 1 to the step's " +
                       std::to_string(state.tokens()));
   const std::int64_t size = rows * model_->head.rows;
   state.logits.reserve(size, "the logits");
-  state.host_logits.reserve(size, "the logits, on the host");
   const float* x = state.x.data() + (state.tokens() - rows) * model_->config.hidden_size;
   multiply(state, model_->head, head_.data() ? head_ : embedding_, x, rows, &final_norm_, {},
            state.logits.data(), false);
+}
+
+std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
+  CudaState& state = CudaState::of(s);
+  make_logits(state, rows);
+  const std::int64_t size = rows * model_->head.rows;
+  state.host_logits.reserve(size, "the logits, on the host");
   copy(stream_, state.host_logits.data(), state.logits.data(), size);
   stream_.wait();
   return {state.host_logits.data(), static_cast<std::size_t>(size)};
+}
+
+/// Twelve bytes come back instead of all logits.
+Token CudaBackend::greedy(State& s) const {
+  CudaState& state = CudaState::of(s);
+  make_logits(state, 1);
+  const auto n = static_cast<int>(model_->head.rows);
+  const unsigned blocks = static_cast<unsigned>(std::min((n + kThreads - 1) / kThreads, 64));
+  state.best.reserve(blocks + 1, "the best logits");
+  Best* best = reinterpret_cast<Best*>(state.best.data());
+  launch(stream_, {blocks, 1, 1}, kThreads, kWarps * sizeof(Best) + 4, argmax_kernel,
+         state.logits.data(), n, best, state.counters.data());
+  Best found;
+  float first;
+  copy(stream_, &found, best + blocks, 1);
+  copy(stream_, &first, state.logits.data(), 1);
+  stream_.wait();
+  check_finite(found.value, first);
+  return found.id;
 }
 
 }  // namespace tda

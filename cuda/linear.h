@@ -59,7 +59,7 @@ inline constexpr int kWarpRows = 4;  // at once, so that x is read from shared m
 /// shared: padded(cols) + kWarps floats
 template <class W>
 __global__ void __launch_bounds__(kThreads, 2) linear_kernel(Linear a) {
-  float* x = shared_floats();
+  float* x = shared_as<float>();
   const int pitch = static_cast<int>(padded(a.cols)), lane = threadIdx.x % 32;
   load_vector(a.x, a.norm, a.eps, a.cols, x, x + pitch);
   __syncthreads();
@@ -83,6 +83,42 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(Linear a) {
   }
 }
 
+/// The best of some logits.
+struct Best {
+  float value;
+  int id;
+};
+static_assert(sizeof(Best) == sizeof(std::uint64_t));
+
+/// Equal ones: the lower id. A NaN is never better.
+__device__ inline Best better(Best a, Best b) {
+  return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+}
+
+/// best[gridDim.x] = the best logit of all, as argmax() on the host finds it. logits: [n], at least
+/// one per block; best: [gridDim.x + 1], the blocks' own before it; counter: [1] zero;
+/// shared: kWarps Best and a flag
+static __global__ void argmax_kernel(const float* logits, int n, Best* best, unsigned* counter) {
+  Best* parts = shared_as<Best>();  // [kWarps]
+  unsigned* flag = reinterpret_cast<unsigned*>(parts + kWarps);
+  Best mine = {load(logits), 0};
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; TDA_WITHIN(i, n); i += gridDim.x * blockDim.x)
+    mine = better(mine, {load(logits + i), i});
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+    mine = better(mine,
+                  {__shfl_xor_sync(kAll, mine.value, mask), __shfl_xor_sync(kAll, mine.id, mask)});
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) mine = better(mine, parts[w]);
+    best[blockIdx.x] = mine;
+  }
+  if (!last_to_arrive(counter, gridDim.x, flag) || threadIdx.x > 0) return;
+  for (unsigned b = 0; b < gridDim.x; ++b) mine = better(mine, best[b]);
+  best[gridDim.x] = mine;
+}
+
 /// x[t] = embedding[tokens[t]]; a block per token. x: [T, cols]
 template <class W>
 __global__ void embed_kernel(const void* embedding, const int* tokens, int cols, float* x) {
@@ -96,69 +132,10 @@ __global__ void embed_kernel(const void* embedding, const int* tokens, int cols,
 /// out[t] = rmsnorm(x[t]); a block per token. x, out: [T, n]; shared: padded(n) + kWarps floats
 static __global__ void norm_kernel(const float* x, const float* weight, float eps, int n,
                                    float* out) {
-  float* row = shared_floats();
+  float* row = shared_as<float>();
   const std::int64_t t = blockIdx.x;
-  load_vector(x + t * n, weight, eps, n, row, row + padded(n));
-  __syncthreads();
+  load_vector(x + t * n, weight, eps, n, row, row + padded(n));  // and each thread reads its own
   for (int i = threadIdx.x; i < n; i += blockDim.x) out[t * n + i] = row[i];
-}
-
-/// c[t, n] (+)= sum over k of a[t, k] w[n, k] (or w[k, n], neuron-major) + bias[n], in f32.
-struct Gemm {
-  const float* a;     // [tokens, depth]
-  const void* w;      // [n, padded depth], neuron-major [depth, padded n]
-  const float* bias;  // [n] or null
-  float* c;           // [tokens, n]
-  int tokens, n, depth;
-  bool add;
-};
-
-inline constexpr int kTile = 64, kTileDepth = 16, kTilePitch = kTile + 1;
-
-/// grid: (n / kTile, tokens / kTile), rounded up; shared: 2 kTileDepth kTilePitch floats
-template <class W, bool NeuronMajor>
-__global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Gemm g) {
-  float* a = shared_floats();              // [kTileDepth, kTilePitch]
-  float* b = a + kTileDepth * kTilePitch;  // [kTileDepth, kTilePitch]
-  const int first_n = blockIdx.x * kTile, first_t = blockIdx.y * kTile;
-  const int column = threadIdx.x % 16, row = threadIdx.x / 16;
-  const std::int64_t pitch = padded(NeuronMajor ? g.n : g.depth);
-  float sums[4][4] = {};
-  for (int first = 0; first < g.depth; first += kTileDepth) {
-    for (int i = threadIdx.x; i < kTile * kTileDepth; i += kThreads) {
-      const int k = i % kTileDepth, t = i / kTileDepth;
-      const bool inside = TDA_WITHIN(first_t + t, g.tokens) && TDA_WITHIN(first + k, g.depth);
-      const std::int64_t at = static_cast<std::int64_t>(first_t + t) * g.depth + first + k;
-      a[k * kTilePitch + t] = inside ? g.a[at] : 0;
-    }
-    for (int i = threadIdx.x; i < kTile * kTileDepth; i += kThreads) {
-      const int k = NeuronMajor ? i / kTile : i % kTileDepth;
-      const int n = NeuronMajor ? i % kTile : i / kTileDepth;
-      const bool inside = TDA_WITHIN(first_n + n, g.n) && TDA_WITHIN(first + k, g.depth);
-      const std::int64_t at =
-          NeuronMajor ? (first + k) * pitch + first_n + n : (first_n + n) * pitch + first + k;
-      b[k * kTilePitch + n] = inside ? value_of(static_cast<const W*>(g.w)[at]) : 0;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kTileDepth; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          sums[i][j] += a[k * kTilePitch + row + 16 * i] * b[k * kTilePitch + column + 16 * j];
-    __syncthreads();
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int t = first_t + row + 16 * i, n = first_n + column + 16 * j;
-      if (!TDA_WITHIN(t, g.tokens) || !TDA_WITHIN(n, g.n)) continue;
-      const float v = sums[i][j] + (g.bias ? g.bias[n] : 0);
-      float& c = g.c[static_cast<std::int64_t>(t) * g.n + n];
-      c = g.add ? c + v : v;
-    }
 }
 
 }  // namespace tda::cuda

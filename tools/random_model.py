@@ -7,7 +7,7 @@ usage: random_model.py FOLDER [--shape NAME] [--seed N]
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,13 @@ STD = 0.02  # of all matrices, small enough that no activation grows large; norm
 
 # hidden, FFN, layers, heads, KV heads, vocabulary, tied embeddings, context in tokens, RoPE base
 SHAPES = {
+    "tiny": (64, 192, 2, 4, 2, 512, True, 8192, 10000.0),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True, 8192, 100000.0),
     "smollm2-360m": (960, 2560, 32, 15, 5, 49152, True, 8192, 100000.0),
     "tinyllama-1.1b": (2048, 5632, 22, 32, 4, 32000, False, 2048, 10000.0),
     "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152, True, 8192, 130000.0),
+    "llama3.2-1b": (2048, 8192, 16, 32, 8, 128256, True, 131072, 500000.0),
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128256, False, 8192, 500000.0),
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000, False, 4096, 10000.0),
 }
 
@@ -70,24 +73,44 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
-def write_weights(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> int:
-    """One tensor in memory at a time. Returns the number of weights."""
+def random_values(seed: int) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    random = np.random.default_rng(seed)
+
+    def values(_: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return to_bf16(np.ones(shape, np.float32))
+        return to_bf16(random.standard_normal(shape, np.float32) * np.float32(STD))
+
+    return values
+
+
+def write_weights(
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    values: Callable[[str, tuple[int, ...]], np.ndarray],
+) -> int:
+    """values(name, shape): bf16 bits; one tensor in memory at a time. Returns the number of
+    weights."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    random = np.random.default_rng(seed)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            if len(shape) == 1:
-                values = np.ones(shape, np.float32)
-            else:
-                values = random.standard_normal(shape, np.float32) * np.float32(STD)
-            file.write(to_bf16(values))
+        for name, shape in shapes.items():
+            file.write(values(name, shape))
     return end // 2
+
+
+def write_model(
+    folder: Path, config: dict, values: Callable[[str, tuple[int, ...]], np.ndarray]
+) -> int:
+    folder.mkdir(parents=True)
+    count = write_weights(folder / "model.safetensors", dict(shapes_of_tensors(config)), values)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return count
 
 
 def main() -> None:
@@ -96,11 +119,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    config = make_config(args.shape)
-    args.folder.mkdir(parents=True)
-    shapes = dict(shapes_of_tensors(config))
-    count = write_weights(args.folder / "model.safetensors", shapes, args.seed)
-    (args.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    count = write_model(args.folder, make_config(args.shape), random_values(args.seed))
     print(f"{args.folder}: {args.shape}, {count:,} random weights")
 
 

@@ -61,6 +61,11 @@ class State {
   virtual ~State() = default;
 };
 
+/// The lowest id among the largest logits. Throws Error if the largest is not finite.
+Token argmax(std::span<const float> logits);
+/// Its check: a NaN anywhere poisons every layer's sums, so it shows in all logits.
+void check_finite(float largest, float first);
+
 /// Bytes of one head's key or value, of n numbers. int8: the numbers, then their scale, f32.
 constexpr std::int64_t kv_row_bytes(KvFormat format, std::int64_t n) {
   return format == KvFormat::f32 ? 4 * n : format == KvFormat::int8 ? n + 4 : 2 * n;
@@ -97,6 +102,9 @@ class Backend {
   virtual void ffn(State&, std::int64_t layer) const = 0;
   /// Logits [rows, V] f32 of the step's last `rows` tokens; valid until the state's next verb.
   virtual std::span<const float> logits(State&, std::int64_t rows) const = 0;
+  /// argmax() of the step's last token, for those who need no more: a device need not hand over the
+  /// logits then.
+  virtual Token greedy(State& state) const { return argmax(logits(state, 1)); }
 
   // TDA.
   /// sum over gathered tokens t of (|n[t,j]| / ||n[t,:]||)^2, [F], and how many tokens that is.

@@ -179,7 +179,8 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
     const std::int64_t first = block * kBlockRows, end = std::min(neurons, first + kBlockRows);
     for (std::int64_t j = first; j < end; ++j)
       for (std::int64_t panel = 0; panel < layout.panels; ++panel)
-        for (std::int64_t lane = 0; lane < width; ++lane) {
+        // Behind the last token a window may hold no keys, and h is NaN.
+        for (std::int64_t lane = 0; lane < std::min(width, layout.tokens - panel * width); ++lane) {
           const double length =
               static_cast<double>(state.hidden.data()[(panel * neurons + j) * width + lane]) *
               lengths[j];

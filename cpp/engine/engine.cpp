@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdlib>
 #include <new>
 
 #include "checkpoint/checkpoint.h"
@@ -6,6 +7,28 @@
 
 namespace tda {
 namespace {
+
+Device preferred_device() {
+  const char* forced = std::getenv("TDA_DEVICE");
+  if (!forced) return Device::automatic;
+  try {
+    return parse_device(forced);
+  } catch (const OptionError& error) {
+    throw OptionError("environment variable TDA_DEVICE: " + std::string(error.what()));
+  }
+}
+
+/// cpu or cuda. What CUDA cannot take yet, `automatic` leaves to the CPU; for the rest it is what
+/// the environment variable TDA_DEVICE says, else CUDA if there is any.
+Device device_of(const EngineOptions& options, WeightFormat weights) {
+  if (options.device != Device::automatic) return options.device;
+  const Device preferred = preferred_device();
+  const bool taken = (weights == WeightFormat::f32 || weights == WeightFormat::bf16) &&
+                     options.kv != KvFormat::int8;
+  if (!taken) return Device::cpu;
+  if (preferred != Device::automatic) return preferred;
+  return cuda_missing().empty() ? Device::cuda : Device::cpu;
+}
 
 std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
                                             const EngineOptions& options) try {
@@ -15,10 +38,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   }
   const Checkpoint checkpoint(folder);
   const auto model = load_model(checkpoint, options.weights, options.threads, options.progress);
-  // What CUDA cannot take yet, `automatic` leaves to the CPU.
-  const bool taken = model->format == WeightFormat::f32 || model->format == WeightFormat::bf16;
-  const bool cuda = options.device == Device::automatic ? cuda_missing().empty() && taken
-                                                        : options.device == Device::cuda;
+  const bool cuda = device_of(options, model->format) == Device::cuda;
   auto backend =
       cuda ? make_cuda_backend(model, options.threads) : make_cpu_backend(model, options.threads);
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;

@@ -4,6 +4,11 @@
 
 namespace tda {
 
+Token Generation::Impl::choose() {
+  if (new_tokens == 0) return sampler.sample(run.prefill());
+  return sampler.is_greedy() ? run.decode_greedily(last) : sampler.sample(run.decode(last));
+}
+
 std::optional<Token> Generation::Impl::next() {
   const InUse guard(in_use, "generation");
   if (finish_reason != FinishReason::none) return {};
@@ -23,7 +28,7 @@ std::optional<Token> Generation::Impl::advance() {
     finish_reason = FinishReason::length;
     return {};
   }
-  const Token token = sampler.sample(new_tokens == 0 ? run.prefill() : run.decode(last));
+  const Token token = choose();
   if (!options.ignore_eos && std::ranges::count(run.config().eos_tokens, token)) {
     finish_reason = FinishReason::stop;
     return {};

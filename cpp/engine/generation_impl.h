@@ -11,6 +11,7 @@ namespace tda {
 struct Generation::Impl {
   std::optional<Token> next();
   std::optional<Token> advance();
+  Token choose();
 
   Run run;
   Sampler sampler;

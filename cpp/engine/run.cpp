@@ -58,6 +58,14 @@ std::span<const float> Run::decode(Token token) {
   return logits;
 }
 
+Token Run::decode_greedily(Token token) {
+  Stopwatch watch;
+  const Token next = session_.decode_greedily(token);
+  stats_.decode_seconds += watch.lap();
+  ++decoded_;
+  return next;
+}
+
 GenerationStats Run::stats() const {
   GenerationStats result = stats_;
   result.prompt_tokens = std::ssize(prompt_);

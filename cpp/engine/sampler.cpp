@@ -29,16 +29,6 @@ void GenerateOptions::validate() const {
   }
 }
 
-Token argmax(std::span<const float> logits) {
-  const auto best = std::max_element(logits.begin(), logits.end());
-  // A NaN anywhere poisons every layer's sums, so it shows in all logits or in the first.
-  if (!std::isfinite(*best) || std::isnan(logits.front())) {
-    throw Error("the model's logits are not finite: found " + std::to_string(*best) +
-                ", expected numbers");
-  }
-  return static_cast<Token>(best - logits.begin());
-}
-
 float log_probability(std::span<const float> logits, Token token) {
   const double largest = logits[argmax(logits)];
   double sum = 0;

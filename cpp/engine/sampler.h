@@ -7,6 +7,8 @@
 #include <span>
 #include <vector>
 
+#include "backend/backend.h"
+
 namespace tda {
 
 class Sampler {
@@ -16,6 +18,8 @@ class Sampler {
 
   /// Chooses and remembers a token. logits: [V]. Throws Error if they are not finite.
   Token sample(std::span<const float> logits);
+  /// Whether `sample` does no more than argmax().
+  bool is_greedy() const { return options_.temperature == 0 && options_.repetition_penalty == 1.0; }
 
  private:
   Token draw();
@@ -32,9 +36,6 @@ class Sampler {
   std::vector<Candidate> candidates_;  // [V], scratch
   void remember(Token token);
 };
-
-/// The lowest id among the largest logits. Throws Error if the largest is not finite.
-Token argmax(std::span<const float> logits);
 
 /// Natural logarithm of the softmax probability of `token`.
 float log_probability(std::span<const float> logits, Token token);

@@ -119,7 +119,13 @@ std::vector<float> Session::Impl::all_logits(Tokens tokens) {
   return all;
 }
 
-std::span<const float> Session::Impl::decode(Token token) {
+Token Session::Impl::decode_greedily(Token token) {
+  decode(token, 0);
+  const std::lock_guard lock(runtime->computing);
+  return backend.greedy(*state);
+}
+
+std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   const ModelConfig& config = runtime->config();
   check_tokens(config, {&token, 1});
   if (refresh_every_ > 0) {
@@ -131,7 +137,7 @@ std::span<const float> Session::Impl::decode(Token token) {
   step.ffn = decode_mode;
   std::vector<FfnReads> before(config.num_layers);
   for (std::int64_t l = 0; l < config.num_layers; ++l) before[l] = backend.ffn_reads(*state, l);
-  const std::span<const float> logits = run(step, 1);
+  const std::span<const float> logits = run(step, rows);
 
   ++decoded_;
   const std::int64_t kv_token =

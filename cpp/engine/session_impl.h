@@ -27,7 +27,10 @@ struct Session::Impl {
   std::span<const float> prefill(Tokens tokens, FfnMode mode, std::int64_t rows = 1);
   /// Logits [T, V] of all tokens.
   std::vector<float> all_logits(Tokens tokens);
-  std::span<const float> decode(Token token);
+  /// Logits [V], unless `rows` is 0.
+  std::span<const float> decode(Token token, std::int64_t rows = 1);
+  /// decode, then the token that greedy decoding takes.
+  Token decode_greedily(Token token);
   std::vector<float> statistic(std::int64_t layer) const;
   /// Whether the options fit the model, before any work. Throws CheckpointError or OptionError.
   void check(const TdaOptions& options) const;

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub id")
     group = parser.add_argument_group("engine")
-    group.add_argument("--device", default="auto", help="auto or cpu")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--weights", default="auto", help="auto, f32, bf16, int8 or int4")
     group.add_argument("--kv", default="auto", help="auto, f32, bf16 or int8")
     group.add_argument("--threads", type=int)

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: the demo model, and a tiny one with a tokenizer."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,24 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what auto means")
+    parser.addoption("--without-model", action="store_true", help="no tests of the demo model")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All engines of the tests, those of programs they start included, take this device."""
+    os.environ["TDA_DEVICE"] = config.getoption("--device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For machines that the demo model does not reach."""
+    if config.getoption("--without-model"):
+        left_out = [item for item in items if "smollm2" in item.fixturenames]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """The Python API on a tiny random model: prompts, TDA, calibration, chats, loading and errors."""
 
+import os
+import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -115,10 +118,37 @@ def test_engine_properties(folder, engine):
     assert (engine.weights, engine.kv) == ("f32", "f32")
     assert limited.fingerprint == engine.fingerprint
     assert engine.weight_bytes > limited.weight_bytes > 0
-    assert engine.device.startswith("cpu")
+    assert engine.device.startswith(os.environ["TDA_DEVICE"])
     config = engine.config
     assert (config.model_type, config.num_layers, config.eos_tokens) == ("llama", 2, [2])
     assert config.rope.theta == 10000
+
+
+@pytest.mark.parametrize(
+    ("device", "forced", "weights", "found"),
+    [
+        ("cuda", None, "f32", "DeviceError: device cuda: .*(no CUDA|no NVIDIA driver)"),
+        ("auto", "cuda", "f32", "DeviceError: device cuda: "),
+        ("auto", "cuda", "int8", "cpu"),
+        ("auto", None, "f32", "cpu"),
+        ("cpu", "cuda", "f32", "cpu"),
+        ("auto", "gpu", "f32", "OptionError: environment variable TDA_DEVICE: .*gpu"),
+    ],
+)
+def test_device_without_a_gpu(folder, device, forced, weights, found):
+    """In a process that sees none, wherever the tests run."""
+    environment = {k: v for k, v in os.environ.items() if k != "TDA_DEVICE"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} | ({"TDA_DEVICE": forced} if forced else {})
+    code = """
+import sys, tdaengine
+try:
+    print(tdaengine.Engine(sys.argv[1], device=sys.argv[2], weights=sys.argv[3]).device)
+except tdaengine.Error as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+    command = [sys.executable, "-c", code, str(folder), device, weights]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.match(found, done.stdout), done.stdout
 
 
 def test_hub_id(tmp_path, monkeypatch, folder):

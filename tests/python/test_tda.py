@@ -181,6 +181,16 @@ def test_bytes_in_bf16_are_half(llama: Case):
     assert bf16.ffn_bytes_fraction == f32.ffn_bytes_fraction
 
 
+def test_refresh_of_fewer_tokens_than_the_window(tmp_path: Path):
+    engine = Engine(tiny.write(tmp_path / "sliding", "mistral_sliding"))
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+    prompt = tiny.tokens("mistral_sliding", 20)
+    dense = engine.generate(prompt, **options)
+    assert engine.generate(prompt, tda=TDA(active=1.0, refresh=4), **options).token_ids == (
+        dense.token_ids
+    )
+
+
 def test_refresh(case: Case):
     """After every `every` decoded tokens these run again, dense, and their statistic counts as
     much as all before."""

@@ -76,7 +76,7 @@ struct CudaStream {
 };
 struct cudaDeviceProp {
   char name[256] = "simt";
-  int multiProcessorCount = 3, major = 9, minor = 0;
+  int multiProcessorCount = 0, major = 9, minor = 0;
 };
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
@@ -89,8 +89,27 @@ struct cudaLaunchConfig_t {
 
 namespace simt {
 inline std::size_t memory_total = std::size_t{1} << 30, memory_used = 0;  // tests may shrink it
-inline std::map<void*, std::size_t> allocations;
-inline int devices = 1;
+inline int driver = 13000, devices = 1, capability = 9, processors = 3;
+
+// Behind every allocation lies a fence, poisoned as all memory is at first. Whoever writes there is
+// found out later, whoever reads by load() at once.
+inline constexpr std::size_t kFence = 256;
+inline std::map<const char*, std::size_t> allocations;
+
+inline void check_fence(const char* p, std::size_t bytes) {
+  for (std::size_t i = 0; i < kFence; ++i)
+    if (p[bytes + i] != static_cast<char>(0xff))
+      throw std::runtime_error("simt: a kernel wrote behind its memory");
+}
+inline void check_fences() {
+  for (const auto& [p, bytes] : allocations) check_fence(p, bytes);
+}
+inline void check_read(const void* from, std::size_t size) {
+  const char* p = static_cast<const char*>(from);
+  auto after = allocations.upper_bound(p);
+  if (after == allocations.begin() || p + size > std::prev(after)->first + std::prev(after)->second)
+    throw std::runtime_error("simt: a kernel reads outside its memory");
+}
 }  // namespace simt
 
 inline const char* cudaGetErrorString(cudaError_t e) {
@@ -98,9 +117,16 @@ inline const char* cudaGetErrorString(cudaError_t e) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = simt::devices, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* v) { return *v = simt::driver, cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {
+  return *v = simt::capability, cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
-  return *p = cudaDeviceProp{}, cudaSuccess;
+  *p = cudaDeviceProp{};
+  p->multiProcessorCount = simt::processors;
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   *total = simt::memory_total;
@@ -109,18 +135,17 @@ inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 }
 inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
   if (bytes > simt::memory_total - simt::memory_used) return cudaErrorMemoryAllocation;
-  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  // Addresses past the end belong to the allocation; sanitizers shall see them used all the same.
-  std::memset(*p, 0xff, bytes);
+  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256 + simt::kFence);
+  std::memset(*p, 0xff, bytes + simt::kFence);
 #ifdef __SANITIZE_ADDRESS__
-  __asan_poison_memory_region(static_cast<char*>(*p) + bytes, (bytes + 255) / 256 * 256 - bytes);
+  __asan_poison_memory_region(static_cast<char*>(*p) + bytes, simt::kFence);
 #endif
-  simt::allocations[*p] = bytes;
+  simt::allocations[static_cast<char*>(*p)] = bytes;
   simt::memory_used += bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) {
-  if (p) simt::memory_used -= simt::allocations.extract(p).mapped();
+  if (p) simt::memory_used -= simt::allocations.extract(static_cast<char*>(p)).mapped();
   std::free(p);
   return cudaSuccess;
 }
@@ -134,7 +159,12 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
   return *s = new CudaStream, cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+#ifndef __SANITIZE_ADDRESS__
+  simt::check_fences();
+#endif
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                                    cudaStream_t s) {
   return s->run([=] { std::memcpy(to, from, bytes); });

@@ -1,11 +1,12 @@
-// Runs CUDA kernels on the CPU: blocks one by one in random order, every thread a fiber, warps
-// picked in random order and let run ahead as far as barriers allow, so that a missing barrier
-// shows under some schedule. Shared memory begins as NaN. Warp operations are full-mask only.
+// Runs CUDA kernels on the CPU: every thread a fiber, a few blocks at a time, warps picked at
+// random and let run ahead as far as barriers allow, so that a missing barrier shows under some
+// schedule. Shared memory begins as NaN. Warp operations are full-mask only.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -29,10 +30,11 @@ struct dim3 {
 namespace simt {
 
 inline constexpr std::size_t kStack = 48 * 1024, kShared = 227 * 1024;
-alignas(16) inline char shared[kShared];  // of the block at hand
+inline constexpr unsigned kBlocks = 3;              // at a time
+alignas(16) inline char shared[kBlocks * kShared];  // [kBlocks, kShared]
 
 enum class State { ready, barrier, warp, done };
-enum class Op { ballot, exclusive_or, up, broadcast };
+enum class Op { ballot, exclusive_or, up, broadcast, meet };
 
 struct Fiber {
   jmp_buf resume;
@@ -42,17 +44,20 @@ struct Fiber {
   Op op = Op::ballot;
   int argument = 0;
   std::uint64_t value = 0, result = 0;
+  std::array<unsigned, 8> brought = {};  // to a meeting
   void* fake_stack = nullptr;
 };
 
-inline std::vector<Fiber> fibers;  // [threads] of the block at hand
+inline std::vector<Fiber> fibers;  // [blocks at a time, threads]
+inline unsigned running = 0;       // the fiber that does
 inline std::unique_ptr<char[]> stacks;
 inline std::size_t stack_count = 0;
 inline jmp_buf scheduler;
 inline const void* scheduler_stack = nullptr;
 inline std::size_t scheduler_stack_size = 0;
 inline std::function<void()> body;
-inline dim3 thread, block, block_size, grid_size;
+inline dim3 thread, block, block_size, grid_size;  // of the running fiber
+inline dim3 blocks[kBlocks];
 inline std::uint32_t random_state = 1;
 
 // Mutations: every place of a barrier or bound that kernels came by, and the one that fails to act.
@@ -83,7 +88,7 @@ inline void arrive([[maybe_unused]] Fiber& fiber) {
 
 /// Back to the scheduler, until that resumes this thread.
 inline void leave(State why) {
-  Fiber& fiber = fibers[thread.x];
+  Fiber& fiber = fibers[running];
   fiber.state = why;
   if (_setjmp(fiber.resume)) return arrive(fiber);
 #ifdef __SANITIZE_ADDRESS__
@@ -94,13 +99,15 @@ inline void leave(State why) {
 }
 
 inline void enter() {
-  arrive(fibers[thread.x]);
+  arrive(fibers[running]);
   body();
   leave(State::done);
 }
 
 inline void resume(unsigned i) {
-  thread.x = i;
+  running = i;
+  thread.x = i % block_size.x;
+  block = blocks[i / block_size.x];
   Fiber& fiber = fibers[i];
   [[maybe_unused]] static void* fake_stack;
   if (!_setjmp(scheduler)) {
@@ -135,42 +142,49 @@ inline void exchange(unsigned first) {
   }
 }
 
-inline void run_block(unsigned threads) {
-  for (unsigned i = 0; i < threads; ++i) {
+/// Lets a warp run until all its lanes wait for others, or have had enough; whether they wait.
+inline bool run_warp(unsigned first) {
+  for (unsigned turns = 1u << random() % 7; turns > 0; --turns) {
+    const unsigned rotation = random();
+    for (unsigned k = 0; k < 32; ++k) {
+      const unsigned i = first + (k ^ rotation) % 32;
+      if (fibers[i].state == State::ready) resume(i);
+    }
+    unsigned at_warp = 0;
+    for (unsigned k = 0; k < 32; ++k) at_warp += fibers[first + k].state == State::warp;
+    if (at_warp == 0) return true;
+    exchange(first);
+  }
+  return false;
+}
+
+/// Runs `count` blocks of as many threads each, together.
+inline void run_blocks(unsigned count, unsigned threads) {
+  for (unsigned i = 0; i < count * threads; ++i) {
     Fiber& fiber = fibers[i] = Fiber{};
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = stack_of(i);
     fiber.start.uc_stack.ss_size = kStack;
     makecontext(&fiber.start, enter, 0);
   }
-  const unsigned warps = threads / 32;
-  std::vector<bool> idle(warps, false);  // all lanes wait at a barrier, or are done
-  for (unsigned busy = warps; busy > 0;) {
-    unsigned warp = random() % warps;
-    while (idle[warp]) warp = (warp + 1) % warps;
-    for (unsigned turns = 1 + random() % 16; turns > 0; --turns) {
-      const unsigned rotation = random();
-      for (unsigned k = 0; k < 32; ++k) {
-        const unsigned i = warp * 32 + (k ^ rotation) % 32;
-        if (fibers[i].state == State::ready) resume(i);
-      }
-      unsigned at_warp = 0;
-      for (unsigned k = 0; k < 32; ++k) at_warp += fibers[warp * 32 + k].state == State::warp;
-      if (at_warp == 0) {
-        idle[warp] = true;
-        --busy;
-        break;
-      }
-      exchange(warp * 32);
-    }
-    if (busy > 0) continue;
+  const unsigned warps = threads / 32;  // of a block
+  std::vector<unsigned> ready(count * warps), waiting(count, 0);
+  std::iota(ready.begin(), ready.end(), 0u);
+  while (!ready.empty()) {
+    unsigned& pick = ready[random() % ready.size()];
+    const unsigned at = pick / warps;
+    if (!run_warp(pick * 32)) continue;
+    pick = ready.back();
+    ready.pop_back();
+    if (++waiting[at] < warps) continue;  // else the block's barrier opens
     unsigned done = 0;
-    for (const Fiber& fiber : fibers) done += fiber.state == State::done;
-    if (done == threads) return;
+    for (unsigned i = at * threads; i < (at + 1) * threads; ++i)
+      done += fibers[i].state == State::done;
+    if (done == threads) continue;
     if (done > 0) throw std::runtime_error("simt: threads wait at a barrier others have left");
-    for (Fiber& fiber : fibers) fiber.state = State::ready;
-    idle.assign(warps, false);
-    busy = warps;
+    for (unsigned i = at * threads; i < (at + 1) * threads; ++i) fibers[i].state = State::ready;
+    for (unsigned w = 0; w < warps; ++w) ready.push_back(at * warps + w);
+    waiting[at] = 0;
   }
 }
 
@@ -180,35 +194,42 @@ inline void launch(dim3 grid, dim3 threads, std::size_t shared_bytes,
       grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("simt: no such grid or block");
   if (shared_bytes > kShared) throw std::runtime_error("simt: too much shared memory");
-  if (threads.x > stack_count) stacks.reset(new char[(stack_count = threads.x) * kStack]);
-  fibers = std::vector<Fiber>(threads.x);
+  const std::size_t most = kBlocks * threads.x;
+  if (most > stack_count) stacks.reset(new char[(stack_count = most) * kStack]);
+  fibers = std::vector<Fiber>(most);
   body = std::move(kernel);
   block_size = threads;
   grid_size = grid;
   std::vector<unsigned> order(grid.x * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0u);
   for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
-  for (const unsigned b : order) {
-    block = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    std::memset(shared, 0xff, shared_bytes);
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(shared, kShared);
-    __asan_poison_memory_region(shared + shared_bytes, kShared - shared_bytes);
+  for (unsigned i = 0; i < kBlocks; ++i)
+    __asan_poison_memory_region(shared + i * kShared + shared_bytes, kShared - shared_bytes);
 #endif
-    run_block(threads.x);
+  for (std::size_t first = 0; first < order.size();) {
+    unsigned count = 0;
+    for (; count < kBlocks && first < order.size(); ++count, ++first) {
+      const unsigned b = order[first];
+      blocks[count] = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+      std::memset(shared + count * kShared, 0xff, shared_bytes);
+    }
+    run_blocks(count, threads.x);
   }
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(shared, kShared);
+  __asan_unpoison_memory_region(shared, kBlocks * kShared);
 #endif
 }
 
+inline char* shared_memory() { return shared + running / block_size.x * kShared; }
+
 inline std::uint64_t at_warp(Op op, std::uint64_t value, int argument) {
-  Fiber& fiber = fibers[thread.x];
+  Fiber& fiber = fibers[running];
   fiber.op = op;
   fiber.value = value;
   fiber.argument = argument;
   leave(State::warp);
-  return fibers[thread.x].result;
+  return fibers[running].result;
 }
 
 template <class T>
@@ -218,6 +239,27 @@ T shuffle(Op op, T value, int argument) {
   bits = at_warp(op, bits, argument);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+/// c [16, 8] += a [16, 16] b [16, 8] by a warp's tensor core, bf16 with sums in f32: what PTX calls
+/// mma.m16n8k16, whose manual says which lane holds what.
+inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const unsigned first = running / 32 * 32, lane = running % 32;
+  fibers[running].brought = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  at_warp(Op::meet, 0, 0);
+  const auto number = [&](unsigned holder, unsigned word, unsigned half) {
+    const unsigned bits = fibers[first + holder].brought[word] >> 16 * half << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  };
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    for (unsigned k = 0; k < 16; ++k)
+      c[e] += number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) *
+              number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+  }
+  at_warp(Op::meet, 0, 0);  // all have read before one brings anew
 }
 
 inline void barrier(bool broken_here) {

@@ -1,0 +1,8 @@
+// The CUDA backend whole, host code and kernels, as plain C++ (see simt.h).
+#pragma once
+
+#include "cuda/attention.cu"
+#include "cuda/cuda_backend.cu"
+#include "cuda/ffn.cu"
+#include "cuda/linear.cu"
+#include "naive.h"

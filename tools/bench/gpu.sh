@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# All that waits for a GPU, in under 9 minutes, on a bare machine with nvcc, PyTorch, a GPU and no
+# network: builds, runs the suite and compute-sanitizer on device cuda, compares with the CPU,
+# measures beside the read roof and peers. From the repository's root:
+#   tools/bench/gpu.sh --prepare [3.12]   before, with network: wheels for that Python, build/wheels
+#   tools/bench/gpu.sh [SHAPE]...         on the machine; shapes of tools/random_model.py
+#   tools/bench/gpu.sh --rehearse         without a GPU: what .venv holds, on device cpu, tiny shapes
+# Everything lands in $OUT (default build/gpu): logs, and RESULTS-gpu.md for tools/bench.
+set -uo pipefail
+out=${OUT:-build/gpu}
+limit=540  # seconds, all in all
+failed=0
+device=cuda
+mkdir -p "$out"
+
+step() {  # name, seconds at most, command: its log is $out/name.log
+  local name=$1 most=$2 begin=$SECONDS result=ok
+  shift 2
+  ((most > limit - SECONDS)) && most=$((limit - SECONDS))
+  if ((most < 5)); then
+    result="not run: out of time"
+  else
+    timeout "$most" "$@" >"$out/$name.log" 2>&1 || result="failed ($?)"
+  fi
+  [ "$result" = ok ] || failed=1
+  echo "| $name | $result | $((SECONDS - begin)) |" | tee -a "$out/steps.md"
+  [ "$result" = ok ] || tail -5 "$out/$name.log" 2>/dev/null
+}
+
+# Build and test requirements; PyTorch and NumPy are the machine's own.
+packages="scikit-build-core nanobind nlohmann_json cmake ninja numpy safetensors tokenizers
+          sentencepiece jinja2 tqdm pytest gguf protobuf"
+case ${1:-} in
+  --prepare)
+    exec python3 -m pip download -q -d build/wheels --only-binary=:all: \
+      --python-version "${2:-3.12}" $packages
+    ;;
+  --rehearse)
+    shift
+    device=cpu
+    bin=.venv/bin
+    tests="-k test_device_without_a_gpu"
+    shapes="tiny"
+    bench="--new 8 --rounds 2 --roof-gigabytes 0.05 --context 32"
+    ;;
+  -*) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *)
+    bin=build/gpu-venv/bin
+    tests="--without-model"
+    shapes="${*:-llama3.2-1b llama3-8b llama2-7b}"
+    bench="--context 32 --context 1024"
+    ;;
+esac
+printf '| step | result | seconds |\n|---|---|---|\n' | tee "$out/steps.md"
+
+if [ "$device" = cuda ]; then
+  step driver 20 nvidia-smi
+  ((failed)) && echo "this needs a GPU; without one: tools/bench/gpu.sh --rehearse" && exit 1
+  step environment 60 bash -c "python3 -m venv --system-site-packages build/gpu-venv &&
+    $bin/pip install -q --no-index --find-links build/wheels $(echo $packages)"
+  step build 240 env PATH="$PWD/$bin:/usr/local/cuda/bin:$PATH" "$bin/pip" install -q --no-deps \
+    --no-build-isolation -C build-dir=build/gpu-tree -C cmake.define.TDA_TESTS=ON \
+    -C cmake.define.TDA_CUDA=ON .
+  step suite-cpp 40 env TDA_DEVICE=cuda "$bin/ctest" --test-dir build/gpu-tree \
+    --output-on-failure -R '^engine$'
+fi
+step suite-python 100 "$bin/python" -m pytest -q tests/python --device "$device" $tests
+for tool in memcheck racecheck synccheck initcheck; do
+  sanitizer="compute-sanitizer --tool $tool --error-exitcode 1"
+  [ "$device" = cuda ] || sanitizer=
+  PATH="$PATH:/usr/local/cuda/bin" step "$tool" 40 $sanitizer "$bin/python" tools/bench/gpu.py tiny \
+    --device "$device"
+done
+shape=smollm2-135m
+[ "$device" = cuda ] || shape=tiny
+step check 90 "$bin/python" tools/bench/gpu.py check "$shape" --device "$device"
+step bench "$limit" "$bin/python" tools/bench/gpu.py bench $shapes --device "$device" $bench \
+  --seconds "$((limit - SECONDS - 60))"
+
+{
+  echo "# Device cuda, measured"
+  echo
+  cat "$out/bench.log"
+  printf '\n## Checks\n\n'
+  cat "$out/steps.md"
+  printf '\n```\n'
+  cat "$out/check.log"
+  echo '```'
+} >"$out/RESULTS-gpu.md"
+echo "$out/RESULTS-gpu.md"
+exit "$failed"
