@@ -371,7 +371,8 @@ void bind_session(nb::module_& m) {
             const std::size_t neurons = session.statistic(layer).size();
             return to_array(std::move(values), {values.size() / neurons, neurons});
           },
-          "layer"_a, "|n[t,j]| of the tokens remembered of the last prefill, [T, F].")
+          "layer"_a,
+          "|n[t,j]| of layer `layer` for the tokens remembered of the last prefill, [T, F].")
       .def(
           "mask",
           [](const Session& session, std::int64_t layer) { return to_array(session.mask(layer)); },

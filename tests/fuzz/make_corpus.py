@@ -4,10 +4,15 @@ tests/fuzz/run.sh merge adds what fuzzing finds beyond them, under names that ar
 again, with the package installed, when the layout of engine folders changes.
 """
 
+import io
 import json
 import struct
 import tempfile
 from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from tdaengine import _native
 
@@ -124,7 +129,60 @@ def weights(config: dict, dtype: str) -> bytes:
     return safetensors(tensors)
 
 
+def byte_level() -> bytes:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:90]
+    vocab = {token: i for i, token in enumerate([*alphabet, "th", "the", "\u0120c"])}
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "c")]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab | {"\u0120": 93}, merges=merges))
+    digits, to_bytes = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_special_tokens(["<s>", AddedToken("[X]", lstrip=True, single_word=True)])
+    return tokenizer.to_str().encode()
+
+
+def byte_fallback() -> bytes:
+    learned = ["<unk>", "<s>", "\u2581", "t", "h", "e", "th", "the", "\u2581the"]
+    vocab = learned + [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the")]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocab)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence(list(spaces))
+    back = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
+    return tokenizer.to_str().encode()
+
+
+def sentence_pieces(kind: str) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat's 12 hats", "a hat, a cat"] * 8),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        model_type=kind,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 def main() -> None:
+    write("tokenizer", "byte_level", byte_level())
+    write("tokenizer", "byte_fallback", byte_fallback())
+    for kind in "bpe", "unigram":
+        write("tokenizer", kind, sentence_pieces(kind))
+
     for name, config in CONFIGS.items():
         write("config", name, json.dumps(config).encode())
     generation = b'{"eos_token_id": [1, 3], "temperature": 0.6}'
