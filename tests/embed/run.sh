@@ -54,6 +54,6 @@ for header in "$work"/prefix-shared/include/tda/*.h; do
     c++ -std=c++20 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I"$work/prefix-shared/include" -x c++ -
 done
 
-project "add_subdirectory" "add_subdirectory($PWD tdaengine)" -DCMAKE_BUILD_TYPE=Release
+project "add_subdirectory" "add_subdirectory($PWD tdaengine)" -DCMAKE_BUILD_TYPE=Release -DTDA_CUDA=OFF
 "$bin/cmake" --install "$work/program/build" --prefix "$work/prefix-static"
 installed static
