@@ -49,46 +49,68 @@ int64_t prepared_bytes(int64_t n) {
   return groups_of(n) * sizeof(Group) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
 }
 
+/// kLanes integers as bytes.
+inline void store_bytes(std::int8_t* p, Ints v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(v[i]);
+#endif
+}
+
+inline float largest_lane(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float largest = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+#endif
+}
+
+/// Sums of each four of a group's bytes.
+inline void sum_fours(const std::int8_t* bytes, int32_t sums[kFours]) {
+#if defined(__AVX512VNNI__)
+  const __m512i ones = _mm512_set1_epi8(1), all = _mm512_loadu_si512(bytes);
+  _mm512_storeu_si512(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, all));
+#else
+  for (int i = 0; i < kFours; ++i)
+    sums[i] = bytes[4 * i] + bytes[4 * i + 1] + bytes[4 * i + 2] + bytes[4 * i + 3];
+#endif
+}
+
 template <class Row>
 void prepare(const float* x, int64_t n, void* prepared) {
   constexpr int kPart = kGroup / Row::kScales, kVectors = kPart / kLanes;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
   const Vector<Row> out(prepared, n);
-  for (int64_t part = 0; part < out.count * Row::kScales; ++part) {
-    const int64_t first = part * kPart;
-    Floats values[kVectors], largest = {};
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t left = n - first - i * kLanes;
-      values[i] = left > 0 ? load_part<F32>(x + first + i * kLanes, left) : Floats{};
-      largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
+  for (int64_t g = 0; g < out.count; ++g) {
+    Group& group = out.groups[g];
+    for (int64_t part = 0; part < Row::kScales; ++part) {
+      const int64_t first = g * kGroup + part * kPart;
+      Floats values[kVectors], largest = {};
+      for (int i = 0; i < kVectors; ++i) {
+        const int64_t left = n - first - i * kLanes;
+        values[i] = left > 0 ? load_part<F32>(x + first + i * kLanes, left) : Floats{};
+        largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
+      }
+      const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+      out.scales[g * Row::kScales + part] = most / 127.0f / (Row::kPlanes ? 256.0f : 1.0f);
+      for (int i = 0; i < kVectors; ++i) {
+        const int64_t at = part * kPart + i * kLanes;
+        const Floats shifted = values[i] * inverse + kShift;
+        store_bytes(group.q + at, (Ints)shifted);
+        if (!Row::kPlanes) continue;
+        const Floats left = values[i] * inverse - (shifted - kShift);
+        store_bytes(group.rest + at, (Ints)(min(256.0f * left, Floats{} + 127.0f) + kShift));
+      }
     }
-    float most = largest[0];
-    for (int lane = 1; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
-    out.scales[part] = most / 127.0f / (Row::kPlanes ? 256.0f : 1.0f);
-    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    int32_t q[kPart], rest[kPart] = {};
-    for (int i = 0; i < kVectors; ++i) {
-      const Floats shifted = values[i] * inverse + kShift;
-      __builtin_memcpy(q + i * kLanes, &shifted, sizeof shifted);
-      if (!Row::kPlanes) continue;
-      const Floats left = values[i] * inverse - (shifted - kShift);
-      const Floats shifted_rest = min(256.0f * left, Floats{} + 127.0f) + kShift;
-      __builtin_memcpy(rest + i * kLanes, &shifted_rest, sizeof shifted_rest);
-    }
-    Group& group = out.groups[first / kGroup];
-    int32_t sums[kPart / 4] = {}, rest_sums[kPart / 4] = {};
-    for (int i = 0; i < kPart; ++i) {
-      const auto a = static_cast<std::int8_t>(q[i]), b = static_cast<std::int8_t>(rest[i]);
-      group.q[first % kGroup + i] = a;
-      group.rest[first % kGroup + i] = b;
-      sums[i / 4] += a;
-      rest_sums[i / 4] += b;
-    }
-    for (int i = 0; i < kPart / 4; ++i) {
-      const int64_t four = first % kGroup / 4 + i;
-      const int32_t sum = Row::kPlanes ? 256 * sums[i] + rest_sums[i] : sums[i];
-      group.start[four] = -Row::kOffset * sum;
-      group.coarse_start[four] = -8 * (four < kFours / 2 ? 1 : kUpper) * sums[i];
+    int32_t sums[kFours], rest_sums[kFours] = {};
+    sum_fours(group.q, sums);
+    if (Row::kPlanes) sum_fours(group.rest, rest_sums);
+    for (int i = 0; i < kFours; ++i) {
+      group.start[i] = -Row::kOffset * (Row::kPlanes ? 256 * sums[i] + rest_sums[i] : sums[i]);
+      group.coarse_start[i] = -8 * (i < kFours / 2 ? 1 : kUpper) * sums[i];
     }
   }
   for (int64_t i = 0; i < Vector<Row>::scale_count(n); ++i) {
