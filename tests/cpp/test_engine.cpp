@@ -315,7 +315,8 @@ TEST(memory_that_runs_out_is_an_error) {
   {
     const tda::Engine engine(large.folder.path, {.threads = 1});
     const std::vector<Token> tokens(ZeroCheckpoint::kMostTokens);
-    CHECK_THROWS(engine.logits(tokens), tda::DeviceError, "281474976710656 bytes needed for the logits");
+    CHECK_THROWS(engine.logits(tokens), tda::DeviceError,
+                 "281474976710656 bytes needed for the logits");
   }
   // 96 MiB of weights, more than the heaps that malloc may keep in reserve.
   std::int64_t pages = 0;
