@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import _native
-from ._native import TDA, OptionError, Thresholds, __version__
+from . import __version__, _native
+from ._native import TDA, OptionError, Thresholds
 from .engine import Engine, Prompt
 
 DENSE = "dense"
