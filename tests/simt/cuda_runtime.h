@@ -167,10 +167,14 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                                    cudaStream_t s) {
-  return s->run([=] { std::memcpy(to, from, bytes); });
+  return s->run([=] {
+    if (bytes > 0) std::memcpy(to, from, bytes);  // with none, pointers may be null
+  });
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t s) {
-  return s->run([=] { std::memset(p, value, bytes); });
+  return s->run([=] {
+    if (bytes > 0) std::memset(p, value, bytes);
+  });
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from,
                                      std::size_t from_pitch, std::size_t width, std::size_t height,
