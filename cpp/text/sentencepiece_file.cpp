@@ -76,7 +76,7 @@ class Message {
       value |= static_cast<std::uint64_t>(byte & 0x7F) << shift;
       if (byte < 0x80) return value;
     }
-    fail("found a number of more than 64 bits");
+    fail("found a number of more than 64 bits, expected at most 64");
   }
   std::string_view take(std::uint64_t size) {
     if (size > rest_.size())
@@ -119,7 +119,7 @@ void SentencePiece::read(std::string_view content) {
 void SentencePiece::read_piece(std::string_view message) {
   const std::string name = "piece " + std::to_string(pieces_.size());
   if (pieces_.size() == static_cast<std::size_t>(Field::max_tokens))
-    fail("found more than " + std::to_string(Field::max_tokens) + " pieces");
+    fail("found more than " + std::to_string(Field::max_tokens) + " pieces, expected no more");
   Piece piece;
   for (Message fields(message, file_ + ": " + name); fields.next();) {
     if (fields.number() == 1) piece.text = fields.bytes();

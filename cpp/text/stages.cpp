@@ -197,13 +197,14 @@ Decoder read_metaspace_decoder(const Field& stage) {
 
 Decoder read_strip(const Field& stage) {
   const std::string content = read_character(stage["content"]);
-  const std::int64_t start = stage["start"].count(1 << 20), stop = stage["stop"].count(1 << 20);
+  const std::int64_t start = stage["start"].count(1 << 20);
+  // A stream could not tell the end of a text from that of a piece.
+  if (stage["stop"].count(1 << 20) != 0) stage["stop"].fail("0");
   return [=](std::vector<std::string>& tokens) {
     for (std::string& token : tokens) {
       std::string_view text = token;
       for (auto i = start; i > 0 && text.starts_with(content); --i)
         text.remove_prefix(content.size());
-      for (auto i = stop; i > 0 && text.ends_with(content); --i) text.remove_suffix(content.size());
       token = std::string(text);
     }
   };
