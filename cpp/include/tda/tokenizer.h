@@ -56,8 +56,9 @@ class Tokenizer {
 };
 
 /// The text of a growing sequence of ids, special tokens skipped, in whole characters. All that
-/// `push` and a last `flush` return adds up to `decode` of all ids. Text is held back while later
-/// ids may change it: inside a UTF-8 sequence and after byte tokens.
+/// `push` and a last `flush` return adds up to `decode` of all ids, for decoders as checkpoints
+/// have them; one made up to look across tokens in other ways can differ. Text is held back while
+/// later ids may change it: inside a UTF-8 sequence and after byte tokens.
 class TextStream {
  public:
   std::string push(Token);
