@@ -42,8 +42,7 @@ class Field {
   /// A member of an object, perhaps missing.
   Field operator[](const std::string& key) const {
     const auto found = object().find(key);
-    return {found == value_->end() ? nullptr : &*found, file_,
-            path_.empty() ? key : path_ + "." + key};
+    return {found == value_->end() ? nullptr : &*found, file_, path_of(key)};
   }
   std::vector<Field> elements() const {
     if (!is_array()) fail("an array");
@@ -64,15 +63,23 @@ class Field {
   bool flag_or(bool absent) const { return is_absent() ? absent : flag(); }
   Token id() const { return static_cast<Token>(count(max_tokens - 1)); }
   std::int64_t count(std::int64_t most) const {
-    const bool fits = value_ && value_->is_number_integer() &&
-                      (value_->is_number_unsigned()
-                           ? value_->get<std::uint64_t>() <= static_cast<std::uint64_t>(most)
-                           : value_->get<std::int64_t>() >= 0);
+    const bool fits =
+        value_ && value_->is_number_integer() &&
+        (value_->is_number_unsigned() ? std::cmp_less_equal(value_->get<std::uint64_t>(), most)
+                                      : value_->get<std::int64_t>() >= 0);
     if (!fits) fail("an integer from 0 to " + std::to_string(most));
     return value_->get<std::int64_t>();
   }
 
  private:
+  /// Keys may come from the file: short, plain text, then, like all that a message quotes.
+  std::string path_of(const std::string& key) const {
+    constexpr const char* plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_0123456789";
+    if (key.size() > 40 || key.find_first_not_of(plain) != key.npos)
+      return path_ + "[" + describe(key) + "]";
+    return path_.empty() ? key : path_ + "." + key;
+  }
+
   const nlohmann::json* value_;  // null: missing
   std::string file_;
   std::string path_;

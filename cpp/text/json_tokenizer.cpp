@@ -137,7 +137,7 @@ class JsonTokenizer final : public Tokenizer::Impl {
       before_ = around(settings, "bos");
       after_ = around(settings, "eos");
     } else {
-      post_processors_ = read_post_processors(file["post_processor"]);
+      post_processors_ = read_post_processors(file["post_processor"], vocab_size);
     }
   }
 

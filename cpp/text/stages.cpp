@@ -125,7 +125,7 @@ PreTokenizer read_pre_tokenizer(const Field& stage) {
 }
 
 /// TemplateProcessing: what stands around a text.
-PostProcessor read_template(const Field& stage) {
+PostProcessor read_template(const Field& stage, std::int64_t vocab_size) {
   std::vector<std::optional<std::vector<Token>>> parts;  // nothing: the text itself
   for (const Field& part : stage["single"].elements()) {
     if (const Field sequence = part["Sequence"]; !sequence.is_absent()) {
@@ -135,7 +135,8 @@ PostProcessor read_template(const Field& stage) {
     }
     std::vector<Token> ids;
     const Field token = stage["special_tokens"][part["SpecialToken"]["id"].text()];
-    for (const Field& id : token["ids"].elements()) ids.push_back(id.id());
+    for (const Field& id : token["ids"].elements())
+      ids.push_back(static_cast<Token>(id.count(vocab_size - 1)));
     parts.emplace_back(std::move(ids));
   }
   return [parts](std::vector<Token>& ids, bool add_special_tokens) {
@@ -149,10 +150,10 @@ PostProcessor read_template(const Field& stage) {
   };
 }
 
-PostProcessor read_post_processor(const Field& stage) {
+PostProcessor read_post_processor(const Field& stage, std::int64_t vocab_size) {
   const std::string& type = stage["type"].text();
   if (type == "ByteLevel") return [](std::vector<Token>&, bool) {};  // moves offsets only
-  if (type == "TemplateProcessing") return read_template(stage);
+  if (type == "TemplateProcessing") return read_template(stage, vocab_size);
   stage["type"].fail("Sequence, ByteLevel or TemplateProcessing");
 }
 
@@ -266,9 +267,10 @@ std::vector<PreTokenizer> read_pre_tokenizers(const Field& stage) {
   return result;
 }
 
-std::vector<PostProcessor> read_post_processors(const Field& stage) {
+std::vector<PostProcessor> read_post_processors(const Field& stage, std::int64_t vocab_size) {
   std::vector<PostProcessor> result;
-  read_sequence(stage, "processors", read_post_processor, result);
+  const auto read = [&](const Field& part) { return read_post_processor(part, vocab_size); };
+  read_sequence(stage, "processors", read, result);
   return result;
 }
 

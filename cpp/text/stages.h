@@ -28,10 +28,10 @@ using PostProcessor = std::function<void(std::vector<Token>& ids, bool add_speci
 using Decoder = std::function<void(std::vector<std::string>& tokens)>;
 
 // Absent stages give no functions, and no decoder joins tokens with spaces between them. Throw
-// CheckpointError for what is not supported.
+// CheckpointError for what is not supported, and for ids that are not in the vocabulary.
 std::vector<Normalizer> read_normalizers(const Field&);
 std::vector<PreTokenizer> read_pre_tokenizers(const Field&);
-std::vector<PostProcessor> read_post_processors(const Field&);
+std::vector<PostProcessor> read_post_processors(const Field&, std::int64_t vocab_size);
 std::vector<Decoder> read_decoders(const Field&);
 
 /// Calls cut(text, at) for the size of the part that begins there, and replaces every piece but

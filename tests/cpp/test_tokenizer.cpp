@@ -163,7 +163,7 @@ TEST(files_are_needed) {
 
 TEST(json_that_is_not_supported_is_refused) {
   struct Case {
-    const char* pointer;
+    std::string pointer;
     json value;
     const char* message;
   };
@@ -189,6 +189,8 @@ TEST(json_that_is_not_supported_is_refused) {
       {"/model/vocab/x", 4194304, "model.vocab.x is 4194304"},
       {"/model/vocab/x", 1.5, "model.vocab.x is 1.5"},
       {"/model/vocab/xyz", 7, "expected an id of its own"},
+      {"/model/vocab/\x01", -1, "model.vocab[\"\\u0001\"] is -1"},
+      {"/model/vocab/" + std::string(999, 'x'), -1, "xxx...] is -1"},
       {"/model/merges", "a b", "model.merges is \"a b\", expected an array"},
       {"/model/merges/0", "a b c", "model.merges[0] is \"a b c\", expected two tokens"},
       {"/model/merges/0", {"a"}, "model.merges[0] is an array, expected two tokens"},
@@ -208,6 +210,11 @@ TEST(json_that_is_not_supported_is_refused) {
       {"/post_processor",
        {{"type", "TemplateProcessing"}, {"single", {{{"SpecialToken", {{"id", "<s>"}}}}}}},
        "post_processor.special_tokens is missing, expected an object"},
+      {"/post_processor",
+       {{"type", "TemplateProcessing"},
+        {"single", {{{"SpecialToken", {{"id", "<s>"}}}}}},
+        {"special_tokens", {{"<s>", {{"ids", {261}}}}}}},
+       "special_tokens[\"<s>\"].ids[0] is 261, expected an integer from 0 to 260"},
       {"/post_processor", {{"type", "BertProcessing"}}, "post_processor.type is \"BertProc"},
       {"/decoder/type", "WordPiece", "decoder.type is \"WordPiece\""},
       {"/added_tokens/0/special", nullptr, "added_tokens[0].special is null"},

@@ -30,9 +30,9 @@ inline void require(bool good, const char* what, const std::string& found) {
   std::abort();
 }
 
-/// `file`: what messages must name. `quotes`: they may quote text of the file that is not ASCII.
+/// `file`: what messages must name.
 template <class Body>
-int outcome_of(const std::string& file, const Body& body, bool quotes = false) {
+int outcome_of(const std::string& file, const Body& body) {
   try {
     body();
   } catch (const tda::Error& error) {
@@ -40,8 +40,7 @@ int outcome_of(const std::string& file, const Body& body, bool quotes = false) {
     require(message.find(file) != message.npos, "the file is not named", message);
     require(message.find("expected") != message.npos, "nothing is expected", message);
     require(message.size() < 600, "a long message", message);
-    for (const char c : message)
-      require((c >= ' ' && c <= '~') || (quotes && c < 0), "not plain text", message);
+    for (const char c : message) require(c >= ' ' && c <= '~', "not plain text", message);
   }
   return 0;
 }
