@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
 # Builds the README's C++ program in an empty folder, by find_package and pkg-config against the
-# installed shared and static library and by add_subdirectory, and compares its text with Python's.
+# installed shared and static library and by add_subdirectory, and compares its text with Python's;
+# and once per library the same program with ids in place of text.
 # From the repository's root, after `make build`, `make model` and `.venv/bin/pip install pkgconf`.
 set -euo pipefail
 bin=$PWD/.venv/bin
 work=$PWD/build/embed
 configure="$bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$bin/ninja -DPython_EXECUTABLE=$bin/python"
-expected=$("$bin/python" - <<'PYTHON'
+{ read -r expected_ids; expected=$(cat); } < <("$bin/python" - <<'PYTHON'
 from tdaengine import TDA, Engine
 
 engine = Engine("models/SmolLM2-135M-Instruct")
-print(engine.generate("The capital of France", max_new_tokens=32, tda=TDA(error=0.1)).text)
+out = engine.generate("The capital of France", max_new_tokens=32, tda=TDA(error=0.1))
+print(*out.token_ids)
+print(out.text)
 PYTHON
 )
+ids='s/text\.push(token)/token << " "/; s/text\.flush()/""/'
 
 sed -n '/^```cpp$/,/^```$/{/^```/d;p}' README.md | diff - tests/embed/main.cpp
 
-check() {  # how, program
-  found=$("$2")
-  [ "$found" = "$expected" ] || { printf '%s: found %s\nexpected %s\n' "$1" "$found" "$expected"; exit 1; }
-  echo "$1: the same text as Python"
+check() {  # how, program, what, as Python has it
+  found=$("$2" | sed 's/ *$//')
+  [ "$found" = "$4" ] || { printf '%s: found %s\nexpected %s\n' "$1" "$found" "$4"; exit 1; }
+  echo "$1: the same $3 as Python"
 }
 
 project() {  # how, what CMakeLists.txt has in place of find_package or "", options for cmake
@@ -29,7 +33,7 @@ project() {  # how, what CMakeLists.txt has in place of find_package or "", opti
   sed "s|^find_package.*|${2:-&}|" tests/embed/CMakeLists.txt >"$work/program/CMakeLists.txt"
   $configure -S "$work/program" -B "$work/program/build" "${@:3}"
   "$bin/cmake" --build "$work/program/build"
-  check "$1" "$work/program/build/embed"
+  check "$1" "$work/program/build/embed" text "$expected"
 }
 
 installed() {  # shared or static
@@ -37,8 +41,12 @@ installed() {  # shared or static
   project "find_package, $1" "" -DCMAKE_PREFIX_PATH="$prefix"
   pc=$(find "$prefix" -name tdaengine.pc)
   flags=$("$bin/pkgconf" --cflags --libs $([ "$1" = static ] && echo --static) "$pc")
-  c++ -std=c++20 tests/embed/main.cpp $flags -o "$work/pkg-config" -Wl,-rpath,"$prefix/lib"
-  check "pkg-config, $1" "$work/pkg-config"
+  for what in text ids; do
+    sed "$([ $what = text ] || echo "$ids")" tests/embed/main.cpp |
+      c++ -std=c++20 -x c++ - -x none $flags -o "$work/$what" -Wl,-rpath,"$prefix/lib"
+  done
+  check "pkg-config, $1" "$work/text" text "$expected"
+  check "pkg-config, $1" "$work/ids" ids "$expected_ids"
   [ "$("$bin/pkgconf" --modversion "$pc")" = "$("$bin/tdaengine" --version)" ]
 }
 
