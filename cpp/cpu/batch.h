@@ -30,222 +30,303 @@ inline void activate(Activation activation, float* values, int64_t count) {
     store(values + i, activate(activation, load_as<Floats>(values + i)));
 }
 
-/// act(gate) * up for the exact products of some neurons.
+/// Gates and ups of a batch.
 struct Gated {
   Products gates, ups;
-  float h[kBatch];
 
-  void finish(Activation activation, int64_t count) {
-    float up[kBatch];
-    gates.store_to(h, count);
+  /// h[i] = act(gate) * up of the first `count`.
+  void finish(Activation activation, int64_t count, float* h) {
+    float gate[kBatch], up[kBatch];
+    gates.store_to(gate, count);
     ups.store_to(up, count);
-    activate(activation, h, count);
-    for (int64_t i = 0; i < count; ++i) h[i] *= up[i];
+    activate(activation, gate, count);
+    for (int64_t i = 0; i < count; ++i) h[i] = gate[i] * up[i];
   }
 };
 
 // ---- memory ---------------------------------------------------------------------------------
 //
-// Rows that follow each other are read in order and left to the hardware, which prefetches plain
-// streams best. What a selection wants is scattered: its cache lines are asked for a few at a time,
-// between other work, so that memory is never idle and never overrun; into the second-level cache,
-// since the first level can have only few misses under way.
+// Memory brings lines in time only if they are asked for. While a line of a row is at work, the
+// same line of the row kBatch places behind it is asked for: one instruction per line, spread as
+// evenly as the work, and no list to keep. Into the second-level cache, since the first level can
+// have only few misses under way.
 
-/// Units of time: a neuron's gate and up, the same from the high planes alone, and a group of a
-/// batch's down rows.
-constexpr int64_t kNeuronUnits = 3, kSketchUnits = 2, kAddUnits = 3;
+inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-class Wanted {
- public:
-  void clear() { count_ = next_ = left_ = 0; }
-  void add(const std::uint8_t* row, int64_t bytes) {
-    Lines& lines = rows_[count_++];
-    lines = {row, row + (bytes + 63) / 64 * 64};
-    left_ += (bytes + 63) / 64;
+/// Rows that do not follow each other are read with the last of each four lines first: lines that
+/// go up for long make the hardware fetch what lies behind the row, which is of no use then.
+constexpr int kLinesInTurn = 4;
+constexpr int line_in_turn(int i, bool scattered) {
+  return scattered ? (i + kLinesInTurn - 1) % kLinesInTurn : i;
+}
+inline bool are_scattered(const int32_t* ids, int64_t count) {
+  return count > 0 && ids[count - 1] - ids[0] >= count;
+}
+
+/// What is read next: rows of one or two matrices, for the neurons in a list.
+struct Follow {
+  const Rows *a = nullptr, *b = nullptr;
+  const int32_t* ids = nullptr;
+  int64_t count = 0;
+  bool high = true, low = true;  // planes
+};
+
+/// Neurons whose rows are at work, of those in a list, and what to ask memory for meanwhile.
+struct Batch {
+  const int32_t* ids;
+  int64_t count;
+  int64_t left;  // of the list, from this batch's first on
+  const Follow& follow;
+
+  Batch(const int32_t* all, int64_t all_count, int64_t first, const Follow& next)
+      : ids(all + first),
+        count(min(kBatch, all_count - first)),
+        left(all_count - first),
+        follow(next) {}
+  /// The last one in the place of those beyond it.
+  int64_t index(int64_t i) const { return min(i, count - 1); }
+  int32_t id(int64_t i) const { return ids[index(i)]; }
+  bool is_last() const { return left <= 2 * kBatch; }
+
+  /// Which row to ask for while the i-th neuron's row of `own` is at work: its successor's kBatch
+  /// places on, or from matrix a or b of what follows, or that row itself, which costs nothing.
+  template <class Row>
+  Row ahead(const Rows& own, const Rows* following, int64_t i) const {
+    const int64_t at = index(i) + kBatch;
+    if (at < left) return Row(own, ids[at]);
+    if (at - left < follow.count && following)
+      return Row(*following, follow.ids[at - left]).only(follow.high, follow.low);
+    return Row(own, id(i));
   }
-  /// All that is left, spread evenly over so many units of time.
-  void spread(int64_t units) { step_ = (left_ + units - 1) / max(units, 1); }
-  /// What a piece of work that takes so many units may ask for.
-  void ask(int64_t units) {
-    int64_t lines = min(step_ * units, left_);
-    left_ -= lines;
-    while (lines > 0) {
-      Lines& row = rows_[next_];
-      const std::uint8_t* const end =
-          lines < (row.end - row.begin) / 64 ? row.begin + lines * 64 : row.end;
-      lines -= (end - row.begin) / 64;
-      for (; row.begin != end; row.begin += 64) __builtin_prefetch(row.begin, 0, 2);
-      next_ += end == row.end;
-    }
-  }
-  void ask_for_rest() { spread(1), ask(1); }
-
- private:
-  struct Lines {
-    const std::uint8_t *begin, *end;
-  };
-  static constexpr int64_t kMost = 6 * kBatch;
-  int64_t count_ = 0, next_ = 0, left_ = 0, step_ = 0;  // step: lines per unit
-  Lines rows_[kMost];
 };
 
 // ---- down rows ------------------------------------------------------------------------------
 
-/// A neuron's down row and what it is taken times.
-template <class Row>
-struct Down {
-  Row row;
-  float h;
-};
-
 #if defined(__AVX512VNNI__)
 
-/// What a batch's rows are taken times, h * scale, for kLanes scales: as 16-bit integers relative
-/// to the largest of them. In halves of 8 bits, four rows to an int32, for byte products.
-template <class Row>
+/// What a batch's rows are taken times, h * scale, for kSome scales: integers of kBytes bytes,
+/// relative to the largest of h * row's step. Byte products want each of their bytes, the highest
+/// first, four rows to an int32.
+template <int kOffset, int kBytes>
 struct Factors {
-  static constexpr int kQuads = kBatch / 4;
-  alignas(64) float step[kLanes];
-  alignas(64) int32_t high_start[kLanes], low_start[kLanes];  // -kOffset sum of the halves
-  alignas(64) int32_t high[kQuads][kLanes], low[kQuads][kLanes];
+  static constexpr int kQuads = kBatch / 4, kSome = 32;
+  alignas(64) int32_t quads[kBytes][kQuads][kSome];
+  alignas(64) int32_t start[kBytes][kSome];  // -kOffset sum
 
-  Factors(const Down<Row>* downs, int64_t count, int64_t s) {
-    __m512 exact[kBatch], largest = _mm512_setzero_ps();
-    for (int64_t r = count; r % 4 != 0; ++r) exact[r] = _mm512_setzero_ps();
-    for (int64_t r = 0; r < count; ++r) {
-      exact[r] = (__m512)(downs[r].h * downs[r].row.scales.step * downs[r].row.scales.from(s));
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(exact[r]));
-    }
-    const __m512 most = _mm512_set1_ps(32512.0f);  // 127 * 256
-    _mm512_store_ps(step, _mm512_div_ps(largest, most));
-    const __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const __m512 inverse = _mm512_maskz_div_ps(some, most, largest);
-    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
-    for (int64_t q = 0; 4 * q < count; ++q) {
-      __m128i high_bytes[4], low_bytes[4];
+  /// parts: of the largest, in 1/32768; scales: the rows' from where these begin, `left` of them
+  void make(const std::int8_t* const* scales, const std::int16_t* parts, int64_t rows,
+            int64_t left) {
+    const auto some = static_cast<__mmask32>(left >= kSome ? ~0u : (1u << left) - 1);
+    __m512i sums[kBytes][2] = {};
+    for (int64_t q = 0; 4 * q < rows; ++q) {
+      __m256i bytes[kBytes][4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(exact[4 * q + i], inverse));
-        const __m512i highs =
-            _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
-        const __m512i lows = _mm512_sub_epi32(integers, _mm512_slli_epi32(highs, 8));
-        high_sum = _mm512_add_epi32(high_sum, highs);
-        low_sum = _mm512_add_epi32(low_sum, lows);
-        high_bytes[i] = _mm512_cvtepi32_epi8(highs);
-        low_bytes[i] = _mm512_cvtepi32_epi8(lows);
+        const __m512i part = _mm512_set1_epi16(parts[4 * q + i]);
+        const __m512i words =
+            _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, scales[4 * q + i]));
+        if (kBytes == 1) {
+          bytes[0][i] = _mm512_cvtepi16_epi8(_mm512_mulhrs_epi16(words, part));
+        } else {
+          const __m512i fine = _mm512_mulhrs_epi16(_mm512_slli_epi16(words, 8), part);
+          const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(fine, _mm512_set1_epi16(128)), 8);
+          bytes[0][i] = _mm512_cvtepi16_epi8(high);
+          bytes[kBytes - 1][i] =
+              _mm512_cvtepi16_epi8(_mm512_sub_epi16(fine, _mm512_slli_epi16(high, 8)));
+        }
       }
-      interleave(high_bytes, high[q]);
-      interleave(low_bytes, low[q]);
+      for (int byte = 0; byte < kBytes; ++byte) {
+        interleave(bytes[byte], quads[byte][q]);
+        const __m512i offset = _mm512_set1_epi8(static_cast<char>(kOffset));
+        for (int i = 0; i < 2; ++i)
+          sums[byte][i] = _mm512_dpbusd_epi32(sums[byte][i], offset,
+                                              _mm512_load_si512(quads[byte][q] + 16 * i));
+      }
     }
-    const __m512i offset = _mm512_set1_epi32(-Row::kOffset);
-    _mm512_store_si512(high_start, _mm512_mullo_epi32(high_sum, offset));
-    _mm512_store_si512(low_start, _mm512_mullo_epi32(low_sum, offset));
+    for (int byte = 0; byte < kBytes; ++byte)
+      for (int i = 0; i < 2; ++i)
+        _mm512_store_si512(start[byte] + 16 * i,
+                           _mm512_sub_epi32(_mm512_setzero_si512(), sums[byte][i]));
   }
 
  private:
-  /// out[g] = byte g of each of the four.
-  static void interleave(const __m128i bytes[4], int32_t* out) {
-    const __m128i a = _mm_unpacklo_epi8(bytes[0], bytes[1]);
-    const __m128i b = _mm_unpackhi_epi8(bytes[0], bytes[1]);
-    const __m128i c = _mm_unpacklo_epi8(bytes[2], bytes[3]);
-    const __m128i d = _mm_unpackhi_epi8(bytes[2], bytes[3]);
-    auto* const p = reinterpret_cast<__m128i*>(out);
-    _mm_store_si128(p, _mm_unpacklo_epi16(a, c));
-    _mm_store_si128(p + 1, _mm_unpackhi_epi16(a, c));
-    _mm_store_si128(p + 2, _mm_unpacklo_epi16(b, d));
-    _mm_store_si128(p + 3, _mm_unpackhi_epi16(b, d));
+  /// out[i] = byte i of each of the four.
+  static void interleave(const __m256i (&bytes)[4], int32_t* out) {
+    const __m256i a = _mm256_unpacklo_epi8(bytes[0], bytes[1]);
+    const __m256i b = _mm256_unpackhi_epi8(bytes[0], bytes[1]);
+    const __m256i c = _mm256_unpacklo_epi8(bytes[2], bytes[3]);
+    const __m256i d = _mm256_unpackhi_epi8(bytes[2], bytes[3]);
+    const __m256i fours[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c),
+                              _mm256_unpacklo_epi16(b, d), _mm256_unpackhi_epi16(b, d)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm_store_si128((__m128i*)(out + 4 * i), _mm256_castsi256_si128(fours[i]));
+      _mm_store_si128((__m128i*)(out + 16 + 4 * i), _mm256_extracti128_si256(fours[i], 1));
+    }
   }
 };
 
-/// A group's kScales integers, each for as many lanes.
-template <int kScales>
+/// Of two groups' integers those for the first (0) or second halves of the groups, each for as many
+/// lanes.
+template <int kScales, int kHalf>
 inline __m512i spread(const int32_t* p) {
-  if constexpr (kScales == 2)
-    return _mm512_permutexvar_epi32(
-        _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
-        _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)p)));
-  const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_epi32(index,
-                                  _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+  if constexpr (kScales == 2) {
+    const __m512i index = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutexvar_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(kHalf)),
+                                    _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+  } else {
+    const __m512i index = _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(2 * kHalf)),
+                                    _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
+  }
 }
 
-/// y += sum over i < count <= kBatch of h[i] row[i]; not exact: of the rows' high planes. y: whole
-/// groups
+/// y[16 i] += step * the 128-bit lanes i of the four, i < lanes.
+inline void add_lanes(const __m512i s[4], float step, int64_t lanes, float* const y[4]) {
+  const __m512i ab = _mm512_shuffle_i32x4(s[0], s[1], 0x88);
+  const __m512i AB = _mm512_shuffle_i32x4(s[0], s[1], 0xdd);
+  const __m512i cd = _mm512_shuffle_i32x4(s[2], s[3], 0x88);
+  const __m512i CD = _mm512_shuffle_i32x4(s[2], s[3], 0xdd);
+  const __m512i ordered[4] = {
+      _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
+      _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    if (i < lanes) store(y[i], load_as<Floats>(y[i]) + step * to_floats((Ints)ordered[i]));
+}
+
+/// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups. Two
+/// groups at a time: their bytes of four rows are interleaved while they still hold two nibbles.
 template <bool kExact, class Row>
-inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, float* y,
-                     Wanted& wanted) {
+inline void add_rows(const Rows& w, const Batch& batch, bool scattered, const float* h, float* y) {
   constexpr int kScales = Row::kScales;
-  if (count == 0) return;
-  for (int64_t g0 = 0; g0 < groups; g0 += kLanes / kScales) {
-    const Factors<Row> factors(downs, count, g0 * kScales);
-    for (int64_t g = 0; g < min(kLanes / kScales, groups - g0); ++g, y += kGroup) {
-      wanted.ask(kAddUnits);
-      const int64_t at = g * kScales;
-      const __m512i high_start = spread<kScales>(factors.high_start + at);
-      const __m512i low_start = spread<kScales>(factors.low_start + at);
-      __m512i high[4] = {high_start, high_start, high_start, high_start};
-      __m512i low[4] = {low_start, low_start, low_start, low_start};
+  constexpr bool kBoth = Row::kPlanes && kExact;             // planes
+  constexpr float kUnit = Row::kPlanes && !kExact ? 16 : 1;  // what a nibble of 1 is worth
+  // Codes of 8 bits deserve finer factors.
+  constexpr int kBytes = kBoth ? 2 : 1;
+  using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes>;
+  constexpr int64_t kGroups = Factors::kSome / kScales;
+  const int64_t count = batch.count, groups = groups_of(w.n);
+  const bool two = !kBoth && batch.follow.b && batch.is_last();  // to ask for
+  const std::uint8_t *planes[2][kBatch], *ahead[2][kBatch];
+  const std::int8_t *scales[kBatch], *ahead_scales[kBatch];
+  alignas(64) float parts[kBatch];
+  for (int64_t r = 0; r < kBatch; ++r) {
+    const Row row(w, batch.id(r)), next = batch.ahead<Row>(w, batch.follow.a, r);
+    for (int i = 0; i < 2; ++i) planes[i][r] = row.plane(i), ahead[i][r] = next.plane(i);
+    if (two) ahead[1][r] = batch.ahead<Row>(w, batch.follow.b, r).plane(0);
+    scales[r] = row.scales.scales;
+    ahead_scales[r] = next.scales.scales;
+    parts[r] = r < count ? h[r] * row.scales.step : 0;
+  }
+  const __m512 values = _mm512_load_ps(parts);
+  float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
+  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q))
+    most = __builtin_nanf("");  // to be seen in y
+  const float step = most * (32768.0f / 32767.0f) * (kBytes == 2 ? 1.0f / 256 : kUnit);
+  const __m512i relative =
+      _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
+  alignas(32) std::int16_t words[kBatch];
+  _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16(relative));
+  Factors factors;
+  for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
+    factors.make(scales, words, count, (groups - g0) * kScales);
+    for (int64_t r = 0; r < kBatch; ++r) {
+      ask(ahead_scales[r] + g0 * kScales);
+      scales[r] += Factors::kSome;
+    }
+    for (int64_t turn = 0; turn < kGroups / 2; ++turn) {
+      const int64_t four = turn / kLinesInTurn * kLinesInTurn;
+      const int64_t g = g0 + 2 * (four + line_in_turn(turn % kLinesInTurn, scattered));
+      if (g >= groups) continue;
+      const int64_t at = (g - g0) * kScales, bytes = g * kGroupBytes, left = min(groups - g, 2);
+      const __mmask64 some = left == 2 ? ~0ull : 0xffffffffull;
+      __m512i lowers[kBytes][4], uppers[kBytes][4];
+#pragma GCC unroll 2
+      for (int byte = 0; byte < kBytes; ++byte) {
+        const __m512i lower_start = spread<kScales, 0>(factors.start[byte] + at);
+        __m512i upper_start = spread<kScales, 1>(factors.start[byte] + at);
+        if (!kBoth) upper_start = _mm512_slli_epi32(upper_start, 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) lowers[byte][i] = lower_start, uppers[byte][i] = upper_start;
+      }
       for (int64_t q = 0; 4 * q < count; ++q) {
-        const int64_t last = count - 1;  // in the place of rows beyond it, times zero
-        __m512i codes[4], columns[4];
+        __m512i loaded[4], nibbles[2][4];
+#pragma GCC unroll 2
+        for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane) {
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            loaded[i] = _mm512_maskz_loadu_epi8(some, planes[plane][4 * q + i] + bytes);
+            ask(ahead[plane][4 * q + i] + bytes);
+            if (two) ask(ahead[1][4 * q + i] + bytes);
+          }
+          interleave(loaded, nibbles[plane]);
+        }
+        __m512i lower_factors[kBytes], upper_factors[kBytes];
+#pragma GCC unroll 2
+        for (int byte = 0; byte < kBytes; ++byte) {
+          lower_factors[byte] = spread<kScales, 0>(factors.quads[byte][q] + at);
+          upper_factors[byte] = spread<kScales, 1>(factors.quads[byte][q] + at);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const Down<Row>& down = downs[min(4 * q + i, last)];
-          codes[i] = down.row.template codes<kExact>(g0 + g);
+          const __m512i both = nibbles[0][i], rest = nibbles[1][i];
+          const __m512i a = kBoth ? merge(_mm512_slli_epi16(both, 4), rest) : lower_nibbles(both);
+          const __m512i b = kBoth ? merge(both, _mm512_srli_epi16(rest, 4)) : upper_nibbles(both);
+#pragma GCC unroll 2
+          for (int byte = 0; byte < kBytes; ++byte) {
+            lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, lower_factors[byte]);
+            uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, upper_factors[byte]);
+          }
         }
-        interleave(codes, columns);
-        const __m512i high_factors = spread<kScales>(factors.high[q] + at);
-        const __m512i low_factors = spread<kScales>(factors.low[q] + at);
+      }
+      if (kBytes == 2) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          high[i] = _mm512_dpbusd_epi32(high[i], columns[i], high_factors);
-          low[i] = _mm512_dpbusd_epi32(low[i], columns[i], low_factors);
+          lowers[0][i] =
+              _mm512_add_epi32(_mm512_slli_epi32(lowers[0][i], 8), lowers[kBytes - 1][i]);
+          uppers[0][i] =
+              _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
         }
       }
-      __m512i s[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) s[i] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
-      // The 128-bit lanes of the four, transposed, are the columns in order.
-      const __m512i ab = _mm512_shuffle_i32x4(s[0], s[1], 0x88);
-      const __m512i AB = _mm512_shuffle_i32x4(s[0], s[1], 0xdd);
-      const __m512i cd = _mm512_shuffle_i32x4(s[2], s[3], 0x88);
-      const __m512i CD = _mm512_shuffle_i32x4(s[2], s[3], 0xdd);
-      const __m512i ordered[4] = {
-          _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
-          _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        float* const out = y + i * kLanes;
-        const float step = factors.step[at + i * kScales / 4];
-        store(out, load_as<Floats>(out) + step * to_floats((Ints)ordered[i]));
-      }
+      float* const out = y + g * kGroup;
+      float* const to_lowers[4] = {out, out + 16, out + kGroup, out + kGroup + 16};
+      float* const to_uppers[4] = {out + 32, out + 48, out + kGroup + 32, out + kGroup + 48};
+      add_lanes(lowers[0], step, 2 * left, to_lowers);
+      add_lanes(uppers[0], kBoth ? step : step / 16, 2 * left, to_uppers);
     }
   }
 }
 
 #else
 
-/// y += sum over i < count <= kBatch of h[i] row[i]; not exact: of the rows' high planes. y: whole
-/// groups
+/// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups
 template <bool kExact, class Row>
-inline void add_rows(const Down<Row>* downs, int64_t count, int64_t groups, float* y,
-                     Wanted& wanted) {
+inline void add_rows(const Rows& w, const Batch& batch, bool, const float* h, float* y) {
   constexpr int kVectors = kGroup / kLanes, kScales = Row::kScales;
   static_assert(kLanes % kScales == 0);
   float factors[kBatch][kLanes];
-  for (int64_t g = 0; g < groups; ++g, y += kGroup) {
-    wanted.ask(kAddUnits);
+  Row rows[kBatch], ahead[kBatch];
+  for (int64_t r = 0; r < batch.count; ++r) {
+    rows[r] = Row(w, batch.id(r));
+    ahead[r] = batch.ahead<Row>(w, batch.follow.a, r);
+  }
+  for (int64_t g = 0; g < groups_of(w.n); ++g, y += kGroup) {
     const int64_t at = g * kScales % kLanes;
     if (at == 0)
-      for (int64_t r = 0; r < count; ++r)
-        store(factors[r],
-              downs[r].h * downs[r].row.scales.step * downs[r].row.scales.from(g * kScales));
+      for (int64_t r = 0; r < batch.count; ++r) {
+        store(factors[r], h[r] * rows[r].scales.step * rows[r].scales.from(g * kScales));
+        ask(ahead[r].scales.scales + g * kScales);
+      }
     Floats sums[kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) sums[i] = load_as<Floats>(y + i * kLanes);
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < batch.count; ++r) {
       std::int8_t codes[kGroup];
-      downs[r].row.template codes<kExact>(g, codes);
+      rows[r].template codes<kExact>(g, codes);
+      if (g % 2 == 0)
+        for (int plane = 0; plane < (kExact && Row::kPlanes ? 2 : 1); ++plane)
+          ask(ahead[r].plane(plane) + g * kGroupBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
         sums[i] += factors[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);

@@ -16,6 +16,8 @@ struct Int4Row {
   Int4Row(const Rows& w, int64_t r)
       : nibbles(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         scales(nibbles, w.n, kScales) {}
+  const std::uint8_t* plane(int) const { return nibbles; }
+  Int4Row only(bool, bool) const { return *this; }
 
 #if defined(__AVX512VNNI__)
   /// A group's codes.

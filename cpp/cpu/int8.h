@@ -51,6 +51,14 @@ struct Int8Row {
       : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * w.low_stride),
         scales(high, w.n, kScales) {}
+  const std::uint8_t* plane(int i) const { return i == 0 ? high : low; }
+  /// For requests: one of the planes in the place of both.
+  Int8Row only(bool with_high, bool with_low) const {
+    Int8Row row = *this;
+    if (!with_high) row.high = low;
+    if (!with_low) row.low = high;
+    return row;
+  }
 
 #if defined(__AVX512VNNI__)
   /// A group's codes: 16 high + low, or 16 high + 8.
@@ -102,6 +110,17 @@ struct Int8Row {
 };
 
 #if defined(__AVX512VNNI__)
+inline __m512i lower_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0f)); }
+/// Where they stand: 16 times too large.
+inline __m512i upper_nibbles(__m512i v) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0)));
+}
+/// The upper nibbles of one, the lower ones of the other.
+inline __m512i merge(__m512i upper, __m512i lower) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+  return _mm512_ternarylogic_epi64(mask, upper, lower, 0xca);
+}
+
 /// Four rows' bytes interleaved: byte 4 k + i of out[j]'s 128-bit lane L is byte 16 L + 4 j + k of
 /// rows[i].
 inline void interleave(const __m512i rows[4], __m512i out[4]) {

@@ -1,8 +1,8 @@
 // Decode for rows of integers, int8 and int4: products with an x that is rounded to integers, too.
 //
-// Where weights have a scale of their own, so has x. int4:  x = scale q,  q of 8 bits. int8 has
-// finer weights:  x = scale (q + rest / 256),  both of 8 bits. Instructions want codes unsigned, so
-// they are Row::kOffset too large; -kOffset sum(x) is where the integer sums start.
+// Where weights have a scale of their own, so has x:  x = scale q,  q of 8 bits. Instructions want
+// codes unsigned, so they are Row::kOffset too large; -kOffset sum(q) is where the integer sums
+// start.
 #pragma once
 
 #include "cpu/batch.h"
@@ -10,35 +10,37 @@
 namespace tda {
 namespace {
 
-constexpr int kFours = kGroup / 4;  // a lane adds up the products of four neighbours
+constexpr int64_t kHalf = kGroup / 2;  // a plane's bytes hold values of both halves of a group
 
-/// How much too large the upper half of a high plane's nibbles is taken.
+/// How much too large the nibbles of second halves are taken where a plane is used alone.
 #if defined(__AVX512VNNI__)
 constexpr int32_t kUpper = 16;
 #else
 constexpr int32_t kUpper = 1;
 #endif
 
-struct Group {  // of a prepared x
-  std::int8_t q[kGroup];
-  std::int8_t rest[kGroup];      // int8 only
-  int32_t start[kFours];         // -kOffset sum of four, int8: of 256 q + rest
-  int32_t coarse_start[kFours];  // int8 only: for q times the high plane
+/// Two groups of a prepared x: the first halves of both, then their second halves. A lane adds up
+/// the products of four neighbours.
+struct Pair {
+  std::int8_t q[2][2 * kHalf];
+  int32_t start[2][kHalf / 2];         // -kOffset sum of four
+  int32_t coarse_start[2][kHalf / 2];  // int8 only: for the high plane alone
 };
 
-/// A prepared x: groups, and their scales, filled up with zeros to whole vectors.
+/// A prepared x: pairs, and their scales, filled up with zeros to whole vectors.
 template <class Row>
 struct Vector {
-  Group* groups;
-  float* scales;         // int8: of 256 x
-  float* coarse_scales;  // int8 only: for products of q and the high plane
-  int64_t count;
+  Pair* pairs;
+  float* scales;
+  float* coarse_scales;  // int8 only: for the high plane alone
+  int64_t count;         // groups
 
   Vector(const void* prepared, int64_t n)
-      : groups(static_cast<Group*>(const_cast<void*>(prepared))),
-        scales(reinterpret_cast<float*>(groups + groups_of(n))),
+      : pairs(static_cast<Pair*>(const_cast<void*>(prepared))),
+        scales(reinterpret_cast<float*>(pairs + pairs_of(n))),
         coarse_scales(scales + scale_count(n)),
         count(groups_of(n)) {}
+  static int64_t pairs_of(int64_t n) { return (groups_of(n) + 1) / 2; }
   static int64_t scale_count(int64_t n) {
     return (groups_of(n) * Row::kScales + kLanes - 1) / kLanes * kLanes;
   }
@@ -46,7 +48,7 @@ struct Vector {
 
 template <class Row>
 int64_t prepared_bytes(int64_t n) {
-  return groups_of(n) * sizeof(Group) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
+  return Vector<Row>::pairs_of(n) * sizeof(Pair) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
 }
 
 /// kLanes integers as bytes.
@@ -68,13 +70,13 @@ inline float largest_lane(Floats v) {
 #endif
 }
 
-/// Sums of each four of a group's bytes.
-inline void sum_fours(const std::int8_t* bytes, int32_t sums[kFours]) {
+/// Sums of each four of so many bytes.
+inline void sum_fours(const std::int8_t (&bytes)[2 * kHalf], int32_t (&sums)[kHalf / 2]) {
 #if defined(__AVX512VNNI__)
   const __m512i ones = _mm512_set1_epi8(1), all = _mm512_loadu_si512(bytes);
   _mm512_storeu_si512(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, all));
 #else
-  for (int i = 0; i < kFours; ++i)
+  for (int i = 0; i < kHalf / 2; ++i)
     sums[i] = bytes[4 * i] + bytes[4 * i + 1] + bytes[4 * i + 2] + bytes[4 * i + 3];
 #endif
 }
@@ -84,40 +86,39 @@ void prepare(const float* x, int64_t n, void* prepared) {
   constexpr int kPart = kGroup / Row::kScales, kVectors = kPart / kLanes;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
   const Vector<Row> out(prepared, n);
-  for (int64_t g = 0; g < out.count; ++g) {
-    Group& group = out.groups[g];
-    for (int64_t part = 0; part < Row::kScales; ++part) {
-      const int64_t first = g * kGroup + part * kPart;
-      Floats values[kVectors], largest = {};
-      for (int i = 0; i < kVectors; ++i) {
-        const int64_t left = n - first - i * kLanes;
-        values[i] = left > 0 ? load_part<F32>(x + first + i * kLanes, left) : Floats{};
-        largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
-      }
-      const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
-      out.scales[g * Row::kScales + part] = most / 127.0f / (Row::kPlanes ? 256.0f : 1.0f);
-      for (int i = 0; i < kVectors; ++i) {
-        const int64_t at = part * kPart + i * kLanes;
-        const Floats shifted = values[i] * inverse + kShift;
-        store_bytes(group.q + at, (Ints)shifted);
-        if (!Row::kPlanes) continue;
-        const Floats left = values[i] * inverse - (shifted - kShift);
-        store_bytes(group.rest + at, (Ints)(min(256.0f * left, Floats{} + 127.0f) + kShift));
-      }
+  for (int64_t part = 0; part < 2 * Vector<Row>::pairs_of(n) * Row::kScales; ++part) {
+    const int64_t first = part * kPart, at = first % kGroup, g = first / kGroup;
+    std::int8_t* const q = out.pairs[g / 2].q[at / kHalf] + g % 2 * kHalf + at % kHalf;
+    Floats values[kVectors], largest = {};
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t left = n - first - i * kLanes;
+      values[i] = left > 0 ? load_part<F32>(x + first + i * kLanes, left) : Floats{};
+      largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
     }
-    int32_t sums[kFours], rest_sums[kFours] = {};
-    sum_fours(group.q, sums);
-    if (Row::kPlanes) sum_fours(group.rest, rest_sums);
-    for (int i = 0; i < kFours; ++i) {
-      group.start[i] = -Row::kOffset * (Row::kPlanes ? 256 * sums[i] + rest_sums[i] : sums[i]);
-      group.coarse_start[i] = -8 * (i < kFours / 2 ? 1 : kUpper) * sums[i];
-    }
+    const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    for (int i = 0; i < kVectors; ++i)
+      store_bytes(q + i * kLanes, (Ints)(values[i] * inverse + kShift));
+    if (g == out.count) continue;  // there is no such group, but half a pair
+    out.scales[part] = most / 127.0f;
   }
+  for (int64_t i = out.count * Row::kScales; i < Vector<Row>::scale_count(n); ++i)
+    out.scales[i] = 0.0f;
   for (int64_t i = 0; i < Vector<Row>::scale_count(n); ++i) {
-    if (i >= out.count * Row::kScales) out.scales[i] = 0.0f;
-    // 256 q times 16 high; the lanes of every other scale may see their nibbles too large.
-    out.coarse_scales[i] = out.scales[i] * (i % 2 == 0 ? 4096.0f : 4096.0f / kUpper);
+    const bool second = i % Row::kScales >= Row::kScales / 2;
+    const float alone = out.scales[i] / (second ? kUpper : 1);
+    out.coarse_scales[i] = 16.0f * alone;
+    if (!Row::kPlanes) out.scales[i] = alone;
   }
+  for (int64_t p = 0; p < Vector<Row>::pairs_of(n); ++p)
+    for (int half = 0; half < 2; ++half) {
+      Pair& pair = out.pairs[p];
+      int32_t sums[kHalf / 2];
+      sum_fours(pair.q[half], sums);
+      for (int i = 0; i < kHalf / 2; ++i) {
+        pair.coarse_start[half][i] = -8 * (half == 0 ? 1 : kUpper) * sums[i];
+        pair.start[half][i] = Row::kPlanes ? -Row::kOffset * sums[i] : pair.coarse_start[half][i];
+      }
+    }
 }
 
 #if defined(__AVX512VNNI__)
@@ -142,66 +143,127 @@ inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 }
 #endif
 
-/// kLanes scales in a row, handed out group by group: kScales numbers, each for as many lanes.
-template <int kScales>
-struct Scales {
-#if defined(__AVX512F__)
-  Floats values;
-  Scales() = default;
-  explicit Scales(Floats v) : values(v) {}
-  /// Which of them the lanes take.
-  static Ints first() {
-    Ints index;
-    for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane * kScales / kLanes;
-    return index;
-  }
-  static Ints next(Ints index) { return index + kScales; }
-  Floats at(Ints index, int) const {
-    return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)values);
-  }
-#else
-  float values[kLanes];
-  Scales() = default;
-  explicit Scales(Floats v) { store(values, v); }
-  static int first() { return 0; }
-  static int next(int index) { return index + kScales; }
-  Floats at(int index, int part) const {
-    Floats out;
-    for (int lane = 0; lane < kLanes; ++lane)
-      out[lane] = values[index + (part * kLanes + lane) * kScales / kFours];
-    return out;
-  }
-#endif
-};
+#if defined(__AVX512VNNI__)
 
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. They share
-/// what is loaded of x: loads are what this loop runs out of.
-template <bool kExact, class Row, int kCount>
-inline void multiply(const Row (&rows)[kCount], const Vector<Row>& x, Floats (&lanes)[kCount]) {
+/// what is loaded of x: loads are what this loop runs out of. `ahead`: whose lines to ask for. The
+/// order of the lines is none of the result's: each has a sum of its own place in it.
+template <bool kExact, bool kScattered = false, class Row, int kCount>
+inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], const Vector<Row>& x,
+                     Floats (&lanes)[kCount]) {
+  constexpr int kScales = Row::kScales;
+  constexpr bool kBoth = Row::kPlanes && kExact;                 // planes
+  constexpr int kVectors = kLinesInTurn * 2 * kScales / kLanes;  // of scales
+  // Whose scales the lanes take: the pair's groups' in turn, of first halves.
+  const __m512i firsts = kScales == 2
+                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
+                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
+  Floats sums[kCount][2] = {};
+  for (int64_t p0 = 0; 2 * p0 < x.count; p0 += kLinesInTurn) {
+    Floats scales[kCount][kVectors] = {};
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t s = 2 * p0 * kScales + v * kLanes;
+      if (s >= x.count * kScales) break;
+      const Floats of_x = load_as<Floats>((kExact ? x.scales : x.coarse_scales) + s);
+      for (int r = 0; r < kCount; ++r) {
+        scales[r][v] = rows[r].scales.from(s) * of_x;
+        ask(ahead[r].scales.scales + s);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kLinesInTurn; ++i) {
+      const int turn = line_in_turn(i, kScattered);
+      const int64_t p = p0 + turn;
+      if (2 * p >= x.count) continue;
+      const Pair& pair = x.pairs[p];
+      const int64_t at = 2 * p * kGroupBytes;
+      const __mmask64 there = 2 * p + 1 < x.count ? ~0ull : 0xffffffffull;
+      const __m512i q[2] = {load_once(pair.q[0]), load_once(pair.q[1])};
+      const auto& starts = kExact ? pair.start : pair.coarse_start;
+      const __m512i start[2] = {load_once(starts[0]), load_once(starts[1])};
+      const int first_scale = turn * 2 * kScales % kLanes, vector = turn * 2 * kScales / kLanes;
+      const __m512i index[2] = {
+          _mm512_add_epi32(firsts, _mm512_set1_epi32(first_scale)),
+          _mm512_add_epi32(firsts, _mm512_set1_epi32(first_scale + kScales / 2))};
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r) {
+        const __m512i high = _mm512_maskz_loadu_epi8(there, rows[r].plane(0) + at);
+        ask(ahead[r].plane(0) + at);
+        __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
+        if (kBoth) {
+          const __m512i low = _mm512_maskz_loadu_epi8(there, rows[r].plane(1) + at);
+          ask(ahead[r].plane(1) + at);
+          codes[0] = merge(_mm512_slli_epi16(high, 4), low);
+          codes[1] = merge(high, _mm512_srli_epi16(low, 4));
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const auto scale = (Floats)_mm512_permutexvar_ps(index[half], (__m512)scales[r][vector]);
+          sums[r][turn == kLinesInTurn - 1] +=
+              scale * to_floats((Ints)_mm512_dpbusd_epi32(start[half], codes[half], q[half]));
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step * (sums[r][0] + sums[r][1]);
+}
+
+#else
+
+/// The products of kCount rows, or of their high planes, with x, still one sum per lane. `ahead`:
+/// whose lines to ask for.
+template <bool kExact, bool = false, class Row, int kCount>
+inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], const Vector<Row>& x,
+                     Floats (&lanes)[kCount]) {
+  constexpr bool kBoth = Row::kPlanes && kExact;  // planes
   constexpr int64_t kGroups = kLanes / Row::kScales;
+  constexpr int kPerVector = kVectorBytes * Row::kScales / kGroup;  // scales
   Floats sums[kCount] = {};
   for (int64_t g0 = 0; g0 < x.count; g0 += kGroups) {
     const int64_t s = g0 * Row::kScales;
-    Scales<Row::kScales> scales[kCount];
+    float scales[kCount][kLanes];
     for (int r = 0; r < kCount; ++r) {
       const Floats of_x = load_as<Floats>((kExact ? x.scales : x.coarse_scales) + s);
-      scales[r] = Scales<Row::kScales>(rows[r].scales.from(s) * of_x);
+      store(scales[r], rows[r].scales.from(s) * of_x);
+      ask(ahead[r].scales.scales + s);
     }
-    auto index = Scales<Row::kScales>::first();
-    const int64_t end = min(g0 + kGroups, x.count);
-    for (int64_t g = g0; g < end; ++g) {
-      Ints integers[kCount][kParts];
-      products<kExact>(rows, g, x.groups[g], integers);
+    for (int64_t g = g0; g < min(g0 + kGroups, x.count); ++g) {
+      const Pair& pair = x.pairs[g / 2];
 #pragma GCC unroll 4
-      for (int r = 0; r < kCount; ++r)
+      for (int r = 0; r < kCount; ++r) {
+        Bytes high[kParts], low[kParts];
+        expand(rows[r].plane(0) + g * kGroupBytes, high);
+        if (kBoth) expand(rows[r].plane(1) + g * kGroupBytes, low);
+        if (g % 2 == 0)
+          for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane)
+            ask(ahead[r].plane(plane) + g * kGroupBytes);
 #pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part)
-          sums[r] += scales[r].at(index, part) * to_floats(integers[r][part]);
-      index = Scales<Row::kScales>::next(index);
+        for (int part = 0; part < kParts; ++part) {
+          const int64_t first = part * kVectorBytes, half = first / kHalf;
+          const int64_t at = g % 2 * kHalf + first % kHalf;
+          const std::int8_t* const q = pair.q[half] + at;
+          const auto& starts = kExact ? pair.start : pair.coarse_start;
+          Ints integers = load_as<Ints>(starts[half] + at / 4);
+          integers += kBoth ? sums_of_four<16>(high[part], q) + sums_of_four<1>(low[part], q)
+                            : sums_of_four<1>(high[part], q);
+          const float* const of_part =
+              scales[r] + (g - g0) * Row::kScales + first * Row::kScales / kGroup;
+          Floats scale;
+          if constexpr (kPerVector > 1)
+            for (int lane = 0; lane < kLanes; ++lane)
+              scale[lane] = of_part[lane * kPerVector / kLanes];
+          else
+            scale = splat(of_part[0]);
+          sums[r] += scale * to_floats(integers);
+        }
+      }
     }
   }
   for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step * sums[r];
 }
+
+#endif
 
 template <class Row>
 void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) {
@@ -211,9 +273,11 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
     Products products;
     for (int64_t r = 0; r < count; r += 2) {
       // The last of an odd number is taken twice.
-      const Row pair[2] = {{w, first + r}, {w, first + min(r + 1, count - 1)}};
+      const int64_t a = first + r, b = first + min(r + 1, count - 1);
+      const Row pair[2] = {{w, a}, {w, b}};
+      const Row ahead[2] = {{w, min(a + kBatch, rows - 1)}, {w, min(b + kBatch, rows - 1)}};
       Floats lanes[2];
-      multiply<true>(pair, x, lanes);
+      multiply<true>(pair, ahead, x, lanes);
       products.lanes[r] = lanes[0];
       products.lanes[r + 1] = lanes[1];
     }
@@ -223,22 +287,43 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
   }
 }
 
-/// A batch of gates and ups; between neurons memory is asked for what is wanted. Not inlined: GCC
-/// would keep constants of other loops in registers that this one needs.
-template <bool kExact, class Row>
-[[gnu::noinline]] void multiply_neurons(const NeuronRows& rows, const int32_t* ids, int64_t count,
-                                        const Vector<Row>& x, Gated& gated, Wanted& wanted) {
-  for (int64_t i = 0; i < count; i += 2) {
-    wanted.ask(2 * (kExact ? kNeuronUnits : kSketchUnits));
-    const int32_t a = ids[i], b = ids[min(i + 1, count - 1)];  // the last of an odd number twice
-    const Row pair[4] = {{rows.gate, a}, {rows.up, a}, {rows.gate, b}, {rows.up, b}};
+/// One row's product with x per neuron of a batch.
+template <class Row>
+void multiply_rows(const Rows& w, const Rows* following, const Batch& batch, const Vector<Row>& x,
+                   float* out) {
+  Products products;
+  for (int64_t i = 0; i < batch.count; i += 2) {  // the last of an odd number twice
+    const Row pair[2] = {{w, batch.id(i)}, {w, batch.id(i + 1)}};
+    const Row ahead[2] = {batch.ahead<Row>(w, following, i), batch.ahead<Row>(w, following, i + 1)};
+    Floats lanes[2];
+    multiply<true>(pair, ahead, x, lanes);
+    products.lanes[i] = lanes[0];
+    products.lanes[i + 1] = lanes[1];
+  }
+  products.store_to(out, batch.count);
+}
+
+/// h of a batch of neurons. Not inlined: GCC would keep constants of other loops in registers that
+/// this one needs.
+template <bool kExact, bool kScattered, class Row>
+[[gnu::noinline]] void multiply_neurons(const NeuronRows& rows, Activation activation,
+                                        const Batch& batch, const Vector<Row>& x, float* h) {
+  const Follow& follow = batch.follow;
+  Gated gated;
+  for (int64_t i = 0; i < batch.count; i += 2) {  // the last of an odd number twice
+    const int32_t a = batch.id(i), b = batch.id(i + 1);
+    const Row four[4] = {{rows.gate, a}, {rows.up, a}, {rows.gate, b}, {rows.up, b}};
+    const Row ahead[4] = {
+        batch.ahead<Row>(rows.gate, follow.a, i), batch.ahead<Row>(rows.up, follow.b, i),
+        batch.ahead<Row>(rows.gate, follow.a, i + 1), batch.ahead<Row>(rows.up, follow.b, i + 1)};
     Floats lanes[4];
-    multiply<kExact>(pair, x, lanes);
+    multiply<kExact, kScattered>(four, ahead, x, lanes);
     gated.gates.lanes[i] = lanes[0];
     gated.ups.lanes[i] = lanes[1];
     gated.gates.lanes[i + 1] = lanes[2];
     gated.ups.lanes[i + 1] = lanes[3];
   }
+  gated.finish(activation, batch.count, h);
 }
 
 template <class Row>
@@ -246,26 +331,27 @@ void clear(float* y, const Vector<Row>& x) {
   for (int64_t i = 0; i < x.count * kGroup; ++i) y[i] = 0.0f;
 }
 
-/// Gates and ups of the call's neurons by batches, each handed to do_batch(first, gated, count,
-/// wanted);
-/// meanwhile memory brings the next batch.
-template <class Row, class Do>
-inline void for_batches(const NeuronRows& rows, Activation activation, const NeuronIds& all,
-                        const Vector<Row>& x, const Do& do_batch) {
-  Wanted wanted;
-  for (int64_t first = 0; first < all.count; first += kBatch) {
-    const int32_t* const ids = all.data + first;
-    const int64_t count = min(kBatch, all.count - first);
-    const int64_t next = min(kBatch, all.count + all.next - first - count);
-    wanted.clear();
-    for (int64_t i = count; i < count + next; ++i)
-      for (const Rows* w : {&rows.gate, &rows.up, &rows.down}) want(wanted, Row(*w, ids[i]), w->n);
-    wanted.spread(count * kNeuronUnits + x.count * kAddUnits);
-    Gated gated;
-    multiply_neurons<true>(rows, ids, count, x, gated, wanted);
-    gated.finish(activation, count);
-    do_batch(first, gated, count, wanted);
-  }
+/// Neurons that pass one stage before any of them passes the next: few enough for the second-level
+/// cache to keep what was read of them.
+constexpr int64_t kChunk = 12 * kBatch;
+
+/// h of many neurons, exactly.
+template <class Row>
+void multiply_all(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
+                  const Follow& follow, const Vector<Row>& x, float* h) {
+  const auto do_batch = are_scattered(ids, count) ? multiply_neurons<true, true, Row>
+                                                  : multiply_neurons<true, false, Row>;
+  for (int64_t i = 0; i < count; i += kBatch)
+    do_batch(rows, activation, Batch(ids, count, i, follow), x, h + i);
+}
+
+/// y += sum over many rows of h[i] row[i].
+template <bool kExact, class Row>
+void add_all(const Rows& down, const int32_t* ids, int64_t count, const Follow& follow,
+             const float* h, float* y) {
+  const bool scattered = are_scattered(ids, count);
+  for (int64_t i = 0; i < count; i += kBatch)
+    add_rows<kExact, Row>(down, Batch(ids, count, i, follow), scattered, h + i, y);
 }
 
 template <class Row>
@@ -273,53 +359,60 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& all
              const void* prepared, float* h, float* y) {
   const Vector<Row> x(prepared, rows.gate.n);
   clear(y, x);
-  for_batches(rows, activation, all, x,
-              [&](int64_t first, const Gated& gated, int64_t count, Wanted& wanted) {
-                Down<Row> downs[kBatch];
-                for (int64_t i = 0; i < count; ++i) {
-                  h[first + i] = gated.h[i];
-                  downs[i] = {Row(rows.down, all[first + i]), gated.h[i]};
-                }
-                add_rows<true>(downs, count, x.count, y, wanted);
-              });
+  multiply_all(rows, activation, all.data, all.count, {&rows.down, nullptr, all.data, all.count}, x,
+               h);
+  add_all<true, Row>(rows.down, all.data, all.count,
+                     {&rows.gate, &rows.up, all.data + all.count, all.next}, h, y);
 }
+
+/// Neurons of a chunk on their way through the stages.
+struct Chosen {
+  int32_t ids[kChunk], at[kChunk];  // `at`: their places in the call
+  float h[kChunk];
+  int64_t count = 0;
+
+  void add(int32_t id, int64_t place, float value) {
+    ids[count] = id;
+    at[count] = static_cast<int32_t>(place);
+    h[count++] = value;
+  }
+  void store_to(float* all) const {
+    for (int64_t i = 0; i < count; ++i) all[at[i]] = h[i];
+  }
+};
 
 /// CATS: gates of all neurons, then ups and downs of those whose gate is open.
 template <class Row>
 SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
                                 const Selection& selection, const NeuronIds& all,
                                 const Vector<Row>& x, float* h, float* y) {
-  const auto product = [&](const Rows& w, int32_t id) {
-    const Row row[1] = {{w, id}};
-    Floats lanes[1];
-    multiply<true>(row, x, lanes);
-    return lanes[0];
-  };
   SelectedCounts counts;
-  Wanted nothing;
-  for (int64_t first = 0; first < all.count; first += kBatch, h += kBatch) {
-    const int32_t* ids = all.data + first;
-    const int64_t some = min(kBatch, all.count - first);
-    Products products;
-    float gates[kBatch], ups[kBatch];
-    for (int64_t i = 0; i < some; ++i) products.lanes[i] = product(rows.gate, ids[i]);
-    products.store_to(gates, some);
-    activate(activation, gates, some);
-    Down<Row> downs[kBatch];
-    int64_t which[kBatch], open = 0;
-    for (int64_t i = 0; i < some; ++i) {
-      h[i] = 0.0f;
-      if (__builtin_fabsf(gates[i]) < selection.exact) continue;
-      products.lanes[open] = product(rows.up, ids[i]);
-      which[open++] = i;
+  for (int64_t first = 0; first < all.count; first += kChunk) {
+    const int64_t end = min(first + kChunk, all.count);
+    Chosen open;
+    for (int64_t i = first; i < end; i += kBatch) {
+      const Follow ups = {&rows.up, nullptr, open.ids, open.count};
+      const Batch batch(all.data, end, i, ups);
+      float gates[kBatch];
+      multiply_rows(rows.gate, ups.a, batch, x, gates);
+      activate(activation, gates, batch.count);
+      for (int64_t j = 0; j < batch.count; ++j) {
+        h[i + j] = 0.0f;
+        if (!(__builtin_fabsf(gates[j]) < selection.exact)) open.add(batch.id(j), i + j, gates[j]);
+      }
     }
-    products.store_to(ups, open);
-    for (int64_t i = 0; i < open; ++i) {
-      h[which[i]] = gates[which[i]] * ups[i];
-      downs[i] = {Row(rows.down, ids[which[i]]), h[which[i]]};
+    const Follow downs = {&rows.down, nullptr, open.ids, open.count};
+    for (int64_t i = 0; i < open.count; i += kBatch) {
+      const Batch batch(open.ids, open.count, i, downs);
+      float ups[kBatch];
+      multiply_rows(rows.up, downs.a, batch, x, ups);
+      for (int64_t j = 0; j < batch.count; ++j) open.h[i + j] *= ups[j];
     }
-    add_rows<true>(downs, open, x.count, y, nothing);
-    counts.exact += open;
+    open.store_to(h);
+    add_all<true, Row>(rows.down, open.ids, open.count,
+                       {&rows.gate, nullptr, all.data + end, all.count + all.next - end}, open.h,
+                       y);
+    counts.exact += open.count;
   }
   return counts;
 }

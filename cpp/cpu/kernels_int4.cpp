@@ -6,49 +6,31 @@
 namespace tda {
 namespace {
 
-/// A group's products with some rows. Lane i of out[r][part] belongs to the fours' i-th.
-template <bool kExact, int kCount>
-inline void products(const Int4Row (&rows)[kCount], int64_t g, const Group& x,
-                     Ints (&out)[kCount][kParts]) {
-#if defined(__AVX512VNNI__)
-  const __m512i q = load_once(x.q), start = load_once(x.start);
-#pragma GCC unroll 4
-  for (int r = 0; r < kCount; ++r)
-    out[r][0] = (Ints)_mm512_dpbusd_epi32(start, rows[r].codes(g), q);
-#else
-  for (int r = 0; r < kCount; ++r) {
-    Bytes codes[kParts];
-    expand(rows[r].nibbles + g * kGroupBytes, codes);
-    for (int part = 0; part < kParts; ++part)
-      out[r][part] = load_as<Ints>(x.start + part * kLanes) +
-                     sums_of_four<1>(codes[part], x.q + part * kVectorBytes);
-  }
-#endif
-}
-
-inline void want(Wanted& wanted, const Int4Row& row, int64_t n) {
-  wanted.add(row.nibbles, int4_row_bytes(n));
-}
-
 /// Gates and ups are exact for all; down rows are read of the selected ones alone.
 SelectedCounts selected_by_contribution(const NeuronRows& rows, Activation activation,
                                         const Selection& selection, const NeuronIds& all,
                                         const Vector<Int4Row>& x, float* h, float* y) {
   SelectedCounts counts;
-  for_batches(rows, activation, all, x,
-              [&](int64_t first, const Gated& gated, int64_t count, Wanted& wanted) {
-                Down<Int4Row> downs[kBatch];
-                int64_t used = 0;
-                for (int64_t i = 0; i < count; ++i) {
-                  const int32_t id = all[first + i];
-                  const float estimate = __builtin_fabsf(gated.h[i]) * selection.lengths[id];
-                  const bool use = !(estimate < selection.exact);  // a NaN is kept, and seen
-                  h[first + i] = use ? gated.h[i] : 0.0f;
-                  if (use) downs[used++] = {Int4Row(rows.down, id), gated.h[i]};
-                }
-                add_rows<true>(downs, used, x.count, y, wanted);
-                counts.exact += used;
-              });
+  for (int64_t first = 0; first < all.count; first += kChunk) {
+    const int64_t end = min(first + kChunk, all.count);
+    Chosen used;
+    for (int64_t i = first; i < end; i += kBatch) {
+      const Follow downs = {&rows.down, nullptr, used.ids, used.count};
+      const Batch batch(all.data, end, i, downs);
+      multiply_neurons<true, false>(rows, activation, batch, x, h + i);
+      for (int64_t j = i; j < i + batch.count; ++j) {
+        const float estimate = __builtin_fabsf(h[j]) * selection.lengths[all[j]];
+        if (!(estimate < selection.exact))  // a NaN is kept, and seen
+          used.add(all[j], j, h[j]);
+        else
+          h[j] = 0.0f;
+      }
+    }
+    add_all<true, Int4Row>(rows.down, used.ids, used.count,
+                           {&rows.gate, &rows.up, all.data + end, all.count + all.next - end},
+                           used.h, y);
+    counts.exact += used.count;
+  }
   return counts;
 }
 

@@ -63,40 +63,41 @@ class Layout {
   /// The FFN matrices, [F, H] each; int8 and int4 rows side by side (see LayerWeights).
   void allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden) {
     for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
-    if (format_ == WeightFormat::int4) {
-      const std::int64_t row = int4_row_bytes(hidden);
-      const std::byte* data = allocate(neurons, 3 * row);
-      for (Matrix* m : {&w.gate, &w.up, &w.down}) {
-        m->data = data;
-        m->gap = 2 * row;
-        if (memory_) data += row;
-      }
-      return;
-    }
-    if (format_ != WeightFormat::int8) {
+    if (format_ == WeightFormat::int8) {
+      // Rows that begin at a cache line: who reads one shall read no line of another.
+      allocate_records({{w.gate}, {w.up}}, neurons, 64);
+      allocate_records({{w.gate, true}, {w.up, true}}, neurons, 64);
+      allocate_records({{w.down}, {w.down, true}}, neurons, 64);
+    } else if (format_ == WeightFormat::int4) {
+      allocate_records({{w.gate}, {w.up}}, neurons, 1);
+      allocate_records({{w.down}}, neurons, 1);
+    } else {
       for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
-      return;
     }
-    const std::int64_t high = high_row_bytes(hidden), low = low_row_bytes(hidden);
-    const std::byte* const always = allocate(neurons, 2 * high);
-    // Lines of memory that a selection reads begin with the down row's high plane.
-    const std::int64_t record = round_up(high + 3 * low, 64);
-    std::byte* const sometimes = allocate(neurons, record);
-    if (!memory_) return;
-    if (!checkpoint_.packed())
-      for (std::int64_t j = 0; j < neurons; ++j)
-        std::fill(sometimes + j * record + high + 3 * low, sometimes + (j + 1) * record,
-                  std::byte{});
-    const auto place = [&](Matrix& m, const std::byte* data, std::int64_t stride,
-                           std::int64_t low_offset) {
-      m.data = data;
-      m.gap = stride - high;
-      m.low = sometimes + low_offset;
-      m.low_gap = record - low;
-    };
-    place(w.down, sometimes, record, high);
-    place(w.gate, always, 2 * high, high + low);
-    place(w.up, always + high, 2 * high, high + 2 * low);
+  }
+
+  struct Plane {
+    Matrix& matrix;
+    bool low = false;
+    std::int64_t bytes() const { return low ? matrix.low_row_bytes() : matrix.row_bytes(); }
+  };
+
+  /// Row by row what some matrices have of it, each row rounded up to `alignment`.
+  void allocate_records(std::initializer_list<Plane> planes, std::int64_t rows,
+                        std::int64_t alignment) {
+    std::int64_t record = 0;
+    for (const Plane& p : planes) record += round_up(p.bytes(), alignment);
+    std::byte* at = allocate(rows, record);
+    for (const Plane& p : planes) {
+      (p.low ? p.matrix.low : p.matrix.data) = at;
+      (p.low ? p.matrix.low_gap : p.matrix.gap) = record - p.bytes();
+      if (!memory_) continue;
+      const std::int64_t padded = round_up(p.bytes(), alignment);
+      if (!checkpoint_.packed() && padded > p.bytes())
+        for (std::int64_t r = 0; r < rows; ++r)
+          std::fill(at + r * record + p.bytes(), at + r * record + padded, std::byte{});
+      at += padded;
+    }
   }
 
   void fill(const Matrix& target, const std::string& name) {

@@ -64,10 +64,9 @@ struct LayerWeights {
   Matrix output;                          // [H, q_size]
   std::span<const float> output_bias;     // [H]
   std::span<const float> ffn_norm;        // [H]
-  // Neuron-major: row j of each of the three is all that neuron j needs. int8 rows of one neuron
-  // lie side by side: the high planes of gate and up, which token-scope TDA reads for every neuron,
-  // and elsewhere all that it reads for some: both planes of down, then the low ones of gate and
-  // up. int4 rows of one neuron: gate, up, down.
+  // Neuron-major: row j of each of the three is all that neuron j needs. What is read at one time
+  // lies side by side: in int8 the high planes of gate and up, their low planes, and both planes of
+  // down; in int4 gate and up.
   Matrix gate, up, down;                // [F, H]; down is W_down transposed
   std::span<const float> down_lengths;  // [F] ||W_down[:,j]||_2
 };
