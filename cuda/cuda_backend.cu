@@ -172,6 +172,10 @@ void CudaBackend::begin(State& s, const Step& step) const {
     throw ContextOverflow(std::to_string(tokens) + " tokens at position " +
                           std::to_string(step.position) + " do not fit into a KV cache of " +
                           std::to_string(state.capacity));
+  const auto sampled = std::ssize(step.samples);
+  if (sampled > state.sample_room - state.layers.front().sampled)
+    throw OptionError("samples: " + std::to_string(sampled) +
+                      " more tokens do not fit into room for " + std::to_string(state.sample_room));
   if (step.sequence_length < step.position + tokens)
     throw OptionError("sequence_length " + std::to_string(step.sequence_length) + " of a step to " +
                       std::to_string(step.position + tokens) + " tokens, expected at least that");
@@ -187,10 +191,10 @@ void CudaBackend::begin(State& s, const Step& step) const {
   const std::int64_t heads_partials =
       tokens * config.num_heads * splits(tokens) * (2 + padded(config.head_dim));
   const char* needed_for = "a step's activations";
-  bool grown = state.numbers.reserve(1 + tokens, needed_for);
+  bool grown = state.numbers.reserve(1 + tokens + sampled, needed_for);
   grown |= state.cos.reserve(tokens * half, needed_for);
   grown |= state.sin.reserve(tokens * half, needed_for);
-  state.host_numbers.reserve(1 + tokens, needed_for);
+  state.host_numbers.reserve(1 + tokens + sampled, needed_for);
   state.host_angles.reserve(2 * tokens * half, needed_for);
   grown |= state.x.reserve(tokens * config.hidden_size, needed_for);
   grown |= state.normed.reserve(tokens * config.hidden_size, needed_for);
@@ -210,7 +214,8 @@ void CudaBackend::begin(State& s, const Step& step) const {
   int* numbers = state.host_numbers.data();
   numbers[0] = static_cast<int>(step.position);
   std::copy(step.tokens.begin(), step.tokens.end(), numbers + 1);
-  copy(stream_, state.numbers.data(), numbers, 1 + tokens);
+  std::copy(step.samples.begin(), step.samples.end(), numbers + 1 + tokens);
+  copy(stream_, state.numbers.data(), numbers, 1 + tokens + sampled);
   const std::vector<float> frequencies =
       config.rope.scaling == RopeConfig::Scaling::dynamic
           ? rope_frequencies(config.rope, config.head_dim, step.sequence_length)
@@ -227,42 +232,13 @@ void CudaBackend::begin(State& s, const Step& step) const {
   copy(stream_, state.sin.data(), sin, tokens * half);
 
   state.recording = CudaState::Recording::none;
-  if (!use_graphs_ || tokens > 1 || step.ffn == FfnMode::gather || step.recorder) return;
+  if (!use_graphs_ || tokens > 1 || step.ffn == FfnMode::gather || sampled > 0) return;
   Graph& graph = state.graphs[step.ffn == FfnMode::sparse];
   state.recording = graph ? CudaState::Recording::replaying : CudaState::Recording::recording;
   if (!graph) graph.begin(stream_);
 }
 
 // ---- TDA ----------------------------------------------------------------------------------------
-
-Backend::Statistic CudaBackend::statistic(const State& s, std::int64_t layer) const {
-  const CudaState& state = CudaState::of(s);
-  const std::int64_t neurons = model_->config.intermediate_size;
-  Statistic result{std::vector<double>(neurons), state.layers[layer].tokens};
-  copy(stream_, result.sums.data(), state.sums.data() + layer * neurons, neurons);
-  stream_.wait();
-  return result;
-}
-
-void CudaBackend::set_mask(State& s, std::int64_t layer, std::vector<std::int32_t> neurons) const {
-  CudaState& state = CudaState::of(s);
-  const std::int64_t size = model_->config.intermediate_size;
-  for (std::size_t i = 0; i < neurons.size(); ++i)
-    if (neurons[i] < 0 || neurons[i] >= size || (i > 0 && neurons[i] <= neurons[i - 1]))
-      throw OptionError("mask of layer " + std::to_string(layer) + ": neuron " +
-                        std::to_string(neurons[i]) + " at index " + std::to_string(i) +
-                        ", expected strictly ascending ids from 0 to " + std::to_string(size - 1));
-  const int count = static_cast<int>(neurons.size());
-  copy(stream_, state.lists.data() + layer * size, neurons.data(), count);
-  copy(stream_, state.counts.data() + layer, &count, 1);
-  stream_.wait();
-  count_reads(state);
-  state.layers[layer].mask = std::move(neurons);
-}
-
-const std::vector<std::int32_t>& CudaBackend::mask(const State& state, std::int64_t layer) const {
-  return CudaState::of(state).layers[layer].mask;
-}
 
 void CudaBackend::set_thresholds(State& s, std::int64_t layer,
                                  const TokenThresholds& thresholds) const {
@@ -294,8 +270,7 @@ void CudaBackend::count_reads(const CudaState& s) const {
   const bool sparse = state.step.ffn == FfnMode::sparse;
   for (std::size_t l = 0; l < exact.size(); ++l) {
     CudaState::Layer& layer = state.layers[l];
-    const std::int64_t considered =
-        sparse ? std::ssize(layer.mask) : model_->config.intermediate_size;
+    const std::int64_t considered = sparse ? layer.active : model_->config.intermediate_size;
     layer.reads.exact += exact[l];
     layer.reads.bytes += layer.thresholds.by_gate ? considered * row + 2 * exact[l] * row
                                                   : considered * 2 * row + exact[l] * row;

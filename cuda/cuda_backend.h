@@ -17,8 +17,9 @@ struct CudaState final : State {
   static const CudaState& of(const State& state) { return static_cast<const CudaState&>(state); }
 
   struct Layer {
-    std::vector<std::int32_t> mask;  // as on the device
-    double tokens = 0;               // that the statistic has gathered
+    std::int64_t active = 0;   // neurons in the mask
+    double tokens = 0;         // that the statistic has gathered
+    std::int64_t sampled = 0;  // tokens in the samples
     TokenThresholds thresholds;
     FfnReads reads;
   };
@@ -29,7 +30,12 @@ struct CudaState final : State {
   std::vector<Layer> layers;             // [L]
   cuda::Memory<std::byte> keys, values;  // [L, kv heads, capacity, padded(head_dim)]
   cuda::Memory<double> sums;             // [L, F]
-  cuda::Memory<int> lists, counts;       // [L, F], [L]
+  cuda::Memory<float> samples;           // [L, F, sample_room]
+  std::int64_t sample_room = 0;          // tokens
+  cuda::Memory<float> scores, cuts;      // [L, F] R, [L] thresholds on it
+  cuda::Memory<int> ranks, overflows;    // [L, F] among the scores, [L] scores not finite
+  cuda::Memory<double> gathered;         // [L] tokens in sums
+  cuda::Memory<int> lists, counts;       // [L, F], [L] the masks
   cuda::Memory<float> thresholds;        // [L]
   cuda::Memory<int> exact;               // [L] neurons that the last single-token step computed
   mutable bool reads_pending = false;    // `exact` is to join the layers' reads
@@ -38,7 +44,7 @@ struct CudaState final : State {
   // Of the current step.
   Step step;
   Recording recording = Recording::none;
-  cuda::Memory<int> numbers;     // position, tokens [T]
+  cuda::Memory<int> numbers;     // position, tokens [T], samples
   cuda::Memory<float> cos, sin;  // [T, head_dim / 2]
   cuda::PinnedMemory<int> host_numbers;
   cuda::PinnedMemory<float> host_angles;
@@ -76,10 +82,16 @@ class CudaBackend final : public Backend {
   std::span<const float> logits(State&, std::int64_t rows) const override;
   Token greedy(State&) const override;
 
-  Statistic statistic(const State&, std::int64_t layer) const override;
+  std::vector<double> statistic(const State&, std::int64_t layer) const override;
+  double gathered(const State&, std::int64_t layer) const override;
   void fade_statistic(State&, double factor) const override;
+  void reserve_samples(State&, std::int64_t tokens) const override;
+  std::vector<float> samples(const State&, std::int64_t layer) const override;
+  std::vector<ThresholdSearch> search_thresholds(State&, double target) const override;
+  void mask_at_least(State&, std::span<const float> thresholds) const override;
+  void mask_top_share(State&, double active) const override;
   void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
-  const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const override;
+  std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
   void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
 
@@ -115,8 +127,13 @@ class CudaBackend final : public Backend {
   void ffn_one(CudaState&, std::int64_t layer, std::int64_t token) const;
   void ffn_tokens(CudaState&, std::int64_t layer) const;
   void gather(CudaState&, std::int64_t layer) const;
-  void record(CudaState&, std::int64_t layer) const;
+  void sample(CudaState&, std::int64_t layer) const;
   std::int64_t down_groups() const;
+
+  // masks.cu
+  void score(CudaState&) const;
+  void rank(CudaState&) const;
+  void make_masks(CudaState&, const float* thresholds, std::int64_t first_rank) const;
 
   // attention.cu
   std::int64_t splits(std::int64_t tokens) const;

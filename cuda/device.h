@@ -140,6 +140,40 @@ __device__ T block_sum(T v, T* parts) {
   return sum;
 }
 
+struct Scan {
+  int before, total;  // sums over the threads before this one, and over all of the block
+};
+
+/// For blocks of kThreads. sums: [kWarps] shared; free again after the next barrier
+__device__ inline Scan block_scan(int v, int* sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int upto = v;  // inclusive scan over the warp
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const int other = __shfl_up_sync(kAll, upto, by);
+    if (lane >= by) upto += other;
+  }
+  if (lane == 31) sums[warp] = upto;
+  __syncthreads();
+  Scan scan = {upto - v, 0};
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) scan.before += sums[w];
+    scan.total += sums[w];
+  }
+  return scan;
+}
+
+struct Share {
+  int first, end, total;
+};
+
+__device__ inline Share share_of(int total, int part, int parts) {
+  const auto at = [&](int p) {
+    return static_cast<int>(static_cast<std::int64_t>(total) * p / parts);
+  };
+  return {at(part), at(part + 1), total};
+}
+
 /// Whether this block is the last of `blocks` to come here: it then sees what the others wrote
 /// before. `counter` is 0 again afterwards. flag: [1] shared.
 __device__ inline bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* flag) {

@@ -37,13 +37,13 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
   CudaState& state = CudaState::of(s);
   const Step& step = state.step;
   if (!skips(state)) {
-    const bool gates = step.recorder && step.estimate == Estimate::gate;
+    const bool gates = !step.samples.empty() && step.estimate == Estimate::gate;
     if (step.ffn == FfnMode::sparse || (state.tokens() == 1 && !gates))
       for (std::int64_t t = 0; t < state.tokens(); ++t) ffn_one(state, layer, t);
     else
       ffn_tokens(state, layer);
     if (step.ffn == FfnMode::gather) gather(state, layer);
-    if (step.ffn != FfnMode::sparse && step.recorder) record(state, layer);
+    if (step.ffn != FfnMode::sparse && !step.samples.empty()) sample(state, layer);
   }
   if (layer + 1 < model_->config.num_layers) return;
   if (state.recording != CudaState::Recording::none) {
@@ -126,21 +126,17 @@ void CudaBackend::gather(CudaState& state, std::int64_t layer) const {
   state.layers[layer].tokens += tokens;
 }
 
-/// Shows h to the step's recorder.
-void CudaBackend::record(CudaState& state, std::int64_t layer) const {
-  const std::int64_t n = state.tokens() * model_->config.intermediate_size;
+/// The tokens that the step names join the samples.
+void CudaBackend::sample(CudaState& state, std::int64_t layer) const {
+  const std::int64_t neurons = model_->config.intermediate_size, pitch = state.sample_room;
+  const auto count = std::ssize(state.step.samples);
   const bool gates = state.step.estimate == Estimate::gate;
-  std::vector<float> h(static_cast<std::size_t>(n));
-  copy(stream_, h.data(), (gates ? state.ups : state.hidden).data(), n);
-  stream_.wait();
-  (*state.step.recorder)(layer, 0, state.tokens(), h.data());
-}
-
-void CudaBackend::fade_statistic(State& s, double factor) const {
-  CudaState& state = CudaState::of(s);
-  for (CudaState::Layer& layer : state.layers) layer.tokens *= factor;
-  launch(stream_, {blocks_of(state.sums.size(), kThreads), 1, 1}, kThreads, 0, scale_kernel,
-         state.sums.data(), factor, state.sums.size());
+  CudaState::Layer& of_layer = state.layers[layer];
+  launch(stream_, {static_cast<unsigned>(count), 1, 1}, kThreads, 0, sample_kernel,
+         (gates ? state.ups : state.hidden).data(), state.numbers.data() + 1 + state.tokens(),
+         static_cast<int>(neurons), static_cast<int>(pitch),
+         state.samples.data() + layer * neurons * pitch + of_layer.sampled);
+  of_layer.sampled += count;
 }
 
 }  // namespace tda

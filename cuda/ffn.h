@@ -118,39 +118,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 1 : 2) gate_up_kern
   }
 }
 
-struct Share {
-  int first, end, total;
-};
-
-__device__ inline Share share_of(int total, int part, int parts) {
-  const auto at = [&](int p) {
-    return static_cast<int>(static_cast<std::int64_t>(total) * p / parts);
-  };
-  return {at(part), at(part + 1), total};
-}
-
 /// This block's equal share of the ascending list of set bits. Moves 4 bytes per 32 bits.
 /// entries: [total / parts + 1] shared, complete after the caller's barrier; sums: [kWarps] shared.
 __device__ inline Share active_share(const unsigned* words, int count, int part, int parts,
                                      int* entries, int* sums) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share mine = share_of(count, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   int bits = 0;
   for (int w = mine.first; w < mine.end; ++w) bits += __popc(words[w]);
-  int upto = bits;  // inclusive scan over the warp
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    const int other = __shfl_up_sync(kAll, upto, by);
-    if (lane >= by) upto += other;
-  }
-  if (lane == 31) sums[warp] = upto;
-  __syncthreads();
-  int at = upto - bits, total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) at += sums[w];
-    total += sums[w];
-  }
-  const Share share = share_of(total, part, parts);
+  const Scan scan = block_scan(bits, sums);
+  const Share share = share_of(scan.total, part, parts);
+  int at = scan.before;
   for (int w = mine.first; w < mine.end; ++w)
     for (unsigned rest = words[w]; rest != 0; rest &= rest - 1, ++at)
       if (at >= share.first && at < share.end) entries[at - share.first] = 32 * w + __ffs(rest) - 1;
@@ -208,9 +185,9 @@ __global__ void __launch_bounds__(kThreads, 2) down_kernel(Neurons a) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.exact = share.total;
 }
 
-// ---- several tokens, and the statistic ----------------------------------------------------------
+// ---- several tokens, the statistic and samples --------------------------------------------------
 
-/// h = act(gate) * up, in gate's place; up becomes act(gate), for recorders. Both [n].
+/// h = act(gate) * up, in gate's place; up becomes act(gate), for samples. Both [n].
 static __global__ void gated_kernel(Activation activation, float* gate, float* up, std::int64_t n) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (!TDA_WITHIN(i, n)) return;
@@ -248,9 +225,12 @@ static __global__ void gather_kernel(const float* h, const float* lengths, const
   sums[j] = sum;
 }
 
-static __global__ void scale_kernel(double* values, double factor, std::int64_t n) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (TDA_WITHIN(i, n)) values[i] = read(values + i) * factor;
+/// samples[j, i] = h[tokens[i], j]; a block per sample. h: [T, neurons]; samples: [neurons, pitch]
+static __global__ void sample_kernel(const float* h, const int* tokens, int neurons, int pitch,
+                                     float* samples) {
+  const float* from = h + static_cast<std::int64_t>(tokens[blockIdx.x]) * neurons;
+  for (int j = threadIdx.x; TDA_WITHIN(j, neurons); j += blockDim.x)
+    samples[static_cast<std::int64_t>(j) * pitch + blockIdx.x] = read(from + j);
 }
 
 }  // namespace tda::cuda

@@ -188,8 +188,22 @@ static __global__ void round_kernel(const float* x, int n, bf16* out) {
 // ---- f32 ----------------------------------------------------------------------------------------
 
 inline constexpr int kTile = 64, kTileDepth = 16, kTilePitch = kTile + 1;
+inline constexpr int kTilesShared = 2 * kTileDepth * kTilePitch * 4;  // bytes
 
-/// grid: (n / kTile, tokens / kTile), rounded up; shared: 2 kTileDepth kTilePitch floats
+/// sums[i][j] += what row + 16 i of a and column + 16 j of b, this thread's own, make together.
+/// a, b: [kTileDepth, kTilePitch] shared
+__device__ inline void add_tile(const float* a, const float* b, float (&sums)[4][4]) {
+  const int column = threadIdx.x % 16, row = threadIdx.x / 16;
+#pragma unroll
+  for (int k = 0; k < kTileDepth; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        sums[i][j] += a[k * kTilePitch + row + 16 * i] * b[k * kTilePitch + column + 16 * j];
+}
+
+/// grid: (n / kTile, tokens / kTile), rounded up; shared: kTilesShared bytes
 template <bool NeuronMajor>
 __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Gemm<float> g) {
   float* a = shared_as<float>();           // [kTileDepth, kTilePitch]
@@ -214,13 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Gemm<float> g) {
       b[k * kTilePitch + n] = inside ? load(static_cast<const float*>(g.w) + at) : 0;
     }
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kTileDepth; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          sums[i][j] += a[k * kTilePitch + row + 16 * i] * b[k * kTilePitch + column + 16 * j];
+    add_tile(a, b, sums);
     __syncthreads();
   }
 #pragma unroll

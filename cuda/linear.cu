@@ -41,8 +41,7 @@ void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, cons
   const int t = static_cast<int>(tokens), outputs = static_cast<int>(n),
             k = static_cast<int>(depth);
   if (model_->format == WeightFormat::f32)
-    return launch(stream_, {parts(n, kTile), parts(tokens, kTile), 1}, kThreads,
-                  2 * kTileDepth * kTilePitch * 4,
+    return launch(stream_, {parts(n, kTile), parts(tokens, kTile), 1}, kThreads, kTilesShared,
                   neuron_major ? gemm_kernel<true> : gemm_kernel<false>,
                   Gemm<float>{a, w.data(), bias, c, t, outputs, k, add});
   launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, 0, round_kernel, a, k,

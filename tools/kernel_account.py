@@ -49,7 +49,9 @@ def launch(kernel: str) -> tuple[int, int]:
         return 256, 4 * (8 * 256 + 8 + 1 + entries)
     if name == "mma_kernel":
         return 256, 2 * (64 + 128) * 36 * 4
-    if name == "gemm_kernel":
+    if name == "rank_kernel":
+        return 256, 256 * 4
+    if name in ("gemm_kernel", "dropped_kernel"):
         return 256, 2 * 16 * 65 * 4
     return 256, 64
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "backend/parallel.h"
+
 namespace tda {
 
 Token argmax(std::span<const float> logits) {
@@ -17,6 +19,30 @@ void check_finite(float largest, float first) {
   if (std::isfinite(largest) && !std::isnan(first)) return;
   throw Error("the model's logits are not finite: found " + std::to_string(largest) +
               ", expected numbers");
+}
+
+static std::vector<float> scores_of(const Backend& backend, const State& state,
+                                    std::int64_t layer) {
+  return relative_magnitudes(backend.statistic(state, layer), backend.gathered(state, layer));
+}
+
+std::vector<ThresholdSearch> Backend::search_thresholds(State& state, double target) const {
+  std::vector<ThresholdSearch> found(model().layers.size());
+  parallel_for(threads(), std::ssize(found), [&](std::int64_t layer) {
+    const FfnSample sample = {scores_of(*this, state, layer), samples(state, layer)};
+    found[layer] = search_threshold({&sample, 1}, model().layers[layer].down, target);
+  });
+  return found;
+}
+
+void Backend::mask_at_least(State& state, std::span<const float> thresholds) const {
+  for (std::int64_t layer = 0; layer < std::ssize(thresholds); ++layer)
+    set_mask(state, layer, tda::mask_at_least(scores_of(*this, state, layer), thresholds[layer]));
+}
+
+void Backend::mask_top_share(State& state, double active) const {
+  for (std::int64_t layer = 0; layer < model().config.num_layers; ++layer)
+    set_mask(state, layer, tda::mask_top_share(scores_of(*this, state, layer), active));
 }
 
 }  // namespace tda

@@ -2,13 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "model/model.h"
+#include "sparsity/sparsity.h"
 
 namespace tda {
 
@@ -32,17 +32,12 @@ struct FfnReads {
   std::int64_t bytes = 0;              // of weights
 };
 
-/// What a gathering step's statistic and recorder are about.
+/// What a gathering step's statistic and samples are about.
 enum class Estimate {
-  contribution,  // statistic of |n|, recorded h
-  hidden,        // statistic of |h|, recorded h
-  gate,          // statistic of |n|, recorded act(gate)
+  contribution,  // statistic of |n|, samples of h
+  hidden,        // statistic of |h|, samples of h
+  gate,          // statistic of |n|, samples of act(gate)
 };
-
-/// Sees dense or gathering FFN calls: layer, first row's index within the step, h [T, F] f32 (or
-/// act(gate), see Estimate).
-using FfnRecorder =
-    std::function<void(std::int64_t layer, std::int64_t first, std::int64_t rows, const float* h)>;
 
 /// One run of the model over T new tokens.
 struct Step {
@@ -51,11 +46,12 @@ struct Step {
   /// Tokens in the whole sequence of which this step may be a part: what dynamic RoPE scales by.
   std::int64_t sequence_length = 0;
   FfnMode ffn = FfnMode::dense;
-  const FfnRecorder* recorder = nullptr;  // optional
   Estimate estimate = Estimate::contribution;
+  /// Ascending indices of tokens that join the state's samples; of no use in a sparse step.
+  std::span<const std::int64_t> samples = {};
 };
 
-/// KV cache, scratch, statistic and masks of one session; each backend derives its own.
+/// KV cache, scratch, statistic, samples and masks of one session; each backend derives its own.
 class State {
  public:
   virtual ~State() = default;
@@ -71,8 +67,8 @@ constexpr std::int64_t kv_row_bytes(KvFormat format, std::int64_t n) {
   return format == KvFormat::f32 ? 4 * n : format == KvFormat::int8 ? n + 4 : 2 * n;
 }
 
-/// A model made ready on a device. Const: all that changes is in a State. One verb runs at a time;
-/// callers serialise (Engine does).
+/// A model made ready on a device. Const: all that changes is in a State. One call at a
+/// time, of what takes a State; callers serialise (Session does).
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -106,18 +102,30 @@ class Backend {
   /// logits then.
   virtual Token greedy(State& state) const { return argmax(logits(state, 1)); }
 
-  // TDA.
-  /// sum over gathered tokens t of (|n[t,j]| / ||n[t,:]||)^2, [F], and how many tokens that is.
-  struct Statistic {
-    std::vector<double> sums;
-    double tokens = 0;
-  };
-  virtual Statistic statistic(const State&, std::int64_t layer) const = 0;
+  // TDA: the statistic and the samples of tokens. Both may stay on the device.
+  /// sum over gathered tokens t of (|n[t,j]| / ||n[t,:]||)^2, [F].
+  virtual std::vector<double> statistic(const State&, std::int64_t layer) const = 0;
+  /// How many tokens that is.
+  virtual double gathered(const State&, std::int64_t layer) const = 0;
   /// Scales sums and token count of all layers: what came before counts `factor` as much.
   virtual void fade_statistic(State&, double factor) const = 0;
+  /// Forgets all samples and makes room for so many tokens.
+  virtual void reserve_samples(State&, std::int64_t tokens) const = 0;
+  /// h or act(gate), see Estimate, of the tokens that Step::samples named since, [tokens, F].
+  virtual std::vector<float> samples(const State&, std::int64_t layer) const = 0;
+
+  // TDA: thresholds and masks. The first three are for all layers at once; here they are
+  // cpp/sparsity's on the host, which a device may replace by its own. They need a statistic of
+  // one token or more, and throw Error if it is not finite.
+  /// [L] The thresholds on R that meet a CETT of `target` on the samples, of h.
+  virtual std::vector<ThresholdSearch> search_thresholds(State&, double target) const;
+  /// R[j] >= thresholds[layer] stays. thresholds: [L]
+  virtual void mask_at_least(State&, std::span<const float> thresholds) const;
+  /// The share `active` of the neurons, those with the largest R, stays; see tda::mask_top_share.
+  virtual void mask_top_share(State&, double active) const;
   /// Strictly ascending ids in [0, F).
   virtual void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const = 0;
-  virtual const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const = 0;
+  virtual std::vector<std::int32_t> mask(const State&, std::int64_t layer) const = 0;
   /// Throws OptionError for thresholds that contradict each other or the weight format.
   virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
   /// What single-token steps of this state have read so far, counted where read.

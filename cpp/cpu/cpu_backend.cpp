@@ -107,7 +107,7 @@ void CpuBackend::begin(State& s, const Step& step) const {
 
   state.step = step;
   // Gates are recorded by prefill alone, so there a single token goes by panels, too.
-  const bool gates = step.recorder && step.estimate == Estimate::gate;
+  const bool gates = !step.samples.empty() && step.estimate == Estimate::gate;
   state.layout = gates ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
   const Size lanes = state.layout.lanes();
   const char* needed_for = "a step's activations";
@@ -168,9 +168,12 @@ void CpuBackend::embed(State& s) const {
 
 // ---- TDA ----------------------------------------------------------------------------------------
 
-Backend::Statistic CpuBackend::statistic(const State& state, std::int64_t layer) const {
-  const CpuState::Layer& of_layer = CpuState::of(state).layers[layer];
-  return {of_layer.sums, of_layer.tokens};
+std::vector<double> CpuBackend::statistic(const State& state, std::int64_t layer) const {
+  return CpuState::of(state).layers[layer].sums;
+}
+
+double CpuBackend::gathered(const State& state, std::int64_t layer) const {
+  return CpuState::of(state).layers[layer].tokens;
 }
 
 void CpuBackend::fade_statistic(State& state, double factor) const {
@@ -178,6 +181,17 @@ void CpuBackend::fade_statistic(State& state, double factor) const {
     layer.tokens *= factor;
     for (double& sum : layer.sums) sum *= factor;
   }
+}
+
+void CpuBackend::reserve_samples(State& state, std::int64_t tokens) const {
+  for (CpuState::Layer& layer : CpuState::of(state).layers) {
+    layer.samples.clear();
+    layer.samples.reserve(tokens * model_->config.intermediate_size);
+  }
+}
+
+std::vector<float> CpuBackend::samples(const State& state, std::int64_t layer) const {
+  return CpuState::of(state).layers[layer].samples;
 }
 
 void CpuBackend::set_mask(State& state, std::int64_t layer,
@@ -191,7 +205,7 @@ void CpuBackend::set_mask(State& state, std::int64_t layer,
   CpuState::of(state).layers[layer].mask = std::move(neurons);
 }
 
-const std::vector<std::int32_t>& CpuBackend::mask(const State& state, std::int64_t layer) const {
+std::vector<std::int32_t> CpuBackend::mask(const State& state, std::int64_t layer) const {
   return CpuState::of(state).layers[layer].mask;
 }
 

@@ -46,6 +46,7 @@ struct CpuState final : State {
     std::vector<std::int32_t> mask;  // active neurons, ascending
     std::vector<double> sums;        // [F] the statistic
     double tokens = 0;               // that it has gathered
+    std::vector<float> samples;      // [tokens, F]
     TokenThresholds thresholds;
     FfnReads reads;
   };
@@ -63,7 +64,7 @@ struct CpuState final : State {
   Buffer<float> qkv;             // [panels, q_size + 2 kv_size, P]
   Buffer<float> attended;        // [panels, q_size, P]
   Buffer<float> hidden;          // [panels, F, P] h; decode: of the active neurons, in mask order
-  Buffer<float> gates;           // [panels, F, P] act(gate), when the step records it
+  Buffer<float> gates;           // [panels, F, P] act(gate), when the step samples it
   Buffer<float> cos, sin;        // [panels, head_dim / 2, P]
   Buffer<float> partials;        // decode: what tasks hand over to be added up
   Buffer<float> thread_scratch;  // [threads, scratch_size]
@@ -95,10 +96,13 @@ class CpuBackend final : public Backend {
   void ffn(State&, std::int64_t layer) const override;
   std::span<const float> logits(State&, std::int64_t rows) const override;
 
-  Statistic statistic(const State&, std::int64_t layer) const override;
+  std::vector<double> statistic(const State&, std::int64_t layer) const override;
+  double gathered(const State&, std::int64_t layer) const override;
   void fade_statistic(State&, double factor) const override;
+  void reserve_samples(State&, std::int64_t tokens) const override;
+  std::vector<float> samples(const State&, std::int64_t layer) const override;
   void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
-  const std::vector<std::int32_t>& mask(const State&, std::int64_t layer) const override;
+  std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
   void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
 
@@ -161,7 +165,7 @@ class CpuBackend final : public Backend {
                    const SelectedCounts&) const;
   void ffn_panels(CpuState&, std::int64_t layer) const;
   void gather(CpuState&, std::int64_t layer) const;
-  void record(const CpuState&, std::int64_t layer) const;
+  void sample(CpuState&, std::int64_t layer) const;
 
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;

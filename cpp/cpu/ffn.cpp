@@ -26,7 +26,7 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   else
     ffn_panels(state, layer);
   if (mode == FfnMode::gather) gather(state, layer);
-  if (state.step.recorder) record(state, layer);
+  sample(state, layer);
 }
 
 void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer) const {
@@ -119,7 +119,7 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   const std::int64_t n = model_->config.hidden_size, neurons = model_->config.intermediate_size;
   const std::int64_t x_stride = n * width, h_stride = neurons * width;
 
-  float* const gates = state.step.recorder && state.step.estimate == Estimate::gate
+  float* const gates = !state.step.samples.empty() && state.step.estimate == Estimate::gate
                            ? state.gates.reserve(Size(panels) * h_stride, "gates")
                            : nullptr;
 
@@ -190,20 +190,16 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
   statistic.tokens += static_cast<double>(layout.tokens);
 }
 
-/// Shows h to the step's recorder, a panel at a time.
-void CpuBackend::record(const CpuState& state, std::int64_t layer) const {
+/// The tokens that the step names join the samples.
+void CpuBackend::sample(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::int64_t neurons = model_->config.intermediate_size;
   const bool gates = state.step.estimate == Estimate::gate;
-  const Buffer<float>& recorded = gates ? state.gates : state.hidden;
-  std::vector<float> h(layout.width * neurons);
-  for (std::int64_t first = 0; first < layout.tokens; first += layout.width) {
-    const std::int64_t tokens = std::min(layout.width, layout.tokens - first);
-    const float* panel = recorded.data() + first * neurons;
-    for (std::int64_t t = 0; t < tokens; ++t)
-      for (std::int64_t j = 0; j < neurons; ++j) h[t * neurons + j] = panel[j * layout.width + t];
-    (*state.step.recorder)(layer, first, tokens, h.data());
-  }
+  const Buffer<float>& values = gates ? state.gates : state.hidden;
+  for (const std::int64_t t : state.step.samples)
+    for (std::int64_t j = 0; j < neurons; ++j)
+      state.layers[layer].samples.push_back(
+          values.data()[layout.at(t, neurons) + j * layout.width]);
 }
 
 }  // namespace tda

@@ -1,8 +1,8 @@
 #include <cmath>
 #include <limits>
 
+#include "backend/parallel.h"
 #include "engine/budget.h"
-#include "engine/parallel.h"
 #include "engine/session_impl.h"
 #include "sparsity/text_of.h"
 
@@ -121,7 +121,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
     Session::Impl session(runtime_, std::max<std::int64_t>(length, 1), options.sample_tokens);
     session.prefill(Tokens(text).first(length), FfnMode::gather, 0);
     for (std::int64_t layer = 0; layer < layers; ++layer) {
-      samples[layer].push_back({session.statistic(layer), std::move(session.samples[layer].h)});
+      samples[layer].push_back({session.statistic(layer), session.samples(layer)});
     }
     result.tokens += length;
     if (progress) progress(static_cast<std::int64_t>(samples[0].size()), result.texts);

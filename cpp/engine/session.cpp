@@ -3,8 +3,8 @@
 #include <mutex>
 #include <numeric>
 
+#include "backend/parallel.h"
 #include "checkpoint/size.h"
-#include "engine/parallel.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
 #include "sparsity/text_of.h"
@@ -51,6 +51,7 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
 /// `rows` tokens, or appends those of every token to `all`.
 std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vector<float>* all) {
   const Tokens tokens = step.tokens;
+  const std::span<const std::int64_t> samples = step.samples;
   if (std::ssize(tokens) > capacity - position) {
     throw ContextOverflow("session: " + std::to_string(tokens.size()) + " tokens after " +
                           std::to_string(position) + " exceed its capacity of " +
@@ -63,6 +64,12 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
         std::min(tokens.size() - done, static_cast<std::size_t>(backend.max_step()));
     step.tokens = tokens.subspan(done, count);
     step.position = position;
+    std::vector<std::int64_t> sampled;
+    for (const std::int64_t i : samples) {
+      const std::int64_t t = i - static_cast<std::int64_t>(done);
+      if (t >= 0 && t < static_cast<std::int64_t>(count)) sampled.push_back(t);
+    }
+    step.samples = sampled;
     done += count;
     if (stop.stop_requested()) throw Cancelled();
     if (runtime->before_step) runtime->before_step();
@@ -79,26 +86,20 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   const ModelConfig& config = runtime->config();
   check_tokens(config, tokens);
   const auto total = std::ssize(tokens);
-  const std::int64_t start = position;
-  const std::int64_t wanted = std::min(sample_tokens, total);
-  const auto width = static_cast<std::size_t>(config.intermediate_size);
-  samples.assign(wanted ? config.num_layers : 0, {});
-  // Sample k is the token in the middle of the k-th of `wanted` equal parts.
-  const FfnRecorder recorder = [&](std::int64_t layer, std::int64_t first, std::int64_t count,
-                                   const float* h) {
-    const std::int64_t offset = position - start + first;
-    for (std::int64_t k = 0; k < wanted; ++k) {
-      const std::int64_t row = (2 * k + 1) * total / (2 * wanted) - offset;
-      if (row < 0 || row >= count) continue;
-      auto& kept = samples[layer].h;
-      kept.insert(kept.end(), h + row * width, h + (row + 1) * width);
-    }
-  };
+  // Sample k is the token in the middle of the k-th of as many equal parts.
+  std::vector<std::int64_t> sampled(std::min(sample_tokens, total));
+  const auto count = std::ssize(sampled);
+  for (std::int64_t k = 0; k < count; ++k) sampled[k] = (2 * k + 1) * total / (2 * count);
+  {
+    const std::lock_guard lock(runtime->computing);
+    backend.reserve_samples(*state, count);
+  }
+  samples_ = count;
   Step step;
   step.tokens = tokens;
   step.ffn = mode;
-  step.recorder = wanted ? &recorder : nullptr;
   step.estimate = estimate;
+  step.samples = sampled;
   return run(step, rows);
 }
 
@@ -135,9 +136,16 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   Step step;
   step.tokens = {&token, 1};
   step.ffn = decode_mode;
-  std::vector<FfnReads> before(config.num_layers);
-  for (std::int64_t l = 0; l < config.num_layers; ++l) before[l] = backend.ffn_reads(*state, l);
+  const auto all_reads = [&] {
+    const std::lock_guard lock(runtime->computing);
+    std::vector<FfnReads> reads;
+    for (std::int64_t l = 0; l < config.num_layers; ++l)
+      reads.push_back(backend.ffn_reads(*state, l));
+    return reads;
+  };
+  const std::vector<FfnReads> before = all_reads();
   const std::span<const float> logits = run(step, rows);
+  const std::vector<FfnReads> after = all_reads();
 
   ++decoded_;
   const std::int64_t kv_token =
@@ -145,23 +153,31 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::int64_t window = config.sliding_window[layer];
     kv_bytes_ += kv_token * (window ? std::min(window, position) : position);
-    const FfnReads after = backend.ffn_reads(*state, layer);
-    reads_[layer].exact += after.exact - before[layer].exact;
-    reads_[layer].coarse += after.coarse - before[layer].coarse;
-    reads_[layer].bytes += after.bytes - before[layer].bytes;
+    reads_[layer].exact += after[layer].exact - before[layer].exact;
+    reads_[layer].coarse += after[layer].coarse - before[layer].coarse;
+    reads_[layer].bytes += after[layer].bytes - before[layer].bytes;
   }
   return logits;
 }
 
 std::vector<float> Session::Impl::statistic(std::int64_t layer) const {
-  const Backend::Statistic statistic = backend.statistic(*state, layer);
-  if (statistic.tokens <= 0) {
-    throw OptionError("session: no statistic yet, prefill a prompt first");
-  }
-  return relative_magnitudes(statistic.sums, statistic.tokens);
+  const std::lock_guard lock(runtime->computing);
+  check_statistic();
+  return relative_magnitudes(backend.statistic(*state, layer), backend.gathered(*state, layer));
+}
+
+void Session::Impl::check_statistic() const {
+  if (backend.gathered(*state, 0) > 0) return;
+  throw OptionError("session: no statistic yet, prefill a prompt first");
+}
+
+std::vector<float> Session::Impl::samples(std::int64_t layer) const {
+  const std::lock_guard lock(runtime->computing);
+  return backend.samples(*state, layer);
 }
 
 void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons) {
+  const std::lock_guard lock(runtime->computing);
   backend.set_mask(*state, layer, {neurons.begin(), neurons.end()});
   decode_mode = FfnMode::sparse;
 }
@@ -207,24 +223,19 @@ void Session::Impl::check_thresholds(const Thresholds& file, const std::string& 
 }
 
 void Session::Impl::apply_sequence(const TdaOptions& options) {
-  const Model& model = runtime->model();
-  const std::int64_t layers = model.config.num_layers;
   thresholds_.clear();
   if (options.thresholds) {
     thresholds_ = options.thresholds->values;
   } else if (options.error) {
-    if (samples.empty()) throw no_samples("error");
-    thresholds_.resize(layers);
-    for (std::int64_t layer = 0; layer < layers; ++layer) samples[layer].scores = statistic(layer);
-    parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
-      thresholds_[layer] =
-          search_threshold({&samples[layer], 1}, model.layers[layer].down, *options.error)
-              .threshold;
-    });
+    if (samples_ == 0) throw no_samples("error");
+    const std::lock_guard lock(runtime->computing);
+    check_statistic();
+    for (const ThresholdSearch& found : backend.search_thresholds(*state, *options.error))
+      thresholds_.push_back(found.threshold);
   } else {
     active_ = *options.active;
   }
-  for (std::int64_t layer = 0; layer < layers; ++layer) backend.set_thresholds(*state, layer, {});
+  set_token_thresholds(std::vector<TokenThresholds>(runtime->config().num_layers));
   refresh_every_ = options.refresh;
   recent_.clear();
   mask_from_statistic();
@@ -241,18 +252,18 @@ void Session::Impl::apply_token(const TdaOptions& options) {
       chosen[layer] = {file.values[layer],
                        file.coarse.empty() ? file.values[layer] : file.coarse[layer]};
   } else {
-    if (samples.empty()) throw no_samples(options.error ? "error" : "active, scope \"token\"");
+    if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
     const bool by_gate = options.estimate == "gate";
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
       const LayerWeights& weights = model.layers[layer];
-      std::vector<float> estimates = samples[layer].h;
+      const std::vector<float> values = samples(layer);
+      std::vector<float> estimates = values;
       for (std::size_t i = 0; i < estimates.size(); ++i)
         estimates[i] =
             std::abs(estimates[i]) * (by_gate ? 1.0f : weights.down_lengths[i % neurons]);
       if (options.error) {
         const float threshold =
-            search_token_threshold(samples[layer].h, estimates, weights.down, *options.error)
-                .threshold;
+            search_token_threshold(values, estimates, weights.down, *options.error).threshold;
         chosen[layer] = {threshold, threshold};
       } else {
         const auto [exact, coarse] =
@@ -263,28 +274,34 @@ void Session::Impl::apply_token(const TdaOptions& options) {
   }
   std::vector<std::int32_t> all(neurons);
   std::iota(all.begin(), all.end(), 0);
-  for (std::int64_t layer = 0; layer < layers; ++layer) {
-    backend.set_mask(*state, layer, all);
-    backend.set_thresholds(*state, layer, chosen[layer]);
-  }
+  for (std::int64_t layer = 0; layer < layers; ++layer) set_mask(layer, all);
+  set_token_thresholds(chosen);
   refresh_every_ = 0;
 }
 
+void Session::Impl::set_token_thresholds(std::span<const TokenThresholds> chosen) {
+  const std::lock_guard lock(runtime->computing);
+  for (std::int64_t layer = 0; layer < std::ssize(chosen); ++layer)
+    backend.set_thresholds(*state, layer, chosen[layer]);
+}
+
 void Session::Impl::mask_from_statistic() {
-  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer) {
-    const std::vector<float> scores = statistic(layer);
-    backend.set_mask(*state, layer,
-                     thresholds_.empty() ? mask_top_share(scores, active_)
-                                         : mask_at_least(scores, thresholds_[layer]));
-  }
+  const std::lock_guard lock(runtime->computing);
+  check_statistic();
+  if (thresholds_.empty())
+    backend.mask_top_share(*state, active_);
+  else
+    backend.mask_at_least(*state, thresholds_);
 }
 
 /// The last refresh_every_ tokens again, dense: their keys and values become exact, their
 /// activations join the statistic with the weight of all before, and the masks follow.
 void Session::Impl::refresh() {
   const auto count = static_cast<double>(recent_.size());
-  const double before = backend.statistic(*state, 0).tokens;
-  backend.fade_statistic(*state, count / before);
+  {
+    const std::lock_guard lock(runtime->computing);
+    backend.fade_statistic(*state, count / backend.gathered(*state, 0));
+  }
   position -= std::ssize(recent_);
   Step step;
   step.tokens = recent_;
@@ -366,11 +383,11 @@ std::vector<float> Session::statistic(std::int64_t layer) const {
 std::vector<float> Session::contributions(std::int64_t layer) const {
   const Model& model = impl_->runtime->model();
   check_layer(model.config, layer);
-  if (impl_->samples.empty())
+  std::vector<float> values = impl_->samples(layer);
+  if (values.empty())
     throw OptionError(
         "contributions: the session remembers no tokens, make it with sample_tokens > 0 "
         "and prefill a prompt");
-  std::vector<float> values = impl_->samples[layer].h;
   const std::span<const float> lengths = model.layers[layer].down_lengths;
   for (std::size_t i = 0; i < values.size(); ++i)
     values[i] = std::abs(values[i]) * lengths[i % lengths.size()];
@@ -379,6 +396,7 @@ std::vector<float> Session::contributions(std::int64_t layer) const {
 
 std::vector<std::int32_t> Session::mask(std::int64_t layer) const {
   check_layer(impl_->runtime->config(), layer);
+  const std::lock_guard lock(impl_->runtime->computing);
   return impl_->backend.mask(*impl_->state, layer);
 }
 

@@ -32,6 +32,8 @@ struct Session::Impl {
   /// decode, then the token that greedy decoding takes.
   Token decode_greedily(Token token);
   std::vector<float> statistic(std::int64_t layer) const;
+  /// [T, F] of the last prefill: h (or act(gate), see Estimate) of its sampled tokens.
+  std::vector<float> samples(std::int64_t layer) const;
   /// Whether the options fit the model, before any work. Throws CheckpointError or OptionError.
   void check(const TdaOptions& options) const;
   void apply(const TdaOptions& options);
@@ -51,20 +53,20 @@ struct Session::Impl {
   UseFlag in_use;
   FfnMode decode_mode = FfnMode::dense;
   Estimate estimate = Estimate::contribution;  // of prefills to come
-  /// [L] of the last prefill: h (or act(gate), see Estimate), no scores; empty if sample_tokens is
-  /// 0
-  std::vector<FfnSample> samples;
 
  private:
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
   void apply_sequence(const TdaOptions& options);
   void apply_token(const TdaOptions& options);
+  void check_statistic() const;
   void check_thresholds(const Thresholds& file, const std::string& scope) const;
+  void set_token_thresholds(std::span<const TokenThresholds> chosen);  // [L]
   void mask_from_statistic();
   void refresh();
 
   std::vector<float> thresholds_;  // [L]; empty if the masks go by active_
   double active_ = 1;
+  std::int64_t samples_ = 0;  // tokens sampled of the last prefill
   std::int64_t refresh_every_ = 0;
   std::vector<Token> recent_;  // decoded since the masks were made
   std::int64_t refresh_bytes_ = 0;

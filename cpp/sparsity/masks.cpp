@@ -32,11 +32,13 @@ std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float thr
   return kept;
 }
 
+std::int64_t share_count(double active, std::int64_t neurons) {
+  return std::max<std::int64_t>(1, std::llround(active * static_cast<double>(neurons)));
+}
+
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active) {
   if (scores.empty()) return {};
-  const auto neurons = static_cast<std::int64_t>(scores.size());
-  const std::int64_t count =
-      std::max<std::int64_t>(1, std::llround(active * static_cast<double>(neurons)));
+  const std::int64_t count = share_count(active, std::ssize(scores));
   std::vector<std::int32_t> kept(scores.size());
   std::iota(kept.begin(), kept.end(), 0);
   std::nth_element(kept.begin(), kept.begin() + (count - 1), kept.end(),

@@ -5,8 +5,6 @@
 #include <tda/sparsity.h>
 
 #include <cstdint>
-#include <filesystem>
-#include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <vector>
 
@@ -14,17 +12,17 @@
 
 namespace tda {
 
-/// Thresholds::load of what the file at `path` holds.
-Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem::path& path);
-
 /// R[j] = sqrt(sums[j] / tokens), [F]. tokens > 0.
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens);
 
 /// Ascending ids of the neurons with scores[j] >= threshold.
 std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float threshold);
 
-/// Ascending ids of the round(active * F), at least 1, neurons with the largest scores; of equal
-/// scores the lower id stays.
+/// round(active * neurons), at least 1 of them.
+std::int64_t share_count(double active, std::int64_t neurons);
+
+/// Ascending ids of the share_count(active, F) neurons with the largest scores; of equal scores the
+/// lower id stays.
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
 
 /// Thresholds that the shares `exact` and then `coarse` of all estimates reach, 0 < exact <= 1,

@@ -1,3 +1,5 @@
+#include "sparsity/thresholds.h"
+
 #include <tda/error.h>
 #include <tda/sparsity.h>
 
@@ -8,7 +10,6 @@
 
 #include "checkpoint/atomic_file.h"
 #include "checkpoint/json.h"
-#include "sparsity/sparsity.h"
 
 namespace tda {
 namespace {

@@ -58,7 +58,7 @@ inline std::vector<Token> random_tokens(std::int64_t count, std::int64_t vocab_s
 }
 
 inline Step step_of(tda::Tokens tokens, std::int64_t position, FfnMode ffn = FfnMode::dense) {
-  return {tokens, position, position + static_cast<std::int64_t>(tokens.size()), ffn, nullptr};
+  return {tokens, position, position + static_cast<std::int64_t>(tokens.size()), ffn};
 }
 
 /// A model of the config's shape with random weights, such that activations stay about 1.

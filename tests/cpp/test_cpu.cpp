@@ -333,16 +333,13 @@ TEST(statistic_matches_doubles) {
   std::vector<naive::Vector> sums(2, naive::Vector(37));
   std::int64_t position = 0;
   for (const std::int64_t size : {40, 1, 1}) {
-    std::vector<std::vector<float>> h(2);
-    const FfnRecorder recorder = [&](std::int64_t layer, std::int64_t first, std::int64_t rows,
-                                     const float* data) {
-      CHECK(first == static_cast<std::int64_t>(h[layer].size()) / 37);
-      h[layer].insert(h[layer].end(), data, data + rows * 37);
-    };
-    // The last token is seen by the recorder, but is no part of the statistic.
+    backend->reserve_samples(*state, size);
+    std::vector<std::int64_t> sampled(size);
+    std::iota(sampled.begin(), sampled.end(), 0);
+    // The last token is sampled, but is no part of the statistic.
     Step step = step_of(Tokens(tokens).subspan(position, size), position,
                         position < 41 ? FfnMode::gather : FfnMode::dense);
-    step.recorder = &recorder;
+    step.samples = sampled;
     run(*backend, *state, step, 0);
     session.begin(step);
     session.embed();
@@ -351,10 +348,12 @@ TEST(statistic_matches_doubles) {
       session.attention(l);
       session.attention_out(l);
       session.ffn(l);
+      const std::vector<float> h = backend->samples(*state, l);
+      CHECK(std::ssize(h) == size * 37);
       for (std::int64_t t = 0; t < size; ++t) {
         naive::Vector lengths = session.hidden[t];
         for (std::int64_t j = 0; j < 37; ++j) {
-          CHECK_NEAR(h[l].at(t * 37 + j), lengths[j], 1e-5);
+          CHECK_NEAR(h.at(t * 37 + j), lengths[j], 1e-5);
           lengths[j] *= model.get()->layers[l].down_lengths[j];
         }
         const double square =
@@ -366,13 +365,13 @@ TEST(statistic_matches_doubles) {
     position += size;
   }
   for (std::int64_t l = 0; l < 2; ++l) {
-    const Backend::Statistic found = backend->statistic(*state, l);
-    CHECK(found.tokens == 41);
-    CHECK_NEAR(std::accumulate(found.sums.begin(), found.sums.end(), 0.0), 41, 1e-9);
-    for (std::int64_t j = 0; j < 37; ++j) CHECK_NEAR(found.sums[j], sums[l][j], 1e-4);
+    const std::vector<double> found = backend->statistic(*state, l);
+    CHECK(backend->gathered(*state, l) == 41);
+    CHECK_NEAR(std::accumulate(found.begin(), found.end(), 0.0), 41, 1e-9);
+    for (std::int64_t j = 0; j < 37; ++j) CHECK_NEAR(found[j], sums[l][j], 1e-4);
     backend->fade_statistic(*state, 0.5);
-    CHECK(backend->statistic(*state, l).tokens == 20.5);
-    CHECK(backend->statistic(*state, l).sums[3] == found.sums[3] / 2);
+    CHECK(backend->gathered(*state, l) == 20.5);
+    CHECK(backend->statistic(*state, l)[3] == found[3] / 2);
     backend->fade_statistic(*state, 2);
   }
   CHECK(ffn_bytes(*backend, *state) == 2 * 37 * model.get()->neuron_bytes());
@@ -387,9 +386,8 @@ TEST(tokens_without_contributions_count) {
   const auto state = backend->new_state(8, KvFormat::f32);
   const auto tokens = random_tokens(6, 101);
   run(*backend, *state, step_of(tokens, 0, FfnMode::gather), 0);
-  const Backend::Statistic found = backend->statistic(*state, 1);
-  CHECK(found.tokens == 6);
-  CHECK(found.sums == std::vector<double>(37));
+  CHECK(backend->gathered(*state, 1) == 6);
+  CHECK(backend->statistic(*state, 1) == std::vector<double>(37));
 }
 
 TEST(errors_say_what_was_expected) {
@@ -411,7 +409,7 @@ TEST(errors_say_what_was_expected) {
   CHECK_THROWS(begin(step_of(Tokens(tokens).first(9), 0)), ContextOverflow, "9 tokens");
   CHECK_THROWS(begin(step_of(Tokens(tokens).first(1), 8)), ContextOverflow, "position 8");
   CHECK_THROWS(begin(step_of(Tokens(tokens).first(1), -1)), ContextOverflow, "position -1");
-  CHECK_THROWS(begin({Tokens(tokens).first(2), 0, 1, FfnMode::dense, nullptr}), OptionError,
+  CHECK_THROWS(begin({Tokens(tokens).first(2), 0, 1, FfnMode::dense}), OptionError,
                "sequence_length 1");
   const std::vector<Token> bad = {3, 101};
   CHECK_THROWS(begin(step_of(bad, 0)), OptionError, "token id 101");

@@ -1,7 +1,8 @@
 // A thresholds file.
+#include "sparsity/thresholds.h"
+
 #include "checkpoint/json.h"
 #include "fuzz.h"
-#include "sparsity/sparsity.h"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   return fuzz::outcome_of("tda.json", [&] {

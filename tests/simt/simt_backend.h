@@ -5,4 +5,5 @@
 #include "cuda/cuda_backend.cu"
 #include "cuda/ffn.cu"
 #include "cuda/linear.cu"
+#include "cuda/masks.cu"
 #include "naive.h"

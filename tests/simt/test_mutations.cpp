@@ -29,6 +29,7 @@ struct Scenario {
   std::vector<std::int64_t> steps;
   TokenThresholds thresholds;
   FfnMode several = FfnMode::gather;
+  bool masks = false;  // at the end, thresholds and masks of scope "sequence"
 };
 
 std::vector<Scenario> scenarios() {
@@ -40,6 +41,9 @@ std::vector<Scenario> scenarios() {
   contribution.thresholds = {0.2f, 0.2f, false};
   Scenario& gate = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{1, 1});
   gate.thresholds = {0.2f, 0.2f, true};
+  Scenario& masks = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{5});
+  masks.config.intermediate_size = 300;  // ranks take several tiles
+  masks.masks = true;
   return all;
 }
 
@@ -59,9 +63,14 @@ std::vector<float> outcome(const Scenario& scenario) {
   const auto see = [&](const auto* values, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) seen.push_back(static_cast<float>(values[i]));
   };
+  std::vector<std::int64_t> sampled(scenario.masks ? capacity : 0);  // of the only step: all
+  std::iota(sampled.begin(), sampled.end(), 0);
+  backend.reserve_samples(*s, std::ssize(sampled));
   for (const std::int64_t size : scenario.steps) {
     const FfnMode mode = size > 1 ? scenario.several : FfnMode::sparse;
-    backend.begin(*s, step_of(Tokens(tokens).subspan(position, size), position, mode));
+    Step step = step_of(Tokens(tokens).subspan(position, size), position, mode);
+    step.samples = sampled;
+    backend.begin(*s, step);
     backend.embed(*s);
     backend.qkv(*s, 0);
     backend.attention(*s, 0);
@@ -75,8 +84,21 @@ std::vector<float> outcome(const Scenario& scenario) {
     position += size;
   }
   const auto statistic = backend.statistic(*s, 0);
-  see(statistic.sums.data(), std::ssize(statistic.sums));
+  see(statistic.data(), std::ssize(statistic));
   seen.push_back(static_cast<float>(backend.ffn_reads(*s, 0).exact));
+  if (scenario.masks) {
+    const ThresholdSearch found = backend.search_thresholds(*s, 0.3).front();
+    seen.push_back(found.threshold);
+    seen.push_back(static_cast<float>(found.error));
+    const auto see_mask = [&] {
+      const std::vector<std::int32_t> mask = backend.mask(*s, 0);
+      see(mask.data(), std::ssize(mask));
+    };
+    backend.mask_at_least(*s, {&found.threshold, 1});
+    see_mask();
+    backend.mask_top_share(*s, 0.4);
+    see_mask();
+  }
   backend.fade_statistic(*s, 0.5);
   backend.stream().wait();
   return seen;
