@@ -50,7 +50,8 @@ struct CudaState final : State {
   cuda::Memory<unsigned> counters, selected;
   cuda::Memory<double> token_weights;  // [T]
   cuda::Memory<float> logits;          // [rows, V]
-  cuda::Memory<std::uint64_t> best;    // for greedy()
+  cuda::Memory<std::uint64_t> best;    // for draw()
+  cuda::Memory<double> draw_sums;      // for draw()
   cuda::PinnedMemory<float> host_logits;
 
   std::int64_t tokens() const { return static_cast<std::int64_t>(step.tokens.size()); }
@@ -74,7 +75,7 @@ class CudaBackend final : public Backend {
   void attention_out(State&, std::int64_t layer) const override;
   void ffn(State&, std::int64_t layer) const override;
   std::span<const float> logits(State&, std::int64_t rows) const override;
-  Token greedy(State&) const override;
+  Token draw(State&, double temperature, double u) const override;
 
   Statistic statistic(const State&, std::int64_t layer) const override;
   void fade_statistic(State&, double factor) const override;

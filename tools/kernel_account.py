@@ -47,6 +47,8 @@ def launch(kernel: str) -> tuple[int, int]:
     if name == "down_kernel":
         entries = 0 if arguments[1] == "all" else NEURONS // GROUPS + 1
         return 256, 4 * (8 * 256 + 8 + 1 + entries)
+    if name == "draw_kernel":
+        return 256, 8 * (256 + 8) + 4
     if name == "mma_kernel":
         return 256, 2 * (64 + 128) * 36 * 4
     if name == "gemm_kernel":

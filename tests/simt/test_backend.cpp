@@ -115,7 +115,7 @@ double run_case(const Case& c, FfnMode single = FfnMode::dense) {
       const auto logits = backend.logits(*s, rows);
       check(logits.data(), expected);
       const Token best = argmax(logits.last(c.config.vocab_size));
-      if (rows == 1) CHECK(backend.greedy(*s) == best);
+      if (rows == 1) CHECK(backend.draw(*s, 0, 0) == best);
     }
     position += size;
   }
@@ -160,7 +160,7 @@ std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds
 
 TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
   ModelConfig config = small_config();
-  config.vocab_size = 700;  // several blocks
+  config.vocab_size = 2100;  // several blocks
   const RandomModel random(config, WeightFormat::f32, 8);
   const auto model = random.get();
   for (std::int64_t r = 1; r < config.vocab_size; ++r)  // equal logits
@@ -171,9 +171,55 @@ TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
   const auto state = backend.new_state(2, KvFormat::f32);
   const std::vector<Token> tokens = {0, 1};
   forward(backend, *state, step_of({&tokens[0], 1}, 0), 0);
-  CHECK(backend.greedy(*state) == 0);
+  CHECK(backend.draw(*state, 0, 0) == 0);
   forward(backend, *state, step_of({&tokens[1], 1}, 1), 0);
-  CHECK_THROWS(backend.greedy(*state), Error, "not finite");
+  for (const double temperature : {0.0, 1.0})
+    CHECK_THROWS(backend.draw(*state, temperature, 0.5), Error, "not finite");
+}
+
+/// Tokens drawn after one, by u's from 0 to almost 1, must be those that the host draws from the
+/// same logits.
+void check_draws(std::int64_t vocabulary, double temperature, unsigned seed, std::size_t draws) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.hidden_size = 3;
+  config.vocab_size = vocabulary;
+  const RandomModel random(config, WeightFormat::f32, seed);
+  const CudaBackend backend(random.get(), 1);
+  const auto state = backend.new_state(1, KvFormat::f32);
+  const Token token = 0;
+  const auto on_device = forward(backend, *state, step_of({&token, 1}, 0), 1);
+  const std::vector<float> logits(on_device.begin(), on_device.end());
+  std::mt19937_64 numbers(seed);
+  std::vector<double> us = {0, 1 - 0x1p-53};
+  while (us.size() < draws) us.push_back(static_cast<double>(numbers() >> 11) * 0x1p-53);
+  for (const double u : us)
+    CHECK(backend.draw(*state, temperature, u) == draw(logits, temperature, u));
+}
+
+TEST(draws_are_those_of_the_host) {
+  std::mt19937 random(9);
+  const double temperatures[] = {1e-3, 0.3, 1, 5};
+  for (unsigned i = 0; i < kShapes; ++i)
+    check_draws(1 + random() % (i % 10 ? 300 : 3000), temperatures[i % 4], i, 12);
+  check_draws(64 * kHeadBlock + 1234, 1, 1, 4);  // a thread looks at more than four
+}
+
+TEST(hundreds_of_schedules_draw_the_same) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.vocab_size = 2 * kHeadBlock + 52;  // three blocks
+  const RandomModel random(config, WeightFormat::f32, 11);
+  const CudaBackend backend(random.get(), 1);
+  const auto state = backend.new_state(1, KvFormat::f32);
+  const Token token = 0;
+  const auto on_device = forward(backend, *state, step_of({&token, 1}, 0), 1);
+  const std::vector<float> logits(on_device.begin(), on_device.end());
+  for (int seed = 0; seed < kSchedules; ++seed) {
+    simt::seed(static_cast<unsigned>(seed));
+    const double u = (seed + 0.5) / kSchedules;
+    CHECK(backend.draw(*state, 1, u) == draw(logits, 1, u));
+  }
 }
 
 TEST(graphs_give_the_same_bits_as_single_launches) {

@@ -71,7 +71,9 @@ std::vector<float> outcome(const Scenario& scenario) {
     see(state.x.data(), size * scenario.config.hidden_size);
     const auto logits = backend.logits(*s, size);
     see(logits.data(), std::ssize(logits));
-    seen.push_back(static_cast<float>(backend.greedy(*s)));
+    for (const double u : {0.2, 0.5, 0.8})
+      seen.push_back(static_cast<float>(backend.draw(*s, 1, u)));
+    seen.push_back(static_cast<float>(backend.draw(*s, 0, 0)));
     position += size;
   }
   const auto statistic = backend.statistic(*s, 0);
