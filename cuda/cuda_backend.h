@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "cublas.h"
 #include "memory.h"
 
 namespace tda {
@@ -128,6 +129,7 @@ class CudaBackend final : public Backend {
   std::string device_;
   int processors_ = 0;  // the device's multiprocessors
   cuda::Stream stream_;
+  cuda::Cublas cublas_;
   std::vector<float> rope_frequencies_;  // [head_dim / 2]; unless they depend on the step
   Bytes embedding_, head_;               // head_ is empty when tied
   Floats final_norm_;

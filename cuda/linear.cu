@@ -47,9 +47,10 @@ void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, cons
                   Gemm<float>{a, w.data(), bias, c, t, outputs, k, add});
   launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, 0, round_kernel, a, k,
          state.rounded.data());
+  const Gemm<bf16> product = {state.rounded.data(), w.data(), bias, c, t, outputs, k, add};
+  if (cublas_.multiply(stream_, product, neuron_major)) return;
   launch(stream_, {parts(n, kGemmOutputs), parts(tokens, kGemmTokens), 1}, kThreads, kGemmShared,
-         neuron_major ? mma_kernel<true> : mma_kernel<false>,
-         Gemm<bf16>{state.rounded.data(), w.data(), bias, c, t, outputs, k, add});
+         neuron_major ? mma_kernel<true> : mma_kernel<false>, product);
 }
 
 void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,

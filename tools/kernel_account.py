@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = ROOT / "cuda" / "README.md"
 BEGIN, END = "<!-- by tools/kernel_account.py -->", "<!-- end -->"
-SOURCES = sorted(path.name for path in (ROOT / "cuda").glob("*.cu"))
+SOURCES = sorted(
+    path.name for path in (ROOT / "cuda").glob("*.cu") if "_kernel" in path.read_text()
+)
 # Of a processor: shared memory that blocks may take, in bytes.
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32

@@ -66,6 +66,12 @@ std::deque<Case> cases() {
   return all;
 }
 
+/// While it lives, cuBLASLt has no algorithms, so that products are the own kernels'.
+struct WithoutCublas {
+  WithoutCublas() { simt::cublas_can = false; }
+  ~WithoutCublas() { simt::cublas_can = true; }
+};
+
 /// Runs a case verb by verb on both sides; the largest difference after any verb.
 double run_case(const Case& c, FfnMode single = FfnMode::dense) {
   const RandomModel random(c.config, c.format, 1);
@@ -135,6 +141,10 @@ TEST(every_verb_agrees_with_plain_loops) {
   for (const Case& c : cases())
     for (const FfnMode mode : {FfnMode::dense, FfnMode::sparse}) {
       const double difference = run_case(c, mode);
+      if (c.format == WeightFormat::bf16) {
+        const WithoutCublas own;
+        CHECK_NEAR(run_case(c, mode), 0, 0.05);
+      }
       // What is rounded to bf16 on both sides may fall to different neighbours.
       const bool rounds = c.kv == KvFormat::bf16 || c.format == WeightFormat::bf16;
       CHECK_NEAR(difference, 0, rounds ? 0.05 : 1e-4);
@@ -272,6 +282,77 @@ TEST(random_shapes_agree_with_the_cpu_backend) {
       for (std::size_t j = 0; j < found.sums.size(); ++j)
         CHECK_NEAR(found.sums[j], expected.sums[j], 1e-4);
     }
+  }
+}
+
+TEST(products_by_cublas_are_those_of_the_own_kernels) {
+  std::mt19937 random(10);
+  const auto between = [&](int low, int high) {
+    return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
+  };
+  for (int i = 0; i < kShapes; ++i) {
+    ModelConfig config = small_config();
+    config.num_layers = 1;
+    config.vocab_size = between(2, 140);
+    config.hidden_size = between(1, 150);
+    config.intermediate_size = between(1, 150);
+    config.qkv_bias = between(0, 1) == 1;
+    const RandomModel model(config, WeightFormat::bf16, static_cast<unsigned>(i));
+    const CudaBackend backend(model.get(), 1);
+    const std::int64_t tokens = between(2, 80);
+    const std::vector<Token> ids = random_tokens(tokens, config.vocab_size);
+    // Each verb right after embed(), so that both round the same inputs; x += FFN(...) alone
+    // rounds what differs, its own h.
+    struct Products {
+      std::vector<float> qkv, logits, hidden, x;
+    };
+    const auto products = [&] {
+      const auto s = backend.new_state(tokens, KvFormat::f32);
+      CudaState& state = CudaState::of(*s);
+      const auto copy_of = [](const cuda::Memory<float>& from, std::int64_t count) {
+        return std::vector<float>(from.data(), from.data() + count);
+      };
+      Products made;
+      backend.begin(*s, step_of(ids, 0));
+      backend.embed(*s);
+      backend.qkv(*s, 0);
+      made.qkv = copy_of(state.qkv, tokens * (config.q_size() + 2 * config.kv_size()));
+      const auto logits = backend.logits(*s, tokens);
+      made.logits.assign(logits.begin(), logits.end());
+      backend.ffn(*s, 0);
+      made.hidden = copy_of(state.hidden, tokens * config.intermediate_size);
+      made.x = copy_of(state.x, tokens * config.hidden_size);
+      return made;
+    };
+    const long before = simt::cublas_products;
+    const Products found = products();
+    CHECK(simt::cublas_products == before + 5);  // of qkv, head, gate, up, down
+    const WithoutCublas own;
+    const Products expected = products();
+    CHECK(simt::cublas_products == before + 5);
+    const auto compare = [](const std::vector<float>& a, const std::vector<float>& b, double by) {
+      for (std::size_t k = 0; k < a.size(); ++k) CHECK_NEAR(a[k], b[k], by);
+    };
+    compare(found.qkv, expected.qkv, 1e-4);
+    compare(found.logits, expected.logits, 1e-4);
+    compare(found.hidden, expected.hidden, 1e-4);
+    compare(found.x, expected.x, 0.02);
+  }
+}
+
+TEST(products_by_cublas_have_the_same_bits_every_time) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  const RandomModel random(config, WeightFormat::bf16, 12);
+  const CudaBackend backend(random.get(), 1);
+  const std::vector<Token> tokens = random_tokens(5, config.vocab_size);
+  std::vector<float> expected;
+  for (int seed = 0; seed < 10; ++seed) {
+    simt::seed(static_cast<unsigned>(seed));
+    const auto state = backend.new_state(5, KvFormat::f32);
+    const auto logits = forward(backend, *state, step_of(tokens, 0), 5);
+    if (seed == 0) expected.assign(logits.begin(), logits.end());
+    CHECK(std::equal(logits.begin(), logits.end(), expected.begin(), expected.end()));
   }
 }
 
