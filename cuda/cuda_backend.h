@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "cublas.h"
 #include "memory.h"
 
 namespace tda {
@@ -56,7 +57,8 @@ struct CudaState final : State {
   cuda::Memory<unsigned> counters, selected;
   cuda::Memory<double> token_weights;  // [T]
   cuda::Memory<float> logits;          // [rows, V]
-  cuda::Memory<std::uint64_t> best;    // for greedy()
+  cuda::Memory<std::uint64_t> best;    // for draw()
+  cuda::Memory<double> draw_sums;      // for draw()
   cuda::PinnedMemory<float> host_logits;
 
   std::int64_t tokens() const { return static_cast<std::int64_t>(step.tokens.size()); }
@@ -80,7 +82,7 @@ class CudaBackend final : public Backend {
   void attention_out(State&, std::int64_t layer) const override;
   void ffn(State&, std::int64_t layer) const override;
   std::span<const float> logits(State&, std::int64_t rows) const override;
-  Token greedy(State&) const override;
+  Token draw(State&, double temperature, double u) const override;
 
   std::vector<double> statistic(const State&, std::int64_t layer) const override;
   double gathered(const State&, std::int64_t layer) const override;
@@ -144,6 +146,7 @@ class CudaBackend final : public Backend {
   std::string device_;
   int processors_ = 0;  // the device's multiprocessors
   cuda::Stream stream_;
+  cuda::Cublas cublas_;
   std::vector<float> rope_frequencies_;  // [head_dim / 2]; unless they depend on the step
   Bytes embedding_, head_;               // head_ is empty when tied
   Floats final_norm_;

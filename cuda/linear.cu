@@ -46,9 +46,10 @@ void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, cons
                   Gemm<float>{a, w.data(), bias, c, t, outputs, k, add});
   launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, 0, round_kernel, a, k,
          state.rounded.data());
+  const Gemm<bf16> product = {state.rounded.data(), w.data(), bias, c, t, outputs, k, add};
+  if (cublas_.multiply(stream_, product, neuron_major)) return;
   launch(stream_, {parts(n, kGemmOutputs), parts(tokens, kGemmTokens), 1}, kThreads, kGemmShared,
-         neuron_major ? mma_kernel<true> : mma_kernel<false>,
-         Gemm<bf16>{state.rounded.data(), w.data(), bias, c, t, outputs, k, add});
+         neuron_major ? mma_kernel<true> : mma_kernel<false>, product);
 }
 
 void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,
@@ -96,19 +97,27 @@ std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
   return {state.host_logits.data(), static_cast<std::size_t>(size)};
 }
 
-/// Twelve bytes come back instead of all logits.
-Token CudaBackend::greedy(State& s) const {
+/// Twelve bytes come back instead of all logits: the token beside the largest, and the first.
+Token CudaBackend::draw(State& s, double temperature, double u) const {
   CudaState& state = CudaState::of(s);
   make_logits(state, 1);
   const auto n = static_cast<int>(model_->head.rows);
-  const unsigned blocks = static_cast<unsigned>(std::min((n + kThreads - 1) / kThreads, 64));
+  const auto blocks = static_cast<unsigned>(std::min((n + kHeadBlock - 1) / kHeadBlock, 64));
   state.best.reserve(blocks + 1, "the best logits");
-  Best* best = reinterpret_cast<Best*>(state.best.data());
+  Best* parts = reinterpret_cast<Best*>(state.best.data());
+  Best* best = parts + blocks;
   launch(stream_, {blocks, 1, 1}, kThreads, kWarps * sizeof(Best) + 4, argmax_kernel,
-         state.logits.data(), n, best, state.counters.data());
+         state.logits.data(), n, parts, state.counters.data());
+  if (temperature > 0) {
+    const int threads = static_cast<int>(blocks) * kThreads;
+    state.draw_sums.reserve(blocks, "sampling");
+    launch(stream_, {blocks, 1, 1}, kThreads, (kThreads + kWarps) * 8 + 4, draw_kernel,
+           Draw{state.logits.data(), n, (n + threads - 1) / threads, best, state.draw_sums.data(),
+                state.counters.data(), temperature, u});
+  }
   Best found;
   float first;
-  copy(stream_, &found, best + blocks, 1);
+  copy(stream_, &found, best, 1);
   copy(stream_, &first, state.logits.data(), 1);
   stream_.wait();
   check_finite(found.value, first);

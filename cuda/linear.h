@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(Linear a) {
   }
 }
 
+inline constexpr int kHeadBlock = 4 * kThreads;  // logits that are worth a block
+
 /// The best of some logits.
 struct Best {
   float value;
@@ -117,6 +119,67 @@ static __global__ void argmax_kernel(const float* logits, int n, Best* best, uns
   if (!last_to_arrive(counter, gridDim.x, flag) || threadIdx.x > 0) return;
   for (unsigned b = 0; b < gridDim.x; ++b) mine = better(mine, best[b]);
   best[gridDim.x] = mine;
+}
+
+/// Sampling: stretches of weights side by side, and a point on them.
+struct Draw {
+  const float* logits;  // [n]
+  int n, run;           // tokens; how many neighbours a thread looks at
+  Best* best;           // [1] the largest logit; its id becomes the drawn one
+  double* sums;         // [gridDim.x] of the blocks
+  unsigned* counter;    // [1] zero
+  double temperature, u;
+};
+
+/// A token's softmax weight, not normalised; 0 behind the last.
+__device__ inline double weight(const Draw& d, int id) {
+  return TDA_WITHIN(id, d.n) ? exp((load(d.logits + id) - d.best->value) / d.temperature) : 0;
+}
+
+/// Of `count` lengths side by side the one that holds the point at `left`, which becomes its
+/// distance from that one's beginning. As pick() on the host.
+template <class Length>
+__device__ int locate(int count, double& left, Length length) {
+  int found = 0;
+  double rest = left;
+  for (int i = 0; i < count; ++i) {
+    const double l = length(i);
+    if (!(l > 0)) continue;
+    found = i;
+    left = rest;
+    if (rest < l) break;
+    rest -= l;
+  }
+  return found;
+}
+
+/// The token that draw() on the host finds, up to the rounding of sums, which are in f64 and in a
+/// fixed order: of neighbours by a thread, then of threads, of warps, of blocks. The last block to
+/// arrive goes the way back. shared: kThreads + kWarps doubles and a flag
+static __global__ void draw_kernel(Draw d) {
+  double* lanes = shared_as<double>();  // [kThreads]
+  double* warps = lanes + kThreads;     // [kWarps]
+  unsigned* flag = reinterpret_cast<unsigned*>(warps + kWarps);
+  const auto first = [&](int block, int thread) { return (block * kThreads + thread) * d.run; };
+  const auto sum_block = [&](int block) {
+    double sum = 0;
+    for (int i = 0; i < d.run; ++i) sum += weight(d, first(block, threadIdx.x) + i);
+    lanes[threadIdx.x] = sum;
+    return block_sum(sum, warps);
+  };
+  const double sum = sum_block(blockIdx.x);
+  if (threadIdx.x == 0) d.sums[blockIdx.x] = sum;
+  if (!last_to_arrive(d.counter, gridDim.x, flag)) return;
+  double left = 0;
+  for (unsigned b = 0; b < gridDim.x; ++b) left += d.sums[b];
+  left *= d.u;
+  const int block = locate(gridDim.x, left, [&](int b) { return d.sums[b]; });
+  sum_block(block);  // and its barrier
+  if (threadIdx.x > 0) return;
+  const int warp = locate(kWarps, left, [&](int w) { return warps[w]; });
+  const int lane = locate(32, left, [&](int l) { return lanes[warp * 32 + l]; });
+  const int from = first(block, warp * 32 + lane);
+  d.best->id = from + locate(d.run, left, [&](int i) { return weight(d, from + i); });
 }
 
 /// x[t] = embedding[tokens[t]]; a block per token. x: [T, cols]

@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = ROOT / "cuda" / "README.md"
 BEGIN, END = "<!-- by tools/kernel_account.py -->", "<!-- end -->"
-SOURCES = sorted(path.name for path in (ROOT / "cuda").glob("*.cu"))
+SOURCES = sorted(
+    path.name for path in (ROOT / "cuda").glob("*.cu") if "_kernel" in path.read_text()
+)
 # Of a processor: shared memory that blocks may take, in bytes.
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
@@ -47,6 +49,8 @@ def launch(kernel: str) -> tuple[int, int]:
     if name == "down_kernel":
         entries = 0 if arguments[1] == "all" else NEURONS // GROUPS + 1
         return 256, 4 * (8 * 256 + 8 + 1 + entries)
+    if name == "draw_kernel":
+        return 256, 8 * (256 + 8) + 4
     if name == "mma_kernel":
         return 256, 2 * (64 + 128) * 36 * 4
     if name == "rank_kernel":

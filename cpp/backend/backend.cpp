@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "backend/parallel.h"
 
@@ -19,6 +20,32 @@ void check_finite(float largest, float first) {
   if (std::isfinite(largest) && !std::isnan(first)) return;
   throw Error("the model's logits are not finite: found " + std::to_string(largest) +
               ", expected numbers");
+}
+
+std::vector<double> softmax_weights(std::span<const float> logits, double temperature) {
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  std::vector<double> weights;
+  weights.reserve(logits.size());
+  for (const float logit : logits) weights.push_back(std::exp((logit - largest) / temperature));
+  return weights;
+}
+
+std::size_t pick(std::span<const double> weights, double u) {
+  double left = std::accumulate(weights.begin(), weights.end(), 0.0) * u;
+  std::size_t picked = 0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i] == 0) continue;  // not even where rounding leaves more than there is
+    picked = i;
+    if (left < weights[i]) break;
+    left -= weights[i];
+  }
+  return picked;
+}
+
+Token draw(std::span<const float> logits, double temperature, double u) {
+  const Token best = argmax(logits);
+  if (temperature == 0) return best;
+  return static_cast<Token>(pick(softmax_weights(logits, temperature), u));
 }
 
 static std::vector<float> scores_of(const Backend& backend, const State& state,

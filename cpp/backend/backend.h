@@ -62,6 +62,15 @@ Token argmax(std::span<const float> logits);
 /// Its check: a NaN anywhere poisons every layer's sums, so it shows in all logits.
 void check_finite(float largest, float first);
 
+/// softmax(logits / temperature), not normalised: the largest logit has 1.
+std::vector<double> softmax_weights(std::span<const float> logits, double temperature);
+/// Where the running sum of the weights passes the share u in [0, 1) of the whole: what happens as
+/// often as its weight says, if u is uniform.
+std::size_t pick(std::span<const double> weights, double u);
+/// A token of softmax(logits / temperature), picked by u in the order of ids; argmax() at
+/// temperature 0. Throws Error as that.
+Token draw(std::span<const float> logits, double temperature, double u);
+
 /// Bytes of one head's key or value, of n numbers. int8: the numbers, then their scale, f32.
 constexpr std::int64_t kv_row_bytes(KvFormat format, std::int64_t n) {
   return format == KvFormat::f32 ? 4 * n : format == KvFormat::int8 ? n + 4 : 2 * n;
@@ -98,9 +107,11 @@ class Backend {
   virtual void ffn(State&, std::int64_t layer) const = 0;
   /// Logits [rows, V] f32 of the step's last `rows` tokens; valid until the state's next verb.
   virtual std::span<const float> logits(State&, std::int64_t rows) const = 0;
-  /// argmax() of the step's last token, for those who need no more: a device need not hand over the
-  /// logits then.
-  virtual Token greedy(State& state) const { return argmax(logits(state, 1)); }
+  /// draw() after the step's last token, for those who need no more: a device need not hand over
+  /// the logits then.
+  virtual Token draw(State& state, double temperature, double u) const {
+    return tda::draw(logits(state, 1), temperature, u);
+  }
 
   // TDA: the statistic and the samples of tokens. Both may stay on the device.
   /// sum over gathered tokens t of (|n[t,j]| / ||n[t,:]||)^2, [F].

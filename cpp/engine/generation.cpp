@@ -6,7 +6,8 @@ namespace tda {
 
 Token Generation::Impl::choose() {
   if (new_tokens == 0) return sampler.sample(run.prefill());
-  return sampler.is_greedy() ? run.decode_greedily(last) : sampler.sample(run.decode(last));
+  if (!sampler.only_draws()) return sampler.sample(run.decode(last));
+  return run.decode_and_draw(last, options.temperature, sampler.uniform());
 }
 
 std::optional<Token> Generation::Impl::next() {

@@ -58,9 +58,9 @@ std::span<const float> Run::decode(Token token) {
   return logits;
 }
 
-Token Run::decode_greedily(Token token) {
+Token Run::decode_and_draw(Token token, double temperature, double u) {
   Stopwatch watch;
-  const Token next = session_.decode_greedily(token);
+  const Token next = session_.decode_and_draw(token, temperature, u);
   stats_.decode_seconds += watch.lap();
   ++decoded_;
   return next;

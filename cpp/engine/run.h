@@ -21,8 +21,8 @@ class Run {
   std::span<const float> prefill();
   /// Appends a token through the masks; its logits [V].
   std::span<const float> decode(Token token);
-  /// The same; the token that greedy decoding takes next.
-  Token decode_greedily(Token token);
+  /// The same; the token that draw() takes next.
+  Token decode_and_draw(Token token, double temperature, double u);
   /// All fields but new_tokens.
   GenerationStats stats() const;
   /// Work under way ends with Cancelled after `stop` was requested.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "sparsity/text_of.h"
 
@@ -49,7 +50,14 @@ void Sampler::remember(Token token) {
   is_seen_[id] = true;
 }
 
+/// Top-k, top-p and min-p need the candidates sorted, the penalty what came before.
+bool Sampler::only_draws() const {
+  const bool all = options_.top_k == 0 && options_.top_p == 1 && options_.min_p == 0;
+  return options_.repetition_penalty == 1.0 && (options_.temperature == 0 || all);
+}
+
 Token Sampler::sample(std::span<const float> logits) {
+  if (only_draws()) return draw(logits, options_.temperature, uniform());
   argmax(logits);  // for its check
   candidates_.resize(logits.size());
   for (std::size_t i = 0; i < logits.size(); ++i) {
@@ -61,7 +69,7 @@ Token Sampler::sample(std::span<const float> logits) {
     float& logit = candidates_[token].logit;
     logit = logit > 0 ? logit / penalty : logit * penalty;
   }
-  const Token token = draw();
+  const Token token = choose();
   if (options_.repetition_penalty != 1.0) remember(token);
   return token;
 }
@@ -75,7 +83,7 @@ void Sampler::sort_best(std::size_t count) {
                     candidates_.end(), better);
 }
 
-Token Sampler::draw() {
+Token Sampler::choose() {
   if (options_.temperature == 0) {
     sort_best(1);
     return candidates_.front().token;
@@ -85,15 +93,11 @@ Token Sampler::draw() {
   const bool sorted = kept < candidates_.size() || options_.top_p < 1 || options_.min_p > 0;
   if (sorted) sort_best(kept);
 
-  float largest = candidates_.front().logit;
-  for (std::size_t i = 0; i < kept; ++i) largest = std::max(largest, candidates_[i].logit);
-  std::vector<double> weights(kept);  // softmax, not normalised: the best candidate has 1
-  double sum = 0;
-  for (std::size_t i = 0; i < kept; ++i) {
-    weights[i] = std::exp((candidates_[i].logit - largest) / options_.temperature);
-    sum += weights[i];
-  }
+  std::vector<float> logits(kept);
+  for (std::size_t i = 0; i < kept; ++i) logits[i] = candidates_[i].logit;
+  std::vector<double> weights = softmax_weights(logits, options_.temperature);
   if (options_.top_p < 1) {  // the fewest candidates that reach top_p together
+    const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
     double reached = 0;
     std::size_t count = 0;
     while (count < kept && reached < options_.top_p * sum) reached += weights[count++];
@@ -102,14 +106,8 @@ Token Sampler::draw() {
   if (options_.min_p > 0) {
     while (weights[kept - 1] < options_.min_p) --kept;
   }
-  sum = 0;
-  for (std::size_t i = 0; i < kept; ++i) sum += weights[i];
-  double left = static_cast<double>(random_() >> 11) * 0x1p-53 * sum;
-  for (std::size_t i = 0; i + 1 < kept; ++i) {
-    if (left < weights[i]) return candidates_[i].token;
-    left -= weights[i];
-  }
-  return candidates_[kept - 1].token;
+  weights.resize(kept);
+  return candidates_[pick(weights, uniform())].token;
 }
 
 }  // namespace tda

@@ -18,11 +18,13 @@ class Sampler {
 
   /// Chooses and remembers a token. logits: [V]. Throws Error if they are not finite.
   Token sample(std::span<const float> logits);
-  /// Whether `sample` does no more than argmax().
-  bool is_greedy() const { return options_.temperature == 0 && options_.repetition_penalty == 1.0; }
+  /// Whether `sample` is but draw(logits, temperature, uniform()).
+  bool only_draws() const;
+  /// The next of the seed's numbers, in [0, 1).
+  double uniform() { return static_cast<double>(random_() >> 11) * 0x1p-53; }
 
  private:
-  Token draw();
+  Token choose();
   void sort_best(std::size_t count);
 
   GenerateOptions options_;

@@ -120,10 +120,10 @@ std::vector<float> Session::Impl::all_logits(Tokens tokens) {
   return all;
 }
 
-Token Session::Impl::decode_greedily(Token token) {
+Token Session::Impl::decode_and_draw(Token token, double temperature, double u) {
   decode(token, 0);
   const std::lock_guard lock(runtime->computing);
-  return backend.greedy(*state);
+  return backend.draw(*state, temperature, u);
 }
 
 std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {

@@ -29,8 +29,8 @@ struct Session::Impl {
   std::vector<float> all_logits(Tokens tokens);
   /// Logits [V], unless `rows` is 0.
   std::span<const float> decode(Token token, std::int64_t rows = 1);
-  /// decode, then the token that greedy decoding takes.
-  Token decode_greedily(Token token);
+  /// decode, then the token that draw() takes.
+  Token decode_and_draw(Token token, double temperature, double u);
   std::vector<float> statistic(std::int64_t layer) const;
   /// [T, F] of the last prefill: h (or act(gate), see Estimate) of its sampled tokens.
   std::vector<float> samples(std::int64_t layer) const;

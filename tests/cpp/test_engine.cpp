@@ -99,6 +99,46 @@ TEST(min_p_is_relative_to_the_best) {
   check_distribution({.temperature = 1.0, .min_p = 1.0}, {1, 3});
 }
 
+TEST(a_seed_keeps_its_tokens) {
+  std::vector<float> logits(1000);
+  std::uint32_t state = 1;
+  for (float& logit : logits) {
+    state = state * 1664525 + 1013904223;
+    logit = static_cast<float>(state >> 8) * 0x1p-24f * 12 - 6;
+  }
+  const auto check = [&](GenerateOptions options, const std::vector<Token>& expected) {
+    options.seed = 42;
+    tda::Sampler sampler(options, std::vector<Token>{1, 2, 3});
+    for (const Token token : expected) CHECK(sampler.sample(logits) == token);
+  };
+  check({.temperature = 1}, {753, 616, 751, 122, 914, 78, 556, 401});
+  check({.temperature = 0.3}, {743, 639, 743, 116, 898, 68, 533, 413});
+  check({.temperature = 2, .top_k = 40}, {644, 180, 644, 445, 284, 759, 753, 743});
+  check({.temperature = 1, .top_p = 0.9}, {832, 526, 832, 592, 912, 37, 489, 284});
+  check({.temperature = 1.5, .min_p = 0.05}, {940, 557, 192, 532, 596, 358, 367, 370});
+  check({.temperature = 1.1, .repetition_penalty = 1.5}, {753, 614, 743, 122, 914, 78, 533, 395});
+}
+
+TEST(picking_goes_by_the_running_sum) {
+  const std::vector<double> weights = {1, 0, 3, 0};
+  CHECK(tda::pick(weights, 0) == 0);
+  CHECK(tda::pick(weights, 0.2499) == 0);
+  CHECK(tda::pick(weights, 0.25) == 2);  // what has no weight is never picked
+  CHECK(tda::pick(weights, 1 - 0x1p-53) == 2);
+  CHECK(tda::pick(std::vector<double>{0.0, 1.0}, 0) == 1);
+}
+
+TEST(only_what_needs_all_logits_asks_for_them) {
+  const auto draws = [](GenerateOptions options) { return tda::Sampler(options, {}).only_draws(); };
+  CHECK(draws({}));
+  CHECK(draws({.temperature = 0.7}));
+  CHECK(draws({.temperature = 0, .top_k = 5, .top_p = 0.5, .min_p = 0.5}));  // greedy all the same
+  CHECK(!draws({.temperature = 0.7, .top_k = 5}));
+  CHECK(!draws({.temperature = 0.7, .top_p = 0.5}));
+  CHECK(!draws({.temperature = 0.7, .min_p = 0.5}));
+  CHECK(!draws({.repetition_penalty = 1.1}));
+}
+
 TEST(repetition_penalty_counts_the_prompt_and_the_output) {
   const std::vector<Token> prompt = {1, 1};
   tda::Sampler sampler({.repetition_penalty = 2.0}, prompt);
@@ -226,6 +266,24 @@ TEST(refresh_makes_the_cache_exact_and_renews_the_masks) {
   const auto expected = dense.decode(kPrompt[9]);
   for (std::size_t i = 0; i < logits.size(); ++i) CHECK_NEAR(logits[i], expected[i], 1e-4);
   CHECK(session.mask(0) != before);
+}
+
+TEST(a_generation_draws_as_its_sampler_does) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  GenerateOptions options = tokens(20);
+  options.seed = 3;
+  for (const double temperature : {0.0, 2.0})
+    for (const std::int64_t top_k : {0, 9}) {
+      options.temperature = temperature;
+      options.top_k = top_k;
+      tda::Sampler sampler(options, kPrompt);
+      tda::Session session = engine.session(40);
+      std::vector<Token> expected = {sampler.sample(session.prefill(kPrompt))};
+      while (expected.size() < 20)
+        expected.push_back(sampler.sample(session.decode(expected.back())));
+      CHECK(generate(engine, options) == expected);
+    }
 }
 
 TEST(sessions_check_their_input) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention.cu"
+#include "cuda/cublas.cu"
 #include "cuda/cuda_backend.cu"
 #include "cuda/ffn.cu"
 #include "cuda/linear.cu"

@@ -35,8 +35,9 @@ std::deque<Case> cases() {
   const auto add = [&](const char* what) -> Case& { return all.emplace_back(Case{what}); };
   add("small");
   add("bf16 weights").format = WeightFormat::bf16;
-  Case& bf16 = add("bf16 weights and cache");
+  Case& bf16 = add("bf16 weights and cache, biases");
   bf16.format = WeightFormat::bf16;
+  bf16.config.qkv_bias = bf16.config.output_bias = true;
   bf16.kv = KvFormat::bf16;
   Case& wide = add("head_dim 130, slices of columns, tied");
   wide.config.hidden_size = 300;
@@ -65,6 +66,12 @@ std::deque<Case> cases() {
   tiles.steps = {70};
   return all;
 }
+
+/// While it lives, cuBLASLt has no algorithms, so that products are the own kernels'.
+struct WithoutCublas {
+  WithoutCublas() { simt::cublas_can = false; }
+  ~WithoutCublas() { simt::cublas_can = true; }
+};
 
 /// Runs a case verb by verb on both sides; the largest difference after any verb.
 double run_case(const Case& c, FfnMode single = FfnMode::dense) {
@@ -115,7 +122,7 @@ double run_case(const Case& c, FfnMode single = FfnMode::dense) {
       const auto logits = backend.logits(*s, rows);
       check(logits.data(), expected);
       const Token best = argmax(logits.last(c.config.vocab_size));
-      if (rows == 1) CHECK(backend.greedy(*s) == best);
+      if (rows == 1) CHECK(backend.draw(*s, 0, 0) == best);
     }
     position += size;
   }
@@ -135,6 +142,10 @@ TEST(every_verb_agrees_with_plain_loops) {
   for (const Case& c : cases())
     for (const FfnMode mode : {FfnMode::dense, FfnMode::sparse}) {
       const double difference = run_case(c, mode);
+      if (c.format == WeightFormat::bf16) {
+        const WithoutCublas own;
+        CHECK_NEAR(run_case(c, mode), 0, 0.05);
+      }
       // What is rounded to bf16 on both sides may fall to different neighbours.
       const bool rounds = c.kv == KvFormat::bf16 || c.format == WeightFormat::bf16;
       CHECK_NEAR(difference, 0, rounds ? 0.05 : 1e-4);
@@ -160,7 +171,7 @@ std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds
 
 TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
   ModelConfig config = small_config();
-  config.vocab_size = 700;  // several blocks
+  config.vocab_size = 2100;  // several blocks
   const RandomModel random(config, WeightFormat::f32, 8);
   const auto model = random.get();
   for (std::int64_t r = 1; r < config.vocab_size; ++r)  // equal logits
@@ -171,9 +182,56 @@ TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
   const auto state = backend.new_state(2, KvFormat::f32);
   const std::vector<Token> tokens = {0, 1};
   forward(backend, *state, step_of({&tokens[0], 1}, 0), 0);
-  CHECK(backend.greedy(*state) == 0);
+  CHECK(backend.draw(*state, 0, 0) == 0);
   forward(backend, *state, step_of({&tokens[1], 1}, 1), 0);
-  CHECK_THROWS(backend.greedy(*state), Error, "not finite");
+  for (const double temperature : {0.0, 1.0})
+    CHECK_THROWS(backend.draw(*state, temperature, 0.5), Error, "not finite");
+}
+
+/// Tokens drawn after one, by u's from 0 to almost 1, must be those that the host draws from the
+/// same logits.
+void check_draws(std::int64_t vocabulary, double temperature, unsigned seed, std::size_t draws) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.hidden_size = 3;
+  config.vocab_size = vocabulary;
+  const RandomModel random(config, WeightFormat::f32, seed);
+  const CudaBackend backend(random.get(), 1);
+  const auto state = backend.new_state(1, KvFormat::f32);
+  const Token token = 0;
+  const auto on_device = forward(backend, *state, step_of({&token, 1}, 0), 1);
+  const std::vector<float> logits(on_device.begin(), on_device.end());
+  std::mt19937_64 numbers(seed);
+  std::vector<double> us = {0, 1 - 0x1p-53};
+  while (us.size() < draws) us.push_back(static_cast<double>(numbers() >> 11) * 0x1p-53);
+  for (const double u : us)
+    CHECK(backend.draw(*state, temperature, u) == draw(logits, temperature, u));
+}
+
+TEST(draws_are_those_of_the_host) {
+  std::mt19937 random(9);
+  const double temperatures[] = {1e-3, 0.3, 1, 5};
+  for (unsigned i = 0; i < kShapes; ++i)
+    check_draws(1 + random() % (i % 10 ? 300 : 3000), temperatures[i % 4], i, 12);
+  check_draws(64 * kHeadBlock + 1234, 1, 1, 4);  // a thread looks at more than four
+}
+
+TEST(hundreds_of_schedules_draw_the_same) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  config.vocab_size = 2 * kHeadBlock + 52;  // three blocks
+  const RandomModel random(config, WeightFormat::f32, 11);
+  const CudaBackend backend(random.get(), 1);
+  const auto state = backend.new_state(1, KvFormat::f32);
+  const Token token = 0;
+  const auto on_device = forward(backend, *state, step_of({&token, 1}, 0), 1);
+  const std::vector<float> logits(on_device.begin(), on_device.end());
+  for (int seed = 0; seed < kSchedules; ++seed) {
+    simt::seed(static_cast<unsigned>(seed));
+    const double u = (seed + 0.5) / kSchedules;
+    const double temperature = 1 + seed % 2;  // or sums of the last draw would do for this one
+    CHECK(backend.draw(*state, temperature, u) == draw(logits, temperature, u));
+  }
 }
 
 TEST(graphs_give_the_same_bits_as_single_launches) {
@@ -225,6 +283,77 @@ TEST(random_shapes_agree_with_the_cpu_backend) {
       CHECK(cuda.gathered(*on_cuda, l) == cpu->gathered(*on_cpu, l));
       for (std::size_t j = 0; j < found.size(); ++j) CHECK_NEAR(found[j], expected[j], 1e-4);
     }
+  }
+}
+
+TEST(products_by_cublas_are_those_of_the_own_kernels) {
+  std::mt19937 random(10);
+  const auto between = [&](int low, int high) {
+    return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
+  };
+  for (int i = 0; i < kShapes; ++i) {
+    ModelConfig config = small_config();
+    config.num_layers = 1;
+    config.vocab_size = between(2, 140);
+    config.hidden_size = between(1, 150);
+    config.intermediate_size = between(1, 150);
+    config.qkv_bias = between(0, 1) == 1;
+    const RandomModel model(config, WeightFormat::bf16, static_cast<unsigned>(i));
+    const CudaBackend backend(model.get(), 1);
+    const std::int64_t tokens = between(2, 80);
+    const std::vector<Token> ids = random_tokens(tokens, config.vocab_size);
+    // Each verb right after embed(), so that both round the same inputs; x += FFN(...) alone
+    // rounds what differs, its own h.
+    struct Products {
+      std::vector<float> qkv, logits, hidden, x;
+    };
+    const auto products = [&] {
+      const auto s = backend.new_state(tokens, KvFormat::f32);
+      CudaState& state = CudaState::of(*s);
+      const auto copy_of = [](const cuda::Memory<float>& from, std::int64_t count) {
+        return std::vector<float>(from.data(), from.data() + count);
+      };
+      Products made;
+      backend.begin(*s, step_of(ids, 0));
+      backend.embed(*s);
+      backend.qkv(*s, 0);
+      made.qkv = copy_of(state.qkv, tokens * (config.q_size() + 2 * config.kv_size()));
+      const auto logits = backend.logits(*s, tokens);
+      made.logits.assign(logits.begin(), logits.end());
+      backend.ffn(*s, 0);
+      made.hidden = copy_of(state.hidden, tokens * config.intermediate_size);
+      made.x = copy_of(state.x, tokens * config.hidden_size);
+      return made;
+    };
+    const long before = simt::cublas_products;
+    const Products found = products();
+    CHECK(simt::cublas_products == before + 5);  // of qkv, head, gate, up, down
+    const WithoutCublas own;
+    const Products expected = products();
+    CHECK(simt::cublas_products == before + 5);
+    const auto compare = [](const std::vector<float>& a, const std::vector<float>& b, double by) {
+      for (std::size_t k = 0; k < a.size(); ++k) CHECK_NEAR(a[k], b[k], by);
+    };
+    compare(found.qkv, expected.qkv, 1e-4);
+    compare(found.logits, expected.logits, 1e-4);
+    compare(found.hidden, expected.hidden, 1e-4);
+    compare(found.x, expected.x, 0.02);
+  }
+}
+
+TEST(products_by_cublas_have_the_same_bits_every_time) {
+  ModelConfig config = small_config();
+  config.num_layers = 1;
+  const RandomModel random(config, WeightFormat::bf16, 12);
+  const CudaBackend backend(random.get(), 1);
+  const std::vector<Token> tokens = random_tokens(5, config.vocab_size);
+  std::vector<float> expected;
+  for (int seed = 0; seed < 10; ++seed) {
+    simt::seed(static_cast<unsigned>(seed));
+    const auto state = backend.new_state(5, KvFormat::f32);
+    const auto logits = forward(backend, *state, step_of(tokens, 0), 5);
+    if (seed == 0) expected.assign(logits.begin(), logits.end());
+    CHECK(std::equal(logits.begin(), logits.end(), expected.begin(), expected.end()));
   }
 }
 

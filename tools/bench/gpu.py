@@ -32,7 +32,7 @@ from tdaengine import TDA, Engine, GenerateOptions, OptionError  # noqa: E402
 
 SHARES = (0.75, 0.5, 0.25)
 LARGEST = {"f32": 1e-3, "bf16": 0.3}  # differences of logits; their size is 3
-GREEDY, SAME = 64, 100  # tokens compared with the CPU's; generations compared with each other
+TOKENS, SAME = 64, 100  # tokens compared with the CPU's; generations compared with each other
 
 
 def prompt(engine: Engine, length: int) -> list[int]:
@@ -85,6 +85,7 @@ def run_tiny(device: str) -> None:
                 for tda in scopes().values():
                     options = {"max_new_tokens": 8, "ignore_eos": True, "tda": tda}
                     engine.generate(tiny.tokens(name, 20), **options)
+                engine.generate(tiny.tokens(name, 20), max_new_tokens=8, temperature=1.0)
                 engine.logits(tiny.tokens(name))
     print("tiny: every scope ran in f32 and bf16")
 
@@ -129,12 +130,11 @@ def run_check(device: str, shape: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / shape
         random_model.write_model(model, random_model.make_config(shape), random)
-        texts = []
-        for on in (device, "cpu"):
-            engine = Engine(model, device=on, weights="f32")
-            options = {"max_new_tokens": GREEDY, "ignore_eos": True}
-            texts.append(engine.generate(prompt(engine, 40), **options).token_ids)
-        report(f"{GREEDY} greedy tokens of {shape} in f32 are the CPU's", texts[0] == texts[1])
+        engines = [Engine(model, device=on, weights="f32") for on in (device, "cpu")]
+        for how, sampling in (("greedy", {}), ("sampled", {"temperature": 0.8, "seed": 1})):
+            options = {"max_new_tokens": TOKENS, "ignore_eos": True, **sampling}
+            texts = [e.generate(prompt(e, 40), **options).token_ids for e in engines]
+            report(f"{TOKENS} {how} tokens of {shape} in f32 are the CPU's", texts[0] == texts[1])
     if failures:
         sys.exit(f"{len(failures)} checks failed")
 
