@@ -331,7 +331,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     else:
         reached = sum(thresholds.reached) / len(thresholds.reached)
         what = "bytes" if thresholds.bytes else "error"
-        own = "its own " if thresholds.source == "self-generated" else ""
+        own = "own " if thresholds.source == "self-generated" else ""
         print(
             f"{args.output}: thresholds of {len(thresholds.values)} layers, {what} {reached:.3f} "
             f"reached (target {getattr(thresholds, what)}) on {thresholds.tokens} tokens of "
