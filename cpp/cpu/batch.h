@@ -47,14 +47,15 @@ struct Gated {
 // ---- memory ---------------------------------------------------------------------------------
 //
 // Memory brings lines in time only if they are asked for. While a line of a row is at work, the
-// same line of the row kBatch places behind it is asked for: one instruction per line, spread as
-// evenly as the work, and no list to keep. Into the second-level cache, since the first level can
-// have only few misses under way.
+// same line of the row kBatch places on is asked for: one instruction per line, spread as evenly as
+// the work, and no list to keep (loops over lists took a quarter of the time). Into the
+// second-level cache, since the first level can have only few misses under way.
 
 inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-/// Rows that do not follow each other are read with the last of each four lines first: lines that
-/// go up for long make the hardware fetch what lies behind the row, which is of no use then.
+/// Rows that do not follow each other are read with the last of each four lines first: lines in
+/// order make the hardware fetch as many behind the row, which are of no use then (measured on
+/// Zen 4: tools/bench/RESULTS-cpu.md).
 constexpr int kLinesInTurn = 4;
 constexpr int line_in_turn(int i, bool scattered) {
   return scattered ? (i + kLinesInTurn - 1) % kLinesInTurn : i;
@@ -86,7 +87,8 @@ struct Batch {
   /// The last one in the place of those beyond it.
   int64_t index(int64_t i) const { return min(i, count - 1); }
   int32_t id(int64_t i) const { return ids[index(i)]; }
-  bool is_last() const { return left <= 2 * kBatch; }
+  /// Whether any of its rows has no successor in the list.
+  bool is_near_end() const { return left <= 2 * kBatch; }
 
   /// Which row to ask for while the i-th neuron's row of `own` is at work: its successor's kBatch
   /// places on, or from matrix a or b of what follows, or that row itself, which costs nothing.
@@ -207,7 +209,7 @@ inline void add_rows(const Rows& w, const Batch& batch, bool scattered, const fl
   using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes>;
   constexpr int64_t kGroups = Factors::kSome / kScales;
   const int64_t count = batch.count, groups = groups_of(w.n);
-  const bool two = !kBoth && batch.follow.b && batch.is_last();  // to ask for
+  const bool two = !kBoth && batch.follow.b && batch.is_near_end();  // to ask for
   const std::uint8_t *planes[2][kBatch], *ahead[2][kBatch];
   const std::int8_t *scales[kBatch], *ahead_scales[kBatch];
   alignas(64) float parts[kBatch];

@@ -147,7 +147,8 @@ inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. They share
 /// what is loaded of x: loads are what this loop runs out of. `ahead`: whose lines to ask for. The
-/// order of the lines is none of the result's: each has a sum of its own place in it.
+/// order of lines changes no bit: the last of four adds to a sum of its own, the others come in the
+/// same order either way.
 template <bool kExact, bool kScattered = false, class Row, int kCount>
 inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], const Vector<Row>& x,
                      Floats (&lanes)[kCount]) {
