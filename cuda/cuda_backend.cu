@@ -243,15 +243,8 @@ void CudaBackend::begin(State& s, const Step& step) const {
 void CudaBackend::set_thresholds(State& s, std::int64_t layer,
                                  const TokenThresholds& thresholds) const {
   CudaState& state = CudaState::of(s);
-  const auto [exact, coarse, by_gate] = thresholds;
-  const std::string where = "thresholds of layer " + std::to_string(layer) + ": exact " +
-                            std::to_string(exact) + ", coarse " + std::to_string(coarse);
-  if (!(coarse >= 0 && exact >= coarse))
-    throw OptionError(where + ", expected 0 <= coarse <= exact");
-  if (exact > coarse)
-    throw OptionError(where + (by_gate ? " with a gate estimate" : " with weights of one plane") +
-                      ", expected the same, since no neuron can be coarse");
-  copy(stream_, state.thresholds.data() + layer, &exact, 1);
+  check_thresholds(layer, thresholds);
+  copy(stream_, state.thresholds.data() + layer, &thresholds.exact, 1);
   stream_.wait();
   count_reads(state);
   state.layers[layer].thresholds = thresholds;

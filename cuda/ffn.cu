@@ -10,10 +10,6 @@ using namespace cuda;
 
 namespace {
 
-unsigned blocks_of(std::int64_t n, std::int64_t per_block) {
-  return static_cast<unsigned>((n + per_block - 1) / per_block);
-}
-
 template <class W>
 auto gate_up_for(Select s) {
   return s == Select::all            ? gate_up_kernel<W, Select::all>

@@ -35,21 +35,18 @@ void CudaBackend::multiply(CudaState& state, const Matrix& w, const Bytes& data,
 void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, const float* a,
                        const float* bias, float* c, std::int64_t tokens, std::int64_t n,
                        std::int64_t depth, bool add) const {
-  const auto parts = [](std::int64_t i, int of) {
-    return static_cast<unsigned>((i + of - 1) / of);
-  };
   const int t = static_cast<int>(tokens), outputs = static_cast<int>(n),
             k = static_cast<int>(depth);
   if (model_->format == WeightFormat::f32)
-    return launch(stream_, {parts(n, kTile), parts(tokens, kTile), 1}, kThreads, kTilesShared,
-                  neuron_major ? gemm_kernel<true> : gemm_kernel<false>,
+    return launch(stream_, {blocks_of(n, kTile), blocks_of(tokens, kTile), 1}, kThreads,
+                  kTilesShared, neuron_major ? gemm_kernel<true> : gemm_kernel<false>,
                   Gemm<float>{a, w.data(), bias, c, t, outputs, k, add});
   launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, 0, round_kernel, a, k,
          state.rounded.data());
   const Gemm<bf16> product = {state.rounded.data(), w.data(), bias, c, t, outputs, k, add};
   if (cublas_.multiply(stream_, product, neuron_major)) return;
-  launch(stream_, {parts(n, kGemmOutputs), parts(tokens, kGemmTokens), 1}, kThreads, kGemmShared,
-         neuron_major ? mma_kernel<true> : mma_kernel<false>, product);
+  launch(stream_, {blocks_of(n, kGemmOutputs), blocks_of(tokens, kGemmTokens), 1}, kThreads,
+         kGemmShared, neuron_major ? mma_kernel<true> : mma_kernel<false>, product);
 }
 
 void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,

@@ -6,12 +6,6 @@ namespace tda {
 
 using namespace cuda;
 
-namespace {
-
-unsigned parts(std::int64_t n, std::int64_t of) { return static_cast<unsigned>((n + of - 1) / of); }
-
-}  // namespace
-
 std::vector<double> CudaBackend::statistic(const State& s, std::int64_t layer) const {
   const std::int64_t neurons = model_->config.intermediate_size;
   std::vector<double> sums(neurons);
@@ -27,7 +21,7 @@ double CudaBackend::gathered(const State& s, std::int64_t layer) const {
 void CudaBackend::fade_statistic(State& s, double factor) const {
   CudaState& state = CudaState::of(s);
   for (CudaState::Layer& layer : state.layers) layer.tokens *= factor;
-  launch(stream_, {parts(state.sums.size(), kThreads), 1, 1}, kThreads, 0, scale_kernel,
+  launch(stream_, {blocks_of(state.sums.size(), kThreads), 1, 1}, kThreads, 0, scale_kernel,
          state.sums.data(), factor, state.sums.size());
 }
 
@@ -64,7 +58,7 @@ void CudaBackend::score(CudaState& state) const {
   std::vector<int> overflows(layers);
   copy(stream_, state.gathered.data(), gathered.data(), layers);
   copy(stream_, state.overflows.data(), overflows.data(), layers);
-  launch(stream_, {parts(neurons, kThreads), static_cast<unsigned>(layers), 1}, kThreads, 0,
+  launch(stream_, {blocks_of(neurons, kThreads), static_cast<unsigned>(layers), 1}, kThreads, 0,
          score_kernel, state.sums.data(), state.gathered.data(), static_cast<int>(neurons),
          state.scores.data(), state.overflows.data());
   copy(stream_, overflows.data(), state.overflows.data(), layers);
@@ -78,7 +72,7 @@ void CudaBackend::score(CudaState& state) const {
 void CudaBackend::rank(CudaState& state) const {
   const std::int64_t layers = model_->config.num_layers, neurons = model_->config.intermediate_size;
   state.ranks.reserve(layers * neurons, "ranks");
-  launch(stream_, {parts(neurons, kThreads), static_cast<unsigned>(layers), 1}, kThreads,
+  launch(stream_, {blocks_of(neurons, kThreads), static_cast<unsigned>(layers), 1}, kThreads,
          kThreads * 4, rank_kernel, state.scores.data(), static_cast<int>(neurons),
          state.ranks.data());
 }
@@ -116,12 +110,8 @@ void CudaBackend::mask_top_share(State& s, double active) const {
 
 void CudaBackend::set_mask(State& s, std::int64_t layer, std::vector<std::int32_t> neurons) const {
   CudaState& state = CudaState::of(s);
+  check_mask(layer, neurons);
   const std::int64_t size = model_->config.intermediate_size;
-  for (std::size_t i = 0; i < neurons.size(); ++i)
-    if (neurons[i] < 0 || neurons[i] >= size || (i > 0 && neurons[i] <= neurons[i - 1]))
-      throw OptionError("mask of layer " + std::to_string(layer) + ": neuron " +
-                        std::to_string(neurons[i]) + " at index " + std::to_string(i) +
-                        ", expected strictly ascending ids from 0 to " + std::to_string(size - 1));
   const int count = static_cast<int>(neurons.size());
   copy(stream_, state.lists.data() + layer * size, neurons.data(), count);
   copy(stream_, state.counts.data() + layer, &count, 1);
@@ -187,7 +177,8 @@ std::vector<ThresholdSearch> CudaBackend::search_thresholds(State& s, double tar
   a.target = target;
   const auto blocks = static_cast<unsigned>(layers);
   const auto try_threshold = [&](bool whole) {
-    launch(stream_, {parts(hidden, kTile), parts(tokens, kTile), blocks}, kThreads, kTilesShared,
+    launch(stream_, {blocks_of(hidden, kTile), blocks_of(tokens, kTile), blocks}, kThreads,
+           kTilesShared,
            model_->format == WeightFormat::f32 ? dropped_kernel<float> : dropped_kernel<bf16>, a,
            whole);
     launch(stream_, {blocks, 1, 1}, kThreads, kWarps * 8, judge_kernel, a, whole);

@@ -105,6 +105,11 @@ void copy(cudaStream_t stream, T* to, const T* from, std::int64_t count) {
         "a copy");
 }
 
+/// How many blocks n things make.
+inline unsigned blocks_of(std::int64_t n, std::int64_t per_block) {
+  return static_cast<unsigned>((n + per_block - 1) / per_block);
+}
+
 template <class... P, class... A>
 void launch(cudaStream_t stream, dim3 grid, unsigned threads, std::int64_t shared_bytes,
             void (*kernel)(P...), const A&... arguments) {

@@ -141,6 +141,11 @@ class Backend {
   virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
   /// What single-token steps of this state have read so far, counted where read.
   virtual FfnReads ffn_reads(const State&, std::int64_t layer) const = 0;
+
+ protected:
+  /// What set_mask and set_thresholds demand; throw OptionError.
+  void check_mask(std::int64_t layer, std::span<const std::int32_t> neurons) const;
+  void check_thresholds(std::int64_t layer, const TokenThresholds&) const;
 };
 
 /// `threads` 0: as many as this process may run on. Throws OptionError.

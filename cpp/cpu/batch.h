@@ -168,19 +168,22 @@ struct Factors {
   }
 };
 
-/// Of two groups' integers those for the first (0) or second halves of the groups, each for as many
-/// lanes.
-template <int kScales, int kHalf>
-inline __m512i spread(const int32_t* p) {
-  if constexpr (kScales == 2) {
-    const __m512i index = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
-    return _mm512_permutexvar_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(kHalf)),
-                                    _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
-  } else {
-    const __m512i index = _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
-    return _mm512_permutexvar_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(2 * kHalf)),
-                                    _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
-  }
+/// Which of the scales of two groups, whose first stands at `first`, the lanes of their first (0)
+/// or second halves take.
+template <int kScales>
+inline __m512i scales_of_lanes(int half, int first = 0) {
+  const __m512i firsts = kScales == 2
+                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
+                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_add_epi32(firsts, _mm512_set1_epi32(first + half * kScales / 2));
+}
+
+/// Of two groups' integers, one per scale, those of one half, each for as many lanes.
+template <int kScales>
+inline __m512i spread(const int32_t* p, int half) {
+  const __m512i all = kScales == 2 ? _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p))
+                                   : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_permutexvar_epi32(scales_of_lanes<kScales>(half), all);
 }
 
 /// y[16 i] += step * the 128-bit lanes i of the four, i < lanes.
@@ -246,8 +249,8 @@ inline void add_rows(const Rows& w, const Batch& batch, bool scattered, const fl
       __m512i lowers[kBytes][4], uppers[kBytes][4];
 #pragma GCC unroll 2
       for (int byte = 0; byte < kBytes; ++byte) {
-        const __m512i lower_start = spread<kScales, 0>(factors.start[byte] + at);
-        __m512i upper_start = spread<kScales, 1>(factors.start[byte] + at);
+        const __m512i lower_start = spread<kScales>(factors.start[byte] + at, 0);
+        __m512i upper_start = spread<kScales>(factors.start[byte] + at, 1);
         if (!kBoth) upper_start = _mm512_slli_epi32(upper_start, 4);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) lowers[byte][i] = lower_start, uppers[byte][i] = upper_start;
@@ -267,8 +270,8 @@ inline void add_rows(const Rows& w, const Batch& batch, bool scattered, const fl
         __m512i lower_factors[kBytes], upper_factors[kBytes];
 #pragma GCC unroll 2
         for (int byte = 0; byte < kBytes; ++byte) {
-          lower_factors[byte] = spread<kScales, 0>(factors.quads[byte][q] + at);
-          upper_factors[byte] = spread<kScales, 1>(factors.quads[byte][q] + at);
+          lower_factors[byte] = spread<kScales>(factors.quads[byte][q] + at, 0);
+          upper_factors[byte] = spread<kScales>(factors.quads[byte][q] + at, 1);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {

@@ -196,12 +196,7 @@ std::vector<float> CpuBackend::samples(const State& state, std::int64_t layer) c
 
 void CpuBackend::set_mask(State& state, std::int64_t layer,
                           std::vector<std::int32_t> neurons) const {
-  const std::int64_t size = model_->config.intermediate_size;
-  for (std::size_t i = 0; i < neurons.size(); ++i)
-    if (neurons[i] < 0 || neurons[i] >= size || (i > 0 && neurons[i] <= neurons[i - 1]))
-      throw OptionError("mask of layer " + std::to_string(layer) + ": neuron " +
-                        std::to_string(neurons[i]) + " at index " + std::to_string(i) +
-                        ", expected strictly ascending ids from 0 to " + std::to_string(size - 1));
+  check_mask(layer, neurons);
   CpuState::of(state).layers[layer].mask = std::move(neurons);
 }
 
@@ -211,14 +206,7 @@ std::vector<std::int32_t> CpuBackend::mask(const State& state, std::int64_t laye
 
 void CpuBackend::set_thresholds(State& state, std::int64_t layer,
                                 const TokenThresholds& thresholds) const {
-  const auto [exact, coarse, by_gate] = thresholds;
-  const std::string where = "thresholds of layer " + std::to_string(layer) + ": exact " +
-                            std::to_string(exact) + ", coarse " + std::to_string(coarse);
-  if (!(coarse >= 0 && exact >= coarse))
-    throw OptionError(where + ", expected 0 <= coarse <= exact");
-  if (exact > coarse && (by_gate || !model_->layers[layer].gate.low))
-    throw OptionError(where + (by_gate ? " with a gate estimate" : " with weights of one plane") +
-                      ", expected the same, since no neuron can be coarse");
+  check_thresholds(layer, thresholds);
   CpuState::of(state).layers[layer].thresholds = thresholds;
 }
 

@@ -21,7 +21,6 @@ struct Int4Row {
 
 #if defined(__AVX512VNNI__)
   /// A group's codes.
-  template <bool = true>
   __m512i codes(int64_t group) const {
     const auto* at = reinterpret_cast<const __m256i*>(nibbles + group * kGroupBytes);
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(at));

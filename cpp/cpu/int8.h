@@ -14,7 +14,18 @@ typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's values as bytes
 
-#if !defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
+inline __m512i lower_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0f)); }
+/// Where they stand: 16 times too large.
+inline __m512i upper_nibbles(__m512i v) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0)));
+}
+/// The upper nibbles of one, the lower ones of the other.
+inline __m512i merge(__m512i upper, __m512i lower) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+  return _mm512_ternarylogic_epi64(mask, upper, lower, 0xca);
+}
+#else
 /// A group of one plane: 64 nibbles, in order.
 inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
   for (int i = 0; i < kParts / 2; ++i) {
@@ -61,8 +72,7 @@ struct Int8Row {
   }
 
 #if defined(__AVX512VNNI__)
-  /// A group's codes: 16 high + low, or 16 high + 8.
-  template <bool kExact = true>
+  /// A group's codes: 16 high + low.
   __m512i codes(int64_t group) const {
     const auto twice = [group](const std::uint8_t* plane) {
       const auto* at = reinterpret_cast<const __m256i*>(plane + group * kGroupBytes);
@@ -73,10 +83,7 @@ struct Int8Row {
                                         0x0004000400040004, 0x0004000400040004);
     const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
                                           0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
-    const __m512i l = kExact ? _mm512_srlv_epi16(twice(low), down) : _mm512_set1_epi8(8);
-    // Where the mask is set bits of the high plane, else of the low one.
-    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0xf0)),
-                                     _mm512_sllv_epi16(twice(high), up), l, 0xca);
+    return merge(_mm512_sllv_epi16(twice(high), up), _mm512_srlv_epi16(twice(low), down));
   }
 #else
   /// A group's 16 (high - 8) + (low - 8), or 16 (high - 8).
@@ -110,17 +117,6 @@ struct Int8Row {
 };
 
 #if defined(__AVX512VNNI__)
-inline __m512i lower_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0f)); }
-/// Where they stand: 16 times too large.
-inline __m512i upper_nibbles(__m512i v) {
-  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0)));
-}
-/// The upper nibbles of one, the lower ones of the other.
-inline __m512i merge(__m512i upper, __m512i lower) {
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
-  return _mm512_ternarylogic_epi64(mask, upper, lower, 0xca);
-}
-
 /// Four rows' bytes interleaved: byte 4 k + i of out[j]'s 128-bit lane L is byte 16 L + 4 j + k of
 /// rows[i].
 inline void interleave(const __m512i rows[4], __m512i out[4]) {

@@ -128,22 +128,6 @@ inline __m512i load_once(const void* p) {
   asm("" : "+v"(v));
   return v;
 }
-#else
-/// Lane i: the sum of four codes times q, kTimes over.
-template <int kTimes>
-inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
-#if defined(__AVX2__)
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_loadu_si256((const __m256i*)q));
-  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(kTimes));
-#else
-  Ints sums = {};
-  for (int i = 0; i < kVectorBytes; ++i) sums[i / 4] += codes[i] * q[i];
-  return kTimes * sums;
-#endif
-}
-#endif
-
-#if defined(__AVX512VNNI__)
 
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. They share
 /// what is loaded of x: loads are what this loop runs out of. `ahead`: whose lines to ask for. The
@@ -155,10 +139,6 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
   constexpr int kScales = Row::kScales;
   constexpr bool kBoth = Row::kPlanes && kExact;                 // planes
   constexpr int kVectors = kLinesInTurn * 2 * kScales / kLanes;  // of scales
-  // Whose scales the lanes take: the pair's groups' in turn, of first halves.
-  const __m512i firsts = kScales == 2
-                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
-                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
   Floats sums[kCount][2] = {};
   for (int64_t p0 = 0; 2 * p0 < x.count; p0 += kLinesInTurn) {
     Floats scales[kCount][kVectors] = {};
@@ -184,9 +164,8 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
       const auto& starts = kExact ? pair.start : pair.coarse_start;
       const __m512i start[2] = {load_once(starts[0]), load_once(starts[1])};
       const int first_scale = turn * 2 * kScales % kLanes, vector = turn * 2 * kScales / kLanes;
-      const __m512i index[2] = {
-          _mm512_add_epi32(firsts, _mm512_set1_epi32(first_scale)),
-          _mm512_add_epi32(firsts, _mm512_set1_epi32(first_scale + kScales / 2))};
+      const __m512i index[2] = {scales_of_lanes<kScales>(0, first_scale),
+                                scales_of_lanes<kScales>(1, first_scale)};
 #pragma GCC unroll 4
       for (int r = 0; r < kCount; ++r) {
         const __m512i high = _mm512_maskz_loadu_epi8(there, rows[r].plane(0) + at);
@@ -211,6 +190,19 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
 }
 
 #else
+
+/// Lane i: the sum of four codes times q, kTimes over.
+template <int kTimes>
+inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
+#if defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_loadu_si256((const __m256i*)q));
+  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(kTimes));
+#else
+  Ints sums = {};
+  for (int i = 0; i < kVectorBytes; ++i) sums[i / 4] += codes[i] * q[i];
+  return kTimes * sums;
+#endif
+}
 
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. `ahead`:
 /// whose lines to ask for.
@@ -266,42 +258,42 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
 
 #endif
 
+/// out[i] = row_of(i)·x, i < count <= kBatch, and up to a whole vector of them; meanwhile
+/// ahead_of(i)'s lines are asked for.
+template <class Row, class RowOf, class AheadOf>
+inline void multiply_rows(int64_t count, const RowOf& row_of, const AheadOf& ahead_of,
+                          const Vector<Row>& x, float* out) {
+  Products products;
+  for (int64_t i = 0; i < count; i += 2) {
+    const int64_t j = min(i + 1, count - 1);  // the last of an odd number is taken twice
+    const Row pair[2] = {row_of(i), row_of(j)}, ahead[2] = {ahead_of(i), ahead_of(j)};
+    Floats lanes[2];
+    multiply<true>(pair, ahead, x, lanes);
+    products.lanes[i] = lanes[0];
+    products.lanes[i + 1] = lanes[1];
+  }
+  products.store_to(out, count);
+}
+
 template <class Row>
 void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) {
   const Vector<Row> x(prepared, w.n);
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
-    Products products;
-    for (int64_t r = 0; r < count; r += 2) {
-      // The last of an odd number is taken twice.
-      const int64_t a = first + r, b = first + min(r + 1, count - 1);
-      const Row pair[2] = {{w, a}, {w, b}};
-      const Row ahead[2] = {{w, min(a + kBatch, rows - 1)}, {w, min(b + kBatch, rows - 1)}};
-      Floats lanes[2];
-      multiply<true>(pair, ahead, x, lanes);
-      products.lanes[r] = lanes[0];
-      products.lanes[r + 1] = lanes[1];
-    }
     float results[kBatch];
-    products.store_to(results, count);
+    multiply_rows(
+        count, [&](int64_t i) { return Row(w, first + i); },
+        [&](int64_t i) { return Row(w, min(first + i + kBatch, rows - 1)); }, x, results);
     for (int64_t r = 0; r < count; ++r) y[r] = results[r] + (add ? y[r] : 0.0f);
   }
 }
 
 /// One row's product with x per neuron of a batch.
 template <class Row>
-void multiply_rows(const Rows& w, const Rows* following, const Batch& batch, const Vector<Row>& x,
-                   float* out) {
-  Products products;
-  for (int64_t i = 0; i < batch.count; i += 2) {  // the last of an odd number twice
-    const Row pair[2] = {{w, batch.id(i)}, {w, batch.id(i + 1)}};
-    const Row ahead[2] = {batch.ahead<Row>(w, following, i), batch.ahead<Row>(w, following, i + 1)};
-    Floats lanes[2];
-    multiply<true>(pair, ahead, x, lanes);
-    products.lanes[i] = lanes[0];
-    products.lanes[i + 1] = lanes[1];
-  }
-  products.store_to(out, batch.count);
+void multiply_one_each(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out) {
+  multiply_rows(
+      batch.count, [&](int64_t i) { return Row(w, batch.id(i)); },
+      [&](int64_t i) { return batch.ahead<Row>(w, batch.follow.a, i); }, x, out);
 }
 
 /// h of a batch of neurons. Not inlined: GCC would keep constants of other loops in registers that
@@ -395,7 +387,7 @@ SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
       const Follow ups = {&rows.up, nullptr, open.ids, open.count};
       const Batch batch(all.data, end, i, ups);
       float gates[kBatch];
-      multiply_rows(rows.gate, ups.a, batch, x, gates);
+      multiply_one_each(rows.gate, batch, x, gates);
       activate(activation, gates, batch.count);
       for (int64_t j = 0; j < batch.count; ++j) {
         h[i + j] = 0.0f;
@@ -406,7 +398,7 @@ SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
     for (int64_t i = 0; i < open.count; i += kBatch) {
       const Batch batch(open.ids, open.count, i, downs);
       float ups[kBatch];
-      multiply_rows(rows.up, downs.a, batch, x, ups);
+      multiply_one_each(rows.up, batch, x, ups);
       for (int64_t j = 0; j < batch.count; ++j) open.h[i + j] *= ups[j];
     }
     open.store_to(h);
