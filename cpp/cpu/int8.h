@@ -36,17 +36,22 @@ inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
 }
 #endif
 
-/// Scales of an integer row and their step, where they stand behind the nibbles.
+/// Scales of an integer row and their step, where they stand behind the nibbles. Like the rows,
+/// addresses alone: those of a row that is not there may be made.
 struct RowScales {
   const std::int8_t* scales;
-  float step;
+  int64_t count;
 
   RowScales() = default;
   RowScales(const std::uint8_t* row, int64_t n, int64_t per_group)
-      : scales(reinterpret_cast<const std::int8_t*>(row + low_row_bytes(n))) {
-    __builtin_memcpy(&step, scales + groups_of(n) * per_group, 4);
+      : scales(reinterpret_cast<const std::int8_t*>(row + low_row_bytes(n))),
+        count(groups_of(n) * per_group) {}
+  float step() const {
+    float value;
+    __builtin_memcpy(&value, scales + count, 4);
+    return value;
   }
-  float operator[](int64_t i) const { return step * static_cast<float>(scales[i]); }
+  float operator[](int64_t i) const { return step() * static_cast<float>(scales[i]); }
   /// kLanes of them, in steps; a row's last ones may be followed by anything.
   Floats from(int64_t first) const { return signed_floats(scales + first); }
 };

@@ -130,15 +130,17 @@ inline __m512i load_once(const void* p) {
 }
 
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. They share
-/// what is loaded of x: loads are what this loop runs out of. `ahead`: whose lines to ask for. The
-/// order of lines changes no bit: the last of four adds to a sum of its own, the others come in the
-/// same order either way.
-template <bool kExact, bool kScattered = false, class Row, int kCount>
-inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], const Vector<Row>& x,
+/// what is loaded of x: loads are what this loop runs out of. `ahead`: what to ask for. The order
+/// of lines changes no bit: the last of four adds to a sum of its own, the others come in the same
+/// order either way.
+template <bool kExact, class Row, int kCount, class Ahead>
+inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& x,
                      Floats (&lanes)[kCount]) {
   constexpr int kScales = Row::kScales;
   constexpr bool kBoth = Row::kPlanes && kExact;                 // planes
   constexpr int kVectors = kLinesInTurn * 2 * kScales / kLanes;  // of scales
+  float steps[kCount];  // read first, for they stand at the rows' ends: 10% of the time
+  for (int r = 0; r < kCount; ++r) steps[r] = rows[r].scales.step();
   Floats sums[kCount][2] = {};
   for (int64_t p0 = 0; 2 * p0 < x.count; p0 += kLinesInTurn) {
     Floats scales[kCount][kVectors] = {};
@@ -149,12 +151,12 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
       const Floats of_x = load_as<Floats>((kExact ? x.scales : x.coarse_scales) + s);
       for (int r = 0; r < kCount; ++r) {
         scales[r][v] = rows[r].scales.from(s) * of_x;
-        ask(ahead[r].scales.scales + s);
+        ahead.ask_scales(r, s);
       }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kLinesInTurn; ++i) {
-      const int turn = line_in_turn(i, kScattered);
+      const int turn = line_in_turn(i, Ahead::kInOrder);
       const int64_t p = p0 + turn;
       if (2 * p >= x.count) continue;
       const Pair& pair = x.pairs[p];
@@ -169,11 +171,11 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
 #pragma GCC unroll 4
       for (int r = 0; r < kCount; ++r) {
         const __m512i high = _mm512_maskz_loadu_epi8(there, rows[r].plane(0) + at);
-        ask(ahead[r].plane(0) + at);
+        ahead.ask(0, r, at);
         __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
         if (kBoth) {
           const __m512i low = _mm512_maskz_loadu_epi8(there, rows[r].plane(1) + at);
-          ask(ahead[r].plane(1) + at);
+          ahead.ask(1, r, at);
           codes[0] = merge(_mm512_slli_epi16(high, 4), low);
           codes[1] = merge(high, _mm512_srli_epi16(low, 4));
         }
@@ -186,7 +188,7 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
       }
     }
   }
-  for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step * (sums[r][0] + sums[r][1]);
+  for (int r = 0; r < kCount; ++r) lanes[r] = steps[r] * (sums[r][0] + sums[r][1]);
 }
 
 #else
@@ -205,9 +207,9 @@ inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 }
 
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. `ahead`:
-/// whose lines to ask for.
-template <bool kExact, bool = false, class Row, int kCount>
-inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], const Vector<Row>& x,
+/// what to ask for.
+template <bool kExact, class Row, int kCount, class Ahead>
+inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& x,
                      Floats (&lanes)[kCount]) {
   constexpr bool kBoth = Row::kPlanes && kExact;  // planes
   constexpr int64_t kGroups = kLanes / Row::kScales;
@@ -219,7 +221,7 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
     for (int r = 0; r < kCount; ++r) {
       const Floats of_x = load_as<Floats>((kExact ? x.scales : x.coarse_scales) + s);
       store(scales[r], rows[r].scales.from(s) * of_x);
-      ask(ahead[r].scales.scales + s);
+      ahead.ask_scales(r, s);
     }
     for (int64_t g = g0; g < min(g0 + kGroups, x.count); ++g) {
       const Pair& pair = x.pairs[g / 2];
@@ -230,7 +232,7 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
         if (kBoth) expand(rows[r].plane(1) + g * kGroupBytes, low);
         if (g % 2 == 0)
           for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane)
-            ask(ahead[r].plane(plane) + g * kGroupBytes);
+            ahead.ask(plane, r, g * kGroupBytes);
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
           const int64_t first = part * kVectorBytes, half = first / kHalf;
@@ -253,22 +255,22 @@ inline void multiply(const Row (&rows)[kCount], const Row (&ahead)[kCount], cons
       }
     }
   }
-  for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step * sums[r];
+  for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step() * sums[r];
 }
 
 #endif
 
-/// out[i] = row_of(i)·x, i < count <= kBatch, and up to a whole vector of them; meanwhile
-/// ahead_of(i)'s lines are asked for.
+/// out[i] = row_of(i)·x, i < count <= kBatch, and up to a whole vector of them; ahead_of(i, j):
+/// what to ask for while the i-th and j-th are at work.
 template <class Row, class RowOf, class AheadOf>
 inline void multiply_rows(int64_t count, const RowOf& row_of, const AheadOf& ahead_of,
                           const Vector<Row>& x, float* out) {
   Products products;
   for (int64_t i = 0; i < count; i += 2) {
     const int64_t j = min(i + 1, count - 1);  // the last of an odd number is taken twice
-    const Row pair[2] = {row_of(i), row_of(j)}, ahead[2] = {ahead_of(i), ahead_of(j)};
+    const Row pair[2] = {row_of(i), row_of(j)};
     Floats lanes[2];
-    multiply<true>(pair, ahead, x, lanes);
+    multiply<true>(pair, ahead_of(i, j), x, lanes);
     products.lanes[i] = lanes[0];
     products.lanes[i + 1] = lanes[1];
   }
@@ -281,9 +283,10 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
     float results[kBatch];
+    // Past the end lies what a next call will read.
     multiply_rows(
         count, [&](int64_t i) { return Row(w, first + i); },
-        [&](int64_t i) { return Row(w, min(first + i + kBatch, rows - 1)); }, x, results);
+        [&](int64_t i, int64_t) { return StreamsAhead(Row(w, first + i + kBatch)); }, x, results);
     for (int64_t r = 0; r < count; ++r) y[r] = results[r] + (add ? y[r] : 0.0f);
   }
 }
@@ -291,32 +294,45 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
 /// One row's product with x per neuron of a batch.
 template <class Row>
 void multiply_one_each(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out) {
+  const auto ahead = [&](int64_t i) { return batch.ahead<Row>(w, batch.follow.a, i); };
   multiply_rows(
       batch.count, [&](int64_t i) { return Row(w, batch.id(i)); },
-      [&](int64_t i) { return batch.ahead<Row>(w, batch.follow.a, i); }, x, out);
+      [&](int64_t i, int64_t j) { return RowsAhead<Row, 2>{{ahead(i), ahead(j)}}; }, x, out);
 }
 
 /// h of a batch of neurons. Not inlined: GCC would keep constants of other loops in registers that
 /// this one needs.
-template <bool kExact, bool kScattered, class Row>
+template <bool kExact, bool kStream, class Row>
 [[gnu::noinline]] void multiply_neurons(const NeuronRows& rows, Activation activation,
                                         const Batch& batch, const Vector<Row>& x, float* h) {
   const Follow& follow = batch.follow;
+  const auto gate_ahead = [&](int64_t i) { return batch.ahead<Row>(rows.gate, follow.a, i); };
+  const auto up_ahead = [&](int64_t i) { return batch.ahead<Row>(rows.up, follow.b, i); };
   Gated gated;
   for (int64_t i = 0; i < batch.count; i += 2) {  // the last of an odd number twice
     const int32_t a = batch.id(i), b = batch.id(i + 1);
     const Row four[4] = {{rows.gate, a}, {rows.up, a}, {rows.gate, b}, {rows.up, b}};
-    const Row ahead[4] = {
-        batch.ahead<Row>(rows.gate, follow.a, i), batch.ahead<Row>(rows.up, follow.b, i),
-        batch.ahead<Row>(rows.gate, follow.a, i + 1), batch.ahead<Row>(rows.up, follow.b, i + 1)};
     Floats lanes[4];
-    multiply<kExact, kScattered>(four, ahead, x, lanes);
+    if constexpr (kStream)
+      multiply<kExact>(four, StreamsAhead(gate_ahead(i)), x, lanes);
+    else
+      multiply<kExact>(
+          four, RowsAhead<Row, 4>{{gate_ahead(i), up_ahead(i), gate_ahead(i + 1), up_ahead(i + 1)}},
+          x, lanes);
     gated.gates.lanes[i] = lanes[0];
     gated.ups.lanes[i] = lanes[1];
     gated.gates.lanes[i + 1] = lanes[2];
     gated.ups.lanes[i + 1] = lanes[3];
   }
   gated.finish(activation, batch.count, h);
+}
+
+template <bool kExact, class Row>
+void multiply_neurons(const NeuronRows& rows, Activation activation, const Batch& batch,
+                      const Vector<Row>& x, float* h) {
+  const auto multiply = batch.is_stream_ahead() ? multiply_neurons<kExact, true, Row>
+                                                : multiply_neurons<kExact, false, Row>;
+  multiply(rows, activation, batch, x, h);
 }
 
 template <class Row>
@@ -332,19 +348,16 @@ constexpr int64_t kChunk = 12 * kBatch;
 template <class Row>
 void multiply_all(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
                   const Follow& follow, const Vector<Row>& x, float* h) {
-  const auto do_batch = are_scattered(ids, count) ? multiply_neurons<true, true, Row>
-                                                  : multiply_neurons<true, false, Row>;
   for (int64_t i = 0; i < count; i += kBatch)
-    do_batch(rows, activation, Batch(ids, count, i, follow), x, h + i);
+    multiply_neurons<true>(rows, activation, Batch(ids, count, i, follow), x, h + i);
 }
 
 /// y += sum over many rows of h[i] row[i].
 template <bool kExact, class Row>
 void add_all(const Rows& down, const int32_t* ids, int64_t count, const Follow& follow,
              const float* h, float* y) {
-  const bool scattered = are_scattered(ids, count);
   for (int64_t i = 0; i < count; i += kBatch)
-    add_rows<kExact, Row>(down, Batch(ids, count, i, follow), scattered, h + i, y);
+    add_rows<kExact, Row>(down, Batch(ids, count, i, follow), h + i, y);
 }
 
 template <class Row>

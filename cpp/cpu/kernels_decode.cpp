@@ -137,7 +137,8 @@ constexpr int64_t kQueries = 3;
 /// Scores of one query; behind those of the last key is room to fill up a vector.
 constexpr int64_t kScores = kAttendKeys + kLanes;
 
-/// scores[j][i] = k[i]·q[j], up to a whole vector of keys. Meanwhile memory brings the values.
+/// scores[j][i] = k[i]·q[j], up to a whole vector of keys. Meanwhile memory brings the next keys
+/// and the values.
 template <class Format, int kCount>
 void score(const typename Format::T* k, const typename Format::T* v, int64_t keys, int64_t n,
            const float* q, float* scores) {
@@ -150,8 +151,10 @@ void score(const typename Format::T* k, const typename Format::T* v, int64_t key
       for (int i = 0; i < kHalf; ++i) {
         const int64_t at = min(i0 + half * kHalf + i, keys - 1) * cache_stride<Format>(n);
         key[i] = k + at;
-        for (int64_t e = 0; e < n; e += 64 / static_cast<int64_t>(sizeof *v))
+        for (int64_t e = 0; e < n; e += 64 / static_cast<int64_t>(sizeof *v)) {
+          __builtin_prefetch(k + at + kLanes * cache_stride<Format>(n) + e, 0, 2);
           __builtin_prefetch(v + at + e, 0, 2);
+        }
       }
       Floats products[kCount][kHalf] = {};
       for (int64_t e = 0; e < n; e += kLanes) {

@@ -17,7 +17,7 @@ SelectedCounts selected_by_contribution(const NeuronRows& rows, Activation activ
     for (int64_t i = first; i < end; i += kBatch) {
       const Follow downs = {&rows.down, nullptr, used.ids, used.count};
       const Batch batch(all.data, end, i, downs);
-      multiply_neurons<true, false>(rows, activation, batch, x, h + i);
+      multiply_neurons<true>(rows, activation, batch, x, h + i);
       for (int64_t j = i; j < i + batch.count; ++j) {
         const float estimate = __builtin_fabsf(h[j]) * selection.lengths[all[j]];
         if (!(estimate < selection.exact))  // a NaN is kept, and seen

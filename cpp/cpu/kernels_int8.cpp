@@ -18,7 +18,7 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
     for (int64_t i = first; i < end; i += kBatch) {
       const Follow rests = {&rows.gate, &rows.up, exact.ids, exact.count, false, true};
       const Batch batch(all.data, end, i, rests);
-      multiply_neurons<false, false>(rows, activation, batch, x, h + i);
+      multiply_neurons<false>(rows, activation, batch, x, h + i);
       for (int64_t j = i; j < i + batch.count; ++j) {
         const float estimate = __builtin_fabsf(h[j]) * selection.lengths[all[j]];
         // A NaN is no reason to leave a neuron out: it is to be seen.
