@@ -3,6 +3,8 @@
 // to the lanes, which hold the dwords of 16 tokens each.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu/simd.h"
 
 #if defined(__AVX512VNNI__)
@@ -31,6 +33,29 @@ inline void add_products(const At& at, const PanelDwords<kDwords>& b, __m512i su
     for (int m = 0; m < kRows; ++m) Add::add(sums[m], at(m) + k * kStep, b0, b1);
   }
 }
+
+/// Rows that are likely to be multiplied next. Memory is asked for them step by step of the work on
+/// others, so that it does not have to be waited for (a tenth to a fifth of short prompts' time).
+class NextRows {
+ public:
+  /// `bytes` of each row; `steps`: how often ask() will be called.
+  NextRows(const void* first, int64_t stride, int64_t bytes, int64_t rows, int64_t steps)
+      : next_(static_cast<const std::byte*>(first)),
+        stride_(stride),
+        bytes_(bytes),
+        rows_(rows),
+        steps_(steps) {}
+
+  void ask() {
+    for (due_ += rows_; due_ >= steps_; due_ -= steps_, next_ += stride_)
+      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+  }
+
+ private:
+  const std::byte* next_;
+  int64_t stride_, bytes_, rows_, steps_;
+  int64_t due_ = 0;  // rows times steps
+};
 
 }  // namespace
 }  // namespace tda

@@ -9,6 +9,7 @@ namespace {
 struct Int4Row {
   static constexpr int kScales = kInt4Scales, kOffset = 8;
   static constexpr bool kPlanes = false;
+  static constexpr int64_t bytes(int64_t n) { return int4_row_bytes(n); }
   const std::uint8_t* nibbles;
   RowScales scales;
 

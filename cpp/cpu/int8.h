@@ -59,6 +59,7 @@ struct RowScales {
 struct Int8Row {
   static constexpr int kScales = kInt8Scales, kOffset = 136;
   static constexpr bool kPlanes = true;
+  static constexpr int64_t bytes(int64_t n) { return high_row_bytes(n); }  // of plane 0
   const std::uint8_t *high, *low;
   RowScales scales;
 

@@ -61,15 +61,18 @@ constexpr int kTileRows = 12;    // x 2 vectors
 constexpr int kTileColumns = 8;  // x 2 vectors
 static_assert(kBlockRows % kTileRows == 0);
 
-/// c[m] += (or =) row m times b for m < rows <= kRows; see add_products. Rows are kRowStep bytes
-/// apart. A function of its own, or else compilers (GCC 12) keep sums in memory.
-template <int kRows, int kRowStep, int kStep>
-[[gnu::noinline]] void tile(const void* w, const Group& b, float* c, int64_t rows, bool add) {
-  const auto at = [w](int m) { return static_cast<const std::byte*>(w) + m * kRowStep; };
+/// c[m] += (or =) row m times b for m < rows <= kRows, `depth` groups long; see add_products. Rows
+/// are kRowStep bytes apart, their groups kGroupStep. A function of its own, or else compilers
+/// (GCC 12) keep sums in memory.
+template <int kRows, int kRowStep, int kStep, int64_t kGroupStep>
+[[gnu::noinline]] void tile(const void* w, const Group* b, int64_t depth, float* c, int64_t rows,
+                            bool add) {
+  const auto* row = static_cast<const std::byte*>(w);
   __m512i sums[kRows][2];
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_si512();
-  add_products<AddPairs, kRows, kStep>(at, b, sums);
+  for (int64_t g = 0; g < depth; ++g, row += kGroupStep)
+    add_products<AddPairs, kRows, kStep>([row](int m) { return row + m * kRowStep; }, b[g], sums);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
     if (m >= rows) break;
@@ -95,6 +98,9 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
   const int64_t groups = groups_of(w.n);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
+    const int64_t steps =
+        (groups + kDepth - 1) / kDepth * count * ((block + kTileRows - 1) / kTileRows);
+    NextRows next(row_of(w, r0 + kBlockRows), 2 * w.n, 2 * w.n, kBlockRows, steps);
     for (int64_t g0 = 0; g0 < groups; g0 += kDepth) {
       const int64_t depth = min(kDepth, groups - g0);
       for (int64_t r = 0; r < (block + kTileRows - 1) / kTileRows * kTileRows; ++r) {
@@ -107,12 +113,12 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
       }
       for (int64_t p = 0; p < count; ++p) {
         const auto* const panel = static_cast<const Group*>(b.from(p).data);
-        for (int64_t r = 0; r < block; r += kTileRows)
-          for (int64_t g = 0; g < depth; ++g) {
-            tile<kTileRows, 2 * kGroup, 4>(a[g][r], panel[g0 + g],
-                                           c.data + p * c.stride + (r0 + r) * kPanel, block - r,
-                                           add || g0 + g > 0);
-          }
+        for (int64_t r = 0; r < block; r += kTileRows) {
+          next.ask();
+          tile<kTileRows, 2 * kGroup, 4, sizeof a[0]>(a[0][r], panel + g0, depth,
+                                                      c.data + p * c.stride + (r0 + r) * kPanel,
+                                                      block - r, add || g0 > 0);
+        }
       }
     }
   }
@@ -150,6 +156,9 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
     const int64_t block = min(kBlockColumns, columns - c0);
     for (int64_t k0 = 0; k0 < rows; k0 += kDepth * kGroup) {
       const int64_t depth = groups_of(min(kDepth * kGroup, rows - k0));
+      const int64_t tiles = (block + kTileColumns - 1) / kTileColumns;
+      NextRows next(row_of(w, k0 + kDepth * kGroup) + first + c0, 2 * w.n, 2 * block,
+                    kDepth * kGroup, count * tiles);
       for (int64_t g = 0; g < depth; ++g) {
         const int64_t row = k0 + g * kGroup;
         squares[g].load(w, row, min(kGroup, rows - row), first + c0, block);
@@ -159,12 +168,12 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
           const int64_t row = k0 + g * kGroup;
           pack(b.data + p * b.stride + row * kPanel, min(kGroup, rows - row), packed[g]);
         }
-        for (int64_t i = 0; i < block; i += kTileColumns)
-          for (int64_t g = 0; g < depth; ++g) {
-            tile<kTileColumns, 4, 4 * kBlockColumns>(squares[g].pairs[0] + i, packed[g],
-                                                     c.data + p * c.stride + (c0 + i) * kPanel,
-                                                     block - i, true);
-          }
+        for (int64_t i = 0; i < block; i += kTileColumns) {
+          next.ask();
+          tile<kTileColumns, 4, 4 * kBlockColumns, sizeof squares[0]>(
+              squares[0].pairs[0] + i, packed, depth, c.data + p * c.stride + (c0 + i) * kPanel,
+              block - i, true);
+        }
       }
     }
   }

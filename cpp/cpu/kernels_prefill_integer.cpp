@@ -16,10 +16,9 @@
 namespace tda {
 namespace {
 
-/// Some kSize values of each of a panel's vectors, as many as have a scale in common.
-template <class Row>
+/// Some values of each of a panel's vectors.
+template <int64_t kSize>
 struct Part {
-  static constexpr int64_t kSize = kGroup / Row::kScales;
   static constexpr int kDwords = kSize / 4;
   PanelDwords<kDwords> q;  // four bytes each
   int32_t start[kPanel];   // -kOffset sum of the token's q
@@ -28,10 +27,14 @@ struct Part {
 
 // ---- rounding -------------------------------------------------------------------------------
 
+/// Values along a row that have a scale in common.
+template <class Row>
+constexpr int64_t kPerScale = kGroup / Row::kScales;
+
 /// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the part's half `half` of the
 /// tokens; zeros behind them.
-template <class Row, class Value>
-inline void quantize(int64_t count, const Value& value, Part<Row>& out, int half) {
+template <class Row, int64_t kSize, class Value>
+inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int half) {
   Floats largest = {};
   for (int64_t i = 0; i < count; ++i)
     largest = (Floats)_mm512_max_ps((__m512)largest, _mm512_abs_ps((__m512)value(i)));
@@ -61,27 +64,49 @@ inline void quantize(int64_t count, const Value& value, Part<Row>& out, int half
 
 template <class Row>
 constexpr int64_t parts_of(int64_t n) {
-  return (n + Part<Row>::kSize - 1) / Part<Row>::kSize;
+  return (n + kPerScale<Row> - 1) / kPerScale<Row>;
 }
 
 template <class Row>
 int64_t prepared_bytes(int64_t n) {
-  return parts_of<Row>(n) * sizeof(Part<Row>);
+  return parts_of<Row>(n) * sizeof(Part<kPerScale<Row>>);
 }
 
 template <class Row>
 void prepare(const float* b, int64_t n, void* prepared) {
-  constexpr int64_t kSize = Part<Row>::kSize;
-  auto* const parts = static_cast<Part<Row>*>(prepared);
+  constexpr int64_t kSize = kPerScale<Row>;
+  auto* const parts = static_cast<Part<kSize>*>(prepared);
   for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel)
     for (int half = 0; half < 2; ++half)
-      quantize(
+      quantize<Row>(
           min(kSize, n - i * kSize),
           [&](int64_t j) { return load_as<Floats>(b + j * kPanel + half * kLanes); }, parts[i],
           half);
 }
 
 // ---- products -------------------------------------------------------------------------------
+
+/// NextRows of all planes: whole rows, or their part of one group.
+template <class Row>
+class NextRowsOf {
+ public:
+  NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps)
+      : high_(Row(w, first).plane(0), w.stride, Row::bytes(w.n), rows, steps),
+        low_(Row(w, first).plane(1), w.low_stride, low_row_bytes(w.n), rows, steps),
+        scales_(nullptr, 0, 0, 0, steps) {}
+  NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps, int64_t group)
+      : high_(Row(w, first).plane(0) + group * kGroupBytes, w.stride, kGroupBytes, rows, steps),
+        low_(Row(w, first).plane(1) + group * kGroupBytes, w.low_stride, kGroupBytes, rows, steps),
+        scales_(Row(w, first).scales.scales + group * Row::kScales, w.stride, 1, rows, steps) {}
+  void ask() {
+    high_.ask();
+    if (Row::kPlanes) low_.ask();
+    scales_.ask();
+  }
+
+ private:
+  NextRows high_, low_, scales_;
+};
 
 struct AddQuads {
   static void add(__m512i sums[2], const std::uint8_t* quad, __m512i b0, __m512i b1) {
@@ -95,8 +120,8 @@ struct AddQuads {
 };
 
 /// The products of kRows rows with a part, from its start on; see add_products.
-template <int kRows, int kStep, class Row, class At>
-inline void products(const At& at, const Part<Row>& b, __m512i sums[kRows][2]) {
+template <int kRows, int kStep, int64_t kSize, class At>
+inline void products(const At& at, const Part<kSize>& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
@@ -106,35 +131,52 @@ inline void products(const At& at, const Part<Row>& b, __m512i sums[kRows][2]) {
 
 inline Floats to_floats(__m512i v) { return (Floats)_mm512_cvtepi32_ps(v); }
 
-constexpr int kTileRows = 12;  // x 2 vectors
+constexpr int kTileRows = 6;  // x 2 vectors, of integer sums and of floats
 static_assert(kBlockRows % kTileRows == 0);
 
-/// c[m] += (or =) scales[m] * codes[m] b for m < rows, while codes has kTileRows.
-template <class Row>
-inline void tile(const std::uint8_t (*codes)[Part<Row>::kSize], const float* scales,
-                 const Part<Row>& b, float* c, int64_t rows, bool add) {
-  __m512i sums[kTileRows][2];
-  products<kTileRows, 4>([&](int m) { return codes[m]; }, b, sums);
-#pragma GCC unroll 12
+/// Codes and scales of a block of rows, part by part.
+template <int64_t kSize, int64_t kDepth>
+struct Rounded {
+  alignas(64) std::uint8_t codes[kDepth][kBlockRows][kSize];
+  float scales[kDepth][kBlockRows];
+};
+
+/// c[m] += (or =) row first + m of `a` times `depth` parts b, for m < rows; `a` has kTileRows.
+template <int64_t kSize, int64_t kDepth>
+inline void tile(const Rounded<kSize, kDepth>& a, int64_t first, const Part<kSize>* b,
+                 int64_t depth, float* c, int64_t rows, bool add) {
+  Floats totals[kTileRows][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    __m512i sums[kTileRows][2];
+    products<kTileRows, 4>([&](int m) { return a.codes[k][first + m]; }, b[k], sums);
+#pragma GCC unroll 6
+    for (int m = 0; m < kTileRows; ++m)
+      for (int half = 0; half < 2; ++half) {
+        const Floats of_b = load_as<Floats>(b[k].scale + half * kLanes);
+        totals[m][half] += a.scales[k][first + m] * (of_b * to_floats(sums[m][half]));
+      }
+  }
+#pragma GCC unroll 6
   for (int m = 0; m < kTileRows; ++m) {
     if (m >= rows) break;
     for (int half = 0; half < 2; ++half) {
       float* const out = c + m * kPanel + half * kLanes;
-      const Floats sum = load_as<Floats>(b.scale + half * kLanes) * to_floats(sums[m][half]);
-      store(out, scales[m] * sum + (add ? load_as<Floats>(out) : Floats{}));
+      store(out, totals[m][half] + (add ? load_as<Floats>(out) : Floats{}));
     }
   }
 }
 
 template <class Row>
 void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t count, bool add) {
-  constexpr int64_t kSize = Part<Row>::kSize;
+  constexpr int64_t kSize = kPerScale<Row>;
   constexpr int64_t kDepth = 512 / kSize;  // parts of a panel that stay in the first-level cache
-  alignas(64) std::uint8_t codes[kDepth][kBlockRows][kSize];
-  float scales[kDepth][kBlockRows];
+  Rounded<kSize, kDepth> a;
   const int64_t parts = parts_of<Row>(w.n);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
+    NextRowsOf<Row> next(
+        w, r0 + kBlockRows, kBlockRows,
+        (parts + kDepth - 1) / kDepth * count * ((block + kTileRows - 1) / kTileRows));
     for (int64_t k0 = 0; k0 < parts; k0 += kDepth) {
       const int64_t depth = min(kDepth, parts - k0);
       for (int64_t r = 0; r < (block + kTileRows - 1) / kTileRows * kTileRows; ++r) {
@@ -143,18 +185,19 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
           alignas(64) std::uint8_t group[Row::kScales][kSize];
           _mm512_store_si512(group, row.codes((k0 + k) / Row::kScales));
           for (int64_t i = k; i < k + Row::kScales; ++i) {
-            __builtin_memcpy(codes[i][r], group[i - k], kSize);
-            scales[i][r] = row.scales[k0 + i];
+            __builtin_memcpy(a.codes[i][r], group[i - k], kSize);
+            a.scales[i][r] = row.scales[k0 + i];
           }
         }
       }
       for (int64_t p = 0; p < count; ++p) {
-        const auto* const panel = reinterpret_cast<const Part<Row>*>(
+        const auto* const panel = reinterpret_cast<const Part<kSize>*>(
             static_cast<const std::byte*>(b.data) + p * b.stride);
-        for (int64_t r = 0; r < block; r += kTileRows)
-          for (int64_t k = 0; k < depth; ++k)
-            tile(codes[k] + r, scales[k] + r, panel[k0 + k],
-                 c.data + p * c.stride + (r0 + r) * kPanel, block - r, add || k0 + k > 0);
+        for (int64_t r = 0; r < block; r += kTileRows) {
+          next.ask();
+          tile(a, r, panel + k0, depth, c.data + p * c.stride + (r0 + r) * kPanel, block - r,
+               add || k0 > 0);
+        }
       }
     }
   }
@@ -163,17 +206,18 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
 // ---- transposed -----------------------------------------------------------------------------
 //
 // Here a token's sum is over the rows, whose scales differ: they are taken into b before it is
-// rounded, once for each part of the columns.
+// rounded, kRowsAtOnce values together, once for each part of the columns.
 
 constexpr int kTileColumns = 8;  // x 2 vectors
+constexpr int64_t kRowsAtOnce = 32;
 
-/// As many rows as a part has values, of one group of columns: four rows at a time, their bytes
+/// kRowsAtOnce rows of one group of columns: four rows at a time, their bytes
 /// interleaved. Column 16 i + 4 j + k of the rows' quad is dword (4 j + i) 4 + k.
 template <class Row>
 struct Block {
-  static constexpr int kDwords = Part<Row>::kDwords;
+  static constexpr int kDwords = kRowsAtOnce / 4;
   alignas(64) std::uint8_t quads[kDwords][4 * kGroup];
-  float scales[Row::kScales][Part<Row>::kSize];
+  float scales[Row::kScales][kRowsAtOnce];
 
   /// Rows [first, first + count) of a column group; zeros behind them.
   void load(const Rows& w, int64_t first, int64_t count, int64_t group) {
@@ -200,8 +244,8 @@ struct Block {
 
 /// c[m] += blockᵀ b for the columns first + m, m < columns, kTileColumns of them at most.
 template <class Row>
-inline void tile_transposed(const Block<Row>& block, int64_t first, const Part<Row>& b, float* c,
-                            int64_t columns) {
+inline void tile_transposed(const Block<Row>& block, int64_t first, const Part<kRowsAtOnce>& b,
+                            float* c, int64_t columns) {
   __m512i sums[kTileColumns][2];
   const std::uint8_t* const start = block.column(first);
   products<kTileColumns, 4 * kGroup>([&](int m) { return start + m / 4 * kGroup + m % 4 * 4; }, b,
@@ -220,27 +264,30 @@ inline void tile_transposed(const Block<Row>& block, int64_t first, const Part<R
 template <class Row>
 void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t columns, ConstPanels b,
                          Panels c, int64_t count) {
-  constexpr int64_t kSize = Part<Row>::kSize;
-  static_assert(kSize % kTileColumns == 0);
+  static_assert(kPerScale<Row> % kTileColumns == 0);
   Block<Row> block;
-  Part<Row> part;
+  Part<kRowsAtOnce> part;
   for (int64_t c0 = 0; c0 < columns; c0 += kGroup)
-    for (int64_t k0 = 0; k0 < rows; k0 += kSize) {
-      const int64_t depth = min(kSize, rows - k0);
-      block.load(w, k0, depth, (first + c0) / kGroup);
+    for (int64_t k0 = 0; k0 < rows; k0 += kRowsAtOnce) {
+      const int64_t depth = min(kRowsAtOnce, rows - k0);
+      const int64_t group = (first + c0) / kGroup;
+      block.load(w, k0, depth, group);
+      NextRowsOf<Row> next(w, k0 + kRowsAtOnce, kRowsAtOnce, count * (kGroup / kTileColumns),
+                           group);
       for (int64_t p = 0; p < count; ++p) {
         const float* const in = b.data + p * b.stride + k0 * kPanel;
         for (int64_t i = 0; i < min(kGroup, columns - c0); i += kTileColumns) {
-          if (i % kSize == 0) {
-            const float* const scales = block.scales[i / kSize];
+          if (i % kPerScale<Row> == 0) {
+            const float* const scales = block.scales[i / kPerScale<Row>];
             for (int half = 0; half < 2; ++half)
-              quantize(
+              quantize<Row>(
                   depth,
                   [&](int64_t j) {
                     return scales[j] * load_as<Floats>(in + j * kPanel + half * kLanes);
                   },
                   part, half);
           }
+          next.ask();
           tile_transposed(block, i, part, c.data + p * c.stride + (c0 + i) * kPanel,
                           columns - c0 - i);
         }

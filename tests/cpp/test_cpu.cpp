@@ -57,29 +57,35 @@ double largest_difference(std::span<const float> a, std::span<const float> b) {
 }
 
 /// Vectors in panels against [T][n].
-double largest_difference(const Buffer<float>& panels, const Layout& layout, std::int64_t n,
-                          const std::vector<naive::Vector>& expected) {
-  double largest = 0;
+/// Of each token, in ascending order.
+std::vector<double> differences(const Buffer<float>& panels, const Layout& layout, std::int64_t n,
+                                const std::vector<naive::Vector>& expected) {
+  std::vector<double> all(layout.tokens);
   for (std::int64_t t = 0; t < layout.tokens; ++t)
     for (std::size_t i = 0; i < expected[t].size(); ++i) {
       const double found =
           panels.data()[layout.at(t, n) + static_cast<std::int64_t>(i) * layout.width];
-      largest = std::max(largest, std::isnan(found) ? INFINITY : std::abs(found - expected[t][i]));
+      all[t] = std::max(all[t], std::isnan(found) ? INFINITY : std::abs(found - expected[t][i]));
     }
-  return largest;
+  std::sort(all.begin(), all.end());
+  return all;
 }
 
-/// Runs the step verb by verb on both sides and compares after each.
+/// Runs the step verb by verb on both sides and compares after each: all tokens, and, in the first
+/// layer of a first step, half of them more closely.
 void check_verbs(const Backend& backend, State& s, naive::Session& session, const Step& step,
-                 double tolerance) {
+                 double tolerance, double of_half = INFINITY) {
   const ModelConfig& c = backend.model().config;
   const CpuState& state = CpuState::of(s);
   const auto check = [&](const char* verb, const Buffer<float>& found, std::int64_t n,
                          const std::vector<naive::Vector>& expected) {
-    const double difference = largest_difference(found, state.layout, n, expected);
-    CHECK_NEAR(difference, 0, tolerance);
-    if (!(difference <= tolerance)) std::printf("  after %s\n", verb);
+    const auto all = differences(found, state.layout, n, expected);
+    CHECK_NEAR(all.back(), 0, tolerance);
+    CHECK_NEAR(all[all.size() / 2], 0, of_half);
+    if (!(all.back() <= tolerance && all[all.size() / 2] <= of_half))
+      std::printf("  after %s\n", verb);
   };
+  if (step.position > 0) of_half = INFINITY;
   backend.begin(s, step);
   session.begin(step);
   backend.embed(s);
@@ -98,6 +104,7 @@ void check_verbs(const Backend& backend, State& s, naive::Session& session, cons
     backend.ffn(s, l);
     session.ffn(l);
     check("ffn", state.x, c.hidden_size, session.x);
+    of_half = INFINITY;
   }
   for (const std::int64_t rows : {std::int64_t{1}, state.layout.tokens}) {
     std::vector<float> expected;
@@ -175,15 +182,15 @@ TEST(verbs_match_doubles) {
       const auto state = backend->new_state(total, c.kv);
       naive::Session session(model.get(), c.kv);
       session.rounds = table->panels[1].prepare;
-      // A value near the middle between two bf16 may become either; more so if there are more.
+      // A value near the middle between two bf16 may become either: values are below 8, where
+      // they are 1/32 apart. So one token in many is far off, and then those that look at it.
       const bool rounds = c.format == WeightFormat::bf16 && session.rounds;
-      const double tolerance = c.kv != KvFormat::f32 ? (rounds ? 3e-2 : 1e-2)
-                               : rounds              ? 1e-2
-                                                     : 1e-4;
+      const double tolerance = rounds ? 1.0 / 32 : c.kv != KvFormat::f32 ? 1e-2 : 1e-4;
+      const double of_half = c.kv == KvFormat::f32 ? 1e-5 : INFINITY;
       std::int64_t position = 0;
       for (const std::int64_t size : c.steps) {
         const Step step = step_of(Tokens(tokens).subspan(position, size), position);
-        check_verbs(*backend, *state, session, step, tolerance);
+        check_verbs(*backend, *state, session, step, tolerance, of_half);
         position += size;
       }
       if (check::failures > before) std::printf("  in: %s, %s\n", table->name, c.what);

@@ -133,7 +133,7 @@ double run_case(const Case& c, FfnMode single = FfnMode::dense) {
 
 // Sanitizers look at memory, at every access of every run; schedules are the plain build's matter.
 #ifdef __SANITIZE_ADDRESS__
-constexpr int kShapes = 6, kSchedules = 15;
+constexpr int kShapes = 6, kSchedules = 3;
 #else
 constexpr int kShapes = 60, kSchedules = 300;
 #endif

@@ -12,7 +12,7 @@ using namespace tda;
 using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr int kShapes = 10, kSchedules = 30;
+constexpr int kShapes = 10, kSchedules = 3;
 #else
 constexpr int kShapes = 60, kSchedules = 300;
 #endif

@@ -115,12 +115,13 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     made = {name: args.folder / f"{args.model.resolve().name}.{name}.gguf" for name in FORMATS}
-    write_bf16(args.model, made["BF16"])  # what the others are made from
     wanted = args.format or FORMATS[:3]
+    keep_bf16 = "BF16" in wanted or made["BF16"].exists()
+    write_bf16(args.model, made["BF16"])  # what the others are made from
     for name in wanted:
         if name != "BF16":
             quantize(made["BF16"], made[name], name)
-    if "BF16" not in wanted:
+    if not keep_bf16:
         made["BF16"].unlink()
     for name in wanted:
         print(f"{made[name]}: {made[name].stat().st_size:,} bytes")
