@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/batch.h"
+#include "cpu/down_rows.h"
 
 namespace tda {
 namespace {

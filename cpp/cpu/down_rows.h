@@ -1,0 +1,291 @@
+// The last stage of decode for integer formats: a batch's down rows, each times its h, added up in y.
+// Included by kernel sources only, like simd.h.
+#pragma once
+
+#include "cpu/batch.h"
+
+namespace tda {
+namespace {
+
+/// What to ask for while a batch's down rows are at work; at a list's end rows of two matrices.
+template <class Row>
+struct DownRowsAhead : RowsAhead<Row, kBatch> {
+  RowsAhead<Row, kBatch> others;
+  bool two;
+
+  DownRowsAhead(const Rows& w, const Batch& batch)
+      : two(batch.is_last() && batch.follow.b != nullptr) {
+    for (int64_t r = 0; r < kBatch; ++r) {
+      this->rows[r] = batch.ahead<Row>(w, batch.follow.a, r);
+      if (two) others.rows[r] = batch.ahead<Row>(w, batch.follow.b, r);
+    }
+  }
+  void ask(int plane, int64_t row, int64_t byte) {
+    RowsAhead<Row, kBatch>::ask(plane, row, byte);
+    if (two) others.ask(plane, row, byte);
+  }
+};
+
+/// The same for rows that follow each other, both of their planes in one stream; at a list's end
+/// two streams.
+template <class Row>
+struct DownStreamAhead {
+  static constexpr bool kInOrder = true;
+  StreamsAhead streams;
+  bool two;
+
+  DownStreamAhead(const Rows& w, const Batch& batch)
+      : streams(batch.ahead<Row>(w, batch.follow.a, 0)), two(batch.is_last()) {
+    if (!Row::kPlanes)  // the one stream's second half
+      streams.next[1] = batch.ahead<Row>(w, batch.follow.a, kBatch / 2).plane(0);
+  }
+  void ask(int, int64_t, int64_t) {
+    streams.ask(0, 0, 0);
+    if (two) streams.ask(1, 0, 0);
+  }
+  void ask_scales(int64_t, int64_t) { ask(0, 0, 0); }
+};
+
+#if defined(__AVX512VNNI__)
+
+/// What a batch's rows are taken times, h * scale, for kSome scales: integers of kBytes bytes,
+/// relative to the largest of h * row's step. Byte products want each of their bytes, the highest
+/// first, four rows to an int32.
+template <int kOffset, int kBytes>
+struct Factors {
+  static constexpr int kQuads = kBatch / 4, kSome = 32;
+  alignas(64) int32_t quads[kBytes][kQuads][kSome];
+  alignas(64) int32_t start[kBytes][kSome];  // -kOffset sum
+
+  /// parts: of the largest, in 1/32768; scales: the rows' from where these begin, `left` of them
+  void make(const std::int8_t* const* scales, const std::int16_t* parts, int64_t rows,
+            int64_t left) {
+    const auto some = static_cast<__mmask32>(left >= kSome ? ~0u : (1u << left) - 1);
+    __m512i sums[kBytes][2] = {};
+    for (int64_t q = 0; 4 * q < rows; ++q) {
+      __m256i bytes[kBytes][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i part = _mm512_set1_epi16(parts[4 * q + i]);
+        const __m512i words =
+            _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, scales[4 * q + i]));
+        if (kBytes == 1) {
+          bytes[0][i] = _mm512_cvtepi16_epi8(_mm512_mulhrs_epi16(words, part));
+        } else {
+          const __m512i fine = _mm512_mulhrs_epi16(_mm512_slli_epi16(words, 8), part);
+          const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(fine, _mm512_set1_epi16(128)), 8);
+          bytes[0][i] = _mm512_cvtepi16_epi8(high);
+          bytes[kBytes - 1][i] =
+              _mm512_cvtepi16_epi8(_mm512_sub_epi16(fine, _mm512_slli_epi16(high, 8)));
+        }
+      }
+      for (int byte = 0; byte < kBytes; ++byte) {
+        interleave(bytes[byte], quads[byte][q]);
+        const __m512i offset = _mm512_set1_epi8(static_cast<char>(kOffset));
+        for (int i = 0; i < 2; ++i)
+          sums[byte][i] = _mm512_dpbusd_epi32(sums[byte][i], offset,
+                                              _mm512_load_si512(quads[byte][q] + 16 * i));
+      }
+    }
+    for (int byte = 0; byte < kBytes; ++byte)
+      for (int i = 0; i < 2; ++i)
+        _mm512_store_si512(start[byte] + 16 * i,
+                           _mm512_sub_epi32(_mm512_setzero_si512(), sums[byte][i]));
+  }
+
+ private:
+  /// out[i] = byte i of each of the four.
+  static void interleave(const __m256i (&bytes)[4], int32_t* out) {
+    const __m256i a = _mm256_unpacklo_epi8(bytes[0], bytes[1]);
+    const __m256i b = _mm256_unpackhi_epi8(bytes[0], bytes[1]);
+    const __m256i c = _mm256_unpacklo_epi8(bytes[2], bytes[3]);
+    const __m256i d = _mm256_unpackhi_epi8(bytes[2], bytes[3]);
+    const __m256i fours[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c),
+                              _mm256_unpacklo_epi16(b, d), _mm256_unpackhi_epi16(b, d)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm_store_si128((__m128i*)(out + 4 * i), _mm256_castsi256_si128(fours[i]));
+      _mm_store_si128((__m128i*)(out + 16 + 4 * i), _mm256_extracti128_si256(fours[i], 1));
+    }
+  }
+};
+
+/// Which of the scales of two groups, whose first stands at `first`, the lanes of their first (0)
+/// or second halves take.
+template <int kScales>
+inline __m512i scales_of_lanes(int half, int first = 0) {
+  const __m512i firsts = kScales == 2
+                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
+                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_add_epi32(firsts, _mm512_set1_epi32(first + half * kScales / 2));
+}
+
+/// Of two groups' integers, one per scale, those of one half, each for as many lanes.
+template <int kScales>
+inline __m512i spread(const int32_t* p, int half) {
+  const __m512i all = kScales == 2 ? _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p))
+                                   : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_permutexvar_epi32(scales_of_lanes<kScales>(half), all);
+}
+
+/// y[16 i] += step * the 128-bit lanes i of the four, i < lanes.
+inline void add_lanes(const __m512i s[4], float step, int64_t lanes, float* const y[4]) {
+  const __m512i ab = _mm512_shuffle_i32x4(s[0], s[1], 0x88);
+  const __m512i AB = _mm512_shuffle_i32x4(s[0], s[1], 0xdd);
+  const __m512i cd = _mm512_shuffle_i32x4(s[2], s[3], 0x88);
+  const __m512i CD = _mm512_shuffle_i32x4(s[2], s[3], 0xdd);
+  const __m512i ordered[4] = {
+      _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
+      _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    if (i < lanes) store(y[i], load_as<Floats>(y[i]) + step * to_floats((Ints)ordered[i]));
+}
+
+/// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups. Two
+/// groups at a time: their bytes of four rows are interleaved while they still hold two nibbles.
+template <bool kExact, class Row, class Ahead>
+inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
+  constexpr int kScales = Row::kScales;
+  constexpr bool kBoth = Row::kPlanes && kExact;             // planes
+  constexpr float kUnit = Row::kPlanes && !kExact ? 16 : 1;  // what a nibble of 1 is worth
+  // Codes of 8 bits deserve finer factors.
+  constexpr int kBytes = kBoth ? 2 : 1;
+  using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes>;
+  constexpr int64_t kGroups = Factors::kSome / kScales;
+  const int64_t count = batch.count, groups = groups_of(w.n);
+  const std::uint8_t* planes[2][kBatch];
+  const std::int8_t* scales[kBatch];
+  alignas(64) float parts[kBatch];
+  for (int64_t r = 0; r < kBatch; ++r) {
+    const Row row(w, batch.id(r));
+    for (int i = 0; i < 2; ++i) planes[i][r] = row.plane(i);
+    scales[r] = row.scales.scales;
+    parts[r] = r < count ? h[r] * row.scales.step() : 0;
+  }
+  const __m512 values = _mm512_load_ps(parts);
+  float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
+  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q))
+    most = __builtin_nanf("");  // to be seen in y
+  const float step = most * (32768.0f / 32767.0f) * (kBytes == 2 ? 1.0f / 256 : kUnit);
+  const __m512i relative =
+      _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
+  alignas(32) std::int16_t words[kBatch];
+  _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16(relative));
+  Factors factors;
+  for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
+    factors.make(scales, words, count, (groups - g0) * kScales);
+    for (int64_t r = 0; r < kBatch; ++r) {
+      ahead.ask_scales(r, g0 * kScales);
+      scales[r] += Factors::kSome;
+    }
+    for (int64_t turn = 0; turn < kGroups / 2; ++turn) {
+      const int64_t four = turn / kLinesInTurn * kLinesInTurn;
+      const int64_t g = g0 + 2 * (four + line_in_turn(turn % kLinesInTurn, Ahead::kInOrder));
+      if (g >= groups) continue;
+      const int64_t at = (g - g0) * kScales, bytes = g * kGroupBytes, left = min(groups - g, 2);
+      const __mmask64 some = left == 2 ? ~0ull : 0xffffffffull;
+      __m512i lowers[kBytes][4], uppers[kBytes][4];
+#pragma GCC unroll 2
+      for (int byte = 0; byte < kBytes; ++byte) {
+        const __m512i lower_start = spread<kScales>(factors.start[byte] + at, 0);
+        __m512i upper_start = spread<kScales>(factors.start[byte] + at, 1);
+        if (!kBoth) upper_start = _mm512_slli_epi32(upper_start, 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) lowers[byte][i] = lower_start, uppers[byte][i] = upper_start;
+      }
+      for (int64_t q = 0; 4 * q < count; ++q) {
+        __m512i loaded[4], nibbles[2][4];
+#pragma GCC unroll 2
+        for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane) {
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            loaded[i] = _mm512_maskz_loadu_epi8(some, planes[plane][4 * q + i] + bytes);
+            ahead.ask(plane, 4 * q + i, bytes);
+          }
+          interleave(loaded, nibbles[plane]);
+        }
+        __m512i lower_factors[kBytes], upper_factors[kBytes];
+#pragma GCC unroll 2
+        for (int byte = 0; byte < kBytes; ++byte) {
+          lower_factors[byte] = spread<kScales>(factors.quads[byte][q] + at, 0);
+          upper_factors[byte] = spread<kScales>(factors.quads[byte][q] + at, 1);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __m512i both = nibbles[0][i], rest = nibbles[1][i];
+          const __m512i a = kBoth ? merge(_mm512_slli_epi16(both, 4), rest) : lower_nibbles(both);
+          const __m512i b = kBoth ? merge(both, _mm512_srli_epi16(rest, 4)) : upper_nibbles(both);
+#pragma GCC unroll 2
+          for (int byte = 0; byte < kBytes; ++byte) {
+            lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, lower_factors[byte]);
+            uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, upper_factors[byte]);
+          }
+        }
+      }
+      if (kBytes == 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          lowers[0][i] =
+              _mm512_add_epi32(_mm512_slli_epi32(lowers[0][i], 8), lowers[kBytes - 1][i]);
+          uppers[0][i] =
+              _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
+        }
+      }
+      float* const out = y + g * kGroup;
+      float* const to_lowers[4] = {out, out + 16, out + kGroup, out + kGroup + 16};
+      float* const to_uppers[4] = {out + 32, out + 48, out + kGroup + 32, out + kGroup + 48};
+      add_lanes(lowers[0], step, 2 * left, to_lowers);
+      add_lanes(uppers[0], kBoth ? step : step / 16, 2 * left, to_uppers);
+    }
+  }
+}
+
+#else
+
+/// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups
+template <bool kExact, class Row, class Ahead>
+inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
+  constexpr int kVectors = kGroup / kLanes, kScales = Row::kScales;
+  static_assert(kLanes % kScales == 0);
+  float factors[kBatch][kLanes];
+  Row rows[kBatch];
+  for (int64_t r = 0; r < batch.count; ++r) rows[r] = Row(w, batch.id(r));
+  for (int64_t g = 0; g < groups_of(w.n); ++g, y += kGroup) {
+    const int64_t at = g * kScales % kLanes;
+    if (at == 0)
+      for (int64_t r = 0; r < batch.count; ++r) {
+        store(factors[r], h[r] * rows[r].scales.step() * rows[r].scales.from(g * kScales));
+        ahead.ask_scales(r, g * kScales);
+      }
+    Floats sums[kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) sums[i] = load_as<Floats>(y + i * kLanes);
+    for (int64_t r = 0; r < batch.count; ++r) {
+      std::int8_t codes[kGroup];
+      rows[r].template codes<kExact>(g, codes);
+      if (g % 2 == 0)
+        for (int plane = 0; plane < (kExact && Row::kPlanes ? 2 : 1); ++plane)
+          ahead.ask(plane, r, g * kGroupBytes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i)
+        sums[i] += factors[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) store(y + i * kLanes, sums[i]);
+  }
+}
+
+#endif
+
+template <bool kExact, class Row>
+void add_rows(const Rows& w, const Batch& batch, const float* h, float* y) {
+  constexpr bool kWhole = kExact || !Row::kPlanes;  // rows leave no gaps between them
+  if (kWhole && batch.is_stream_ahead())
+    add_rows<kExact, Row>(w, batch, DownStreamAhead<Row>(w, batch), h, y);
+  else
+    add_rows<kExact, Row>(w, batch, DownRowsAhead<Row>(w, batch), h, y);
+}
+
+}  // namespace
+}  // namespace tda
