@@ -52,7 +52,7 @@ struct Gated {
 // since the first level can have only few misses under way.
 //
 // Rows that follow each other are asked for line by line through all of them, whatever the order of
-// work: the hardware joins in with such a stream (a fifth to a third faster than row by row). Those
+// work: the hardware joins in with such a stream (a tenth to a third faster than row by row). Those
 // that don't are read with the last of each four lines first: lines in order make the hardware
 // fetch as many behind the row, which are of no use then. Measured in tools/bench/RESULTS-cpu.md.
 

@@ -1,5 +1,5 @@
-// The last stage of decode for integer formats: a batch's down rows, each times its h, added up in y.
-// Included by kernel sources only, like simd.h.
+// The last stage of decode for integer formats: a batch's down rows, each times its h, added up in
+// y. Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/batch.h"

@@ -35,7 +35,7 @@ inline void add_products(const At& at, const PanelDwords<kDwords>& b, __m512i su
 }
 
 /// Rows that are likely to be multiplied next. Memory is asked for them step by step of the work on
-/// others, so that it does not have to be waited for (a tenth to a fifth of short prompts' time).
+/// others, so that it does not have to be waited for (up to a quarter of short prompts' time).
 class NextRows {
  public:
   /// `bytes` of each row; `steps`: how often ask() will be called.
