@@ -48,16 +48,12 @@ struct Gated {
 //
 // Memory brings lines in time only if they are asked for. While a line of a row is at work, a line
 // of the row kBatch places on is asked for: one instruction per line, spread as evenly as the work,
-// and no list to keep (loops over lists took a quarter of the time). Into the second-level cache,
-// since the first level can have only few misses under way.
+// and no list to keep (loops over lists took a quarter of the time).
 //
 // Rows that follow each other are asked for line by line through all of them, whatever the order of
 // work: the hardware joins in with such a stream (a tenth to a third faster than row by row). Those
 // that don't are read with the last of each four lines first: lines in order make the hardware
 // fetch as many behind the row, which are of no use then. Measured in tools/bench/RESULTS-cpu.md.
-
-constexpr int64_t kLineBytes = 64;
-inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 constexpr int kLinesInTurn = 4;
 constexpr int line_in_turn(int i, bool in_order) {

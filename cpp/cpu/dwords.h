@@ -48,7 +48,7 @@ class NextRows {
 
   void ask() {
     for (due_ += rows_; due_ >= steps_; due_ -= steps_, next_ += stride_)
-      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+      for (int64_t i = 0; i < bytes_; i += kLineBytes) tda::ask(next_ + i);
   }
 
  private:

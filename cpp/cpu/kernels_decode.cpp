@@ -7,8 +7,7 @@ namespace {
 
 // Rows are read one after the other, as they lie in memory, since decoding waits for memory and
 // hardware prefetches plain streams best. Where rows are scattered, `ahead` is the row that will be
-// read shortly after. It is asked for into the second-level cache: the first level can have only
-// few misses under way, and the loads would wait behind them.
+// read shortly after, which is asked for.
 
 /// How many rows to look ahead, so that memory has time to answer.
 template <class Format>
@@ -19,8 +18,8 @@ inline int64_t lookahead(int64_t n) {
 /// The cache lines of the next four vectors.
 template <class T>
 inline void prefetch(const T* p) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < 4 * kLanes; i += kLine) __builtin_prefetch(p + i, 0, 2);
+  constexpr int64_t kLine = kLineBytes / sizeof(T);
+  for (int64_t i = 0; i < 4 * kLanes; i += kLine) ask(p + i);
 }
 
 template <class Format>
@@ -151,9 +150,9 @@ void score(const typename Format::T* k, const typename Format::T* v, int64_t key
       for (int i = 0; i < kHalf; ++i) {
         const int64_t at = min(i0 + half * kHalf + i, keys - 1) * cache_stride<Format>(n);
         key[i] = k + at;
-        for (int64_t e = 0; e < n; e += 64 / static_cast<int64_t>(sizeof *v)) {
-          __builtin_prefetch(k + at + kLanes * cache_stride<Format>(n) + e, 0, 2);
-          __builtin_prefetch(v + at + e, 0, 2);
+        for (int64_t e = 0; e < n; e += kLineBytes / static_cast<int64_t>(sizeof *v)) {
+          ask(k + at + kLanes * cache_stride<Format>(n) + e);
+          ask(v + at + e);
         }
       }
       Floats products[kCount][kHalf] = {};
