@@ -276,4 +276,6 @@ FfnReads CudaBackend::ffn_reads(const State& s, std::int64_t layer) const {
   return state.layers[layer].reads;
 }
 
+std::int64_t CudaBackend::head_bytes(const State& s) const { return CudaState::of(s).head_bytes; }
+
 }  // namespace tda

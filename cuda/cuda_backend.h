@@ -39,6 +39,7 @@ struct CudaState final : State {
   cuda::Memory<int> lists, counts;       // [L, F], [L] the masks
   cuda::Memory<float> thresholds;        // [L]
   cuda::Memory<int> exact;               // [L] neurons that the last single-token step computed
+  std::int64_t head_bytes = 0;           // read for single rows of logits
   mutable bool reads_pending = false;    // `exact` is to join the layers' reads
   cuda::Graph graphs[2];                 // of single-token steps: dense, sparse
 
@@ -96,6 +97,7 @@ class CudaBackend final : public Backend {
   std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
   void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
+  std::int64_t head_bytes(const State&) const override;
 
   const cuda::Stream& stream() const { return stream_; }
 

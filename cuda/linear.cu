@@ -82,6 +82,7 @@ void CudaBackend::make_logits(CudaState& state, std::int64_t rows) const {
   const float* x = state.x.data() + (state.tokens() - rows) * model_->config.hidden_size;
   multiply(state, model_->head, head_.data() ? head_ : embedding_, x, rows, &final_norm_, {},
            state.logits.data(), false);
+  if (rows == 1) state.head_bytes += model_->head.bytes();
 }
 
 std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {

@@ -234,12 +234,15 @@ void bind_options(nb::module_& m) {
              "Scope \"token\" with int8 weights and active: a further share kept at 4 bits.")
       .field("refresh", &TdaOptions::refresh,
              "Scope \"sequence\": renew the mask every so many generated tokens; 0: never.")
+      .field("head", &TdaOptions::head,
+             "int8 and int4 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
+             "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
       .from_keywords(
           "def __init__(self, *, scope: str = 'sequence', error: float | None = None, active: "
           "float "
           "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
           "= "
-          "0, estimate: str = 'contribution') -> None")
+          "0, estimate: str = 'contribution', head: float = 0.0) -> None")
       .def_static(
           "griffin",
           [](double active) {
@@ -307,6 +310,8 @@ void bind_results(nb::module_& m) {
              "Feed-forward weight bytes read while decoding, as counted.")
       .field("ffn_bytes_fraction", &GenerationStats::ffn_bytes_fraction,
              "ffn_bytes relative to dense decoding in the same format.")
+      .field("head_bytes_fraction", &GenerationStats::head_bytes_fraction,
+             "Bytes of the output head read while decoding, relative to all of it.")
       .field("bytes_per_token", &GenerationStats::bytes_per_token,
              "Mean of all weight and KV bytes read per decoded token.");
   nb::class_<ScoreResult>(m, "ScoreResult")

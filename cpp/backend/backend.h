@@ -49,6 +49,10 @@ struct Step {
   Estimate estimate = Estimate::contribution;
   /// Ascending indices of tokens that join the state's samples; of no use in a sparse step.
   std::span<const std::int64_t> samples = {};
+  /// Of a single token's logits, those of tokens that are estimated to be at least `head` times as
+  /// likely as the likeliest are exact, the others are the estimates, from the head's high plane
+  /// alone (int8 only). 0: all are exact.
+  float head = 0;
 };
 
 /// KV cache, scratch, statistic, samples and masks of one session; each backend derives its own.
@@ -141,6 +145,8 @@ class Backend {
   virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
   /// What single-token steps of this state have read so far, counted where read.
   virtual FfnReads ffn_reads(const State&, std::int64_t layer) const = 0;
+  /// Bytes of the head that logits of single rows have read so far.
+  virtual std::int64_t head_bytes(const State&) const = 0;
 
  protected:
   /// What set_mask and set_thresholds demand; throw OptionError.

@@ -214,4 +214,8 @@ FfnReads CpuBackend::ffn_reads(const State& state, std::int64_t layer) const {
   return CpuState::of(state).layers[layer].reads;
 }
 
+std::int64_t CpuBackend::head_bytes(const State& state) const {
+  return CpuState::of(state).head_bytes;
+}
+
 }  // namespace tda

@@ -55,6 +55,7 @@ struct CpuState final : State {
   KvFormat kv = KvFormat::automatic;
   Buffer<std::byte> keys, values;  // [L, kv heads, capacity, head_dim]
   std::vector<Layer> layers;       // [L]
+  std::int64_t head_bytes = 0;     // read for single rows of logits
 
   // Of the current step.
   Step step;
@@ -70,6 +71,7 @@ struct CpuState final : State {
   Buffer<float> thread_scratch;  // [threads, scratch_size]
   Buffer<std::byte> prepared;    // x as the weight format wants it, see RowKernels, PanelKernels
   Buffer<float> logits;          // [rows, V]
+  Buffer<std::int32_t> likely;   // [V] tokens whose logits are made exact
 };
 
 /// A task of prefill: some rows of a matrix times some panels.
@@ -105,6 +107,7 @@ class CpuBackend final : public Backend {
   std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
   void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
+  std::int64_t head_bytes(const State&) const override;
 
  private:
   // cpu_backend.cpp
@@ -143,6 +146,8 @@ class CpuBackend final : public Backend {
   /// The same for several tokens, but out: [T, w.rows].
   void multiply_to_rows(CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;
+  /// out = head in of one token as the step's `head` wants it. in: [H], out: [V]
+  void sketch_logits(CpuState&, const float* in, float* out) const;
   void add_bias(const Layout&, std::span<const float> bias, float* out) const;
   /// Prefill: body(Block, thread) for every part of a matrix times `panels` panels.
   template <class Body>

@@ -261,9 +261,9 @@ inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& 
 
 #endif
 
-/// out[i] = row_of(i)·x, i < count <= kBatch, and up to a whole vector of them; ahead_of(i, j):
-/// what to ask for while the i-th and j-th are at work.
-template <class Row, class RowOf, class AheadOf>
+/// out[i] = row_of(i)·x, or its high plane's, i < count <= kBatch, and up to a whole vector of
+/// them; ahead_of(i, j): what to ask for while the i-th and j-th are at work.
+template <bool kExact, class Row, class RowOf, class AheadOf>
 inline void multiply_rows(int64_t count, const RowOf& row_of, const AheadOf& ahead_of,
                           const Vector<Row>& x, float* out) {
   Products products;
@@ -271,11 +271,20 @@ inline void multiply_rows(int64_t count, const RowOf& row_of, const AheadOf& ahe
     const int64_t j = min(i + 1, count - 1);  // the last of an odd number is taken twice
     const Row pair[2] = {row_of(i), row_of(j)};
     Floats lanes[2];
-    multiply<true>(pair, ahead_of(i, j), x, lanes);
+    multiply<kExact>(pair, ahead_of(i, j), x, lanes);
     products.lanes[i] = lanes[0];
     products.lanes[i + 1] = lanes[1];
   }
   products.store_to(out, count);
+}
+
+/// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch.
+template <bool kExact, class Row>
+void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row>& x, float* out) {
+  // Past the end lies what a next call will read.
+  multiply_rows<kExact>(
+      count, [&](int64_t i) { return Row(w, first + i); },
+      [&](int64_t i, int64_t) { return StreamsAhead(Row(w, first + i + kBatch)); }, x, out);
 }
 
 template <class Row>
@@ -284,10 +293,7 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
     float results[kBatch];
-    // Past the end lies what a next call will read.
-    multiply_rows(
-        count, [&](int64_t i) { return Row(w, first + i); },
-        [&](int64_t i, int64_t) { return StreamsAhead(Row(w, first + i + kBatch)); }, x, results);
+    multiply_next<true>(w, first, count, x, results);
     for (int64_t r = 0; r < count; ++r) y[r] = results[r] + (add ? y[r] : 0.0f);
   }
 }
@@ -296,7 +302,7 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
 template <class Row>
 void multiply_one_each(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out) {
   const auto ahead = [&](int64_t i) { return batch.ahead<Row>(w, batch.follow.a, i); };
-  multiply_rows(
+  multiply_rows<true>(
       batch.count, [&](int64_t i) { return Row(w, batch.id(i)); },
       [&](int64_t i, int64_t j) { return RowsAhead<Row, 2>{{ahead(i), ahead(j)}}; }, x, out);
 }

@@ -98,6 +98,13 @@ struct RowKernels {
   /// gives the same bits as `neurons`.
   SelectedCounts (*selected)(const NeuronRows&, Activation, const Selection&, const NeuronIds& ids,
                              const void* x, float* h, float* y);
+
+  // Null for formats with one plane.
+  /// y[r] = high plane of w[r]·x, r < rows. Returns the largest.
+  float (*sketch)(const Rows& w, std::int64_t rows, const void* x, float* y) = nullptr;
+  /// y[i] = w[i]·x, i in ids, with the bits of `dot`. ids: ascending
+  void (*dot_some)(const Rows& w, const std::int32_t* ids, std::int64_t count, const void* x,
+                   float* y) = nullptr;
 };
 
 /// Kernels for keys and values in one format.

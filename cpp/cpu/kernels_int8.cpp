@@ -53,12 +53,38 @@ SelectedCounts selected(const NeuronRows& rows, Activation activation, const Sel
   return select(rows, activation, selection, ids, x, h, y);
 }
 
+float sketch(const Rows& w, int64_t rows, const void* prepared, float* y) {
+  const Vector<Int8Row> x(prepared, w.n);
+  float largest = -__builtin_inff();
+  for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
+    const int64_t count = min(kBatch, rows - first);
+    float results[kBatch];
+    multiply_next<false>(w, first, count, x, results);
+    for (int64_t r = 0; r < count; ++r) {
+      y[r] = results[r];
+      largest = y[r] > largest ? y[r] : largest;
+    }
+  }
+  return largest;
+}
+
+void dot_some(const Rows& w, const int32_t* ids, int64_t count, const void* prepared, float* y) {
+  const Vector<Int8Row> x(prepared, w.n);
+  const Follow nothing;
+  for (int64_t i = 0; i < count; i += kBatch) {
+    const Batch batch(ids, count, i, nothing);
+    float results[kBatch];
+    multiply_one_each(w, batch, x, results);
+    for (int64_t j = 0; j < batch.count; ++j) y[batch.id(j)] = results[j];
+  }
+}
+
 }  // namespace
 
 namespace TDA_ISA {
-const RowKernels int8_rows = {prepared_bytes<Int8Row>, prepare<Int8Row>,
-                              load<Int8Row>,           dot<Int8Row>,
-                              neurons<Int8Row>,        selected};
+const RowKernels int8_rows = {
+    prepared_bytes<Int8Row>, prepare<Int8Row>, load<Int8Row>, dot<Int8Row>,
+    neurons<Int8Row>,        selected,         sketch,        dot_some};
 }  // namespace TDA_ISA
 
 }  // namespace tda

@@ -1,5 +1,8 @@
 // Norms, projections and the output head.
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
 
 #include "cpu/cpu_backend.h"
 
@@ -8,6 +11,9 @@ namespace {
 
 /// Weight bytes of one decode task: enough to hide what a task costs, few enough to share out.
 constexpr std::int64_t kTaskBytes = 65536;
+
+/// Decode: rows of the head per task where their high planes come first.
+constexpr std::int64_t kSketchRows = 1024;
 
 /// Copies vectors of n floats: the tokens of `in` from `first` on become all those of `out`.
 void copy_tokens(const float* in, const Layout& from, std::int64_t first, std::int64_t n,
@@ -90,11 +96,45 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
 
   const Size size = Size(count) * head.rows;
   float* out = state.logits.reserve(size, "the logits");
-  if (count == 1)
-    multiply(state, wanted, head, in, out, false);
-  else
+  if (count > 1) {
     multiply_to_rows(state, wanted, head, in, out);
+  } else if (state.step.head > 0 && all.tokens == 1) {
+    sketch_logits(state, in, out);
+  } else {
+    multiply(state, wanted, head, in, out, false);
+    state.head_bytes += head.bytes();
+  }
   return {out, static_cast<std::size_t>(size.value())};
+}
+
+/// TDA of the head: the high plane estimates all logits, the likely ones are then made exact.
+void CpuBackend::sketch_logits(CpuState& state, const float* in, float* out) const {
+  const Matrix& head = model_->head;
+  const RowKernels& kernels = rows(head.format);
+  const void* x = prepare(state, head.format, in, head.cols);
+  const std::int64_t tasks = (head.rows + kSketchRows - 1) / kSketchRows;
+  const auto end_of = [&](std::int64_t task) {
+    return std::min(head.rows, (task + 1) * kSketchRows);
+  };
+  std::vector<float> largest(tasks);
+  pool_.run(tasks, [&](std::int64_t task, int) {
+    const std::int64_t first = task * kSketchRows;
+    largest[task] = kernels.sketch(rows_of(head, first), end_of(task) - first, x, out + first);
+  });
+  const float least = *std::max_element(largest.begin(), largest.end()) + std::log(state.step.head);
+  std::int32_t* const ids = state.likely.reserve(head.rows, "the likely tokens");
+  std::atomic<std::int64_t> exact = 0;
+  pool_.run(tasks, [&](std::int64_t task, int) {
+    std::int32_t* const likely = ids + task * kSketchRows;
+    std::int64_t count = 0;
+    for (std::int64_t i = task * kSketchRows; i < end_of(task); ++i) {
+      likely[count] = static_cast<std::int32_t>(i);
+      count += !(out[i] < least);  // a NaN is to be seen
+    }
+    kernels.dot_some(rows_of(head), likely, count, x, out);
+    exact += count;
+  });
+  state.head_bytes += head.rows * head.row_bytes() + exact * head.low_row_bytes();
 }
 
 void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const Matrix& w,

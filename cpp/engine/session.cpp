@@ -100,7 +100,10 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   step.ffn = mode;
   step.estimate = estimate;
   step.samples = sampled;
-  return run(step, rows);
+  const std::int64_t before = backend.head_bytes(*state);
+  const std::span<const float> logits = run(step, rows);
+  prefill_head_bytes_ += backend.head_bytes(*state) - before;
+  return logits;
 }
 
 std::vector<float> Session::Impl::all_logits(Tokens tokens) {
@@ -136,6 +139,7 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   Step step;
   step.tokens = {&token, 1};
   step.ffn = decode_mode;
+  step.head = head_;
   const auto all_reads = [&] {
     const std::lock_guard lock(runtime->computing);
     std::vector<FfnReads> reads;
@@ -190,6 +194,10 @@ void Session::Impl::check(const TdaOptions& options) const {
     throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
                       std::string(name_of(format)));
   }
+  if (options.head > 0 && runtime->model().head.format != WeightFormat::int8) {
+    throw OptionError("tda head " + text_of(options.head) +
+                      ": expected int8 or int4 weights, found " + std::string(name_of(format)));
+  }
 }
 
 void Session::Impl::apply(const TdaOptions& options) {
@@ -198,6 +206,7 @@ void Session::Impl::apply(const TdaOptions& options) {
     apply_token(options);
   else
     apply_sequence(options);
+  head_ = static_cast<float>(options.head);
   decode_mode = FfnMode::sparse;
 }
 
@@ -342,7 +351,8 @@ void Session::Impl::add_to(GenerationStats& stats) const {
   const double dense = static_cast<double>(decoded_) * static_cast<double>(layers * neurons) *
                        static_cast<double>(model.neuron_bytes());
   stats.ffn_bytes_fraction = static_cast<double>(stats.ffn_bytes) / dense;
-  std::int64_t others = model.head.bytes();
+  std::int64_t others = (backend.head_bytes(*state) - prefill_head_bytes_) / decoded_;
+  stats.head_bytes_fraction = static_cast<double>(others) / static_cast<double>(model.head.bytes());
   for (const LayerWeights& layer : model.layers) others += layer.qkv.bytes() + layer.output.bytes();
   stats.bytes_per_token = others + (stats.ffn_bytes + kv_bytes_) / decoded_;
 }

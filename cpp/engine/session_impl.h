@@ -70,6 +70,8 @@ struct Session::Impl {
   std::int64_t refresh_every_ = 0;
   std::vector<Token> recent_;  // decoded since the masks were made
   std::int64_t refresh_bytes_ = 0;
+  float head_ = 0;                       // Step::head of decoded tokens
+  std::int64_t prefill_head_bytes_ = 0;  // of what the backend counts
   std::int64_t decoded_ = 0;
   std::int64_t kv_bytes_ = 0;    // read while decoding
   std::vector<FfnReads> reads_;  // [L] by decoded tokens

@@ -105,6 +105,7 @@ void TdaOptions::validate() const {
         "tda refresh: expected only with scope \"sequence\", scope \"token\" decides afresh for "
         "every token anyway");
   }
+  check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
   check(refresh >= 0, "refresh", refresh, "0 (never) or a positive number of tokens");
 }
 

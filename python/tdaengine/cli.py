@@ -34,6 +34,8 @@ from .evaluate import evaluate, frontier, parse_setting, table
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+TDA_OPTIONS = ("error", "active", "thresholds", "scope", "coarse", "head")  # as --tda-...
+
 OVERLAP_TEXTS = 8  # of those evaluated, for the picture of overlaps
 
 
@@ -182,6 +184,12 @@ def _add_tda(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--tda-thresholds", metavar="FILE", help="made by calibrate")
     group.add_argument("--tda-scope", metavar="SCOPE", help="sequence (default) or token")
     group.add_argument("--tda-coarse", type=float, metavar="C", help="share at 4 bits, scope token")
+    group.add_argument(
+        "--tda-head",
+        type=float,
+        metavar="P",
+        help="output head at 4 bits but for tokens P times as likely as the likeliest, e.g. 0.001",
+    )
     group.add_argument("--refresh", type=int, metavar="N", help="renew the mask every N tokens")
 
 
@@ -212,7 +220,7 @@ def _engine(args: argparse.Namespace, **changed: Any) -> Engine:
 
 
 def _tda(args: argparse.Namespace) -> TDA | None:
-    names = {name: f"tda_{name}" for name in ("error", "active", "thresholds", "scope", "coarse")}
+    names = {name: f"tda_{name}" for name in TDA_OPTIONS}
     names["refresh"] = "refresh"
     values = {name: getattr(args, option, None) for name, option in names.items()}
     given = {name: value for name, value in values.items() if value is not None}

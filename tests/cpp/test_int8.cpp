@@ -248,6 +248,43 @@ TEST(int8_dot_matches_doubles) {
   });
 }
 
+TEST(int8_sketch_matches_doubles) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : kLengths)
+      for (const std::int64_t rows : {1, 16, 37}) {
+        const Stored w(rows, n);
+        const auto x = random_floats(n);
+        const auto expected_x = rounded(x);
+        const auto p = prepared(kernels.rows[2], x);
+        std::vector<float> y(rows + 1, 3);
+        const float largest = kernels.rows[2].sketch(w.rows(), rows, p.data(), y.data());
+        for (std::int64_t r = 0; r < rows; ++r)
+          CHECK_NEAR(y[r], dot(w.coarse.data() + r * n, expected_x), 2e-4);
+        CHECK(largest == *std::max_element(y.begin(), y.end() - 1));
+        CHECK(y[rows] == 3);
+      }
+  });
+}
+
+TEST(int8_dot_some_has_the_bits_of_dot) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : kLengths)
+      for (const std::int64_t gap : {1, 3}) {
+        const std::int64_t rows = 100;
+        const Stored w(rows, n);
+        const auto p = prepared(kernels.rows[2], random_floats(n));
+        std::vector<float> all(rows), some(rows, 3);
+        kernels.rows[2].dot(w.rows(), rows, p.data(), all.data(), false);
+        std::vector<std::int32_t> ids;
+        for (std::int32_t r = 1; r < rows; r += gap) ids.push_back(r);
+        kernels.rows[2].dot_some(w.rows(), ids.data(), std::ssize(ids), p.data(), some.data());
+        kernels.rows[2].dot_some(w.rows(), nullptr, 0, p.data(), some.data());
+        for (std::int64_t r = 0; r < rows; ++r)
+          CHECK(some[r] == (r >= 1 && (r - 1) % gap == 0 ? all[r] : 3));
+      }
+  });
+}
+
 TEST(int8_neurons_match_doubles) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : {45, 130, 576}) {
@@ -660,6 +697,48 @@ TEST(int8_reads_what_it_counts) {
           12 * 150 * 2 * high + sparse.exact * (high + 3 * low) + sparse.coarse * high);
   }
   for (const auto& r : runs) CHECK(r == runs[0]);
+}
+
+TEST(unlikely_logits_are_estimates) {
+  ModelConfig config = wide_config();
+  config.vocab_size = 2500;  // several tasks
+  const naive::RandomModel model(config, WeightFormat::int8, 9);
+  const Matrix& head = model.get()->head;
+  const auto tokens = naive::random_tokens(1, 101);
+  for_all_kernels([&](const Kernels& kernels) {
+    setenv("TDA_CPU_ISA", kernels.name, 1);
+    const auto logits = [&](float likely, int threads, std::int64_t* bytes = nullptr) {
+      const auto backend = make_cpu_backend(model.get(), threads);
+      const auto state = backend->new_state(1, KvFormat::f32);
+      Step step = naive::step_of(tokens, 0);
+      step.head = likely;
+      const auto found = run(*backend, *state, step, 1);
+      if (bytes) *bytes = backend->head_bytes(*state);
+      return found;
+    };
+    std::int64_t read = 0;
+    const auto dense = logits(0, 2, &read);
+    CHECK(read == head.bytes());
+    CHECK(logits(1e-30f, 2, &read) == dense);
+    CHECK(read == head.bytes());
+    const auto sparse = logits(0.1f, 2, &read);
+    CHECK(logits(0.1f, 1) == sparse && logits(0.1f, 3) == sparse);
+    // Estimates are known where none is likely enough but the first, which comes first here, too.
+    std::vector<float> estimates = logits(1, 2);
+    const std::size_t best = std::max_element(dense.begin(), dense.end()) - dense.begin();
+    CHECK(estimates[best] == dense[best]);
+    const float least = sparse[best] + std::log(0.1f);
+    std::int64_t exact = 0;
+    double error = 0;
+    for (std::size_t i = 0; i < dense.size(); ++i) {
+      exact += sparse[i] == dense[i];
+      CHECK(sparse[i] == dense[i] || (sparse[i] == estimates[i] && sparse[i] < least + 0.5f));
+      error = std::max(error, std::abs(double{estimates[i]} - dense[i]));
+    }
+    CHECK(exact > 1 && exact < 2000 && error > 0.001 && error < 1);
+    CHECK(read == head.rows * head.row_bytes() + exact * head.low_row_bytes());
+    unsetenv("TDA_CPU_ISA");
+  });
 }
 
 TEST(int8_thresholds_are_checked) {

@@ -109,6 +109,13 @@ def test_generate_with_tda(run, folder, engine, arguments, tda):
     assert result["stats"]["ffn_active"] == same.stats.ffn_active < 1
 
 
+def test_generate_with_a_sparse_head(run, folder):
+    arguments = ("--weights", "int8", "--tda-active", "0.5", "--tda-head", "0.5", "--json")
+    code, out, _ = run("generate", folder, PROMPT, *SHORT, *arguments)
+    assert code == 0
+    assert json.loads(out)["stats"]["head_bytes_fraction"] < 1
+
+
 # ---- chat ---------------------------------------------------------------------------------------
 
 

@@ -83,16 +83,67 @@ def test_stats_count_what_is_read(int8: Engine):
     stats = stats_of(int8, TDA(scope="token", active=0.3, coarse=0.4))
     exact = stats.ffn_active - stats.ffn_coarse
     assert 0.15 < exact < 0.45 and 0.25 < stats.ffn_coarse < 0.55
-    hidden = int8.config.hidden_size
-    low = -(-hidden // 64) * 32
-    high = low + -(-2 * -(-hidden // 64) // 32) * 32
+    high, low = plane_bytes(int8.config.hidden_size)
     share = (2 * high + exact * (high + 3 * low) + stats.ffn_coarse * high) / (3 * (high + low))
     assert stats.ffn_bytes_fraction == pytest.approx(share)
     assert stats.bytes_per_token < dense.bytes_per_token
 
 
+def decoded(engine: Engine, tda: TDA | None) -> np.ndarray:
+    """Logits [T, V] of all tokens behind the prompt."""
+    session = engine.session(len(TOKENS), sample_tokens=PROMPT)
+    session.prefill(TOKENS[:PROMPT])
+    if tda:
+        session.apply(tda)
+    return np.stack([session.decode(token) for token in TOKENS[PROMPT:]])
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("options", [{"scope": "token", "active": 1.0}, {"error": 0.0}])
+def test_unlikely_tokens_get_estimates(folder: Path, weights: str, options: dict):
+    engine = Engine(folder, weights=weights, threads=2)
+    dense = decoded(engine, None)
+    assert (decoded(engine, TDA(head=1e-30, **options)) == dense).all()
+    estimates = decoded(engine, TDA(head=1.0, **options))
+    found = decoded(engine, TDA(head=0.2, **options))
+    likely = estimates == dense  # the first alone, and what is right by chance
+    assert likely.sum() < 1.1 * len(dense)
+    estimates[likely] = found[likely]
+    exact = found == dense
+    assert ((found == estimates) | exact).all()
+    assert 2 * len(dense) < exact.sum() < dense.size / 2
+    assert found[exact].mean() > found[~exact].mean() + 1
+    assert 0.01 < np.abs(estimates - dense).mean() < 0.5
+
+
+def test_what_the_head_reads_is_counted(int8: Engine):
+    tda = TDA(scope="token", active=1.0)
+    all_of_it = stats_of(int8, tda)
+    assert all_of_it.head_bytes_fraction == 1
+    previous = 1.0
+    for head in (1e-30, 0.2, 1.0):
+        stats = stats_of(int8, TDA(scope="token", active=1.0, head=head))
+        assert 0.5 < stats.head_bytes_fraction <= previous
+        saved = (1 - stats.head_bytes_fraction) * head_bytes(int8)
+        assert all_of_it.bytes_per_token - stats.bytes_per_token == pytest.approx(saved, abs=1)
+        previous = stats.head_bytes_fraction
+    high, low = plane_bytes(int8.config.hidden_size)
+    rows = int8.config.vocab_size
+    assert previous == pytest.approx(high / (high + low) + low / (high + low) / rows, abs=2e-3)
+
+
+def plane_bytes(hidden: int) -> tuple[int, int]:
+    """Bytes of a row's high and low plane."""
+    low = -(-hidden // 64) * 32
+    return low + -(-(2 * -(-hidden // 64) + 4) // 32) * 32, low
+
+
+def head_bytes(engine: Engine) -> int:
+    return engine.config.vocab_size * sum(plane_bytes(engine.config.hidden_size))
+
+
 def test_results_do_not_depend_on_threads(folder: Path, int8: Engine):
-    tda = TDA(scope="token", active=0.3, coarse=0.3)
+    tda = TDA(scope="token", active=0.3, coarse=0.3, head=0.2)
     expected = int8.score(TOKENS, prompt_tokens=PROMPT, tda=tda)
     for threads in (1, 3, 4):
         engine = Engine(folder, weights="int8", threads=threads)
@@ -137,6 +188,11 @@ def test_a_file_for_other_weights_or_scope_is_refused(f32: Engine, int8: Engine)
 def test_coarse_needs_int8(f32: Engine):
     with pytest.raises(OptionError, match="expected int8 weights, found f32"):
         f32.generate(TOKENS[:9], max_new_tokens=4, tda=TDA(scope="token", active=0.3, coarse=0.4))
+
+
+def test_head_needs_planes(f32: Engine):
+    with pytest.raises(OptionError, match=r"head 0\.1: expected int8 or int4 weights"):
+        f32.generate(TOKENS[:9], max_new_tokens=4, tda=TDA(active=0.3, head=0.1))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ struct GenerationStats {
   std::vector<double> ffn_active_by_layer;  // [L]
   std::int64_t ffn_bytes = 0;        // feed-forward weight bytes read while decoding, as counted
   double ffn_bytes_fraction = 1;     // ffn_bytes relative to dense decoding in the same format
+  double head_bytes_fraction = 1;    // bytes of the output head read, relative to all of it
   std::int64_t bytes_per_token = 0;  // mean of all weight and KV bytes read per decoded token
 };
 

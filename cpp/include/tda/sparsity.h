@@ -12,6 +12,10 @@
 // give an estimate for all neurons, and only those that reach the threshold read the rest, exactly;
 // with a second, lower threshold those between stay coarse, at their 4 high bits. Other formats
 // read gate and up whole and save down rows.
+//
+// The output head can be treated alike where its weights lie in two planes, with either scope: the
+// high plane estimates all logits, and those that a threshold below the largest shows to matter are
+// made exact (TdaOptions::head).
 #pragma once
 
 #include <cstdint>
@@ -64,6 +68,10 @@ struct TdaOptions {
   /// Scope "sequence": every `refresh` generated tokens, run those tokens again, dense and as one
   /// batch, let their statistic count as much as all before, and renew the mask. 0: never.
   std::int64_t refresh = 0;
+  /// int8 and int4 weights (whose head is int8): decoding reads the output head at 4 bits, and at 8
+  /// the rows of tokens that then look at least `head` times as likely as the likeliest, 0 <= head
+  /// <= 1. The other logits stay what 4 bits say. 0: the whole head at 8 bits.
+  double head = 0;
 
   /// Throws OptionError.
   void validate() const;
