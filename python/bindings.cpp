@@ -234,6 +234,9 @@ void bind_options(nb::module_& m) {
              "Scope \"token\" with int8 weights and active: a further share kept at 4 bits.")
       .field("refresh", &TdaOptions::refresh,
              "Scope \"sequence\": renew the mask every so many generated tokens; 0: never.")
+      .field("compact", &TdaOptions::compact,
+             "Scope \"sequence\", CPU: copy the mask's rows to one place, to be read as fast as\n"
+             "dense ones; takes their memory once more.")
       .field("head", &TdaOptions::head,
              "int8 and int4 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
              "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
@@ -242,7 +245,7 @@ void bind_options(nb::module_& m) {
           "float "
           "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
           "= "
-          "0, estimate: str = 'contribution', head: float = 0.0) -> None")
+          "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0) -> None")
       .def_static(
           "griffin",
           [](double active) {

@@ -141,6 +141,11 @@ class Backend {
   /// Strictly ascending ids in [0, F).
   virtual void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const = 0;
   virtual std::vector<std::int32_t> mask(const State&, std::int64_t layer) const = 0;
+  /// Whether this device reads rows that follow each other faster than those of a mask.
+  virtual bool can_compact() const { return false; }
+  /// Copies the rows of all masks to memory of the state, where they follow each other; a mask set
+  /// later is read in place. Changes no result. Throws DeviceError if memory is short.
+  virtual void compact_masks(State&) const {}
   /// Throws OptionError for thresholds that contradict each other or the weight format.
   virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
   /// What single-token steps of this state have read so far, counted where read.

@@ -198,6 +198,7 @@ void CpuBackend::set_mask(State& state, std::int64_t layer,
                           std::vector<std::int32_t> neurons) const {
   check_mask(layer, neurons);
   CpuState::of(state).layers[layer].mask = std::move(neurons);
+  CpuState::of(state).layers[layer].copy.reset();
 }
 
 std::vector<std::int32_t> CpuBackend::mask(const State& state, std::int64_t layer) const {

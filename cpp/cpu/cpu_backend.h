@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -44,6 +45,7 @@ struct CpuState final : State {
 
   struct Layer {
     std::vector<std::int32_t> mask;  // active neurons, ascending
+    std::optional<NeuronRows> copy;  // of their rows, in this order
     std::vector<double> sums;        // [F] the statistic
     double tokens = 0;               // that it has gathered
     std::vector<float> samples;      // [tokens, F]
@@ -55,6 +57,7 @@ struct CpuState final : State {
   KvFormat kv = KvFormat::automatic;
   Buffer<std::byte> keys, values;  // [L, kv heads, capacity, head_dim]
   std::vector<Layer> layers;       // [L]
+  Buffer<std::byte> copies;        // of masks' rows
   std::int64_t head_bytes = 0;     // read for single rows of logits
 
   // Of the current step.
@@ -105,6 +108,8 @@ class CpuBackend final : public Backend {
   std::vector<float> samples(const State&, std::int64_t layer) const override;
   void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
   std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
+  bool can_compact() const override { return true; }
+  void compact_masks(State&) const override;
   void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
   std::int64_t head_bytes(const State&) const override;
@@ -163,6 +168,7 @@ class CpuBackend final : public Backend {
                     float* scratch) const;
 
   // ffn.cpp
+  NeuronRows neuron_rows(std::int64_t layer) const;
   void ffn_sparse(CpuState&, std::int64_t layer) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
                    const float* in, float* x, std::int64_t x_stride) const;

@@ -1,6 +1,9 @@
 // The feed-forward network: dense, gathering TDA's statistic, or sparse.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
+#include <optional>
+#include <vector>
 
 #include "cpu/cpu_backend.h"
 
@@ -29,6 +32,69 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   sample(state, layer);
 }
 
+NeuronRows CpuBackend::neuron_rows(std::int64_t layer) const {
+  const LayerWeights& weights = model_->layers[layer];
+  return {rows_of(weights.gate), rows_of(weights.up), rows_of(weights.down)};
+}
+
+namespace {
+
+/// Rows of some planes, `stride` bytes of each neuron side by side.
+struct Record {
+  std::int64_t stride;
+  std::vector<const std::byte**> planes;  // where they begin
+};
+
+/// What lies side by side in the planes of three matrices.
+std::vector<Record> records_of(NeuronRows& rows) {
+  std::vector<Record> planes, records;
+  for (Rows* r : {&rows.gate, &rows.up, &rows.down}) {
+    planes.push_back({r->stride, {&r->data}});
+    if (r->low) planes.push_back({r->low_stride, {&r->low}});
+  }
+  std::sort(planes.begin(), planes.end(),
+            [](const Record& a, const Record& b) { return *a.planes[0] < *b.planes[0]; });
+  for (const Record& plane : planes) {
+    if (!records.empty() && *plane.planes[0] < *records.back().planes[0] + records.back().stride)
+      records.back().planes.push_back(plane.planes[0]);
+    else
+      records.push_back(plane);
+  }
+  return records;
+}
+
+}  // namespace
+
+void CpuBackend::compact_masks(State& s) const {
+  CpuState& state = CpuState::of(s);
+  Size bytes = 64;  // kernels read on behind the last row's end
+  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+    NeuronRows rows = neuron_rows(l);
+    for (const Record& record : records_of(rows))
+      bytes = bytes + (Size(std::ssize(state.layers[l].mask)) * record.stride).rounded_up(64);
+  }
+  for (CpuState::Layer& layer : state.layers) layer.copy.reset();
+  std::byte* to = state.copies.reserve(bytes, "the rows of TDA's masks");
+  advise_huge_pages(to, bytes.value());
+  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+    const std::vector<std::int32_t>& mask = state.layers[l].mask;
+    const std::int64_t count = std::ssize(mask);
+    NeuronRows rows = neuron_rows(l);
+    for (const Record& record : records_of(rows)) {
+      const std::byte* const from = *record.planes[0];
+      const std::int64_t stride = record.stride;
+      pool_.run((count + kBlockRows - 1) / kBlockRows, [&](std::int64_t block, int) {
+        for (std::int64_t i = block * kBlockRows; i < std::min(count, (block + 1) * kBlockRows);
+             ++i)
+          std::memcpy(to + i * stride, from + mask[i] * stride, stride);
+      });
+      for (const std::byte** plane : record.planes) *plane = to + (*plane - from);
+      to += (count * stride + 63) / 64 * 64;
+    }
+    state.layers[l].copy = rows;
+  }
+}
+
 void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::vector<std::int32_t>& active = state.layers[layer].mask;
@@ -54,13 +120,15 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
   float* partials = state.partials.reserve(Size(kMostTasks) * stride, "partial sums");
   const void* prepared = prepare(state, weights.gate.format, in, n);
-  const NeuronRows neuron_rows = {rows_of(weights.gate), rows_of(weights.up),
-                                  rows_of(weights.down)};
   const Activation activation = model_->config.activation;
   const TokenThresholds& thresholds = state.layers[layer].thresholds;
   const Selection selection = {thresholds.exact, thresholds.coarse, thresholds.by_gate,
                                weights.down_lengths.data()};
   const bool select = state.step.ffn == FfnMode::sparse && thresholds.exact > 0;
+  const std::optional<NeuronRows>& copy = state.layers[layer].copy;
+  const bool copied = copy && state.step.ffn == FfnMode::sparse && !select;
+  const NeuronRows rows_in_use = copied ? *copy : neuron_rows(layer);
+  if (copied) neurons = std::span(all_neurons_).first(neurons.size());
   std::atomic<std::int64_t> exact = 0, coarse = 0;
 
   pool_.run(tasks, [&](std::int64_t task, int) {
@@ -70,11 +138,11 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     float *h = state.hidden.data() + first, *y = partials + task * stride;
     if (select) {
       const SelectedCounts counts =
-          kernels.selected(neuron_rows, activation, selection, ids, prepared, h, y);
+          kernels.selected(rows_in_use, activation, selection, ids, prepared, h, y);
       exact += counts.exact;
       coarse += counts.coarse;
     } else {
-      kernels.neurons(neuron_rows, activation, ids, prepared, h, y);
+      kernels.neurons(rows_in_use, activation, ids, prepared, h, y);
       exact += end - first;
     }
   });

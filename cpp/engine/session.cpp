@@ -194,6 +194,8 @@ void Session::Impl::check(const TdaOptions& options) const {
     throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
                       std::string(name_of(format)));
   }
+  if (options.compact && !backend.can_compact())
+    throw OptionError("tda compact: expected device cpu, found " + backend.name());
   if (options.head > 0 && runtime->model().head.format != WeightFormat::int8) {
     throw OptionError("tda head " + text_of(options.head) +
                       ": expected int8 or int4 weights, found " + std::string(name_of(format)));
@@ -246,6 +248,7 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
   }
   set_token_thresholds(std::vector<TokenThresholds>(runtime->config().num_layers));
   refresh_every_ = options.refresh;
+  compact_ = options.compact;
   recent_.clear();
   mask_from_statistic();
 }
@@ -301,6 +304,7 @@ void Session::Impl::mask_from_statistic() {
     backend.mask_top_share(*state, active_);
   else
     backend.mask_at_least(*state, thresholds_);
+  if (compact_) backend.compact_masks(*state);
 }
 
 /// The last refresh_every_ tokens again, dense: their keys and values become exact, their
@@ -322,6 +326,10 @@ void Session::Impl::refresh() {
                     runtime->config().num_layers;
   recent_.clear();
   mask_from_statistic();
+  if (!compact_) return;
+  const std::lock_guard lock(runtime->computing);
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer)
+    refresh_bytes_ += std::ssize(backend.mask(*state, layer)) * runtime->model().neuron_bytes();
 }
 
 std::int64_t Session::Impl::ffn_bytes() const {

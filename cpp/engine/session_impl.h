@@ -66,6 +66,7 @@ struct Session::Impl {
 
   std::vector<float> thresholds_;  // [L]; empty if the masks go by active_
   double active_ = 1;
+  bool compact_ = false;
   std::int64_t samples_ = 0;  // tokens sampled of the last prefill
   std::int64_t refresh_every_ = 0;
   std::vector<Token> recent_;  // decoded since the masks were made

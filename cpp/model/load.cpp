@@ -1,6 +1,5 @@
 // Packs a checkpoint into engine layout: one arena, filled by copies that run in parallel, or
 // mapped.
-#include <sys/mman.h>
 #include <tda/error.h>
 
 #include <algorithm>
@@ -371,9 +370,7 @@ std::shared_ptr<std::byte> allocate_arena(Size bytes) {
   if (!memory)
     throw DeviceError("cpu: no memory for the weights, " + std::to_string(bytes.value()) +
                       " bytes expected to be free");
-#ifdef MADV_HUGEPAGE
-  ::madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults now, fewer TLB misses later
-#endif
+  advise_huge_pages(memory, padded.value());
   return {static_cast<std::byte*>(memory), std::free};
 }
 

@@ -105,6 +105,10 @@ void TdaOptions::validate() const {
         "tda refresh: expected only with scope \"sequence\", scope \"token\" decides afresh for "
         "every token anyway");
   }
+  if (token && compact) {
+    throw OptionError(
+        "tda compact: expected only with scope \"sequence\", which has a mask to copy");
+  }
   check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
   check(refresh >= 0, "refresh", refresh, "0 (never) or a positive number of tokens");
 }

@@ -34,7 +34,8 @@ from .evaluate import evaluate, frontier, parse_setting, table
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-TDA_OPTIONS = ("error", "active", "thresholds", "scope", "coarse", "head")  # as --tda-...
+# Of TDA, as --tda-...; refresh is --refresh.
+TDA_OPTIONS = ("error", "active", "thresholds", "scope", "coarse", "compact", "head")
 
 OVERLAP_TEXTS = 8  # of those evaluated, for the picture of overlaps
 
@@ -184,6 +185,12 @@ def _add_tda(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--tda-thresholds", metavar="FILE", help="made by calibrate")
     group.add_argument("--tda-scope", metavar="SCOPE", help="sequence (default) or token")
     group.add_argument("--tda-coarse", type=float, metavar="C", help="share at 4 bits, scope token")
+    group.add_argument(
+        "--tda-compact",
+        action="store_const",
+        const=True,
+        help="copy the mask's rows to one place, scope sequence",
+    )
     group.add_argument(
         "--tda-head",
         type=float,

@@ -255,7 +255,9 @@ TEST(tda_options) {
   CHECK_THROWS((TdaOptions{.active = 0.5, .coarse = 0.1}.validate()), OptionError, "tda coarse");
   CHECK_THROWS((TdaOptions{.scope = "token", .error = 0.5, .coarse = 0.1}.validate()), OptionError,
                "tda coarse");
-  TdaOptions{.active = 0.5, .head = 1}.validate();
+  TdaOptions{.active = 0.5, .compact = true, .head = 1}.validate();
+  CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.5, .compact = true}.validate()),
+               OptionError, "tda compact");
   CHECK_THROWS((TdaOptions{.active = 0.5, .head = 1.5}.validate()), OptionError, "tda head 1.5");
   CHECK_THROWS((TdaOptions{.active = 0.5, .head = NAN}.validate()), OptionError, "tda head nan");
   CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.6, .coarse = 0.5}.validate()), OptionError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,42 @@ def test_bytes_in_bf16_are_half(llama: Case):
     bf16 = Engine(llama.folder, weights="bf16").generate(llama.prompt, **options).stats
     assert 2 * bf16.ffn_bytes == f32.ffn_bytes
     assert bf16.ffn_bytes_fraction == f32.ffn_bytes_fraction
+
+
+@pytest.mark.parametrize("refresh", [0, 8])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "llama_odd"])
+def test_compact_masks_change_no_bit(tmp_path: Path, variant: str, weights: str, refresh: int):
+    engine = Engine(tiny.write(tmp_path / "m", variant), weights=weights, threads=2)
+    tokens = tiny.tokens(variant)
+
+    def run(compact: bool) -> tuple[np.ndarray, Session]:
+        session = engine.session(len(tokens), PROMPT)
+        session.prefill(tokens[:PROMPT])
+        session.apply(TDA(active=0.4, refresh=refresh, compact=compact))
+        logits = [session.decode(token) for token in tokens[PROMPT:-10]]
+        session.set_mask(0, range(1, 40, 2))  # this one is not copied
+        logits += [session.decode(token) for token in tokens[-10:]]
+        return np.stack(logits), session
+
+    in_place, expected = run(False)
+    copied, session = run(True)
+    assert (copied == in_place).all()
+    for layer in range(engine.config.num_layers):
+        assert np.array_equal(session.mask(layer), expected.mask(layer))
+    assert (session.ffn_bytes > expected.ffn_bytes) == (refresh > 0)  # copying reads, too
+
+
+def test_compact_masks_of_all_and_of_none(llama: Case, tmp_path: Path):
+    path = tmp_path / "thresholds.json"
+    llama.engine.calibrate([llama.tokens], error=0.2).save(str(path))
+    content = json.loads(path.read_text())
+    content["values"] = [0.0, *[9.0 for _ in llama.layers[1:]]]
+    path.write_text(json.dumps(content))
+    thresholds = Thresholds.load(str(path))
+    expected = llama.engine.score(llama.tokens, PROMPT, tda=TDA(thresholds=thresholds))
+    found = llama.engine.score(llama.tokens, PROMPT, tda=TDA(thresholds=thresholds, compact=True))
+    assert (found == expected).all()
 
 
 def test_refresh_of_fewer_tokens_than_the_window(tmp_path: Path):

@@ -68,6 +68,10 @@ struct TdaOptions {
   /// Scope "sequence": every `refresh` generated tokens, run those tokens again, dense and as one
   /// batch, let their statistic count as much as all before, and renew the mask. 0: never.
   std::int64_t refresh = 0;
+  /// Scope "sequence", CPU: copy the rows of the mask's neurons to where they follow each other, so
+  /// that they are read as fast as dense ones. Takes a mask's share of the FFN's memory once more,
+  /// and some milliseconds for each mask; changes no result.
+  bool compact = false;
   /// int8 and int4 weights (whose head is int8): decoding reads the output head at 4 bits, and at 8
   /// the rows of tokens that then look at least `head` times as likely as the likeliest, 0 <= head
   /// <= 1. The other logits stay what 4 bits say. 0: the whole head at 8 bits.
