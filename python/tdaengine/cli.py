@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--frontier",
         action="store_true",
-        help="six settings of each kind of TDA, of GRIFFIN and of CATS",
+        help="six settings of each kind of TDA, of GRIFFIN and of CATS, masks compact on the CPU",
     )
     evaluate.add_argument(
         "--also",
@@ -361,7 +361,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     engine = _engine(args)
     others = {f"{also} dense": _engine(args, weights=also) for also in args.also}
     if args.frontier:
-        families |= frontier(engine.weights)
+        families |= frontier(engine)
     lengths = {name: getattr(args, name) for name in ("prompt_tokens", "score_tokens")}
     with _progress_bar(unit="text", disable=args.json) as progress:
         results = evaluate(

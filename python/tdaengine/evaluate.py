@@ -20,18 +20,29 @@ DENSE = "dense"
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 GRADED = ((0.45, 0.45), (0.35, 0.5), (0.3, 0.5), (0.3, 0.4), (0.2, 0.5), (0.1, 0.5))
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+HEAD = 1e-5
 
 Rows = list[dict[str, Any]]  # one per text: its "text" (a digest) and the figures of every setting
 
 
-def frontier(weights: str) -> dict[str, dict[str, TDA]]:
-    """Families of settings from harmless to harmful, by name, for weights of this format."""
-    graded = {f"graded {a:g} + {c:g}": TDA(scope="token", active=a, coarse=c) for a, c in GRADED}
-    return {
-        **({"graded": graded} if weights == "int8" else {}),
+def frontier(engine: Engine) -> dict[str, dict[str, TDA]]:
+    """Families of settings from harmless to harmful, by name, that fit this engine. Masks are
+    compact where they can be."""
+    int8, compact = engine.weights == "int8", engine.device.startswith("cpu")
+
+    def graded(name: str, head: float) -> dict[str, TDA]:
+        return {
+            f"{name} {a:g} + {c:g}": TDA(scope="token", active=a, coarse=c, head=head)
+            for a, c in GRADED
+        }
+
+    planes = {"graded": graded("graded", 0), "graded, head": graded("graded, head", HEAD)}
+    return (planes if int8 else {}) | {
         "one threshold": {f"token {a:g}": TDA(scope="token", active=a) for a in SHARES},
-        "sequence TDA": {f"sequence, error {e:g}": TDA(error=e) for e in ERRORS},
-        "GRIFFIN": {f"GRIFFIN {a:g}": TDA.griffin(active=a) for a in SHARES},
+        "sequence TDA": {f"sequence, error {e:g}": TDA(error=e, compact=compact) for e in ERRORS},
+        "GRIFFIN": {
+            f"GRIFFIN {a:g}": TDA(estimate="hidden", active=a, compact=compact) for a in SHARES
+        },
         "CATS": {f"CATS {a:g}": TDA.cats(active=a) for a in SHARES},
     }
 

@@ -162,9 +162,9 @@ def test_parse_setting(int8: Engine, tmp_path: Path):
             int8.score(TEXTS[0], prompt_tokens=24, tda=engine_setting)
 
 
-def test_frontier_is_six_settings_each():
-    for weights, families in (("int8", 5), ("bf16", 4)):
-        settings = frontier(weights)
+def test_frontier_is_six_settings_each(folder: Path):
+    for weights, families in (("int8", 6), ("bf16", 4)):
+        settings = frontier(Engine(folder, weights=weights))
         assert [len(family) for family in settings.values()] == [6] * families
 
 
@@ -204,7 +204,7 @@ def test_the_frontier_with_its_picture(
     assert not cli.main([*command, "--plot", str(picture)])
     out, err = capsys.readouterr()
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert len(out.splitlines()) == 2 + 1 + 1 + 5 * 6 + 1
+    assert len(out.splitlines()) == 2 + 1 + 1 + 6 * 6 + 1
     assert "| graded 0.35 + 0.5 | " in out and "\n| int4 dense | 1.00 + 0.00 | " in out
     assert "2/2" in err
     assert not cli.main([*command, "--json"])  # nothing is left to do
