@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_options.h"
 #include "gil.h"
 #include "records.h"
 
@@ -80,37 +81,6 @@ const char* to_string(tda::FinishReason reason) {
   return nullptr;
 }
 
-const char* to_string(tda::Activation activation) {
-  switch (activation) {
-    case tda::Activation::silu:
-      return "silu";
-    case tda::Activation::gelu:
-      return "gelu";
-    case tda::Activation::gelu_tanh:
-      return "gelu_tanh";
-    case tda::Activation::relu:
-      return "relu";
-  }
-  return nullptr;
-}
-
-const char* to_string(tda::RopeConfig::Scaling scaling) {
-  using Scaling = tda::RopeConfig::Scaling;
-  switch (scaling) {
-    case Scaling::none:
-      return "default";
-    case Scaling::linear:
-      return "linear";
-    case Scaling::dynamic:
-      return "dynamic";
-    case Scaling::llama3:
-      return "llama3";
-    case Scaling::yarn:
-      return "yarn";
-  }
-  return nullptr;
-}
-
 void bind_errors(nb::module_& m) {
   const nb::exception<tda::Error> error(m, "Error");
   error.doc() =
@@ -129,165 +99,6 @@ void bind_errors(nb::module_& m) {
                                     "The device asked for is absent, out of memory, or failed.");
   bind.operator()<tda::ContextOverflow>("ContextOverflow",
                                         "The tokens asked for do not fit into the context.");
-}
-
-void bind_config(nb::module_& m) {
-  using tda::ModelConfig;
-  using tda::RopeConfig;
-  nb::class_<RopeConfig>(m, "RopeConfig", "Rotary position embedding and how it is stretched.")
-      .def_prop_ro("scaling", [](const RopeConfig& c) { return to_string(c.scaling); })
-      .def_ro("theta", &RopeConfig::theta)
-      .def_ro("factor", &RopeConfig::factor)
-      .def_ro("original_max_position", &RopeConfig::original_max_position);
-  nb::class_<ModelConfig>(m, "ModelConfig", "What a checkpoint's config.json says.")
-      .def_ro("model_type", &ModelConfig::model_type)
-      .def_ro("vocab_size", &ModelConfig::vocab_size)
-      .def_ro("hidden_size", &ModelConfig::hidden_size)
-      .def_ro("intermediate_size", &ModelConfig::intermediate_size)
-      .def_ro("num_layers", &ModelConfig::num_layers)
-      .def_ro("num_heads", &ModelConfig::num_heads)
-      .def_ro("num_kv_heads", &ModelConfig::num_kv_heads)
-      .def_ro("head_dim", &ModelConfig::head_dim)
-      .def_ro("max_position", &ModelConfig::max_position)
-      .def_ro("rms_norm_eps", &ModelConfig::rms_norm_eps)
-      .def_prop_ro("activation", [](const ModelConfig& c) { return to_string(c.activation); })
-      .def_ro("rope", &ModelConfig::rope)
-      .def_ro("tied_embeddings", &ModelConfig::tied_embeddings)
-      .def_ro("qkv_bias", &ModelConfig::qkv_bias)
-      .def_ro("output_bias", &ModelConfig::output_bias)
-      .def_ro("qk_norm", &ModelConfig::qk_norm)
-      .def_ro("sliding_window", &ModelConfig::sliding_window)
-      .def_ro("bos_token", &ModelConfig::bos_token)
-      .def_ro("eos_tokens", &ModelConfig::eos_tokens);
-}
-
-void bind_options(nb::module_& m) {
-  using tda::CalibrateOptions;
-  using tda::GenerateOptions;
-  using tda::TdaOptions;
-  using tda::Thresholds;
-  RecordClass<Thresholds>(
-      m, "Thresholds",
-      "One threshold per layer on what neurons contribute, and where it came from. Made by\n"
-      "Engine.calibrate; for TDA(thresholds=...).")
-      .field("model", &Thresholds::model, "Folder name of the model, for messages.")
-      .field("fingerprint", &Thresholds::fingerprint,
-             "Of the checkpoint's tensors; must be that of the model they are used with.")
-      .field("weights", &Thresholds::weights, "Format of the weights, \"int8\": must match, too.")
-      .field("scope", &Thresholds::scope, "\"sequence\" or \"token\".")
-      .field("error", &Thresholds::error, "The error that was asked for; 0 if bytes were.")
-      .field("bytes", &Thresholds::bytes, "The share of FFN bytes that was asked for, or 0.")
-      .field("values", &Thresholds::values, "The thresholds, one per layer.")
-      .field("coarse", &Thresholds::coarse,
-             "The second, lower ones (scope \"token\", int8), or none.")
-      .field("reached", &Thresholds::reached,
-             "Per layer the error, or share of bytes, on the calibration text.")
-      .field("source", &Thresholds::source, "\"texts\" or \"self-generated\".")
-      .field("texts", &Thresholds::texts, "How many texts were used.")
-      .field("tokens", &Thresholds::tokens, "How many tokens they had.")
-      .def(
-          "save", [](const Thresholds& t, const std::filesystem::path& path) { t.save(path); },
-          "path"_a, nb::sig("def save(self, path: str | os.PathLike[str]) -> None"),
-          "Writes JSON to the file `path`, atomically. Raises CheckpointError.")
-      .def_static(
-          "load", [](const std::filesystem::path& path) { return Thresholds::load(path); },
-          "path"_a, nb::sig("def load(path: str | os.PathLike[str]) -> Thresholds"),
-          "Reads what `save` wrote to the file `path`. Raises CheckpointError for anything else.");
-
-  RecordClass<GenerateOptions>(
-      m, "GenerateOptions",
-      "How to generate. Sampling follows the order repetition_penalty, temperature, top_k, top_p,\n"
-      "min_p. Raises OptionError.")
-      .field("max_new_tokens", &GenerateOptions::max_new_tokens, "1 or more.")
-      .field("temperature", &GenerateOptions::temperature, "0: greedy.")
-      .field("top_k", &GenerateOptions::top_k, "So many most likely tokens; 0: off.")
-      .field("top_p", &GenerateOptions::top_p,
-             "The fewest tokens that have this probability together; 1: off.")
-      .field("min_p", &GenerateOptions::min_p,
-             "Tokens at least this likely relative to the likeliest; 0: off.")
-      .field("repetition_penalty", &GenerateOptions::repetition_penalty,
-             "Over prompt and generated tokens; 1: off.")
-      .field("seed", &GenerateOptions::seed, "0 to 2**64 - 1; None: a fresh one.")
-      .field("ignore_eos", &GenerateOptions::ignore_eos, "Go on after an end-of-text token.")
-      .from_keywords(
-          "def __init__(self, *, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = "
-          "0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | "
-          "None = None, ignore_eos: bool = False) -> None");
-
-  RecordClass<TdaOptions>(
-      m, "TDA",
-      "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
-      "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
-      "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
-      "Exactly one of error, active and thresholds is given. Raises OptionError.")
-      .field("scope", &TdaOptions::scope, "\"sequence\" or \"token\".")
-      .field("estimate", &TdaOptions::estimate,
-             "\"contribution\"; \"hidden\" and \"gate\" serve TDA.griffin and TDA.cats.")
-      .field("error", &TdaOptions::error,
-             "0 <= error < 1, target for the relative error of each layer's FFN on the prompt\n"
-             "(CETT); thresholds are searched on the prompt itself.")
-      .field("active", &TdaOptions::active,
-             "0 < active <= 1, share of neurons kept in every layer.")
-      .field("thresholds", &TdaOptions::thresholds,
-             "Thresholds, from Engine.calibrate or Thresholds.load.")
-      .field("coarse", &TdaOptions::coarse,
-             "Scope \"token\" with int8 weights and active: a further share kept at 4 bits.")
-      .field("refresh", &TdaOptions::refresh,
-             "Scope \"sequence\": renew the mask every so many generated tokens; 0: never.")
-      .field("compact", &TdaOptions::compact,
-             "Scope \"sequence\", CPU: copy the mask's rows to one place, to be read as fast as\n"
-             "dense ones; takes their memory once more.")
-      .field("head", &TdaOptions::head,
-             "int8 and int4 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
-             "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
-      .from_keywords(
-          "def __init__(self, *, scope: str = 'sequence', error: float | None = None, active: "
-          "float "
-          "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
-          "= "
-          "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0) -> None")
-      .def_static(
-          "griffin",
-          [](double active) {
-            TdaOptions options{.estimate = "hidden", .active = active};
-            options.validate();
-            return options;
-          },
-          "active"_a,
-          "For comparison: a share `active` of neurons by their activations in the prompt, as in\n"
-          "GRIFFIN (arXiv 2404.01365). Raises OptionError.")
-      .def_static(
-          "cats",
-          [](double active) {
-            TdaOptions options{.scope = "token", .estimate = "gate", .active = active};
-            options.validate();
-            return options;
-          },
-          "active"_a,
-          "For comparison: per token the share `active` of neurons whose gate is open widest, as "
-          "in\n"
-          "CATS (arXiv 2404.08763). Raises OptionError.");
-
-  RecordClass<CalibrateOptions>(m, "CalibrateOptions",
-                                "How to search thresholds. Raises OptionError.")
-      .field("scope", &CalibrateOptions::scope, "\"sequence\" or \"token\".")
-      .field("error", &CalibrateOptions::error, "0 <= error < 1, the CETT to meet in every layer.")
-      .field("bytes", &CalibrateOptions::bytes,
-             "Instead of error, with scope \"token\": the share of FFN bytes to read, spent over\n"
-             "the layers where it helps most.")
-      .field("max_tokens", &CalibrateOptions::max_tokens, "Of each text.")
-      .field("sample_tokens", &CalibrateOptions::sample_tokens,
-             "Of each text, on which CETT is measured.")
-      .field("self_texts", &CalibrateOptions::self_texts,
-             "How many texts the model writes if none are given,")
-      .field("self_tokens", &CalibrateOptions::self_tokens, "each so long,")
-      .field("seed", &CalibrateOptions::seed, "sampled from this seed on.")
-      .from_keywords(
-          "def __init__(self, *, scope: str = 'sequence', error: float = 0.1, bytes: float | None "
-          "= "
-          "None, max_tokens: int = 512, sample_tokens: int = 32, self_texts: int = 16, "
-          "self_tokens: "
-          "int = 128, seed: int = 0) -> None");
 }
 
 void bind_results(nb::module_& m) {

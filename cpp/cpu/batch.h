@@ -13,6 +13,18 @@ constexpr int64_t kBatch = 16;
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
+#if defined(__AVX512VNNI__)
+/// Which of the scales of two groups, whose first stands at `first`, the lanes of their first (0)
+/// or second halves take.
+template <int kScales>
+inline __m512i scales_of_lanes(int half, int first = 0) {
+  const __m512i firsts = kScales == 2
+                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
+                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_add_epi32(firsts, _mm512_set1_epi32(first + half * kScales / 2));
+}
+#endif
+
 /// Per-lane sums of up to kBatch rows on their way to one float each.
 struct Products {
   Floats lanes[kBatch];

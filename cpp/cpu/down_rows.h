@@ -110,16 +110,6 @@ struct Factors {
   }
 };
 
-/// Which of the scales of two groups, whose first stands at `first`, the lanes of their first (0)
-/// or second halves take.
-template <int kScales>
-inline __m512i scales_of_lanes(int half, int first = 0) {
-  const __m512i firsts = kScales == 2
-                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
-                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_add_epi32(firsts, _mm512_set1_epi32(first + half * kScales / 2));
-}
-
 /// Of two groups' integers, one per scale, those of one half, each for as many lanes.
 template <int kScales>
 inline __m512i spread(const int32_t* p, int half) {

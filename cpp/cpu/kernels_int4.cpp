@@ -1,6 +1,6 @@
 // Kernels of decode for int4 rows.
 #include "cpu/int4.h"
-#include "cpu/integer_rows.h"
+#include "cpu/integer_neurons.h"
 #include "cpu/kernels_isa.h"
 
 namespace tda {

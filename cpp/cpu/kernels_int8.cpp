@@ -1,6 +1,6 @@
 // Kernels of decode for int8 rows, and the token scope's selection by their high planes.
 #include "cpu/int8.h"
-#include "cpu/integer_rows.h"
+#include "cpu/integer_neurons.h"
 #include "cpu/kernels_isa.h"
 
 namespace tda {

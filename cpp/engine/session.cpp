@@ -1,13 +1,10 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
-#include <numeric>
 
-#include "backend/parallel.h"
 #include "checkpoint/size.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
-#include "sparsity/text_of.h"
 
 namespace tda {
 
@@ -19,12 +16,6 @@ void check_tokens(const ModelConfig& config, Tokens tokens) {
                         ": expected 0 to " + std::to_string(config.vocab_size - 1));
     }
   }
-}
-
-static OptionError no_samples(const std::string& what) {
-  return OptionError("tda " + what +
-                     ": the session remembers no tokens to search thresholds on, "
-                     "make it with sample_tokens > 0 and prefill a prompt");
 }
 
 Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity,
@@ -184,152 +175,6 @@ void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> n
   const std::lock_guard lock(runtime->computing);
   backend.set_mask(*state, layer, {neurons.begin(), neurons.end()});
   decode_mode = FfnMode::sparse;
-}
-
-void Session::Impl::check(const TdaOptions& options) const {
-  options.validate();
-  if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
-  const WeightFormat format = runtime->model().format;
-  if (options.coarse > 0 && format != WeightFormat::int8) {
-    throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
-                      std::string(name_of(format)));
-  }
-  if (options.compact && !backend.can_compact())
-    throw OptionError("tda compact: expected device cpu, found " + backend.name());
-  if (options.head > 0 && runtime->model().head.format != WeightFormat::int8) {
-    throw OptionError("tda head " + text_of(options.head) +
-                      ": expected int8 or int4 weights, found " + std::string(name_of(format)));
-  }
-}
-
-void Session::Impl::apply(const TdaOptions& options) {
-  check(options);
-  if (options.scope == "token")
-    apply_token(options);
-  else
-    apply_sequence(options);
-  head_ = static_cast<float>(options.head);
-  decode_mode = FfnMode::sparse;
-}
-
-void Session::Impl::check_thresholds(const Thresholds& file, const std::string& scope) const {
-  const Model& model = runtime->model();
-  const std::string who = "thresholds of model \"" + file.model + "\"";
-  if (file.fingerprint != model.fingerprint) {
-    throw CheckpointError(who + " (fingerprint " + file.fingerprint + ") do not fit model \"" +
-                          model.name + "\" (fingerprint " + model.fingerprint + ")");
-  }
-  if (file.weights != name_of(model.format)) {
-    throw CheckpointError(who + " are for " + file.weights + " weights, found " +
-                          std::string(name_of(model.format)));
-  }
-  if (file.scope != scope) {
-    throw OptionError(who + " are for scope \"" + file.scope + "\", found scope \"" + scope + "\"");
-  }
-  if (std::ssize(file.values) != model.config.num_layers) {
-    throw CheckpointError(who + ": found " + std::to_string(file.values.size()) +
-                          " values, expected one for each of " +
-                          std::to_string(model.config.num_layers) + " layers");
-  }
-}
-
-void Session::Impl::apply_sequence(const TdaOptions& options) {
-  thresholds_.clear();
-  if (options.thresholds) {
-    thresholds_ = options.thresholds->values;
-  } else if (options.error) {
-    if (samples_ == 0) throw no_samples("error");
-    const std::lock_guard lock(runtime->computing);
-    check_statistic();
-    for (const ThresholdSearch& found : backend.search_thresholds(*state, *options.error))
-      thresholds_.push_back(found.threshold);
-  } else {
-    active_ = *options.active;
-  }
-  set_token_thresholds(std::vector<TokenThresholds>(runtime->config().num_layers));
-  refresh_every_ = options.refresh;
-  compact_ = options.compact;
-  recent_.clear();
-  mask_from_statistic();
-}
-
-/// Thresholds on single contributions; the prompt's own tokens say where shares or errors lie.
-void Session::Impl::apply_token(const TdaOptions& options) {
-  const Model& model = runtime->model();
-  const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
-  std::vector<TokenThresholds> chosen(layers);
-  if (options.thresholds) {
-    const Thresholds& file = *options.thresholds;
-    for (std::int64_t layer = 0; layer < layers; ++layer)
-      chosen[layer] = {file.values[layer],
-                       file.coarse.empty() ? file.values[layer] : file.coarse[layer]};
-  } else {
-    if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
-    const bool by_gate = options.estimate == "gate";
-    parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
-      const LayerWeights& weights = model.layers[layer];
-      const std::vector<float> values = samples(layer);
-      std::vector<float> estimates = values;
-      for (std::size_t i = 0; i < estimates.size(); ++i)
-        estimates[i] =
-            std::abs(estimates[i]) * (by_gate ? 1.0f : weights.down_lengths[i % neurons]);
-      if (options.error) {
-        const float threshold =
-            search_token_threshold(values, estimates, weights.down, *options.error).threshold;
-        chosen[layer] = {threshold, threshold};
-      } else {
-        const auto [exact, coarse] =
-            thresholds_of_shares(estimates, *options.active, options.coarse);
-        chosen[layer] = {exact, coarse, by_gate};
-      }
-    });
-  }
-  std::vector<std::int32_t> all(neurons);
-  std::iota(all.begin(), all.end(), 0);
-  for (std::int64_t layer = 0; layer < layers; ++layer) set_mask(layer, all);
-  set_token_thresholds(chosen);
-  refresh_every_ = 0;
-}
-
-void Session::Impl::set_token_thresholds(std::span<const TokenThresholds> chosen) {
-  const std::lock_guard lock(runtime->computing);
-  for (std::int64_t layer = 0; layer < std::ssize(chosen); ++layer)
-    backend.set_thresholds(*state, layer, chosen[layer]);
-}
-
-void Session::Impl::mask_from_statistic() {
-  const std::lock_guard lock(runtime->computing);
-  check_statistic();
-  if (thresholds_.empty())
-    backend.mask_top_share(*state, active_);
-  else
-    backend.mask_at_least(*state, thresholds_);
-  if (compact_) backend.compact_masks(*state);
-}
-
-/// The last refresh_every_ tokens again, dense: their keys and values become exact, their
-/// activations join the statistic with the weight of all before, and the masks follow.
-void Session::Impl::refresh() {
-  const auto count = static_cast<double>(recent_.size());
-  {
-    const std::lock_guard lock(runtime->computing);
-    backend.fade_statistic(*state, count / backend.gathered(*state, 0));
-  }
-  position -= std::ssize(recent_);
-  Step step;
-  step.tokens = recent_;
-  step.ffn = FfnMode::gather;
-  step.estimate = estimate;
-  run(step, 0);
-  const std::int64_t steps = (std::ssize(recent_) + backend.max_step() - 1) / backend.max_step();
-  refresh_bytes_ += steps * runtime->model().neuron_bytes() * runtime->config().intermediate_size *
-                    runtime->config().num_layers;
-  recent_.clear();
-  mask_from_statistic();
-  if (!compact_) return;
-  const std::lock_guard lock(runtime->computing);
-  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer)
-    refresh_bytes_ += std::ssize(backend.mask(*state, layer)) * runtime->model().neuron_bytes();
 }
 
 std::int64_t Session::Impl::ffn_bytes() const {
