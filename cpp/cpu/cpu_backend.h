@@ -39,6 +39,11 @@ inline Rows rows_of(const Matrix& w, std::int64_t first = 0) {
   return {w.row(first), w.low_row(first), w.cols, w.stride(), w.low_stride()};
 }
 
+/// A layer's feed-forward rows, for kernels.
+inline NeuronRows rows_of(const LayerWeights& layer) {
+  return {rows_of(layer.gate), rows_of(layer.up), rows_of(layer.down)};
+}
+
 struct CpuState final : State {
   static CpuState& of(State& state) { return static_cast<CpuState&>(state); }
   static const CpuState& of(const State& state) { return static_cast<const CpuState&>(state); }
@@ -168,7 +173,6 @@ class CpuBackend final : public Backend {
                     float* scratch) const;
 
   // ffn.cpp
-  NeuronRows neuron_rows(std::int64_t layer) const;
   void ffn_sparse(CpuState&, std::int64_t layer) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
                    const float* in, float* x, std::int64_t x_stride) const;

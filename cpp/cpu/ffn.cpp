@@ -32,11 +32,6 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   sample(state, layer);
 }
 
-NeuronRows CpuBackend::neuron_rows(std::int64_t layer) const {
-  const LayerWeights& weights = model_->layers[layer];
-  return {rows_of(weights.gate), rows_of(weights.up), rows_of(weights.down)};
-}
-
 namespace {
 
 /// Rows of some planes, `stride` bytes of each neuron side by side.
@@ -69,7 +64,7 @@ void CpuBackend::compact_masks(State& s) const {
   CpuState& state = CpuState::of(s);
   Size bytes = 64;  // kernels read on behind the last row's end
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
-    NeuronRows rows = neuron_rows(l);
+    NeuronRows rows = rows_of(model_->layers[l]);
     for (const Record& record : records_of(rows))
       bytes = bytes + (Size(std::ssize(state.layers[l].mask)) * record.stride).rounded_up(64);
   }
@@ -79,7 +74,7 @@ void CpuBackend::compact_masks(State& s) const {
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
     const std::vector<std::int32_t>& mask = state.layers[l].mask;
     const std::int64_t count = std::ssize(mask);
-    NeuronRows rows = neuron_rows(l);
+    NeuronRows rows = rows_of(model_->layers[l]);
     for (const Record& record : records_of(rows)) {
       const std::byte* const from = *record.planes[0];
       const std::int64_t stride = record.stride;
@@ -127,7 +122,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const bool select = state.step.ffn == FfnMode::sparse && thresholds.exact > 0;
   const std::optional<NeuronRows>& copy = state.layers[layer].copy;
   const bool copied = copy && state.step.ffn == FfnMode::sparse && !select;
-  const NeuronRows rows_in_use = copied ? *copy : neuron_rows(layer);
+  const NeuronRows rows_in_use = copied ? *copy : rows_of(weights);
   if (copied) neurons = std::span(all_neurons_).first(neurons.size());
   std::atomic<std::int64_t> exact = 0, coarse = 0;
 

@@ -131,5 +131,15 @@ SelectedCounts selected_by_gate(const NeuronRows& rows, Activation activation,
   return counts;
 }
 
+/// RowKernels::selected: by the gate, or by the contribution as the format estimates it.
+template <class Row, auto kByContribution>
+SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
+                        const NeuronIds& ids, const void* prepared, float* h, float* y) {
+  const Vector<Row> x(prepared, rows.gate.n);
+  clear(y, x);
+  const auto select = selection.by_gate ? selected_by_gate<Row> : kByContribution;
+  return select(rows, activation, selection, ids, x, h, y);
+}
+
 }  // namespace
 }  // namespace tda

@@ -34,20 +34,12 @@ SelectedCounts selected_by_contribution(const NeuronRows& rows, Activation activ
   return counts;
 }
 
-SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
-                        const NeuronIds& ids, const void* prepared, float* h, float* y) {
-  const Vector<Int4Row> x(prepared, rows.gate.n);
-  clear(y, x);
-  const auto select = selection.by_gate ? selected_by_gate<Int4Row> : selected_by_contribution;
-  return select(rows, activation, selection, ids, x, h, y);
-}
-
 }  // namespace
 
 namespace TDA_ISA {
 const RowKernels int4_rows = {prepared_bytes<Int4Row>, prepare<Int4Row>,
                               load<Int4Row>,           dot<Int4Row>,
-                              neurons<Int4Row>,        selected};
+                              neurons<Int4Row>,        selected<Int4Row, selected_by_contribution>};
 }  // namespace TDA_ISA
 
 }  // namespace tda

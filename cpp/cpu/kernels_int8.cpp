@@ -45,14 +45,6 @@ SelectedCounts selected_by_sketch(const NeuronRows& rows, Activation activation,
   return counts;
 }
 
-SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
-                        const NeuronIds& ids, const void* prepared, float* h, float* y) {
-  const Vector<Int8Row> x(prepared, rows.gate.n);
-  clear(y, x);
-  const auto select = selection.by_gate ? selected_by_gate<Int8Row> : selected_by_sketch;
-  return select(rows, activation, selection, ids, x, h, y);
-}
-
 float sketch(const Rows& w, int64_t rows, const void* prepared, float* y) {
   const Vector<Int8Row> x(prepared, w.n);
   float largest = -__builtin_inff();
@@ -82,9 +74,14 @@ void dot_some(const Rows& w, const int32_t* ids, int64_t count, const void* prep
 }  // namespace
 
 namespace TDA_ISA {
-const RowKernels int8_rows = {
-    prepared_bytes<Int8Row>, prepare<Int8Row>, load<Int8Row>, dot<Int8Row>,
-    neurons<Int8Row>,        selected,         sketch,        dot_some};
+const RowKernels int8_rows = {prepared_bytes<Int8Row>,
+                              prepare<Int8Row>,
+                              load<Int8Row>,
+                              dot<Int8Row>,
+                              neurons<Int8Row>,
+                              selected<Int8Row, selected_by_sketch>,
+                              sketch,
+                              dot_some};
 }  // namespace TDA_ISA
 
 }  // namespace tda

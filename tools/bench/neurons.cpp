@@ -1,6 +1,6 @@
-// What rows of weights cost one core: reading alone, and the decode kernels of a feed-forward
-// layer. make build builds it: build/bench_neurons [H ...], the lengths of rows, by default 576 and
-// 2048. Prints tables in Markdown; each figure is the best of some passes. For RESULTS-cpu.md.
+// What rows of weights cost: reading alone, and, on one core, the decode kernels of feed-forward
+// layers. `make build` builds it: build/bench_neurons MODEL ..., checkpoints whose layers together
+// are larger than the caches. Prints tables in Markdown; each figure is the best of some passes.
 #include <tda/error.h>
 
 #include <algorithm>
@@ -147,7 +147,7 @@ double kernel_time(const Model& model, const Setting& setting) {
       some_of(std::min(setting.most, model.config.intermediate_size), setting.share);
   std::vector<float> h(ids.size());
   const auto run = [&](const LayerWeights& layer, const Selection* selection) {
-    const NeuronRows rows = {rows_of(layer.gate), rows_of(layer.up), rows_of(layer.down)};
+    const NeuronRows rows = rows_of(layer);
     for (std::int64_t first = 0; first < std::ssize(ids); first += kCall) {
       const std::int64_t end = std::min(first + kCall, std::ssize(ids));
       const NeuronIds some = {ids.data() + first, end - first, std::ssize(ids) - end};
