@@ -26,22 +26,28 @@ struct DownRowsAhead : RowsAhead<Row, kBatch> {
   }
 };
 
-/// The same for rows that follow each other, both of their planes in one stream; at a list's end
-/// two streams.
+/// The same for rows that follow each other, both of their planes in one stream, which is asked for
+/// again; at a list's end two other streams.
 template <class Row>
 struct DownStreamAhead {
   static constexpr bool kInOrder = true;
-  StreamsAhead streams;
-  bool two;
+  const std::uint8_t *first, *second;
 
-  DownStreamAhead(const Rows& w, const Batch& batch)
-      : streams(batch.ahead<Row>(w, batch.follow.a, 0)), two(batch.is_last()) {
-    if (!Row::kPlanes)  // the one stream's second half
-      streams.next[1] = batch.ahead<Row>(w, batch.follow.a, kBatch / 2).plane(0);
+  DownStreamAhead(const Rows& w, const Batch& batch) {
+    const Row far = batch.ahead<Row>(w, batch.follow.a, 0);
+    first = far.plane(0);
+    if (!batch.is_last())
+      second = Row(w, batch.id(kBatch / 2)).plane(0);
+    else if (Row::kPlanes)
+      second = far.plane(1);
+    else  // the one stream's second half
+      second = batch.ahead<Row>(w, batch.follow.a, kBatch / 2).plane(0);
   }
   void ask(int, int64_t, int64_t) {
-    streams.ask(0, 0, 0);
-    if (two) streams.ask(1, 0, 0);
+    tda::ask(first);
+    tda::ask(second);
+    first += kLineBytes;
+    second += kLineBytes;
   }
   void ask_scales(int64_t, int64_t) { ask(0, 0, 0); }
 };

@@ -283,7 +283,13 @@ void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row
   // Past the end lies what a next call will read.
   multiply_rows<kExact>(
       count, [&](int64_t i) { return Row(w, first + i); },
-      [&](int64_t i, int64_t) { return StreamsAhead(Row(w, first + i + kBatch)); }, x, out);
+      [&](int64_t i, int64_t) {
+        const auto ahead = [&](int64_t rows) {
+          return StreamsAhead::Planes(Row(w, first + i + rows));
+        };
+        return StreamsAhead{ahead(kBatch), ahead(kBatch / 2)};
+      },
+      x, out);
 }
 
 template <class Row>
