@@ -8,8 +8,11 @@
 namespace tda {
 namespace {
 
-/// Neurons worked on at a time: their down rows share what is loaded and stored of y.
-constexpr int64_t kBatch = 16;
+/// Neurons worked on at a time.
+constexpr int64_t kBatch = kNeuronBatch;
+/// Down rows worked on at a time: they share what is loaded and stored of y. More would be less
+/// work, but more streams from memory.
+constexpr int64_t kDownBatch = 8;
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
@@ -63,7 +66,8 @@ struct Gated {
 // and no list to keep (loops over lists took a quarter of the time).
 //
 // Where many requests are under way, one or two of a hundred get lost, and for each a core waits as
-// long as for the work on a hundred lines. So streams are asked for again, half as far ahead.
+// long as for the work on a hundred lines. So streams that are read whole are asked for again, half
+// as far ahead.
 //
 // Rows that follow each other are asked for line by line through all of them, whatever the order of
 // work: the hardware joins in with such a stream (a tenth to a third faster than row by row). Those
@@ -94,15 +98,16 @@ struct Batch {
   int64_t left;  // of the list, from this batch's first on
   const Follow& follow;
 
-  Batch(const int32_t* all, int64_t all_count, int64_t first, const Follow& next)
+  Batch(const int32_t* all, int64_t all_count, int64_t first, const Follow& next,
+        int64_t most = kBatch)
       : ids(all + first),
-        count(min(kBatch, all_count - first)),
+        count(min(most, all_count - first)),
         left(all_count - first),
         follow(next) {}
   /// The last one in the place of those beyond it.
   int64_t index(int64_t i) const { return min(i, count - 1); }
   int32_t id(int64_t i) const { return ids[index(i)]; }
-  /// Whether it is the list's last.
+  /// Whether the list ends where rows are asked for.
   bool is_last() const { return left <= kBatch; }
 
   /// Which row to ask for while the i-th neuron's row of `own` is at work: its successor's kBatch
@@ -119,7 +124,7 @@ struct Batch {
   bool is_stream_ahead() const {
     if (are_scattered(ids, left)) return false;
     return left >= 2 * kBatch ||
-           (left == kBatch && follow.count >= kBatch && !are_scattered(follow.ids, kBatch));
+           (left % kDownBatch == 0 && follow.count >= kBatch && !are_scattered(follow.ids, kBatch));
   }
 };
 
@@ -133,21 +138,28 @@ struct RowsAhead {
   void ask_scales(int64_t row, int64_t scale) { tda::ask(rows[row].scales.scales + scale); }
 };
 
-/// Streams to ask for, one per plane, and again, while rows that follow each other are at work.
+/// Where the planes of some rows begin.
+struct Planes {
+  const std::uint8_t* of[2];
+
+  template <class Row>
+  explicit Planes(const Row& row) : of{row.plane(0), row.plane(1)} {}
+  template <class Row>
+  Planes(const Row& first, const Row& second) : of{first.plane(0), second.plane(0)} {}
+};
+
+/// Streams to ask for, one per plane, while rows that follow each other are at work; kTwice: and
+/// again.
+template <bool kTwice>
 struct StreamsAhead {
   static constexpr bool kInOrder = true;
-  struct Planes {
-    const std::uint8_t* of[2];
-    template <class Row>
-    Planes(const Row& first, const Row& second) : of{first.plane(0), second.plane(0)} {}
-    template <class Row>
-    explicit Planes(const Row& row) : of{row.plane(0), row.plane(1)} {}
-  } next, again;
+  Planes next, again;
 
   void ask(int plane, int64_t, int64_t) {
     tda::ask(next.of[plane]);
-    tda::ask(again.of[plane]);
     next.of[plane] += kLineBytes;
+    if (!kTwice) return;
+    tda::ask(again.of[plane]);
     again.of[plane] += kLineBytes;
   }
   void ask_scales(int64_t row, int64_t) {

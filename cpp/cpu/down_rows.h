@@ -9,19 +9,19 @@ namespace {
 
 /// What to ask for while a batch's down rows are at work; at a list's end rows of two matrices.
 template <class Row>
-struct DownRowsAhead : RowsAhead<Row, kBatch> {
-  RowsAhead<Row, kBatch> others;
+struct DownRowsAhead : RowsAhead<Row, kDownBatch> {
+  RowsAhead<Row, kDownBatch> others;
   bool two;
 
   DownRowsAhead(const Rows& w, const Batch& batch)
       : two(batch.is_last() && batch.follow.b != nullptr) {
-    for (int64_t r = 0; r < kBatch; ++r) {
+    for (int64_t r = 0; r < kDownBatch; ++r) {
       this->rows[r] = batch.ahead<Row>(w, batch.follow.a, r);
       if (two) others.rows[r] = batch.ahead<Row>(w, batch.follow.b, r);
     }
   }
   void ask(int plane, int64_t row, int64_t byte) {
-    RowsAhead<Row, kBatch>::ask(plane, row, byte);
+    RowsAhead<Row, kDownBatch>::ask(plane, row, byte);
     if (two) others.ask(plane, row, byte);
   }
 };
@@ -37,7 +37,7 @@ struct DownStreamAhead {
     const Row far = batch.ahead<Row>(w, batch.follow.a, 0);
     first = far.plane(0);
     if (!batch.is_last())
-      second = Row(w, batch.id(kBatch / 2)).plane(0);
+      second = Row(w, batch.ids[kBatch / 2]).plane(0);
     else if (Row::kPlanes)
       second = far.plane(1);
     else  // the one stream's second half
@@ -59,7 +59,7 @@ struct DownStreamAhead {
 /// first, four rows to an int32.
 template <int kOffset, int kBytes>
 struct Factors {
-  static constexpr int kQuads = kBatch / 4, kSome = 32;
+  static constexpr int kQuads = kDownBatch / 4, kSome = 32;
   alignas(64) int32_t quads[kBytes][kQuads][kSome];
   alignas(64) int32_t start[kBytes][kSome];  // -kOffset sum
 
@@ -67,7 +67,7 @@ struct Factors {
   void make(const std::int8_t* const* scales, const std::int16_t* parts, int64_t rows,
             int64_t left) {
     const auto some = static_cast<__mmask32>(left >= kSome ? ~0u : (1u << left) - 1);
-    __m512i sums[kBytes][2] = {};
+    __m512i sums[kBytes] = {};  // 16 bits each
     for (int64_t q = 0; 4 * q < rows; ++q) {
       __m256i bytes[kBytes][4];
 #pragma GCC unroll 4
@@ -76,27 +76,28 @@ struct Factors {
         const __m512i words =
             _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, scales[4 * q + i]));
         if (kBytes == 1) {
-          bytes[0][i] = _mm512_cvtepi16_epi8(_mm512_mulhrs_epi16(words, part));
+          const __m512i product = _mm512_mulhrs_epi16(words, part);
+          sums[0] = _mm512_add_epi16(sums[0], product);
+          bytes[0][i] = _mm512_cvtepi16_epi8(product);
         } else {
           const __m512i fine = _mm512_mulhrs_epi16(_mm512_slli_epi16(words, 8), part);
           const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(fine, _mm512_set1_epi16(128)), 8);
+          const __m512i low = _mm512_sub_epi16(fine, _mm512_slli_epi16(high, 8));
+          sums[0] = _mm512_add_epi16(sums[0], high);
+          sums[kBytes - 1] = _mm512_add_epi16(sums[kBytes - 1], low);
           bytes[0][i] = _mm512_cvtepi16_epi8(high);
-          bytes[kBytes - 1][i] =
-              _mm512_cvtepi16_epi8(_mm512_sub_epi16(fine, _mm512_slli_epi16(high, 8)));
+          bytes[kBytes - 1][i] = _mm512_cvtepi16_epi8(low);
         }
       }
-      for (int byte = 0; byte < kBytes; ++byte) {
-        interleave(bytes[byte], quads[byte][q]);
-        const __m512i offset = _mm512_set1_epi8(static_cast<char>(kOffset));
-        for (int i = 0; i < 2; ++i)
-          sums[byte][i] = _mm512_dpbusd_epi32(sums[byte][i], offset,
-                                              _mm512_load_si512(quads[byte][q] + 16 * i));
-      }
+      for (int byte = 0; byte < kBytes; ++byte) interleave(bytes[byte], quads[byte][q]);
     }
     for (int byte = 0; byte < kBytes; ++byte)
-      for (int i = 0; i < 2; ++i)
-        _mm512_store_si512(start[byte] + 16 * i,
-                           _mm512_sub_epi32(_mm512_setzero_si512(), sums[byte][i]));
+      for (int i = 0; i < 2; ++i) {
+        const __m256i half =
+            i == 0 ? _mm512_castsi512_si256(sums[byte]) : _mm512_extracti64x4_epi64(sums[byte], 1);
+        _mm512_store_si512(start[byte] + 16 * i, _mm512_mullo_epi32(_mm512_cvtepi16_epi32(half),
+                                                                    _mm512_set1_epi32(-kOffset)));
+      }
   }
 
  private:
@@ -150,28 +151,28 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
   using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes>;
   constexpr int64_t kGroups = Factors::kSome / kScales;
   const int64_t count = batch.count, groups = groups_of(w.n);
-  const std::uint8_t* planes[2][kBatch];
-  const std::int8_t* scales[kBatch];
-  alignas(64) float parts[kBatch];
-  for (int64_t r = 0; r < kBatch; ++r) {
+  const std::uint8_t* planes[2][kDownBatch];
+  const std::int8_t* scales[kDownBatch];
+  alignas(32) float parts[kDownBatch];
+  for (int64_t r = 0; r < kDownBatch; ++r) {
     const Row row(w, batch.id(r));
     for (int i = 0; i < 2; ++i) planes[i][r] = row.plane(i);
     scales[r] = row.scales.scales;
     parts[r] = r < count ? h[r] * row.scales.step() : 0;
   }
-  const __m512 values = _mm512_load_ps(parts);
+  const __m512 values = _mm512_zextps256_ps512(_mm256_load_ps(parts));
   float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
   if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q))
     most = __builtin_nanf("");  // to be seen in y
   const float step = most * (32768.0f / 32767.0f) * (kBytes == 2 ? 1.0f / 256 : kUnit);
   const __m512i relative =
       _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
-  alignas(32) std::int16_t words[kBatch];
-  _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16(relative));
+  alignas(16) std::int16_t words[kDownBatch];
+  _mm_store_si128((__m128i*)words, _mm256_castsi256_si128(_mm512_cvtepi32_epi16(relative)));
   Factors factors;
   for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
     factors.make(scales, words, count, (groups - g0) * kScales);
-    for (int64_t r = 0; r < kBatch; ++r) {
+    for (int64_t r = 0; r < kDownBatch; ++r) {
       ahead.ask_scales(r, g0 * kScales);
       scales[r] += Factors::kSome;
     }
@@ -244,8 +245,8 @@ template <bool kExact, class Row, class Ahead>
 inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
   constexpr int kVectors = kGroup / kLanes, kScales = Row::kScales;
   static_assert(kLanes % kScales == 0);
-  float factors[kBatch][kLanes];
-  Row rows[kBatch];
+  float factors[kDownBatch][kLanes];
+  Row rows[kDownBatch];
   for (int64_t r = 0; r < batch.count; ++r) rows[r] = Row(w, batch.id(r));
   for (int64_t g = 0; g < groups_of(w.n); ++g, y += kGroup) {
     const int64_t at = g * kScales % kLanes;

@@ -126,8 +126,12 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   if (copied) neurons = std::span(all_neurons_).first(neurons.size());
   std::atomic<std::int64_t> exact = 0, coarse = 0;
 
+  const std::int64_t batches = (count + kNeuronBatch - 1) / kNeuronBatch;
+  const auto first_of = [&](std::int64_t task) {
+    return std::min(count, task * batches / tasks * kNeuronBatch);
+  };
   pool_.run(tasks, [&](std::int64_t task, int) {
-    const std::int64_t first = task * count / tasks, end = (task + 1) * count / tasks;
+    const std::int64_t first = first_of(task), end = first_of(task + 1);
     const RowKernels& kernels = rows(weights.gate.format);
     const NeuronIds ids = {neurons.data() + first, end - first, count - end};
     float *h = state.hidden.data() + first, *y = partials + task * stride;

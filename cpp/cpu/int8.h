@@ -23,7 +23,7 @@ inline __m512i upper_nibbles(__m512i v) {
 /// The upper nibbles of one, the lower ones of the other.
 inline __m512i merge(__m512i upper, __m512i lower) {
   const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
-  return _mm512_ternarylogic_epi64(mask, upper, lower, 0xca);
+  return _mm512_ternarylogic_epi64(upper, mask, lower, 0xe2);  // into a register that is free then
 }
 #else
 /// A group of one plane: 64 nibbles, in order.

@@ -8,42 +8,42 @@
 namespace tda {
 namespace {
 
-/// h of a batch of neurons. Those whose rows follow each other are taken one by one, so that memory
-/// is read in few streams; others by twos, which share what is loaded of x. Not inlined: GCC would
-/// keep constants of other loops in registers that this one needs.
+/// h of a batch of neurons. Those whose rows are read whole, as they follow each other, are taken
+/// one by one, so that memory is read in few streams; others by twos, which share what is loaded of
+/// x. Not inlined: GCC would keep constants of other loops in registers that this one needs.
 template <bool kExact, bool kStream, class Row>
 [[gnu::noinline]] void multiply_neurons(const NeuronRows& rows, Activation activation,
                                         const Batch& batch, const Vector<Row>& x, float* h) {
   const Follow& follow = batch.follow;
-  const auto gate_ahead = [&](int64_t i) { return batch.ahead<Row>(rows.gate, follow.a, i); };
-  const auto up_ahead = [&](int64_t i) { return batch.ahead<Row>(rows.up, follow.b, i); };
   // Far enough ahead for memory to answer. Past the list's end come as many bytes of down rows.
   const int64_t far = rows.gate.stride < 2048 ? kBatch : kBatch / 2;
   const auto planes_ahead = [&](int64_t i, int64_t neurons) {
     const int64_t past = (i + neurons - batch.left) * kBatch / far;
-    if (past < 0) return StreamsAhead::Planes(Row(rows.gate, batch.ids[i + neurons]));
-    return StreamsAhead::Planes(Row(*follow.a, follow.ids[past]),
-                                Row(*follow.a, follow.ids[past | 1]));
+    if (past < 0) return Planes(Row(rows.gate, batch.ids[i + neurons]));
+    return Planes(Row(*follow.a, follow.ids[past]), Row(*follow.a, follow.ids[past | 1]));
   };
+  const auto ahead = [&](int64_t i) {
+    if constexpr (kStream)
+      return StreamsAhead<kExact>{planes_ahead(i, far), planes_ahead(i, far / 2)};
+    else {
+      const auto gate = [&](int64_t j) { return batch.ahead<Row>(rows.gate, follow.a, j); };
+      const auto up = [&](int64_t j) { return batch.ahead<Row>(rows.up, follow.b, j); };
+      return RowsAhead<Row, 4>{{gate(i), up(i), gate(i + 1), up(i + 1)}};
+    }
+  };
+  constexpr int kTogether = kExact && kStream ? 1 : 2;
   Gated gated;
-  for (int64_t i = 0; i < batch.count; i += kStream ? 1 : 2) {
-    const int32_t a = batch.id(i), b = batch.id(i + 1);  // the last of an odd number twice
-    if constexpr (kStream) {
-      const Row two[2] = {{rows.gate, a}, {rows.up, a}};
-      Floats lanes[2];
-      multiply<kExact>(two, StreamsAhead{planes_ahead(i, far), planes_ahead(i, far / 2)}, x, lanes);
-      gated.gates.lanes[i] = lanes[0];
-      gated.ups.lanes[i] = lanes[1];
-    } else {
-      const Row four[4] = {{rows.gate, a}, {rows.up, a}, {rows.gate, b}, {rows.up, b}};
-      Floats lanes[4];
-      multiply<kExact>(
-          four, RowsAhead<Row, 4>{{gate_ahead(i), up_ahead(i), gate_ahead(i + 1), up_ahead(i + 1)}},
-          x, lanes);
-      gated.gates.lanes[i] = lanes[0];
-      gated.ups.lanes[i] = lanes[1];
-      gated.gates.lanes[i + 1] = lanes[2];
-      gated.ups.lanes[i + 1] = lanes[3];
+  for (int64_t i = 0; i < batch.count; i += kTogether) {
+    Row taken[2 * kTogether];
+    for (int j = 0; j < kTogether; ++j) {  // the last of an odd number twice
+      taken[2 * j] = Row(rows.gate, batch.id(i + j));
+      taken[2 * j + 1] = Row(rows.up, batch.id(i + j));
+    }
+    Floats lanes[2 * kTogether];
+    multiply<kExact>(taken, ahead(i), x, lanes);
+    for (int j = 0; j < kTogether; ++j) {
+      gated.gates.lanes[i + j] = lanes[2 * j];
+      gated.ups.lanes[i + j] = lanes[2 * j + 1];
     }
   }
   gated.finish(activation, batch.count, h);
@@ -78,8 +78,8 @@ void multiply_all(const NeuronRows& rows, Activation activation, const int32_t* 
 template <bool kExact, class Row>
 void add_all(const Rows& down, const int32_t* ids, int64_t count, const Follow& follow,
              const float* h, float* y) {
-  for (int64_t i = 0; i < count; i += kBatch)
-    add_rows<kExact, Row>(down, Batch(ids, count, i, follow), h + i, y);
+  for (int64_t i = 0; i < count; i += kDownBatch)
+    add_rows<kExact, Row>(down, Batch(ids, count, i, follow, kDownBatch), h + i, y);
 }
 
 template <class Row>

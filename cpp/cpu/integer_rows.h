@@ -284,10 +284,8 @@ void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row
   multiply_rows<kExact>(
       count, [&](int64_t i) { return Row(w, first + i); },
       [&](int64_t i, int64_t) {
-        const auto ahead = [&](int64_t rows) {
-          return StreamsAhead::Planes(Row(w, first + i + rows));
-        };
-        return StreamsAhead{ahead(kBatch), ahead(kBatch / 2)};
+        const auto ahead = [&](int64_t rows) { return Planes(Row(w, first + i + rows)); };
+        return StreamsAhead<kExact>{ahead(kBatch), ahead(kBatch / 2)};
       },
       x, out);
 }
