@@ -123,7 +123,8 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::optional<NeuronRows>& copy = state.layers[layer].copy;
   const bool copied = copy && state.step.ffn == FfnMode::sparse && !select;
   const NeuronRows rows_in_use = copied ? *copy : rows_of(weights);
-  if (copied) neurons = std::span(all_neurons_).first(neurons.size());
+  const std::span<const std::int32_t> of_rows =
+      copied ? std::span(all_neurons_).first(neurons.size()) : neurons;
   std::atomic<std::int64_t> exact = 0, coarse = 0;
 
   const std::int64_t batches = (count + kNeuronBatch - 1) / kNeuronBatch;
@@ -133,7 +134,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   pool_.run(tasks, [&](std::int64_t task, int) {
     const std::int64_t first = first_of(task), end = first_of(task + 1);
     const RowKernels& kernels = rows(weights.gate.format);
-    const NeuronIds ids = {neurons.data() + first, end - first, count - end};
+    const NeuronIds ids = {of_rows.data() + first, end - first, count - end};
     float *h = state.hidden.data() + first, *y = partials + task * stride;
     if (select) {
       const SelectedCounts counts =
@@ -160,6 +161,17 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     for (std::int64_t block = task * blocks / add_tasks; block < end; ++block)
       add_up(block * kColumns, std::min(n, (block + 1) * kColumns));
   });
+  add_outliers(weights, neurons, state.hidden.data(), x, x_stride);
+}
+
+void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::int32_t> neurons,
+                              const float* h, float* x, std::int64_t stride) {
+  for (const std::int32_t neuron : weights.outlier_neurons) {
+    const auto at = std::lower_bound(neurons.begin(), neurons.end(), neuron);
+    if (at == neurons.end() || *at != neuron) continue;
+    const Outlier& outlier = weights.down.outliers[neuron];
+    x[outlier.column * stride] += h[at - neurons.begin()] * outlier.value;
+  }
 }
 
 /// A token looked at `considered` neurons and selected some of them.
@@ -216,6 +228,13 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
         {state.x.data() + block.panel * x_stride + block.row * width, x_stride}, block.panels);
   };
   for_blocks(n, panels, down, kernels.block_columns);
+  for (std::int64_t panel = 0; panel < panels; ++panel)
+    for (const std::int32_t neuron : weights.outlier_neurons) {
+      const Outlier& outlier = weights.down.outliers[neuron];
+      const float* const h = state.hidden.data() + panel * h_stride + neuron * width;
+      float* const x = state.x.data() + panel * x_stride + outlier.column * width;
+      for (std::int64_t lane = 0; lane < width; ++lane) x[lane] += h[lane] * outlier.value;
+    }
 }
 
 /// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <utility>
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/size.h"
@@ -72,7 +73,9 @@ class Layout {
       allocate_records({{w.down}}, neurons, 1);
     } else {
       for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
+      return;
     }
+    w.down.outliers = reinterpret_cast<const Outlier*>(allocate(neurons, sizeof(Outlier)));
   }
 
   struct Plane {
@@ -242,8 +245,30 @@ void to_f32(DType dtype, const std::byte* data, std::int64_t count, float* out) 
     for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
 }
 
-/// Stores a row, rounded to the format. False if one of the values is not finite (any more).
-bool write_row(const Matrix& target, std::int64_t row, const float* values) {
+/// Takes a row's largest value out of it if it is so much larger than all others of its group that
+/// these would be left with few of the codes, or none. In a few neurons, those that make the
+/// residual stream's massive activations and take them back, what such a value rounds away counts
+/// as much as all other rounding of the model together (tools/bench/RESULTS-cpu.md).
+Outlier take_outlier(float* values, std::int64_t cols) {
+  constexpr float kTimes = 8;
+  constexpr std::int64_t kTogether = kGroup / kInt8Scales;
+  const auto size = [](float a, float b) { return std::abs(a) < std::abs(b); };
+  float* const largest = std::max_element(values, values + cols, size);
+  const std::int64_t column = largest - values, first = column / kTogether * kTogether;
+  float* const end = values + std::min(first + kTogether, cols);
+  const float value = std::exchange(*largest, 0.0f);
+  const float next = std::abs(*std::max_element(values + first, end, size));
+  if (next > 0 && std::isfinite(value) && std::abs(value) > kTimes * next)
+    return {static_cast<std::int32_t>(column), value};
+  *largest = value;
+  return {0, 0.0f};
+}
+
+/// Stores a row, rounded to the format; `values` are not needed any more. False if one of them is
+/// not finite (any more).
+bool write_row(const Matrix& target, std::int64_t row, float* values) {
+  if (target.outliers)
+    const_cast<Outlier&>(target.outliers[row]) = take_outlier(values, target.cols);
   auto* const data = const_cast<std::byte*>(target.row(row));
   const std::int64_t cols = target.cols;
   std::uint32_t overflow = 0;  // the top bit is set where an all-ones exponent carries into it
@@ -374,6 +399,24 @@ std::shared_ptr<std::byte> allocate_arena(Size bytes) {
   return {static_cast<std::byte*>(memory), std::free};
 }
 
+/// Of all down rows; their columns are checked, for kernels will write there.
+void list_outliers(Model& model) {
+  for (std::size_t l = 0; l < model.layers.size(); ++l) {
+    LayerWeights& layer = model.layers[l];
+    const Matrix& down = layer.down;
+    for (std::int64_t j = 0; down.outliers && j < down.rows; ++j) {
+      const Outlier& outlier = down.outliers[j];
+      if (outlier.value == 0) continue;
+      if (outlier.column < 0 || outlier.column >= down.cols)
+        throw CheckpointError(model.name + ": layer " + std::to_string(l) + ", neuron " +
+                              std::to_string(j) + " has an outlier in column " +
+                              std::to_string(outlier.column) + ", expected 0 to " +
+                              std::to_string(down.cols - 1));
+      layer.outlier_neurons.push_back(static_cast<std::int32_t>(j));
+    }
+  }
+}
+
 /// The data stays in the file's pages, which processes share and which are read when first used.
 /// Of it only the size is checked: its values were when they were packed, and looking for those
 /// that are not finite would read every page.
@@ -393,6 +436,7 @@ std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightForma
   Layout layout(checkpoint, packed.format, const_cast<std::byte*>(packed.data.get()));
   auto model = std::make_shared<Model>(layout.model());
   model->storage = packed.data;
+  list_outliers(*model);
   return model;
 }
 
@@ -411,6 +455,7 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   auto model = std::make_shared<Model>(layout.model());
   model->storage = arena;
   run(layout.copies(), pool, progress);
+  list_outliers(*model);
   return model;
 }
 

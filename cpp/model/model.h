@@ -17,16 +17,24 @@ namespace tda {
 
 class Checkpoint;
 
+/// A value of a row that is kept apart, exactly; in the row itself 0 stands in its place. A value
+/// of 0: the row has none.
+struct Outlier {
+  std::int32_t column;
+  float value;
+};
+
 /// A row-major matrix [rows, cols] in one of the weight formats; does not own its data. Rows are
 /// contiguous and begin 64-byte aligned. int8 has two planes (see quantize.h), each with its rows.
 struct Matrix {
   WeightFormat format = WeightFormat::automatic;  // anything but automatic
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  const std::byte* data = nullptr;  // int8: the high plane
-  const std::byte* low = nullptr;   // int8: the low plane; else null
-  std::int64_t gap = 0;             // bytes between the end of a row of data and the next one,
-  std::int64_t low_gap = 0;         // and of low: other matrices' rows; int8 and int4 only
+  const std::byte* data = nullptr;    // int8: the high plane
+  const std::byte* low = nullptr;     // int8: the low plane; else null
+  std::int64_t gap = 0;               // bytes between the end of a row of data and the next one,
+  std::int64_t low_gap = 0;           // and of low: other matrices' rows; int8 and int4 only
+  const Outlier* outliers = nullptr;  // [rows]; null: no row has one
 
   std::int64_t row_bytes() const {  // of data
     switch (format) {
@@ -67,8 +75,9 @@ struct LayerWeights {
   // Neuron-major: row j of each of the three is all that neuron j needs. What is read at one time
   // lies side by side: in int8 the high planes of gate and up, their low planes, and both planes of
   // down; in int4 gate and up.
-  Matrix gate, up, down;                // [F, H]; down is W_down transposed
-  std::span<const float> down_lengths;  // [F] ||W_down[:,j]||_2
+  Matrix gate, up, down;                      // [F, H]; down is W_down transposed
+  std::span<const float> down_lengths;        // [F] ||W_down[:,j]||_2
+  std::vector<std::int32_t> outlier_neurons;  // whose down rows have an outlier, ascending
 };
 
 struct Model {

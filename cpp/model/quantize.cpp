@@ -159,16 +159,24 @@ void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first
 
 void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
               float* out) {
-  if (matrix.format == WeightFormat::int4)
-    return dequantize_int4(matrix.row(row), matrix.cols, first, count, out);
-  if (matrix.format == WeightFormat::int8)
-    return dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
-  if (matrix.format == WeightFormat::f32) {
-    std::copy_n(reinterpret_cast<const float*>(matrix.row(row)) + first, count, out);
-  } else {
-    const auto* source = reinterpret_cast<const std::uint16_t*>(matrix.row(row)) + first;
-    std::transform(source, source + count, out, bf16_to_f32);
+  switch (matrix.format) {
+    case WeightFormat::int4:
+      dequantize_int4(matrix.row(row), matrix.cols, first, count, out);
+      break;
+    case WeightFormat::int8:
+      dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
+      break;
+    case WeightFormat::f32:
+      std::copy_n(reinterpret_cast<const float*>(matrix.row(row)) + first, count, out);
+      break;
+    default: {
+      const auto* source = reinterpret_cast<const std::uint16_t*>(matrix.row(row)) + first;
+      std::transform(source, source + count, out, bf16_to_f32);
+    }
   }
+  if (!matrix.outliers || matrix.outliers[row].value == 0) return;
+  const std::int64_t at = matrix.outliers[row].column - first;
+  if (at >= 0 && at < count) out[at] = matrix.outliers[row].value;
 }
 
 }  // namespace tda

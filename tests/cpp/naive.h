@@ -87,6 +87,7 @@ class RandomModel {
       w.up = matrix(format, config.intermediate_size, config.hidden_size, 0);
       w.down = matrix(format, config.intermediate_size, config.hidden_size,
                       2 / std::sqrt(static_cast<double>(config.intermediate_size)));
+      if (format == WeightFormat::int8) set_apart(w, {0, config.intermediate_size / 2});
       std::vector<float> lengths;
       for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
         const Vector row = values(w.down, j);
@@ -142,6 +143,24 @@ class RandomModel {
       }
     }
     return m;
+  }
+
+  /// Gives the down rows of some neurons an outlier.
+  void set_apart(LayerWeights& w, const std::vector<std::int64_t>& neurons) {
+    Matrix& m = w.down;
+    const std::vector<float> none(2 * m.rows);
+    auto* const outliers = reinterpret_cast<tda::Outlier*>(keep(none).data());
+    for (const std::int64_t j : neurons) {
+      std::vector<float> row(m.cols);
+      tda::read_row(m, j, 0, m.cols, row.data());
+      const std::int64_t column = (j + 37) % m.cols;
+      row[column] = 0;
+      tda::quantize_int8(row.data(), m.cols, const_cast<std::byte*>(m.row(j)),
+                         const_cast<std::byte*>(m.low_row(j)));
+      outliers[j] = {static_cast<std::int32_t>(column), j % 2 == 0 ? 9.0f : -9.0f};
+      w.outlier_neurons.push_back(static_cast<std::int32_t>(j));
+    }
+    m.outliers = outliers;
   }
 
   std::mt19937 random_;

@@ -648,6 +648,33 @@ TEST(int8_model_stays_near_doubles) {
   });
 }
 
+TEST(int8_masks_keep_outliers) {
+  const naive::RandomModel model(wide_config(), WeightFormat::int8, 5);
+  const auto tokens = naive::random_tokens(5, 101);
+  // Without neuron 0, whose down row has an outlier, but with 75, whose row has one, too.
+  const std::vector<std::int32_t> mask = {3, 8, 70, 75, 76, 149};
+  const auto backend = make_cpu_backend(model.get(), 2);
+  const auto state = backend->new_state(5, KvFormat::f32);
+  naive::Session session(model.get(), KvFormat::f32);
+  for (std::int64_t l = 0; l < 2; ++l) {
+    backend->set_mask(*state, l, mask);
+    session.masks[l] = mask;
+  }
+  for (const auto [first, count] : {std::pair{0, 4}, std::pair{4, 1}}) {
+    Step step = naive::step_of(Tokens(tokens).subspan(first, count), first);
+    step.ffn = FfnMode::sparse;
+    session.begin(step);
+    session.embed();
+    for (std::int64_t l = 0; l < 2; ++l) {
+      session.qkv(l);
+      session.attention(l);
+      session.attention_out(l);
+      session.ffn(l);
+    }
+    CHECK(error(run(*backend, *state, step, 1), session.logits(count - 1)) < 0.03);
+  }
+}
+
 TEST(int8_prefill_agrees_with_decode) {
   const naive::RandomModel model(wide_config(), WeightFormat::int8, 8);
   const auto tokens = naive::random_tokens(70, 101);

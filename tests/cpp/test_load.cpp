@@ -188,6 +188,42 @@ TEST(load_measures_down_rows_as_stored) {
         1.005859375f);
 }
 
+TEST(load_keeps_outliers_of_down_rows_apart) {
+  Tensors tensors = tensors_of(tiny);
+  Tensor& down = tensors.at("model.layers.1.mlp.down_proj.weight");  // [hidden, neurons]
+  const std::int64_t neurons = down.shape[1];
+  const auto value = [&](std::int64_t neuron, std::int64_t column) -> float& {
+    return down.values[column * neurons + neuron];
+  };
+  for (float& v : down.values) v = 0.01f;
+  value(2, 3) = -0.9f;
+  value(4, 3) = 0.079f;  // less than 8 times the others
+  value(6, 1) = 0.9f, value(6, 3) = 0.2f;
+  for (std::int64_t c = 0; c < down.shape[0]; ++c) value(7, c) = 0;
+  value(7, 1) = 0.9f;  // its neighbours need no codes
+  Folder folder;
+  write_model(folder, tiny, tensors, "F32");
+  const tda::Checkpoint checkpoint(folder.path);
+  for (const WeightFormat format : {WeightFormat::int8, WeightFormat::int4}) {
+    const auto model = tda::load_model(checkpoint, format, 2);
+    CHECK(model->layers[0].outlier_neurons.empty());
+    CHECK(model->layers[1].outlier_neurons == std::vector<std::int32_t>{2});
+    std::vector<float> row(down.shape[0]);
+    tda::read_row(model->layers[1].down, 2, 0, std::ssize(row), row.data());
+    CHECK(row[3] == -0.9f);
+    CHECK(std::abs(row[0] - 0.01f) < 0.001f);  // of 0.9 in 119 or 8 codes nothing would be left
+    const float length = std::sqrt(0.81f + 0.0001f * static_cast<float>(down.shape[0] - 1));
+    CHECK(std::abs(model->layers[1].down_lengths[2] - length) < 1e-3f);
+  }
+  for (const WeightFormat format : {WeightFormat::f32, WeightFormat::bf16})
+    CHECK(tda::load_model(checkpoint, format, 2)->layers[1].outlier_neurons.empty());
+
+  value(2, 3) = std::numeric_limits<float>::infinity();
+  write_model(folder, tiny, tensors, "F32");
+  CHECK_THROWS(tda::load_model(tda::Checkpoint(folder.path), WeightFormat::int8, 1),
+               CheckpointError, "holds NaN or infinity");
+}
+
 TEST(load_refuses_wrong_tensors) {
   const Tensors tensors = tensors_of(tiny);
   const auto load = [](const Tensors& t, const std::string& dtype = "F32", int threads = 3) {

@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <tda/engine.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <iterator>
@@ -10,6 +11,7 @@
 
 #include "check.h"
 #include "fixtures.h"
+#include "model/model.h"
 
 namespace {
 
@@ -145,7 +147,7 @@ TEST(config_keeps_its_own_keys) {
   const Packed packed(updated(tiny, {{"of_others", {1, "ü", 1e-5}}}));
   json config = json::parse(read(packed.folder.path / "config.json"));
   const json ours = config.at("tdaengine");
-  CHECK(ours.at("layout") == 3 && ours.at("weights") == "int8");
+  CHECK(ours.at("layout") == 4 && ours.at("weights") == "int8");
   CHECK(ours.at("fingerprint") == packed.open().fingerprint());
   config.erase("tdaengine");
   CHECK(config == json::parse(read(packed.source.path / "config.json")));
@@ -233,7 +235,7 @@ TEST(a_config_that_does_not_fit_is_refused) {
     const char* message;
   };
   const Case cases[] = {
-      {"layout", 2, "config.json: tdaengine.layout is 2, expected 3: convert"},
+      {"layout", 2, "config.json: tdaengine.layout is 2, expected 4: convert"},
       {"layout", "3", "tdaengine.layout is \"3\", expected an integer above 0"},
       {"layout", nullptr, "tdaengine.layout is missing, expected an integer above 0"},
       {"weights", "int3", "tdaengine.weights is \"int3\", expected a format that"},
@@ -261,6 +263,29 @@ TEST(a_config_that_does_not_fit_is_refused) {
   json unmarked = config;
   unmarked.erase("tdaengine");
   refuses(unmarked, "tensor \"model.embed_tokens.weight\" is missing");
+}
+
+TEST(outliers_are_packed_and_their_columns_checked) {
+  Folder source, folder;
+  Tensors tensors = tensors_of(tiny);
+  std::vector<float>& down = tensors.at("model.layers.1.mlp.down_proj.weight").values;
+  std::fill(down.begin(), down.end(), 0.01f);
+  down[0] = 0.75f;  // of neuron 0
+  write_model(source, tiny, tensors, "F32");
+  tda::pack_checkpoint(source.path, folder.path, WeightFormat::int8, 2);
+  const std::vector<tda::Token> prompt = {1, 5, 3};
+  const auto options = tda::EngineOptions{.weights = WeightFormat::int8, .threads = 1};
+  CHECK(tda::Engine(folder.path, options).logits(prompt) ==
+        tda::Engine(source.path, options).logits(prompt));
+
+  std::string file = read(folder.path / "model.safetensors");
+  const tda::Outlier outlier = {0, 0.75f}, wrong = {1000, 0.75f};
+  const std::size_t at = file.find(std::string(reinterpret_cast<const char*>(&outlier), 8), 4096);
+  CHECK(at != std::string::npos);
+  file.replace(at, 8, reinterpret_cast<const char*>(&wrong), 8);
+  folder.write("model.safetensors", file);
+  CHECK_THROWS(tda::Engine(folder.path, options), CheckpointError,
+               "layer 1, neuron 0 has an outlier in column 1000, expected 0 to ");
 }
 
 TEST(packing_writes_nothing_where_it_cannot_write_all) {
