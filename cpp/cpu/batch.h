@@ -9,7 +9,7 @@ namespace tda {
 namespace {
 
 /// Neurons worked on at a time.
-constexpr int64_t kBatch = kNeuronBatch;
+constexpr int64_t kBatch = kDecodeBatch;
 /// Down rows worked on at a time: they share what is loaded and stored of y. More would be less
 /// work, but more streams from memory.
 constexpr int64_t kDownBatch = 8;
@@ -120,7 +120,7 @@ struct Batch {
       return Row(*following, follow.ids[at - left]).only(follow.high, follow.low);
     return Row(own, id(i));
   }
-  /// Whether these rows, of kBatch neurons, follow each other in memory.
+  /// Whether these rows, and those asked for meanwhile, follow each other in memory.
   bool is_stream_ahead() const {
     if (are_scattered(ids, left)) return false;
     return left >= 2 * kBatch ||

@@ -176,9 +176,11 @@ class CpuBackend final : public Backend {
   void ffn_sparse(CpuState&, std::int64_t layer) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
                    const float* in, float* x, std::int64_t x_stride) const;
-  /// x += h times what the down rows of these neurons keep apart; elements are `stride` apart.
+  /// x += h times what the down rows of these neurons keep apart, for `lanes` tokens side by side;
+  /// elements of a token are a stride apart.
   static void add_outliers(const LayerWeights&, std::span<const std::int32_t> neurons,
-                           const float* h, float* x, std::int64_t stride);
+                           const float* h, std::int64_t h_stride, float* x, std::int64_t x_stride,
+                           std::int64_t lanes);
   void count_reads(CpuState&, std::int64_t layer, std::int64_t considered,
                    const SelectedCounts&) const;
   void ffn_panels(CpuState&, std::int64_t layer) const;

@@ -41,7 +41,7 @@ struct DownStreamAhead {
     else if (Row::kPlanes)
       second = far.plane(1);
     else  // the one stream's second half
-      second = batch.ahead<Row>(w, batch.follow.a, kBatch / 2).plane(0);
+      second = batch.ahead<Row>(w, batch.follow.a, kDownBatch / 2).plane(0);
   }
   void ask(int, int64_t, int64_t) {
     tda::ask(first);

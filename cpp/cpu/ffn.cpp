@@ -127,9 +127,9 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
       copied ? std::span(all_neurons_).first(neurons.size()) : neurons;
   std::atomic<std::int64_t> exact = 0, coarse = 0;
 
-  const std::int64_t batches = (count + kNeuronBatch - 1) / kNeuronBatch;
+  const std::int64_t batches = (count + kDecodeBatch - 1) / kDecodeBatch;
   const auto first_of = [&](std::int64_t task) {
-    return std::min(count, task * batches / tasks * kNeuronBatch);
+    return std::min(count, task * batches / tasks * kDecodeBatch);
   };
   pool_.run(tasks, [&](std::int64_t task, int) {
     const std::int64_t first = first_of(task), end = first_of(task + 1);
@@ -161,16 +161,19 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     for (std::int64_t block = task * blocks / add_tasks; block < end; ++block)
       add_up(block * kColumns, std::min(n, (block + 1) * kColumns));
   });
-  add_outliers(weights, neurons, state.hidden.data(), x, x_stride);
+  add_outliers(weights, neurons, state.hidden.data(), 1, x, x_stride, 1);
 }
 
 void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::int32_t> neurons,
-                              const float* h, float* x, std::int64_t stride) {
+                              const float* h, std::int64_t h_stride, float* x,
+                              std::int64_t x_stride, std::int64_t lanes) {
   for (const std::int32_t neuron : weights.outlier_neurons) {
     const auto at = std::lower_bound(neurons.begin(), neurons.end(), neuron);
     if (at == neurons.end() || *at != neuron) continue;
     const Outlier& outlier = weights.down.outliers[neuron];
-    x[outlier.column * stride] += h[at - neurons.begin()] * outlier.value;
+    const float* const from = h + (at - neurons.begin()) * h_stride;
+    float* const to = x + outlier.column * x_stride;
+    for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] += from[lane] * outlier.value;
   }
 }
 
@@ -229,12 +232,8 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   };
   for_blocks(n, panels, down, kernels.block_columns);
   for (std::int64_t panel = 0; panel < panels; ++panel)
-    for (const std::int32_t neuron : weights.outlier_neurons) {
-      const Outlier& outlier = weights.down.outliers[neuron];
-      const float* const h = state.hidden.data() + panel * h_stride + neuron * width;
-      float* const x = state.x.data() + panel * x_stride + outlier.column * width;
-      for (std::int64_t lane = 0; lane < width; ++lane) x[lane] += h[lane] * outlier.value;
-    }
+    add_outliers(weights, all_neurons_, state.hidden.data() + panel * h_stride, width,
+                 state.x.data() + panel * x_stride, width, width);
 }
 
 /// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *

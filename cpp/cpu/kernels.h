@@ -17,8 +17,8 @@ namespace tda {
 /// Weight rows (or keys, or values) that one kernel call converts at a time, and so the finest
 /// useful split of a matrix between threads.
 inline constexpr std::int64_t kBlockRows = 48;
-/// Neurons that decode kernels take at a time: calls of whole batches are the fastest.
-inline constexpr std::int64_t kNeuronBatch = 16;
+/// Rows or neurons that decode kernels take at a time: calls of whole batches are the fastest.
+inline constexpr std::int64_t kDecodeBatch = 16;
 /// Most keys of one `attend` call.
 inline constexpr std::int64_t kAttendKeys = 128;
 

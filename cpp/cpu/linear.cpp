@@ -43,7 +43,8 @@ void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w
                           float* out, bool add) const {
   if (layout.width == 1) {
     const std::int64_t row_bytes = w.row_bytes() + w.low_row_bytes();
-    const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / row_bytes / 16) * 16;
+    const std::int64_t task_rows =
+        std::max<std::int64_t>(1, kTaskBytes / row_bytes / kDecodeBatch) * kDecodeBatch;
     const void* x = prepare(state, w.format, in, w.cols);
     pool_.run((w.rows + task_rows - 1) / task_rows, [&](std::int64_t task, int) {
       const std::int64_t row = task * task_rows;

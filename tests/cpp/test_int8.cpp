@@ -596,6 +596,19 @@ std::vector<float> run(const Backend& backend, State& state, const Step& step, s
   return {logits.begin(), logits.end()};
 }
 
+/// The last token's logits.
+naive::Vector run(naive::Session& session, const Step& step) {
+  session.begin(step);
+  session.embed();
+  for (std::int64_t l = 0; l < session.model->config.num_layers; ++l) {
+    session.qkv(l);
+    session.attention(l);
+    session.attention_out(l);
+    session.ffn(l);
+  }
+  return session.logits(std::ssize(step.tokens) - 1);
+}
+
 ModelConfig wide_config() {
   ModelConfig config = naive::small_config();
   config.hidden_size = 130;
@@ -624,26 +637,15 @@ TEST(int8_model_stays_near_doubles) {
     unsetenv("TDA_CPU_ISA");
     const auto state = backend->new_state(12, KvFormat::f32);
     naive::Session session(model.get(), KvFormat::f32);
-    const auto naive_run = [&](const Step& step) {
-      session.begin(step);
-      session.embed();
-      for (std::int64_t l = 0; l < 2; ++l) {
-        session.qkv(l);
-        session.attention(l);
-        session.attention_out(l);
-        session.ffn(l);
-      }
-      return session.logits(std::ssize(step.tokens) - 1);
-    };
     // Decode rounds activations everywhere; where prefill does not, it computes with the stored
     // weights.
     const double bound = kernels.panels[2].prepare ? 0.03 : 1e-5;
     const Step prompt = naive::step_of(Tokens(tokens).first(9), 0);
     const auto two = run(*backend, *state, prompt, 2);  // more than one row: panels to the head
-    CHECK(error({two.begin() + 101, two.end()}, naive_run(prompt)) < bound);
+    CHECK(error({two.begin() + 101, two.end()}, run(session, prompt)) < bound);
     for (std::int64_t t = 9; t < 12; ++t) {
       const Step step = naive::step_of(Tokens(tokens).subspan(t, 1), t);
-      CHECK(error(run(*backend, *state, step, 1), naive_run(step)) < 0.03);
+      CHECK(error(run(*backend, *state, step, 1), run(session, step)) < 0.03);
     }
   });
 }
@@ -661,17 +663,8 @@ TEST(int8_masks_keep_outliers) {
     session.masks[l] = mask;
   }
   for (const auto [first, count] : {std::pair{0, 4}, std::pair{4, 1}}) {
-    Step step = naive::step_of(Tokens(tokens).subspan(first, count), first);
-    step.ffn = FfnMode::sparse;
-    session.begin(step);
-    session.embed();
-    for (std::int64_t l = 0; l < 2; ++l) {
-      session.qkv(l);
-      session.attention(l);
-      session.attention_out(l);
-      session.ffn(l);
-    }
-    CHECK(error(run(*backend, *state, step, 1), session.logits(count - 1)) < 0.03);
+    const Step step = naive::step_of(Tokens(tokens).subspan(first, count), first, FfnMode::sparse);
+    CHECK(error(run(*backend, *state, step, 1), run(session, step)) < 0.03);
   }
 }
 
