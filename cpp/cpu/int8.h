@@ -12,6 +12,11 @@ typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 typedef std::uint8_t HalfBytes __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 
+/// How many times as large as the root of x's mean square an outlier of x is. Such a value leaves
+/// its neighbours only a few steps of their common scale, so they are multiplied with 8 bits more:
+/// x = scale / 256 (256 q + rest).
+constexpr float kOutlier = 6;
+
 constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's values as bytes
 
 #if defined(__AVX512VNNI__)

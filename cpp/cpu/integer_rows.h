@@ -3,6 +3,7 @@
 // Where weights have a scale of their own, so has x:  x = scale q,  q of 8 bits. Instructions want
 // codes unsigned, so they are Row::kOffset too large; -kOffset sum(q) is where the integer sums
 // start.
+// Where x has an outlier (int8.h), int8 rows are multiplied with q and with the rest.
 #pragma once
 
 #include "cpu/batch.h"
@@ -21,10 +22,14 @@ constexpr int32_t kUpper = 1;
 
 /// Two groups of a prepared x: the first halves of both, then their second halves. A lane adds up
 /// the products of four neighbours.
-struct Pair {
+struct alignas(64) Pair {
   std::int8_t q[2][2 * kHalf];
-  int32_t start[2][kHalf / 2];         // -kOffset sum of four
-  int32_t coarse_start[2][kHalf / 2];  // int8 only: for the high plane alone
+  int32_t start[2][kHalf / 2];  // -kOffset sum of four
+  // int8 only:
+  int32_t coarse_start[2][kHalf / 2];  // for the high plane alone
+  std::int8_t rest[2][2 * kHalf];
+  int32_t rest_start[2][kHalf / 2];
+  bool fine;  // the rest counts, and the scales are 256 times as small
 };
 
 /// A prepared x: pairs, and their scales, filled up with zeros to whole vectors.
@@ -51,13 +56,16 @@ int64_t prepared_bytes(int64_t n) {
   return Vector<Row>::pairs_of(n) * sizeof(Pair) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
 }
 
-/// kLanes integers as bytes.
-inline void store_bytes(std::int8_t* p, Ints v) {
+/// What kLanes floats, at most 127 in size, are rounded to.
+inline Floats store_rounded(std::int8_t* p, Floats v) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
+  const Floats shifted = v + kShift;
 #if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)shifted));
 #else
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(v[i]);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(((Ints)shifted)[i]);
 #endif
+  return shifted - kShift;
 }
 
 inline float largest_lane(Floats v) {
@@ -81,14 +89,24 @@ inline void sum_fours(const std::int8_t (&bytes)[2 * kHalf], int32_t (&sums)[kHa
 #endif
 }
 
+inline float root_mean_square(const float* x, int64_t n) {
+  Floats squares = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Floats v = load_part<F32>(x + i, n - i);
+    squares += v * v;
+  }
+  return __builtin_sqrtf(sum(squares) / static_cast<float>(n));
+}
+
 template <class Row>
 void prepare(const float* x, int64_t n, void* prepared) {
   constexpr int kPart = kGroup / Row::kScales, kVectors = kPart / kLanes;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
   const Vector<Row> out(prepared, n);
+  const float limit = Row::kPlanes ? kOutlier * root_mean_square(x, n) : __builtin_inff();
   for (int64_t part = 0; part < 2 * Vector<Row>::pairs_of(n) * Row::kScales; ++part) {
     const int64_t first = part * kPart, at = first % kGroup, g = first / kGroup;
-    std::int8_t* const q = out.pairs[g / 2].q[at / kHalf] + g % 2 * kHalf + at % kHalf;
+    Pair& pair = out.pairs[g / 2];
+    const int64_t in_half = g % 2 * kHalf + at % kHalf;
     Floats values[kVectors], largest = {};
     for (int i = 0; i < kVectors; ++i) {
       const int64_t left = n - first - i * kLanes;
@@ -96,8 +114,14 @@ void prepare(const float* x, int64_t n, void* prepared) {
       largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
     }
     const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    for (int i = 0; i < kVectors; ++i)
-      store_bytes(q + i * kLanes, (Ints)(values[i] * inverse + kShift));
+    for (int i = 0; i < kVectors; ++i) {
+      const Floats scaled = values[i] * inverse;
+      const Floats q = store_rounded(pair.q[at / kHalf] + in_half + i * kLanes, scaled);
+      if (Row::kPlanes)
+        store_rounded(pair.rest[at / kHalf] + in_half + i * kLanes,
+                      min(256.0f * (scaled - q), splat(127.0f)));
+    }
+    pair.fine = (part % (2 * Row::kScales) != 0 && pair.fine) || most > limit;
     if (g == out.count) continue;  // there is no such group, but half a pair
     out.scales[part] = most / 127.0f;
   }
@@ -117,6 +141,13 @@ void prepare(const float* x, int64_t n, void* prepared) {
       for (int i = 0; i < kHalf / 2; ++i) {
         pair.coarse_start[half][i] = -8 * (half == 0 ? 1 : kUpper) * sums[i];
         pair.start[half][i] = Row::kPlanes ? -Row::kOffset * sums[i] : pair.coarse_start[half][i];
+      }
+      if (!pair.fine) continue;
+      sum_fours(pair.rest[half], sums);
+      for (int i = 0; i < kHalf / 2; ++i) pair.rest_start[half][i] = -Row::kOffset * sums[i];
+      for (int i = 0; i < Row::kScales; ++i) {
+        const int64_t scale = (2 * p + half) * Row::kScales + i;  // as many groups as halves
+        if (scale < out.count * Row::kScales) out.scales[scale] /= 256.0f;
       }
     }
 }
@@ -182,8 +213,14 @@ inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& 
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const auto scale = (Floats)_mm512_permutexvar_ps(index[half], (__m512)scales[r][vector]);
-          sums[r][turn == kLinesInTurn - 1] +=
-              scale * to_floats((Ints)_mm512_dpbusd_epi32(start[half], codes[half], q[half]));
+          __m512i integers = _mm512_dpbusd_epi32(start[half], codes[half], q[half]);
+          if (kBoth && pair.fine) {
+            const __m512i shifted = _mm512_slli_epi32(integers, 8);
+            integers = _mm512_dpbusd_epi32(
+                _mm512_add_epi32(shifted, _mm512_load_si512(pair.rest_start[half])), codes[half],
+                _mm512_load_si512(pair.rest[half]));
+          }
+          sums[r][turn == kLinesInTurn - 1] += scale * to_floats((Ints)integers);
         }
       }
     }
@@ -237,11 +274,15 @@ inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& 
         for (int part = 0; part < kParts; ++part) {
           const int64_t first = part * kVectorBytes, half = first / kHalf;
           const int64_t at = g % 2 * kHalf + first % kHalf;
-          const std::int8_t* const q = pair.q[half] + at;
+          const auto products = [&](const std::int8_t* q) {
+            return kBoth ? sums_of_four<16>(high[part], q) + sums_of_four<1>(low[part], q)
+                         : sums_of_four<1>(high[part], q);
+          };
           const auto& starts = kExact ? pair.start : pair.coarse_start;
-          Ints integers = load_as<Ints>(starts[half] + at / 4);
-          integers += kBoth ? sums_of_four<16>(high[part], q) + sums_of_four<1>(low[part], q)
-                            : sums_of_four<1>(high[part], q);
+          Ints integers = load_as<Ints>(starts[half] + at / 4) + products(pair.q[half] + at);
+          if (kBoth && pair.fine)
+            integers = (integers << 8) + load_as<Ints>(pair.rest_start[half] + at / 4) +
+                       products(pair.rest[half] + at);
           const float* const of_part =
               scales[r] + (g - g0) * Row::kScales + first * Row::kScales / kGroup;
           Floats scale;

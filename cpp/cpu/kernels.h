@@ -83,8 +83,8 @@ struct SelectedCounts {
 
 /// Kernels for rows of weights in one format. Those that take x as `void` want it prepared.
 struct RowKernels {
-  /// Bytes of a prepared x of length n, and its making; null where x itself, [n] f32, is what the
-  /// kernels want.
+  /// Bytes of a prepared x of length n, and its making, on a multiple of 64; null where x itself,
+  /// [n] f32, is what the kernels want.
   std::int64_t (*prepared_bytes)(std::int64_t n);
   void (*prepare)(const float* x, std::int64_t n, void* prepared);
 
@@ -121,7 +121,8 @@ struct CacheKernels {
 
 /// Rows times `count` panels. Keys and values are rows here, too.
 struct PanelKernels {
-  /// Bytes of a prepared panel b: [n, P], and its making; null where `multiply` wants b itself.
+  /// Bytes of a prepared panel b: [n, P], and its making, on a multiple of 64; null where
+  /// `multiply` wants b itself.
   std::int64_t (*prepared_bytes)(std::int64_t n);
   void (*prepare)(const float* b, std::int64_t n, void* prepared);
 

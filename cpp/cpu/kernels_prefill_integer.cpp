@@ -5,7 +5,8 @@
 // (parts of 16 for int8 cost a third of the speed and win a tenth of a per cent of perplexity): x =
 // scale q. A dword of four neighbours of a row is broadcast to the lanes and multiplied with the
 // same four of each token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is where
-// the sums start.
+// the sums start. int8's parts in which a token of the panel has an outlier (int8.h) are multiplied
+// a second time, with what rounding left: a fifth of the speed for half of what rounding costs.
 #include "cpu/dwords.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
@@ -16,13 +17,18 @@
 namespace tda {
 namespace {
 
-/// Some values of each of a panel's vectors.
+/// Some values of each of a panel's vectors; of parts with an outlier (int8.h) the rests, too.
 template <int64_t kSize>
-struct Part {
+struct alignas(64) Part {
   static constexpr int kDwords = kSize / 4;
-  PanelDwords<kDwords> q;  // four bytes each
-  int32_t start[kPanel];   // -kOffset sum of the token's q
+  struct Bytes {
+    PanelDwords<kDwords> dwords;  // four bytes each
+    int32_t start[kPanel];        // -kOffset sum of the token's
+  };
+  Bytes q;
   float scale[kPanel];
+  bool fine;  // the rest counts, and the scale is 256 times as small
+  Bytes rest;
 };
 
 // ---- rounding -------------------------------------------------------------------------------
@@ -31,35 +37,58 @@ struct Part {
 template <class Row>
 constexpr int64_t kPerScale = kGroup / Row::kScales;
 
-/// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the part's half `half` of the
-/// tokens; zeros behind them.
-template <class Row, int64_t kSize, class Value>
-inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int half) {
-  Floats largest = {};
+inline Floats to_floats(__m512i v) { return (Floats)_mm512_cvtepi32_ps(v); }
+inline __m512i nearest(Floats v) { return _mm512_cvtps_epi32((__m512)v); }
+
+/// Of the sizes of value(0) ... value(count - 1), each of kLanes tokens.
+template <class Value>
+inline Floats largest(int64_t count, const Value& value) {
+  Floats most = {};
   for (int64_t i = 0; i < count; ++i)
-    largest = (Floats)_mm512_max_ps((__m512)largest, _mm512_abs_ps((__m512)value(i)));
-  const Floats inverse = largest > 0.0f ? 127.0f / largest : Floats{};
+    most = (Floats)_mm512_max_ps((__m512)most, _mm512_abs_ps((__m512)value(i)));
+  return most;
+}
+
+/// integers(0) ... integers(count - 1), each of kLanes tokens, as bytes into the half `half` of the
+/// tokens; zeros behind them.
+template <class Row, class Bytes, class Integers>
+inline void pack(int64_t count, const Integers& integers, Bytes& out, int half) {
   // Packing leaves four tokens' first, then their second, third and fourth values next to each
   // other.
   const __m512i order =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i sums = _mm512_setzero_si512();
-  const auto quad = [&](int i, const auto& integers) {
-    const __m512i bytes =
-        _mm512_packs_epi16(_mm512_packs_epi32(integers(4 * i), integers(4 * i + 1)),
-                           _mm512_packs_epi32(integers(4 * i + 2), integers(4 * i + 3)));
+  const auto quad = [&](int i, const auto& in) {
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(in(4 * i), in(4 * i + 1)),
+                                             _mm512_packs_epi32(in(4 * i + 2), in(4 * i + 3)));
     const __m512i q = _mm512_shuffle_epi8(bytes, order);
-    _mm512_storeu_si512(out.q[i] + half * kLanes, q);
+    _mm512_storeu_si512(out.dwords[i] + half * kLanes, q);
     sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), q);
   };
-  const auto integer = [&](int64_t i) { return _mm512_cvtps_epi32((__m512)(value(i) * inverse)); };
   int i = 0;
-  for (; 4 * i + 4 <= count; ++i) quad(i, integer);
-  for (; i < out.kDwords; ++i)
-    quad(i, [&](int64_t j) { return j < count ? integer(j) : _mm512_setzero_si512(); });
+  for (; 4 * i + 4 <= count; ++i) quad(i, integers);
+  for (; i < static_cast<int>(std::size(out.dwords)); ++i)
+    quad(i, [&](int64_t j) { return j < count ? integers(j) : _mm512_setzero_si512(); });
   _mm512_storeu_si512(out.start + half * kLanes,
                       _mm512_mullo_epi32(sums, _mm512_set1_epi32(-Row::kOffset)));
-  store(out.scale + half * kLanes, largest / 127.0f);
+}
+
+/// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the part's half `half`.
+template <class Row, int64_t kSize, class Value>
+inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int half) {
+  const Floats most = largest(count, value);
+  const Floats inverse = most > 0.0f ? 127.0f / most : Floats{};
+  const auto scaled = [&](int64_t i) { return value(i) * inverse; };
+  pack<Row>(count, [&](int64_t i) { return nearest(scaled(i)); }, out.q, half);
+  Floats scale = most / 127.0f;
+  if (out.fine) {
+    scale /= 256.0f;
+    const auto rest = [&](int64_t i) {
+      return nearest(256.0f * (scaled(i) - to_floats(nearest(scaled(i)))));
+    };
+    pack<Row>(count, rest, out.rest, half);
+  }
+  store(out.scale + half * kLanes, scale);
 }
 
 template <class Row>
@@ -72,16 +101,43 @@ int64_t prepared_bytes(int64_t n) {
   return parts_of<Row>(n) * sizeof(Part<kPerScale<Row>>);
 }
 
+/// Value j of kLanes tokens, of those that lie kPanel apart.
+inline auto values(const float* b, int half) {
+  return [at = b + half * kLanes](int64_t j) { return load_as<Floats>(at + j * kPanel); };
+}
+
+/// What is an outlier of a panel b: [n, kPanel].
+struct Limits {
+  Floats of[2];
+
+  void set(const float* b, int64_t n) {
+    for (int half = 0; half < 2; ++half) {
+      Floats squares = {};
+      for (int64_t i = 0; i < n; ++i) squares += values(b, half)(i) * values(b, half)(i);
+      of[half] = kOutlier * (Floats)_mm512_sqrt_ps((__m512)(squares / static_cast<float>(n)));
+    }
+  }
+  /// Whether there is one among the first `count` of b: [count, kPanel].
+  bool are_passed(const float* b, int64_t count) const {
+    __mmask16 lanes = 0;
+    for (int half = 0; half < 2; ++half)
+      lanes |=
+          _mm512_cmp_ps_mask((__m512)largest(count, values(b, half)), (__m512)of[half], _CMP_GT_OQ);
+    return lanes != 0;
+  }
+};
+
 template <class Row>
 void prepare(const float* b, int64_t n, void* prepared) {
   constexpr int64_t kSize = kPerScale<Row>;
   auto* const parts = static_cast<Part<kSize>*>(prepared);
-  for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel)
-    for (int half = 0; half < 2; ++half)
-      quantize<Row>(
-          min(kSize, n - i * kSize),
-          [&](int64_t j) { return load_as<Floats>(b + j * kPanel + half * kLanes); }, parts[i],
-          half);
+  Limits limits;
+  limits.set(b, n);
+  for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel) {
+    const int64_t count = min(kSize, n - i * kSize);
+    parts[i].fine = Row::kPlanes && limits.are_passed(b, count);
+    for (int half = 0; half < 2; ++half) quantize<Row>(count, values(b, half), parts[i], half);
+  }
 }
 
 // ---- products -------------------------------------------------------------------------------
@@ -125,11 +181,16 @@ inline void products(const At& at, const Part<kSize>& b, __m512i sums[kRows][2])
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
-      sums[m][half] = _mm512_loadu_si512(b.start + half * kLanes);
-  add_products<AddQuads, kRows, kStep>(at, b.q, sums);
+      sums[m][half] = _mm512_loadu_si512(b.q.start + half * kLanes);
+  add_products<AddQuads, kRows, kStep>(at, b.q.dwords, sums);
+  if (!b.fine) return;
+#pragma GCC unroll 12
+  for (int m = 0; m < kRows; ++m)
+    for (int half = 0; half < 2; ++half)
+      sums[m][half] = _mm512_add_epi32(_mm512_slli_epi32(sums[m][half], 8),
+                                       _mm512_loadu_si512(b.rest.start + half * kLanes));
+  add_products<AddQuads, kRows, kStep>(at, b.rest.dwords, sums);
 }
-
-inline Floats to_floats(__m512i v) { return (Floats)_mm512_cvtepi32_ps(v); }
 
 constexpr int kTileRows = 6;  // x 2 vectors, of integer sums and of floats
 static_assert(kBlockRows % kTileRows == 0);
@@ -267,6 +328,14 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
   static_assert(kPerScale<Row> % kTileColumns == 0);
   Block<Row> block;
   Part<kRowsAtOnce> part;
+  constexpr int64_t kMost = 8;  // panels
+  Limits limits[kMost];
+  if (count > kMost) {
+    multiply_transposed<Row>(w, rows, first, columns, {b.data + kMost * b.stride, b.stride},
+                             {c.data + kMost * c.stride, c.stride}, count - kMost);
+    count = kMost;
+  }
+  for (int64_t p = 0; p < count; ++p) limits[p].set(b.data + p * b.stride, rows);
   for (int64_t c0 = 0; c0 < columns; c0 += kGroup)
     for (int64_t k0 = 0; k0 < rows; k0 += kRowsAtOnce) {
       const int64_t depth = min(kRowsAtOnce, rows - k0);
@@ -276,16 +345,13 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
                            group);
       for (int64_t p = 0; p < count; ++p) {
         const float* const in = b.data + p * b.stride + k0 * kPanel;
+        part.fine = Row::kPlanes && limits[p].are_passed(in, depth);
         for (int64_t i = 0; i < min(kGroup, columns - c0); i += kTileColumns) {
           if (i % kPerScale<Row> == 0) {
             const float* const scales = block.scales[i / kPerScale<Row>];
             for (int half = 0; half < 2; ++half)
               quantize<Row>(
-                  depth,
-                  [&](int64_t j) {
-                    return scales[j] * load_as<Floats>(in + j * kPanel + half * kLanes);
-                  },
-                  part, half);
+                  depth, [&](int64_t j) { return scales[j] * values(in, half)(j); }, part, half);
           }
           next.ask();
           tile_transposed(block, i, part, c.data + p * c.stride + (c0 + i) * kPanel,

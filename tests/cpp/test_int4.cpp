@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "aligned.h"
 #include "check.h"
 #include "cpu/isa.h"
 #include "naive.h"
@@ -76,9 +77,9 @@ std::vector<double> rounded(const std::vector<float>& x) {
   return out;
 }
 
-std::vector<std::byte> prepared(const RowKernels& kernels, const std::vector<float>& x) {
+AlignedBytes prepared(const RowKernels& kernels, const std::vector<float>& x) {
   const auto n = static_cast<std::int64_t>(x.size());
-  std::vector<std::byte> out(kernels.prepared_bytes(n));
+  AlignedBytes out(kernels.prepared_bytes(n));
   kernels.prepare(x.data(), n, out.data());
   return out;
 }
@@ -305,8 +306,7 @@ TEST(int4_multiplies_panels) {
       for (const std::int64_t n : {17, 64, 300}) {
         const Stored w(rows, n);
         const auto b = random_floats(n * width), d = random_floats(rows * width);
-        std::vector<std::byte> memory(panels.prepare ? panels.prepared_bytes(n) + 1 : 1,
-                                      std::byte{7});
+        AlignedBytes memory(panels.prepare ? panels.prepared_bytes(n) + 1 : 1, std::byte{7});
         if (panels.prepare) panels.prepare(b.data(), n, memory.data());
         CHECK(memory.back() == std::byte{7});
         const PreparedPanels in = panels.prepare ? PreparedPanels(memory.data(), 0)

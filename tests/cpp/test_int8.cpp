@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "aligned.h"
 #include "check.h"
 #include "cpu/isa.h"
 #include "model/half.h"
@@ -134,9 +135,9 @@ struct Sum {
   }
 };
 
-std::vector<std::byte> prepared(const RowKernels& kernels, const std::vector<float>& x) {
+AlignedBytes prepared(const RowKernels& kernels, const std::vector<float>& x) {
   const auto n = static_cast<std::int64_t>(x.size());
-  std::vector<std::byte> out(kernels.prepared_bytes(n));
+  AlignedBytes out(kernels.prepared_bytes(n));
   kernels.prepare(x.data(), n, out.data());
   return out;
 }
@@ -244,6 +245,42 @@ TEST(int8_dot_matches_doubles) {
         CHECK_NEAR(once[r], dot(w.values.data() + r * n, unrounded), bound);
       }
       CHECK(y[rows] == 3);
+    }
+  });
+}
+
+/// Three outliers, each among the random values of a part; zeros elsewhere.
+std::vector<float> with_outliers(std::int64_t n) {
+  std::vector<float> x(n);
+  for (const std::int64_t i : {std::int64_t{0}, n / 2, n - 1}) {
+    const std::int64_t part = static_cast<std::int64_t>(kPart), first = i / part * part;
+    const auto values = random_floats(part);
+    std::copy_n(values.begin(), std::min(part, n - first), x.begin() + first);
+    x[i] = i % 2 == 0 ? 80.0f : -90.0f;
+  }
+  return x;
+}
+
+/// sum |w[i]| times half a step of what rounding to a byte leaves beside outliers.
+double finer_bound(const std::vector<double>& w, const std::vector<float>& x) {
+  double bound = 0;
+  for (std::size_t i = 0; i < x.size(); ++i)
+    bound += std::abs(w[i]) * largest_beside(x, i) / 254 / 255;
+  return bound;
+}
+
+TEST(int8_takes_finer_x_beside_outliers) {
+  for_all_kernels([](const Kernels& kernels) {
+    for (const std::int64_t n : {300, 576, 2000}) {
+      const Stored w(37, n);
+      const auto x = with_outliers(n);
+      const auto p = prepared(kernels.rows[2], x);
+      std::vector<float> y(37);
+      kernels.rows[2].dot(w.rows(), 37, p.data(), y.data(), false);
+      for (std::int64_t r = 0; r < 37; ++r) {
+        const float* row = w.values.data() + r * n;
+        CHECK_NEAR(y[r], dot(row, {x.begin(), x.end()}), finer_bound({row, row + n}, x) + 2e-4);
+      }
     }
   });
 }
@@ -444,7 +481,7 @@ struct TestPanels {
     for (std::int64_t i = 0; i < n; ++i) out.push_back(at(t, i));
     return out;
   }
-  PreparedPanels prepared(const PanelKernels& kernels, std::vector<std::byte>& memory) const {
+  PreparedPanels prepared(const PanelKernels& kernels, AlignedBytes& memory) const {
     if (!kernels.prepare) return ConstPanels{values.data(), stride()};
     const std::int64_t bytes = kernels.prepared_bytes(n);
     memory.resize(count * bytes + 1, std::byte{7});
@@ -502,7 +539,7 @@ TEST(int8_multiplies_panels) {
         for (std::int64_t t = kernels.panel + 3; t < 2 * kernels.panel; ++t)
           for (std::int64_t i = 0; i < n; ++i) b.at(t, i) = 0;  // lanes behind the last token
         c.values.push_back(3);
-        std::vector<std::byte> memory;
+        AlignedBytes memory;
         const PreparedPanels in = b.prepared(panels, memory);
         panels.multiply(w.rows(), rows, in, {c.values.data(), c.stride()}, 2, false);
         panels.multiply(w.rows(), rows, in, {c.values.data(), c.stride()}, 2, true);
@@ -553,6 +590,44 @@ TEST(int8_multiplies_panels_transposed) {
   });
 }
 
+TEST(int8_panels_are_finer_beside_outliers) {
+  for_all_kernels([](const Kernels& kernels) {
+    const PanelKernels& panels = kernels.panels[2];
+    const std::int64_t rows = 300, n = 200;
+    const Stored w(rows, n);
+    TestPanels b(n, kernels.panel, 10), c(rows, kernels.panel, 10);
+    TestPanels h(rows, kernels.panel, 10), x(n, kernels.panel, 10);
+    const std::int64_t token = 9 * kernels.panel + 3;  // all others are 0
+    const auto in = with_outliers(n), hidden = with_outliers(rows);
+    for (TestPanels* all : {&b, &h, &x}) std::fill(all->values.begin(), all->values.end(), 0.0f);
+    for (std::int64_t i = 0; i < n; ++i) b.at(token, i) = in[i];
+    for (std::int64_t i = 0; i < rows; ++i) h.at(token, i) = hidden[i];
+    AlignedBytes memory;
+    panels.multiply(w.rows(), rows, b.prepared(panels, memory), {c.values.data(), c.stride()}, 10,
+                    false);
+    panels.multiply_transposed(w.rows(), rows, 0, n, {h.values.data(), h.stride()},
+                               {x.values.data(), x.stride()}, 10);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const float* row = w.values.data() + r * n;
+      CHECK_NEAR(c.at(token, r), dot(row, {in.begin(), in.end()}),
+                 finer_bound({row, row + n}, in) + 2e-4);
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      std::vector<double> codes;
+      std::vector<float> scaled;
+      double value = 0;
+      for (std::int64_t j = 0; j < rows; ++j) {
+        const float scale = scale_of(w, j, i / static_cast<std::int64_t>(kPart));
+        codes.push_back(double{w.values[j * n + i]} / scale);
+        scaled.push_back(hidden[j] * scale);
+        value += double{w.values[j * n + i]} * hidden[j];
+      }
+      CHECK_NEAR(x.at(token, i), value, finer_bound(codes, scaled) + 2e-4);
+    }
+    for (std::int64_t i = 0; i < n; ++i) CHECK(x.at(token - 1, i) == 0);
+  });
+}
+
 TEST(int8_panels_keep_tokens_apart) {
   for_all_kernels([](const Kernels& kernels) {
     const PanelKernels& panels = kernels.panels[2];
@@ -568,7 +643,7 @@ TEST(int8_panels_keep_tokens_apart) {
         for (std::int64_t i = 0; i < n; ++i) b.at(t, i) *= others;
         for (std::int64_t i = 0; i < size; ++i) h.at(t, i) *= others;
       }
-      std::vector<std::byte> memory;
+      AlignedBytes memory;
       panels.multiply(w.rows(), size, b.prepared(panels, memory), {c.values.data(), c.stride()}, 1,
                       false);
       TestPanels sum = d;
