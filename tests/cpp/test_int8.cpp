@@ -597,11 +597,13 @@ TEST(int8_panels_are_finer_beside_outliers) {
     const Stored w(rows, n);
     TestPanels b(n, kernels.panel, 10), c(rows, kernels.panel, 10);
     TestPanels h(rows, kernels.panel, 10), x(n, kernels.panel, 10);
-    const std::int64_t token = 9 * kernels.panel + 3;  // all others are 0
+    const std::int64_t token = 9 * kernels.panel + 3, twin = kernels.panel + 2;  // others are 0
     const auto in = with_outliers(n), hidden = with_outliers(rows);
     for (TestPanels* all : {&b, &h, &x}) std::fill(all->values.begin(), all->values.end(), 0.0f);
-    for (std::int64_t i = 0; i < n; ++i) b.at(token, i) = in[i];
-    for (std::int64_t i = 0; i < rows; ++i) h.at(token, i) = hidden[i];
+    for (const std::int64_t t : {token, twin}) {
+      for (std::int64_t i = 0; i < n; ++i) b.at(t, i) = in[i];
+      for (std::int64_t i = 0; i < rows; ++i) h.at(t, i) = hidden[i];
+    }
     AlignedBytes memory;
     panels.multiply(w.rows(), rows, b.prepared(panels, memory), {c.values.data(), c.stride()}, 10,
                     false);
@@ -624,7 +626,11 @@ TEST(int8_panels_are_finer_beside_outliers) {
       }
       CHECK_NEAR(x.at(token, i), value, finer_bound(codes, scaled) + 2e-4);
     }
-    for (std::int64_t i = 0; i < n; ++i) CHECK(x.at(token - 1, i) == 0);
+    for (std::int64_t i = 0; i < n; ++i) {
+      CHECK(x.at(twin, i) == x.at(token, i));
+      CHECK(x.at(token - 1, i) == 0);
+    }
+    for (std::int64_t r = 0; r < rows; ++r) CHECK(c.at(twin, r) == c.at(token, r));
   });
 }
 
