@@ -132,7 +132,7 @@ void prepare(const float* b, int64_t n, void* prepared) {
   constexpr int64_t kSize = kPerScale<Row>;
   auto* const parts = static_cast<Part<kSize>*>(prepared);
   Limits limits;
-  limits.set(b, n);
+  if (Row::kPlanes) limits.set(b, n);
   for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel) {
     const int64_t count = min(kSize, n - i * kSize);
     parts[i].fine = Row::kPlanes && limits.are_passed(b, count);
@@ -335,7 +335,7 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
                              {c.data + kMost * c.stride, c.stride}, count - kMost);
     count = kMost;
   }
-  for (int64_t p = 0; p < count; ++p) limits[p].set(b.data + p * b.stride, rows);
+  for (int64_t p = 0; Row::kPlanes && p < count; ++p) limits[p].set(b.data + p * b.stride, rows);
   for (int64_t c0 = 0; c0 < columns; c0 += kGroup)
     for (int64_t k0 = 0; k0 < rows; k0 += kRowsAtOnce) {
       const int64_t depth = min(kRowsAtOnce, rows - k0);
