@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <span>
 
 #include "model/half.h"
 #include "model/model.h"
@@ -12,8 +13,8 @@ namespace tda {
 namespace {
 
 constexpr int kMostScale = 127;
-constexpr int kLargest = 119;  // 16 * (15 - 8) + (15 - 8)
-constexpr int kOffset = 136;   // 16 * 8 + 8
+constexpr int kLeast = -128, kLargest = 119;  // int8's codes: signed bytes of two nibbles less 8
+constexpr int kOffset = 136;                  // 16 * 8 + 8
 constexpr std::int64_t kInt8Group = kGroup / kInt8Scales, kInt4Group = kGroup / kInt4Scales;
 
 float largest_of(const float* values, std::int64_t count) {
@@ -37,29 +38,48 @@ struct Scales {
   }
 };
 
+/// The scale nearest to zero that reaches the values: its sign gives their larger side the 128
+/// codes, the other one 119.
+float reaching_scale(std::span<const float> values) {
+  float least = 0, largest = 0;
+  for (const float v : values) {
+    least = std::min(least, v);
+    largest = std::max(largest, v);
+  }
+  const float up = std::max(least / kLeast, largest / kLargest);
+  const float down = std::max(largest / -kLeast, least / -kLargest);
+  return up <= down ? up : -down;
+}
+
 }  // namespace
 
 void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std::byte* low) {
   const std::int64_t groups = groups_of(cols);
   std::memset(high, 0, static_cast<std::size_t>(high_row_bytes(cols)));
   const Scales scales(high, cols, kInt8Scales);
+  const auto part_of = [&](std::int64_t first) {
+    first = std::min(first, cols);
+    return std::span(values + first, values + std::min(first + kInt8Group, cols));
+  };
   // A tiny row's step must not vanish.
-  const float least = std::numeric_limits<float>::denorm_min();
-  const float step = std::max(largest_of(values, cols) / kLargest / kMostScale, least);
+  float most = std::numeric_limits<float>::denorm_min() * kMostScale;
+  for (std::int64_t i = 0; i < cols; i += kInt8Group)
+    most = std::max(most, std::abs(reaching_scale(part_of(i))));
+  const float step = most / kMostScale;
   std::memcpy(scales.step, &step, 4);
   for (std::int64_t g = 0; g < groups; ++g) {
     int codes[kGroup];
     for (std::int64_t part = 0; part < kInt8Scales; ++part) {
-      const std::int64_t first = std::min(cols, g * kGroup + part * kInt8Group);
-      const std::int64_t count = std::min(cols - first, kInt8Group);
-      const float needed = std::ceil(largest_of(values + first, count) / kLargest / step);
-      const int scale = std::min(static_cast<int>(needed), kMostScale);
+      const std::span<const float> in = part_of(g * kGroup + part * kInt8Group);
+      const float wanted = reaching_scale(in) / step;
+      const float away = std::copysign(std::ceil(std::abs(wanted)), wanted);
+      const int scale = std::clamp(static_cast<int>(away), -kMostScale, kMostScale);
       scales.scales[g * kInt8Scales + part] = static_cast<std::byte>(scale);
-      const float size = scale > 0 ? step * static_cast<float>(scale) : 1;
-      for (std::int64_t i = 0; i < kInt8Group; ++i) {
-        const long rounded = i < count ? std::lround(values[first + i] / size) : 0;
-        codes[part * kInt8Group + i] =
-            static_cast<int>(std::clamp<long>(rounded, -kLargest, kLargest)) + kOffset;
+      const float size = scale != 0 ? step * static_cast<float>(scale) : 1;
+      for (std::size_t i = 0; i < kInt8Group; ++i) {
+        const long rounded = i < in.size() ? std::lround(in[i] / size) : 0;
+        codes[part * kInt8Group + static_cast<std::int64_t>(i)] =
+            static_cast<int>(std::clamp<long>(rounded, kLeast, kLargest)) + kOffset;
       }
     }
     for (std::int64_t i = 0; i < kGroupBytes; ++i) {

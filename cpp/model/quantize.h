@@ -1,7 +1,7 @@
 // The int8 weight format: two planes of 4 bits, and a scale of 8 bits for every 32 values along a
 // row, relative to the row's step.
 //
-//   w = step * scale * (16 * (high - 8) + (low - 8)),  0 <= high, low <= 15,  0 <= scale <= 127
+//   w = step * scale * (16 * (high - 8) + (low - 8)),  0 <= high, low <= 15,  -127 <= scale <= 127
 //
 // The high plane alone is a coarse version of the row: what token-scope TDA reads first. 64 values'
 // nibbles are 32 bytes; byte i holds value i in its low and value 32 + i in its high four bits, and
@@ -37,8 +37,8 @@ constexpr std::int64_t int4_row_bytes(std::int64_t cols) {
   return low_row_bytes(cols) + (groups_of(cols) * kInt4Scales + 4 + 15) / 16 * 16;
 }
 
-/// Rounds a row of finite values: to at most half a step of their scale, the least that reaches
-/// their largest value with 119 of them.
+/// Rounds a row of finite values to at most half a step of their scale: of either sign, the one
+/// nearest to zero that reaches all of them with -128 to 119 steps.
 void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std::byte* low);
 
 /// Values [first, first + count) of a row.

@@ -67,6 +67,17 @@ double largest_beside(const std::vector<float>& x, std::size_t i) {
   return largest;
 }
 
+/// The step of a weight's part: its codes reach from -128 to 119 and may be turned round.
+double weight_step(const std::vector<float>& w, std::size_t i) {
+  const std::size_t first = i / kPart * kPart, end = std::min(w.size(), first + kPart);
+  double least = 0, largest = 0;
+  for (std::size_t j = first; j < end; ++j) {
+    least = std::min(least, double{w[j]});
+    largest = std::max(largest, double{w[j]});
+  }
+  return std::min(std::max(-least / 128, largest / 119), std::max(largest / 128, -least / 119));
+}
+
 /// What the kernels of decode make of x: parts rounded to multiples of their largest value / 127.
 std::vector<double> rounded(const std::vector<float>& x) {
   std::vector<double> out(x.size());
@@ -192,13 +203,12 @@ TEST(int8_rounds_to_half_a_step) {
     for (const float scale : {1e-38f, 1e-6f, 1.0f, 1e30f}) {
       const auto values = random_floats(n, scale);
       const Stored stored(1, n, values);
-      const double row_step = std::abs(double{*std::max_element(
-                                  values.begin(), values.end(),
-                                  [](float a, float b) { return std::abs(a) < std::abs(b); })}) /
-                              119 / 127;
+      double row_step = 0;
+      for (std::int64_t i = 0; i < n; ++i)
+        row_step = std::max(row_step, weight_step(values, i) / 127);
       for (std::int64_t i = 0; i < n; ++i) {
         // A scale is a whole number of the row's steps; subnormal ones are coarser.
-        const double step = largest_beside(values, i) / 119 + row_step + 1e-40;
+        const double step = weight_step(values, i) + row_step + 1e-40;
         CHECK(std::abs(stored.values[i] - double{values[i]}) <= step / 2 * (1 + 1e-5));
         CHECK(std::abs(stored.coarse[i] - double{stored.values[i]}) <= 8 * step * (1 + 1e-5));
       }

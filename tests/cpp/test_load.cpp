@@ -211,7 +211,7 @@ TEST(load_keeps_outliers_of_down_rows_apart) {
     std::vector<float> row(down.shape[0]);
     tda::read_row(model->layers[1].down, 2, 0, std::ssize(row), row.data());
     CHECK(row[3] == -0.9f);
-    CHECK(std::abs(row[0] - 0.01f) < 0.001f);  // of 0.9 in 119 or 8 codes nothing would be left
+    CHECK(std::abs(row[0] - 0.01f) < 0.001f);  // of 0.9 in 128 or 8 codes nothing would be left
     const float length = std::sqrt(0.81f + 0.0001f * static_cast<float>(down.shape[0] - 1));
     CHECK(std::abs(model->layers[1].down_lengths[2] - length) < 1e-3f);
   }
