@@ -5,7 +5,9 @@
 
 #include <cstddef>
 
+#include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "model/quantize.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -55,6 +57,32 @@ class NextRows {
   const std::byte* next_;
   int64_t stride_, bytes_, rows_, steps_;
   int64_t due_ = 0;  // rows times steps
+};
+
+/// NextRows of a format: all planes of whole rows, or of their part of one group of columns.
+template <class Row>
+class NextRowsOf {
+ public:
+  NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps)
+      : high_(Row(w, first).plane(0), Row::stride(w), Row::bytes(w.n), rows, steps),
+        low_(Row(w, first).plane(1), w.low_stride, Row::bytes_of(w.n), rows, steps),
+        scales_(nullptr, 0, 0, 0, steps) {}
+  NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps, int64_t group)
+      : high_(of(Row(w, first).plane(0), group), Row::stride(w), kBytes, rows, steps),
+        low_(of(Row(w, first).plane(1), group), w.low_stride, kBytes, rows, steps),
+        scales_(Row(w, first).scales_at(group), Row::stride(w), Row::kScales, rows, steps) {}
+  void ask() {
+    high_.ask();
+    if (Row::kPlanes) low_.ask();
+    if (Row::kScales > 0) scales_.ask();
+  }
+
+ private:
+  static constexpr int64_t kBytes = Row::bytes_of(kGroup);
+  static const void* of(const void* plane, int64_t group) {
+    return static_cast<const std::byte*>(plane) + group * kBytes;
+  }
+  NextRows high_, low_, scales_;
 };
 
 }  // namespace

@@ -10,6 +10,8 @@ struct Int4Row {
   static constexpr int kScales = kInt4Scales, kOffset = 8;
   static constexpr bool kPlanes = false;
   static constexpr int64_t bytes(int64_t n) { return int4_row_bytes(n); }
+  static constexpr int64_t bytes_of(int64_t columns) { return low_row_bytes(columns); }
+  static int64_t stride(const Rows& w) { return w.stride; }
   const std::uint8_t* nibbles;
   RowScales scales;
 
@@ -18,6 +20,7 @@ struct Int4Row {
       : nibbles(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         scales(nibbles, w.n, kScales) {}
   const std::uint8_t* plane(int) const { return nibbles; }
+  const void* scales_at(int64_t group) const { return scales.scales + group * kScales; }
   Int4Row only(bool, bool) const { return *this; }
 
 #if defined(__AVX512VNNI__)
@@ -29,6 +32,9 @@ struct Int4Row {
                                           0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
     return _mm512_and_si512(_mm512_srlv_epi16(twice, down), _mm512_set1_epi8(15));
   }
+#if defined(__AVX512BF16__)
+  void bf16(int64_t group, __m512i out[2]) const { to_bf16(*this, group, out); }
+#endif
 #else
   /// A group's codes, less the offset.
   template <bool>

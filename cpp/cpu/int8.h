@@ -12,11 +12,6 @@ typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 typedef std::uint8_t HalfBytes __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 
-/// How many times as large as the root of x's mean square an outlier of x is. Such a value leaves
-/// its neighbours only a few steps of their common scale, so they are multiplied with 8 bits more:
-/// x = scale / 256 (256 q + rest).
-constexpr float kOutlier = 6;
-
 constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's values as bytes
 
 #if defined(__AVX512VNNI__)
@@ -61,10 +56,30 @@ struct RowScales {
   Floats from(int64_t first) const { return signed_floats(scales + first); }
 };
 
+#if defined(__AVX512BF16__)
+/// A group of an integer row, rounded to bf16.
+template <class Row>
+inline void to_bf16(const Row& row, int64_t group, __m512i out[2]) {
+  alignas(64) std::uint8_t codes[kGroup];
+  _mm512_store_si512(codes, row.codes(group));
+  const auto quarter = [&](int i) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(codes) + i);
+    const __m512i code =
+        _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(Row::kOffset));
+    const float scale = row.scales[group * Row::kScales + i * Row::kScales / 4];
+    return _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(code));
+  };
+  for (int i = 0; i < 2; ++i)
+    out[i] = (__m512i)_mm512_cvtne2ps_pbh(quarter(2 * i + 1), quarter(2 * i));
+}
+#endif
+
 struct Int8Row {
   static constexpr int kScales = kInt8Scales, kOffset = 136;
   static constexpr bool kPlanes = true;
   static constexpr int64_t bytes(int64_t n) { return high_row_bytes(n); }  // of plane 0
+  static constexpr int64_t bytes_of(int64_t columns) { return low_row_bytes(columns); }
+  static int64_t stride(const Rows& w) { return w.stride; }
   const std::uint8_t *high, *low;
   RowScales scales;
 
@@ -74,6 +89,7 @@ struct Int8Row {
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * w.low_stride),
         scales(high, w.n, kScales) {}
   const std::uint8_t* plane(int i) const { return i == 0 ? high : low; }
+  const void* scales_at(int64_t group) const { return scales.scales + group * kScales; }
   /// For requests: one of the planes in the place of both.
   Int8Row only(bool with_high, bool with_low) const {
     Int8Row row = *this;
@@ -96,6 +112,10 @@ struct Int8Row {
                                           0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
     return merge(_mm512_sllv_epi16(twice(high), up), _mm512_srlv_epi16(twice(low), down));
   }
+#if defined(__AVX512BF16__)
+  /// A group's values.
+  void bf16(int64_t group, __m512i out[2]) const { to_bf16(*this, group, out); }
+#endif
 #else
   /// A group's 16 (high - 8) + (low - 8), or 16 (high - 8).
   template <bool kExact>

@@ -2,14 +2,18 @@
 //
 // Where weights have a scale of their own, so has x:  x = scale q,  q of 8 bits. Instructions want
 // codes unsigned, so they are Row::kOffset too large; -kOffset sum(q) is where the integer sums
-// start.
-// Where x has an outlier (int8.h), int8 rows are multiplied with q and with the rest.
+// start. Where x has an outlier, int8 rows are multiplied with 8 bits more of it.
 #pragma once
 
 #include "cpu/batch.h"
 
 namespace tda {
 namespace {
+
+/// How many times as large as the root of x's mean square an outlier of x is. Such a value leaves
+/// its neighbours only a few steps of their common scale, so they are multiplied with what rounding
+/// left, too: x = scale / 256 (256 q + rest).
+constexpr float kOutlier = 6;
 
 constexpr int64_t kHalf = kGroup / 2;  // a plane's bytes hold values of both halves of a group
 

@@ -1,23 +1,24 @@
 // Kernels of prefill for int8 and int4 rows by byte products, where there is an instruction for
-// four of them at once; kernels_prefill.cpp has those for other machines.
+// four of them at once, but none for two of bf16 (kernels_prefill_bf16.cpp); kernels_prefill.cpp
+// has those for other machines.
 //
-// The tokens of a panel are rounded to bytes by the parts for which weights have a scale, too
-// (parts of 16 for int8 cost a third of the speed and win a tenth of a per cent of perplexity): x =
-// scale q. A dword of four neighbours of a row is broadcast to the lanes and multiplied with the
-// same four of each token. Weights take part as 16 high + low, 136 too large: -136 sum(q) is where
-// the sums start. int8's parts in which a token of the panel has an outlier (int8.h) are multiplied
-// a second time, with what rounding left: a fifth of the speed for half of what rounding costs.
+// The tokens of a panel are rounded by the parts for which weights have a scale, too (parts of 16
+// for int8 cost a third of the speed and win a tenth of a per cent of perplexity), for int4 to
+// bytes, x = scale q, for int8 to two of them: x = scale (256 q + rest), for 8 bits alone would
+// cost as much perplexity as the weights do. A dword of four neighbours of a row is broadcast to
+// the lanes and multiplied with the same four of each token. Weights take part as 16 high + low,
+// 136 too large: -136 sum(q) is where the sums start.
 #include "cpu/dwords.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(__AVX512BF16__)
 
 namespace tda {
 namespace {
 
-/// Some values of each of a panel's vectors; of parts with an outlier (int8.h) the rests, too.
+/// Some values of each of a panel's vectors.
 template <int64_t kSize>
 struct alignas(64) Part {
   static constexpr int kDwords = kSize / 4;
@@ -25,10 +26,8 @@ struct alignas(64) Part {
     PanelDwords<kDwords> dwords;  // four bytes each
     int32_t start[kPanel];        // -kOffset sum of the token's
   };
-  Bytes q;
+  Bytes q, rest;  // the rest: int8 only
   float scale[kPanel];
-  bool fine;  // the rest counts, and the scale is 256 times as small
-  Bytes rest;
 };
 
 // ---- rounding -------------------------------------------------------------------------------
@@ -80,15 +79,13 @@ inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int ha
   const Floats inverse = most > 0.0f ? 127.0f / most : Floats{};
   const auto scaled = [&](int64_t i) { return value(i) * inverse; };
   pack<Row>(count, [&](int64_t i) { return nearest(scaled(i)); }, out.q, half);
-  Floats scale = most / 127.0f;
-  if (out.fine) {
-    scale /= 256.0f;
+  store(out.scale + half * kLanes, most / (Row::kPlanes ? 256 * 127.0f : 127.0f));
+  if (Row::kPlanes) {
     const auto rest = [&](int64_t i) {
       return nearest(256.0f * (scaled(i) - to_floats(nearest(scaled(i)))));
     };
     pack<Row>(count, rest, out.rest, half);
   }
-  store(out.scale + half * kLanes, scale);
 }
 
 template <class Row>
@@ -106,63 +103,16 @@ inline auto values(const float* b, int half) {
   return [at = b + half * kLanes](int64_t j) { return load_as<Floats>(at + j * kPanel); };
 }
 
-/// What is an outlier of a panel b: [n, kPanel].
-struct Limits {
-  Floats of[2];
-
-  void set(const float* b, int64_t n) {
-    for (int half = 0; half < 2; ++half) {
-      Floats squares = {};
-      for (int64_t i = 0; i < n; ++i) squares += values(b, half)(i) * values(b, half)(i);
-      of[half] = kOutlier * (Floats)_mm512_sqrt_ps((__m512)(squares / static_cast<float>(n)));
-    }
-  }
-  /// Whether there is one among the first `count` of b: [count, kPanel].
-  bool are_passed(const float* b, int64_t count) const {
-    __mmask16 lanes = 0;
-    for (int half = 0; half < 2; ++half)
-      lanes |=
-          _mm512_cmp_ps_mask((__m512)largest(count, values(b, half)), (__m512)of[half], _CMP_GT_OQ);
-    return lanes != 0;
-  }
-};
-
 template <class Row>
 void prepare(const float* b, int64_t n, void* prepared) {
   constexpr int64_t kSize = kPerScale<Row>;
   auto* const parts = static_cast<Part<kSize>*>(prepared);
-  Limits limits;
-  if (Row::kPlanes) limits.set(b, n);
-  for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel) {
-    const int64_t count = min(kSize, n - i * kSize);
-    parts[i].fine = Row::kPlanes && limits.are_passed(b, count);
-    for (int half = 0; half < 2; ++half) quantize<Row>(count, values(b, half), parts[i], half);
-  }
+  for (int64_t i = 0; i < parts_of<Row>(n); ++i, b += kSize * kPanel)
+    for (int half = 0; half < 2; ++half)
+      quantize<Row>(min(kSize, n - i * kSize), values(b, half), parts[i], half);
 }
 
 // ---- products -------------------------------------------------------------------------------
-
-/// NextRows of all planes: whole rows, or their part of one group.
-template <class Row>
-class NextRowsOf {
- public:
-  NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps)
-      : high_(Row(w, first).plane(0), w.stride, Row::bytes(w.n), rows, steps),
-        low_(Row(w, first).plane(1), w.low_stride, low_row_bytes(w.n), rows, steps),
-        scales_(nullptr, 0, 0, 0, steps) {}
-  NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps, int64_t group)
-      : high_(Row(w, first).plane(0) + group * kGroupBytes, w.stride, kGroupBytes, rows, steps),
-        low_(Row(w, first).plane(1) + group * kGroupBytes, w.low_stride, kGroupBytes, rows, steps),
-        scales_(Row(w, first).scales.scales + group * Row::kScales, w.stride, 1, rows, steps) {}
-  void ask() {
-    high_.ask();
-    if (Row::kPlanes) low_.ask();
-    scales_.ask();
-  }
-
- private:
-  NextRows high_, low_, scales_;
-};
 
 struct AddQuads {
   static void add(__m512i sums[2], const std::uint8_t* quad, __m512i b0, __m512i b1) {
@@ -176,14 +126,14 @@ struct AddQuads {
 };
 
 /// The products of kRows rows with a part, from its start on; see add_products.
-template <int kRows, int kStep, int64_t kSize, class At>
+template <class Row, int kRows, int kStep, int64_t kSize, class At>
 inline void products(const At& at, const Part<kSize>& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
       sums[m][half] = _mm512_loadu_si512(b.q.start + half * kLanes);
   add_products<AddQuads, kRows, kStep>(at, b.q.dwords, sums);
-  if (!b.fine) return;
+  if (!Row::kPlanes) return;
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
@@ -203,13 +153,13 @@ struct Rounded {
 };
 
 /// c[m] += (or =) row first + m of `a` times `depth` parts b, for m < rows; `a` has kTileRows.
-template <int64_t kSize, int64_t kDepth>
+template <class Row, int64_t kSize, int64_t kDepth>
 inline void tile(const Rounded<kSize, kDepth>& a, int64_t first, const Part<kSize>* b,
                  int64_t depth, float* c, int64_t rows, bool add) {
   Floats totals[kTileRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     __m512i sums[kTileRows][2];
-    products<kTileRows, 4>([&](int m) { return a.codes[k][first + m]; }, b[k], sums);
+    products<Row, kTileRows, 4>([&](int m) { return a.codes[k][first + m]; }, b[k], sums);
 #pragma GCC unroll 6
     for (int m = 0; m < kTileRows; ++m)
       for (int half = 0; half < 2; ++half) {
@@ -256,8 +206,8 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
             static_cast<const std::byte*>(b.data) + p * b.stride);
         for (int64_t r = 0; r < block; r += kTileRows) {
           next.ask();
-          tile(a, r, panel + k0, depth, c.data + p * c.stride + (r0 + r) * kPanel, block - r,
-               add || k0 > 0);
+          tile<Row>(a, r, panel + k0, depth, c.data + p * c.stride + (r0 + r) * kPanel, block - r,
+                    add || k0 > 0);
         }
       }
     }
@@ -309,8 +259,8 @@ inline void tile_transposed(const Block<Row>& block, int64_t first, const Part<k
                             float* c, int64_t columns) {
   __m512i sums[kTileColumns][2];
   const std::uint8_t* const start = block.column(first);
-  products<kTileColumns, 4 * kGroup>([&](int m) { return start + m / 4 * kGroup + m % 4 * 4; }, b,
-                                     sums);
+  products<Row, kTileColumns, 4 * kGroup>([&](int m) { return start + m / 4 * kGroup + m % 4 * 4; },
+                                          b, sums);
 #pragma GCC unroll 12
   for (int m = 0; m < kTileColumns; ++m) {
     if (m >= columns) break;
@@ -328,14 +278,6 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
   static_assert(kPerScale<Row> % kTileColumns == 0);
   Block<Row> block;
   Part<kRowsAtOnce> part;
-  constexpr int64_t kMost = 8;  // panels
-  Limits limits[kMost];
-  if (count > kMost) {
-    multiply_transposed<Row>(w, rows, first, columns, {b.data + kMost * b.stride, b.stride},
-                             {c.data + kMost * c.stride, c.stride}, count - kMost);
-    count = kMost;
-  }
-  for (int64_t p = 0; Row::kPlanes && p < count; ++p) limits[p].set(b.data + p * b.stride, rows);
   for (int64_t c0 = 0; c0 < columns; c0 += kGroup)
     for (int64_t k0 = 0; k0 < rows; k0 += kRowsAtOnce) {
       const int64_t depth = min(kRowsAtOnce, rows - k0);
@@ -345,7 +287,6 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
                            group);
       for (int64_t p = 0; p < count; ++p) {
         const float* const in = b.data + p * b.stride + k0 * kPanel;
-        part.fine = Row::kPlanes && limits[p].are_passed(in, depth);
         for (int64_t i = 0; i < min(kGroup, columns - c0); i += kTileColumns) {
           if (i % kPerScale<Row> == 0) {
             const float* const scales = block.scales[i / kPerScale<Row>];

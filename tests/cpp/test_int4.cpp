@@ -315,8 +315,10 @@ TEST(int4_multiplies_panels) {
         panels.multiply(w.rows(), rows, in, {c.data(), rows * width}, 1, false);
         panels.multiply_transposed(w.rows(), rows, 0, n, {d.data(), rows * width},
                                    {e.data(), n * width}, 1);
-        // What rounds, moves each factor by at most max / 254 of its part of 16; where it is next
-        // to the rows, the weights' scales are in it.
+        // Rounding to bf16 moves a product by at most 1/127 of it. Rounding to bytes moves each
+        // factor by at most max / 254 of its part of 16; where it is next to the rows, the weights'
+        // scales are in it.
+        const bool as_bf16 = panels.prepare && panels.prepare == kernels.panels[1].prepare;
         const auto half_step = [&](std::int64_t count, std::int64_t i, const auto& value) {
           double largest = 0;
           for (std::int64_t j = i / 16 * 16; j < std::min(count, i / 16 * 16 + 16); ++j)
@@ -329,18 +331,22 @@ TEST(int4_multiplies_panels) {
             for (std::int64_t i = 0; i < n; ++i) {
               const double value = w.values[r * n + i];
               sum += value * b[i * width + t];
-              bound += std::abs(value) *
-                       half_step(n, i, [&](std::int64_t j) { return b[j * width + t]; });
+              bound += as_bf16
+                           ? std::abs(value * b[i * width + t]) / 127
+                           : std::abs(value) *
+                                 half_step(n, i, [&](std::int64_t j) { return b[j * width + t]; });
             }
             CHECK_NEAR(c[r * width + t], sum, bound);
           }
           for (std::int64_t i = 0; i < n; ++i) {
             double sum = 0, bound = 1e-4;
             for (std::int64_t r = 0; r < rows; ++r) {
-              sum += double{w.values[r * n + i]} * d[r * width + t];
-              bound += 8 * half_step(rows, r, [&](std::int64_t j) {
-                         return w.scale(j, i / 16) * d[j * width + t];
-                       });
+              const double product = double{w.values[r * n + i]} * d[r * width + t];
+              sum += product;
+              bound += as_bf16 ? std::abs(product) / 127
+                               : 8 * half_step(rows, r, [&](std::int64_t j) {
+                                   return w.scale(j, i / 16) * d[j * width + t];
+                                 });
             }
             CHECK_NEAR(e[i * width + t], sum, bound);
           }

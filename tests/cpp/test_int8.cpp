@@ -502,36 +502,44 @@ struct TestPanels {
   }
 };
 
-/// What kernels of prefill that round make of x: in floats, so that what lies half-way falls the
-/// same way.
-std::vector<double> as_bytes(const std::vector<float>& x) {
+/// How kernels of prefill take their factors.
+enum class Factors { floats, two_bytes, bf16 };
+
+Factors factors_of(const Kernels& kernels, int format) {
+  const auto prepare = kernels.panels[format].prepare;
+  if (!prepare) return Factors::floats;
+  return prepare == kernels.panels[1].prepare ? Factors::bf16 : Factors::two_bytes;
+}
+
+/// x as 256 q + rest: rounded in floats, so that what lies half-way falls the same way.
+std::vector<double> as_two_bytes(const std::vector<float>& x) {
   std::vector<double> out;
   for (std::size_t i = 0; i < x.size(); ++i) {
     const auto largest = static_cast<float>(largest_beside(x, i));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    out.push_back(double{std::nearbyint(x[i] * inverse)} * largest / 127);
+    const float scaled = x[i] * (largest > 0 ? 127.0f / largest : 0.0f);
+    const float q = std::nearbyint(scaled);
+    const float rest = std::min(std::nearbyint(256.0f * (scaled - q)), 127.0f);
+    out.push_back((double{q} + double{rest} / 256) * largest / 127);
   }
   return out;
 }
 
-/// Half a step of each value: what rounding moves it by at most.
-std::vector<double> half_steps(const std::vector<float>& x) {
-  std::vector<double> out;
-  for (std::size_t i = 0; i < x.size(); ++i) out.push_back(largest_beside(x, i) / 254);
-  return out;
-}
-
-/// sum w[i] x[i] as the kernels take it, and how far from it unrounded x would lead at most.
+/// sum w[i] x[i] as the kernels take it, and how far from it unrounded factors would lead at most.
 struct Expected {
   double value = 0, exact = 0, bound = 0;
 
-  Expected(const std::vector<double>& w, const std::vector<float>& x, bool rounds) {
-    const auto taken = rounds ? as_bytes(x) : std::vector<double>(x.begin(), x.end());
-    const auto steps = half_steps(x);
+  Expected(const std::vector<double>& w, const std::vector<float>& x, Factors factors) {
+    const auto taken =
+        factors == Factors::two_bytes ? as_two_bytes(x) : std::vector<double>(x.begin(), x.end());
+    const auto as_bf16 = [](double v) {
+      return double{bf16_to_f32(f32_to_bf16(static_cast<float>(v)))};
+    };
     for (std::size_t i = 0; i < x.size(); ++i) {
-      value += w[i] * taken[i];
       exact += w[i] * x[i];
-      bound += std::abs(w[i]) * steps[i];
+      value += factors == Factors::bf16 ? as_bf16(w[i]) * as_bf16(taken[i]) : w[i] * taken[i];
+      bound += std::abs(w[i]) * (factors == Factors::bf16        ? std::abs(x[i]) / 127
+                                 : factors == Factors::two_bytes ? largest_beside(x, i) / 254 / 255
+                                                                 : 0);
     }
   }
 };
@@ -557,7 +565,7 @@ TEST(int8_multiplies_panels) {
           const auto x = b.token(t);
           for (std::int64_t r = 0; r < rows; ++r) {
             const float* row = w.values.data() + r * n;
-            const Expected expected({row, row + n}, x, panels.prepare != nullptr);
+            const Expected expected({row, row + n}, x, factors_of(kernels, 2));
             CHECK_NEAR(c.at(t, r), 2 * expected.value, 4e-4);
             CHECK_NEAR(c.at(t, r), 2 * expected.exact, 2 * expected.bound + 4e-4);
           }
@@ -583,64 +591,24 @@ TEST(int8_multiplies_panels_transposed) {
                                    {c.values.data(), c.stride()}, 2);
         for (std::int64_t t = 0; t < 2 * kernels.panel; ++t)
           for (std::int64_t i = 0; i < columns; ++i) {
-            // The rows' scales are taken into x before it is rounded.
+            // Bytes take the rows' scales into x before it is rounded.
+            const Factors factors = factors_of(kernels, 2);
             std::vector<float> x = b.token(t);
-            std::vector<double> codes;
+            std::vector<double> column;
             for (std::int64_t j = 0; j < rows; ++j) {
-              const float scale = scale_of(w, j, (first + i) / static_cast<std::int64_t>(kPart));
+              const float scale =
+                  factors == Factors::two_bytes
+                      ? scale_of(w, j, (first + i) / static_cast<std::int64_t>(kPart))
+                      : 1;
               x[j] *= scale;
-              codes.push_back(double{w.values[j * n + first + i]} / scale);
+              column.push_back(scale == 0 ? 0 : double{w.values[j * n + first + i]} / scale);
             }
-            const Expected expected(codes, x, panels.prepare != nullptr);
+            const Expected expected(column, x, factors);
             CHECK_NEAR(c.at(t, i), before.at(t, i) + expected.value, 4e-4);
             CHECK_NEAR(c.at(t, i), before.at(t, i) + expected.exact, expected.bound + 4e-4);
           }
         CHECK(c.values.back() == 3);
       }
-  });
-}
-
-TEST(int8_panels_are_finer_beside_outliers) {
-  for_all_kernels([](const Kernels& kernels) {
-    const PanelKernels& panels = kernels.panels[2];
-    const std::int64_t rows = 300, n = 200;
-    const Stored w(rows, n);
-    TestPanels b(n, kernels.panel, 10), c(rows, kernels.panel, 10);
-    TestPanels h(rows, kernels.panel, 10), x(n, kernels.panel, 10);
-    const std::int64_t token = 9 * kernels.panel + 3, twin = kernels.panel + 2;  // others are 0
-    const auto in = with_outliers(n), hidden = with_outliers(rows);
-    for (TestPanels* all : {&b, &h, &x}) std::fill(all->values.begin(), all->values.end(), 0.0f);
-    for (const std::int64_t t : {token, twin}) {
-      for (std::int64_t i = 0; i < n; ++i) b.at(t, i) = in[i];
-      for (std::int64_t i = 0; i < rows; ++i) h.at(t, i) = hidden[i];
-    }
-    AlignedBytes memory;
-    panels.multiply(w.rows(), rows, b.prepared(panels, memory), {c.values.data(), c.stride()}, 10,
-                    false);
-    panels.multiply_transposed(w.rows(), rows, 0, n, {h.values.data(), h.stride()},
-                               {x.values.data(), x.stride()}, 10);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const float* row = w.values.data() + r * n;
-      CHECK_NEAR(c.at(token, r), dot(row, {in.begin(), in.end()}),
-                 finer_bound({row, row + n}, in) + 2e-4);
-    }
-    for (std::int64_t i = 0; i < n; ++i) {
-      std::vector<double> codes;
-      std::vector<float> scaled;
-      double value = 0;
-      for (std::int64_t j = 0; j < rows; ++j) {
-        const float scale = scale_of(w, j, i / static_cast<std::int64_t>(kPart));
-        codes.push_back(double{w.values[j * n + i]} / scale);
-        scaled.push_back(hidden[j] * scale);
-        value += double{w.values[j * n + i]} * hidden[j];
-      }
-      CHECK_NEAR(x.at(token, i), value, finer_bound(codes, scaled) + 2e-4);
-    }
-    for (std::int64_t i = 0; i < n; ++i) {
-      CHECK(x.at(twin, i) == x.at(token, i));
-      CHECK(x.at(token - 1, i) == 0);
-    }
-    for (std::int64_t r = 0; r < rows; ++r) CHECK(c.at(twin, r) == c.at(token, r));
   });
 }
 
