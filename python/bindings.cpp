@@ -257,7 +257,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("fingerprint", &Engine::fingerprint, "Of the checkpoint's tensors.")
       .def_prop_ro(
           "weights", [](const Engine& e) { return std::string(name_of(e.weights())); },
-          "Their format: \"f32\", \"bf16\", \"int8\" or \"int4\".")
+          "Their format: \"f32\", \"bf16\", \"int8\", \"int4\" or \"bf16c\".")
       .def_prop_ro(
           "kv", [](const Engine& e) { return std::string(name_of(e.kv())); },
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")

@@ -45,8 +45,8 @@ struct PreparedPanels {
   }
 };
 
-/// Weight rows from some row on, n values each. int8 and int4 rows are `stride` bytes apart, int8's
-/// low ones `low_stride`; others follow each other.
+/// Weight rows from some row on, n values each. Those of int8, int4 and bf16c are `stride` bytes
+/// apart, int8's low ones `low_stride`; others follow each other.
 struct Rows {
   const std::byte* data;
   const std::byte* low;
@@ -147,8 +147,8 @@ struct SoftmaxBlock {
 struct Kernels {
   const char* name;
   std::int64_t panel;            // P of prefill
-  RowKernels rows[4];            // f32, bf16, int8, int4
-  PanelKernels panels[4];        // f32, bf16, int8, int4
+  RowKernels rows[5];            // f32, bf16, int8, int4, bf16c
+  PanelKernels panels[5];        // f32, bf16, int8, int4, bf16c
   CacheKernels caches[3];        // f32, bf16, int8
   PanelKernels cache_panels[3];  // for keys and values of these; they have no `prepare`
 

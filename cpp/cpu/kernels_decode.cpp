@@ -1,4 +1,5 @@
 // Kernels of decode: rows of weights, keys or values times one vector.
+#include "cpu/bf16c.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/simd.h"
 
@@ -10,112 +11,177 @@ namespace {
 // read shortly after, which is asked for.
 
 /// How many rows to look ahead, so that memory has time to answer.
-template <class Format>
+template <class Row>
 inline int64_t lookahead(int64_t n) {
-  return 1 + 4096 / (n * static_cast<int64_t>(sizeof(typename Format::T)));
+  return 1 + Row::kAhead / Row::bytes(n);
 }
 
 /// The cache lines of the next four vectors.
 template <class T>
-inline void prefetch(const T* p) {
+[[gnu::always_inline]] inline void prefetch(const T* p) {
   constexpr int64_t kLine = kLineBytes / sizeof(T);
   for (int64_t i = 0; i < 4 * kLanes; i += kLine) ask(p + i);
 }
 
+/// A row that is an array.
 template <class Format>
-inline float dot_row(const typename Format::T* w, int64_t n, const float* x,
-                     const typename Format::T* ahead) {
+struct ArrayRow {
+  static constexpr int64_t kAhead = 4096;  // bytes
+  using T = typename Format::T;
+  const T* w;
+  int64_t n;
+
+  ArrayRow(const Rows& rows, int64_t r)
+      : w(reinterpret_cast<const T*>(rows.data) + r * rows.n), n(rows.n) {}
+  static int64_t bytes(int64_t n) { return n * static_cast<int64_t>(sizeof(T)); }
+};
+
+template <class Format>
+inline float dot_row(const ArrayRow<Format>& row, const float* x, const ArrayRow<Format>& ahead) {
+  const int64_t n = row.n;
   Floats sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    prefetch(ahead + i);
+    prefetch(ahead.w + i);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      sums[j] += Format::load(w + i + j * kLanes) * load_as<Floats>(x + i + j * kLanes);
+      sums[j] += Format::load(row.w + i + j * kLanes) * load_as<Floats>(x + i + j * kLanes);
   }
   for (; i < n; i += kLanes)
-    sums[0] += load_part<Format>(w + i, n - i) * load_part<F32>(x + i, n - i);
+    sums[0] += load_part<Format>(row.w + i, n - i) * load_part<F32>(x + i, n - i);
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-/// y += h w
+/// y += h row
 template <class Format>
-inline void add_row(const typename Format::T* w, float h, int64_t n, float* y,
-                    const typename Format::T* ahead) {
+inline void add_row(const ArrayRow<Format>& row, float h, float* y, const ArrayRow<Format>& ahead) {
+  const int64_t n = row.n;
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    prefetch(ahead + i);
+    prefetch(ahead.w + i);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       float* out = y + i + j * kLanes;
-      store(out, load_as<Floats>(out) + h * Format::load(w + i + j * kLanes));
+      store(out, load_as<Floats>(out) + h * Format::load(row.w + i + j * kLanes));
     }
   }
-  for (; i < n; ++i) y[i] += h * Format::load_one(w[i]);
+  for (; i < n; ++i) y[i] += h * Format::load_one(row.w[i]);
 }
 
 template <class Format>
-const typename Format::T* elements(const std::byte* rows) {
-  return reinterpret_cast<const typename Format::T*>(rows);
+inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
+  for (int64_t i = 0; i < row.n; ++i) out[i * stride] = Format::load_one(row.w[i]);
 }
 
-template <class Format>
-void dot(const Rows& matrix, int64_t rows, const void* vector, float* y, bool add) {
-  const auto* w = elements<Format>(matrix.data);
+/// The cache lines of a group of a row: two groups are three lines.
+[[gnu::always_inline]] inline void prefetch(const Bf16cRow& row, int64_t group) {
+  ask(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
+  if (group % 2 == 0) ask(row.group(group) + kGroup);
+}
+
+constexpr int kGroupVectors = kGroup / kLanes;
+
+inline float dot_row(const Bf16cRow& row, const float* x, const Bf16cRow& ahead) {
+  Floats sums[4] = {}, w[kGroupVectors];
+  const int64_t whole = row.n / kGroup;
+  for (int64_t g = 0; g < whole; ++g) {
+    prefetch(ahead, g);
+    row.load(g, w);
+#pragma GCC unroll 16
+    for (int j = 0; j < kGroupVectors; ++j)
+      sums[j % 4] += w[j] * load_as<Floats>(x + g * kGroup + j * kLanes);
+  }
+  if (whole * kGroup < row.n) {
+    row.load(whole, w);
+    for (int64_t i = whole * kGroup, j = 0; i < row.n; i += kLanes, ++j)
+      sums[0] += w[j] * load_part<F32>(x + i, row.n - i);
+  }
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (int64_t i = 0; i < row.apart(); ++i) total += row.value(i) * x[row.column(i)];
+  return total;
+}
+
+inline void add_row(const Bf16cRow& row, float h, float* y, const Bf16cRow& ahead) {
+  for (int64_t g = 0; g < groups_of(row.n); ++g) {
+    Floats w[kGroupVectors];
+    prefetch(ahead, g);
+    row.load(g, w);
+#pragma GCC unroll 16
+    for (int j = 0; j < kGroupVectors; ++j) {
+      float* const out = y + g * kGroup + j * kLanes;  // there is room for whole groups
+      store(out, load_as<Floats>(out) + h * w[j]);
+    }
+  }
+  for (int64_t i = 0; i < row.apart(); ++i) y[row.column(i)] += h * row.value(i);
+}
+
+inline void load_row(const Bf16cRow& row, float* out, int64_t stride) {
+  for (int64_t g = 0; g < groups_of(row.n); ++g) {
+    Floats w[kGroupVectors];
+    row.load(g, w);
+    float values[kGroup];
+    __builtin_memcpy(values, w, sizeof w);
+    const int64_t first = g * kGroup;
+    for (int64_t i = first; i < min(row.n, first + kGroup); ++i)
+      out[i * stride] = values[i - first];
+  }
+  for (int64_t i = 0; i < row.apart(); ++i) out[row.column(i) * stride] = row.value(i);
+}
+
+template <class Row>
+void load(const Rows& w, float* out, int64_t stride) {
+  load_row(Row(w, 0), out, stride);
+}
+
+template <class Row>
+void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t n = matrix.n;
-  const int64_t ahead = lookahead<Format>(n);  // past the end lies what a next call will read
+  const int64_t ahead = lookahead<Row>(w.n);  // past the end lies what a next call will read
   for (int64_t r = 0; r < rows; ++r)
-    y[r] = dot_row<Format>(w + r * n, n, x, w + (r + ahead) * n) + (add ? y[r] : 0.0f);
+    y[r] = dot_row(Row(w, r), x, Row(w, r + ahead)) + (add ? y[r] : 0.0f);
 }
 
-template <class Format>
+template <class Row>
 void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
              const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t n = rows.gate.n, count = ids.count, ahead = lookahead<Format>(n);
+  const int64_t n = rows.gate.n, count = ids.count, ahead = lookahead<Row>(n);
   // All rows in the order they are read: gates, ups, downs, then the next call's gates; past the
   // end, the last one again.
   const auto row = [&](int64_t i) {
-    if (i >= 3 * count) {
-      const int64_t last = count + ids.next - 1;
-      return elements<Format>(rows.gate.data) + ids[min(i - 2 * count, last)] * n;
-    }
+    if (i >= 3 * count) return Row(rows.gate, ids[min(i - 2 * count, count + ids.next - 1)]);
     const Rows& matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
     const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
-    return elements<Format>(matrix.data) + ids[at] * n;
+    return Row(matrix, ids[at]);
   };
-  for (int64_t i = 0; i < count; ++i) h[i] = dot_row<Format>(row(i), n, x, row(i + ahead));
+  for (int64_t i = 0; i < count; ++i) h[i] = dot_row(row(i), x, row(i + ahead));
   for (int64_t i = 0; i < count; i += kLanes)
     store_part(h + i, activate(activation, load_part<F32>(h + i, count - i)), count - i);
-  for (int64_t i = count; i < 2 * count; ++i)
-    h[i - count] *= dot_row<Format>(row(i), n, x, row(i + ahead));
-  for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
+  for (int64_t i = count; i < 2 * count; ++i) h[i - count] *= dot_row(row(i), x, row(i + ahead));
+  for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) y[i] = 0.0f;
   for (int64_t i = 2 * count; i < 3 * count; ++i)
-    add_row<Format>(row(i), h[i - 2 * count], n, y, row(i + ahead));
+    add_row(row(i), h[i - 2 * count], y, row(i + ahead));
 }
 
 /// Gates (and, unless they decide alone, ups) of all neurons, then what is left to read of those
 /// that pass. Sums in the order of `neurons`, so thresholds of 0 give its bits.
-template <class Format>
+template <class Row>
 SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
                         const NeuronIds& ids, const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
   const int64_t n = rows.gate.n, count = ids.count;
   const auto row = [&](const Rows& matrix, int64_t i) {
-    return elements<Format>(matrix.data) + ids[min(i, count - 1)] * n;
+    return Row(matrix, ids[min(i, count - 1)]);
   };
-  const int64_t ahead = lookahead<Format>(n);
+  const int64_t ahead = lookahead<Row>(n);
   for (int64_t i = 0; i < count; ++i)
-    h[i] = dot_row<Format>(row(rows.gate, i), n, x, row(rows.gate, i + ahead));
+    h[i] = dot_row(row(rows.gate, i), x, row(rows.gate, i + ahead));
   for (int64_t i = 0; i < count; i += kLanes)
     store_part(h + i, activate(activation, load_part<F32>(h + i, count - i)), count - i);
-  const auto up = [&](int64_t i) {
-    h[i] *= dot_row<Format>(row(rows.up, i), n, x, row(rows.up, i + ahead));
-  };
+  const auto up = [&](int64_t i) { h[i] *= dot_row(row(rows.up, i), x, row(rows.up, i + ahead)); };
   if (!selection.by_gate)
     for (int64_t i = 0; i < count; ++i) up(i);
-  for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
+  for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) y[i] = 0.0f;
   SelectedCounts counts;
   for (int64_t i = 0; i < count; ++i) {
     const float estimate = selection.by_gate ? __builtin_fabsf(h[i])
@@ -126,7 +192,7 @@ SelectedCounts selected(const NeuronRows& rows, Activation activation, const Sel
     }
     ++counts.exact;
     if (selection.by_gate) up(i);
-    add_row<Format>(row(rows.down, i), h[i], n, y, row(rows.down, i + ahead));
+    add_row(row(rows.down, i), h[i], y, row(rows.down, i + ahead));
   }
   return counts;
 }
@@ -259,12 +325,6 @@ void attend(const void* k, const void* v, int64_t keys, int64_t n, const float* 
 }
 
 template <class Format>
-void load_row(const Rows& w, float* out, int64_t stride) {
-  const auto* in = elements<Format>(w.data);
-  for (int64_t i = 0; i < w.n; ++i) out[i * stride] = Format::load_one(in[i]);
-}
-
-template <class Format>
 void store_row(const float* in, int64_t stride, int64_t n, void* row) {
   auto* out = static_cast<typename Format::T*>(row);
   for (int64_t i = 0; i < n; ++i) out[i] = Format::store_one(in[i * stride]);
@@ -283,13 +343,17 @@ void store_int8_row(const float* in, int64_t stride, int64_t n, void* row) {
   __builtin_memcpy(out + n, &scale, 4);
 }
 
+template <class Row>
+constexpr RowKernels row_kernels() {
+  return {nullptr, nullptr, load<Row>, dot<Row>, neurons<Row>, selected<Row>};
+}
+
 }  // namespace
 
 namespace TDA_ISA {
-const RowKernels f32_rows = {nullptr,  nullptr,      load_row<F32>,
-                             dot<F32>, neurons<F32>, selected<F32>};
-const RowKernels bf16_rows = {nullptr,   nullptr,       load_row<Bf16>,
-                              dot<Bf16>, neurons<Bf16>, selected<Bf16>};
+const RowKernels f32_rows = row_kernels<ArrayRow<F32>>();
+const RowKernels bf16_rows = row_kernels<ArrayRow<Bf16>>();
+const RowKernels bf16c_rows = row_kernels<Bf16cRow>();
 const CacheKernels f32_cache = {store_row<F32>, attend<F32>};
 const CacheKernels bf16_cache = {store_row<Bf16>, attend<Bf16>};
 const CacheKernels int8_cache = {store_int8_row, attend<Int8Cache>};

@@ -6,7 +6,7 @@
 namespace tda::TDA_ISA {
 
 // kernels_decode.cpp
-extern const RowKernels f32_rows, bf16_rows;
+extern const RowKernels f32_rows, bf16_rows, bf16c_rows;
 extern const CacheKernels f32_cache, bf16_cache, int8_cache;
 
 // kernels_int8.cpp
@@ -18,8 +18,8 @@ extern const RowKernels int4_rows;
 // kernels_prefill.cpp
 extern const std::int64_t panel;
 extern const PanelKernels f32_panels, f32_cache_panels, bf16_cache_panels, int8_cache_panels;
-extern const PanelKernels bf16_panels;               // or kernels_prefill_bf16.cpp
-extern const PanelKernels int8_panels, int4_panels;  // or kernels_prefill_integer.cpp
+extern const PanelKernels bf16_panels, bf16c_panels;  // or kernels_prefill_bf16.cpp
+extern const PanelKernels int8_panels, int4_panels;   // or kernels_prefill_integer.cpp
 void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
 void rms_norm_panel(const float* x, const float* weight, float eps, std::int64_t n, float* out);
 

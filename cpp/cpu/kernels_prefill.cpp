@@ -1,4 +1,5 @@
 // Kernels of prefill: weights, keys or values times panels of tokens.
+#include "cpu/bf16c.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
@@ -60,6 +61,23 @@ template <>
 inline void convert<Int4>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
   const Int4Row row(w, r);
   for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
+}
+
+struct Bf16c {};
+
+template <>
+inline void convert<Bf16c>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
+  const Bf16cRow row(w, r);
+  for (int64_t at = first; at < first + n;) {
+    Floats group[kGroup / kLanes];
+    row.load(at / kGroup, group);
+    const int64_t from = at % kGroup, count = min(kGroup - from, first + n - at);
+    __builtin_memcpy(out + at - first, reinterpret_cast<const float*>(group) + from, 4 * count);
+    at += count;
+  }
+  for (int64_t i = 0; i < row.apart(); ++i)
+    if (row.column(i) >= first && row.column(i) < first + n)
+      out[row.column(i) - first] = row.value(i);
 }
 
 template <>
@@ -135,6 +153,7 @@ const PanelKernels bf16_cache_panels = panel_kernels<Bf16>();
 const PanelKernels int8_cache_panels = panel_kernels<Int8Cache>();
 #if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp
 const PanelKernels bf16_panels = panel_kernels<Bf16>();
+const PanelKernels bf16c_panels = panel_kernels<Bf16c>();
 #endif
 #if !defined(__AVX512VNNI__)  // kernels_prefill_integer.cpp
 const PanelKernels int8_panels = panel_kernels<Int8>();

@@ -1,9 +1,11 @@
-// Kernels of prefill for bf16, int8 and int4 rows where there is an instruction for two products of
-// bf16 at once: tokens, and what integer rows stand for, are rounded to bf16 for it, and products
-// added up in f32. kernels_prefill_integer.cpp and kernels_prefill.cpp are for other machines.
+// Kernels of prefill for bf16, bf16c, int8 and int4 rows where there is an instruction for two
+// products of bf16 at once: tokens, and what integer rows stand for, are rounded to bf16 for it,
+// and products added up in f32. kernels_prefill_integer.cpp and kernels_prefill.cpp are for other
+// machines.
 //
 // For integers byte products would be twice as many per instruction, but x takes more time to be
 // rounded well enough than that wins (int8: 0.92 of this speed, and less exact).
+#include "cpu/bf16c.h"
 #include "cpu/dwords.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
@@ -54,6 +56,33 @@ struct Bf16Row {
   void bf16(int64_t group, __m512i out[2]) const {
     for (int64_t i = 0, first = group * kGroup; i < 2; ++i, first += kStrip)
       out[i] = _mm512_maskz_loadu_epi16(first_lanes(n - first), row + first);
+  }
+};
+
+struct Bf16cPanelRow : Bf16cRow {
+  static constexpr int kScales = 1;  // a row's head, in their place
+  static constexpr bool kPlanes = false;
+  static constexpr int64_t bytes_of(int64_t columns) {
+    return groups_of(columns) * kBf16cGroupBytes;
+  }
+  static int64_t stride(const Rows& w) { return w.stride; }
+
+  using Bf16cRow::Bf16cRow;
+  const void* plane(int) const { return group(0); }
+  const void* scales_at(int64_t) const { return row; }
+  void bf16(int64_t i, __m512i out[2]) const {
+    interleave(i, out);
+    std::uint16_t order[32];  // every other one
+    for (int j = 0; j < 32; ++j) order[j] = static_cast<std::uint16_t>(j % 16 * 2 + j / 16);
+    for (int j = 0; j < 2; ++j)
+      out[j] = _mm512_permutexvar_epi16(_mm512_loadu_si512(order), out[j]);
+    for (int64_t j = 0; j < apart(); ++j)
+      if (column(j) / kGroup == i) {
+        std::uint16_t values[kGroup];
+        __builtin_memcpy(values, out, sizeof values);
+        values[column(j) % kGroup] = bits(j);
+        __builtin_memcpy(out, values, sizeof values);
+      }
   }
 };
 
@@ -208,6 +237,7 @@ constexpr PanelKernels panel_kernels() {
 
 namespace TDA_ISA {
 const PanelKernels bf16_panels = panel_kernels<Bf16Row>();
+const PanelKernels bf16c_panels = panel_kernels<Bf16cPanelRow>();
 const PanelKernels int8_panels = panel_kernels<Int8Row>();
 const PanelKernels int4_panels = panel_kernels<Int4Row>();
 }  // namespace TDA_ISA

@@ -264,9 +264,10 @@ Outlier take_outlier(float* values, std::int64_t cols) {
   return {0, 0.0f};
 }
 
-/// Stores a row, rounded to the format; `values` are not needed any more. False if one of them is
-/// not finite (any more).
-bool write_row(const Matrix& target, std::int64_t row, float* values) {
+enum class Written { well, not_finite, not_compressed };
+
+/// Stores a row, rounded to the format; `values` are not needed any more.
+Written write_row(const Matrix& target, std::int64_t row, float* values) {
   if (target.outliers)
     const_cast<Outlier&>(target.outliers[row]) = take_outlier(values, target.cols);
   auto* const data = const_cast<std::byte*>(target.row(row));
@@ -275,29 +276,46 @@ bool write_row(const Matrix& target, std::int64_t row, float* values) {
   const auto check = [&](float value) {
     overflow |= (std::bit_cast<std::uint32_t>(value) & 0x7fffffffu) + 0x00800000u;
   };
-  if (target.format == WeightFormat::bf16) {
-    auto* out = reinterpret_cast<std::uint16_t*>(data);
-    for (std::int64_t i = 0; i < cols; ++i) {
-      out[i] = f32_to_bf16(values[i]);
-      check(bf16_to_f32(out[i]));
-    }
-    return (overflow & 0x80000000u) == 0;
+  const bool as_bf16 = target.format == WeightFormat::bf16 || target.format == WeightFormat::bf16c;
+  std::vector<std::uint16_t> halves(target.format == WeightFormat::bf16c ? cols : 0);
+  auto* const rounded = halves.empty() ? reinterpret_cast<std::uint16_t*>(data) : halves.data();
+  for (std::int64_t i = 0; i < cols; ++i) {
+    if (as_bf16) rounded[i] = f32_to_bf16(values[i]);
+    check(as_bf16 ? bf16_to_f32(rounded[i]) : values[i]);
   }
-  for (std::int64_t i = 0; i < cols; ++i) check(values[i]);
-  const bool finite = (overflow & 0x80000000u) == 0;
-  if (target.format == WeightFormat::f32)
-    std::memcpy(data, values, static_cast<std::size_t>(4 * cols));
-  else if (finite && target.format == WeightFormat::int4)
-    quantize_int4(values, cols, data);
-  else if (finite)
-    quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
-  return finite;
+  if ((overflow & 0x80000000u) != 0) return Written::not_finite;
+  switch (target.format) {
+    case WeightFormat::f32:
+      std::memcpy(data, values, static_cast<std::size_t>(4 * cols));
+      break;
+    case WeightFormat::bf16c:
+      if (!compress_bf16(rounded, cols, data)) return Written::not_compressed;
+      break;
+    case WeightFormat::int4:
+      quantize_int4(values, cols, data);
+      break;
+    case WeightFormat::int8:
+      quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
+      break;
+    default:
+      break;
+  }
+  return Written::well;
 }
 
-[[noreturn]] void refuse_values(const Copy& copy) {
-  throw CheckpointError(copy.source->file->name() + ": tensor \"" + copy.source->name +
-                        "\" holds NaN or infinity as " + std::string(name_of(copy.target.format)) +
-                        ", expected finite values only");
+/// Writes a row of the copy's target, or says why that is not possible.
+void write_row(const Copy& copy, std::int64_t row, float* values) {
+  const Written written = write_row(copy.target, row, values);
+  if (written == Written::well) return;
+  const std::string tensor = copy.source->file->name() + ": tensor \"" + copy.source->name + "\"";
+  if (written == Written::not_finite)
+    throw CheckpointError(tensor + " holds NaN or infinity as " +
+                          std::string(name_of(copy.target.format)) +
+                          ", expected finite values only");
+  throw CheckpointError(tensor + " has more values that bf16c has no code for than fit beside " +
+                        (copy.transposed ? "column " : "row ") + std::to_string(row) +
+                        ", expected at most " + std::to_string(apart_of(copy.target.cols)) +
+                        "; use bf16");
 }
 
 void copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
@@ -307,7 +325,7 @@ void copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
   std::vector<float> values(cols);
   for (std::int64_t r = begin; r < end; ++r) {
     to_f32(copy.source->dtype, data.data() + (r - begin) * row_bytes, cols, values.data());
-    if (!write_row(copy.target, r, values.data())) refuse_values(copy);
+    write_row(copy, r, values.data());
   }
 }
 
@@ -326,7 +344,7 @@ void copy_transposed(const Copy& copy, const std::byte* data, std::int64_t begin
   }
   for (std::int64_t r = begin; r < end; ++r) {
     float* const row = rows.data() + (r - begin) * target.cols;
-    if (!write_row(target, r, row)) refuse_values(copy);
+    write_row(copy, r, row);
     read_row(target, r, 0, target.cols, row);  // as stored
     double squares = 0;
     for (std::int64_t i = 0; i < target.cols; ++i) squares += double{row[i]} * row[i];

@@ -44,6 +44,8 @@ struct Matrix {
         return high_row_bytes(cols);
       case WeightFormat::int4:
         return int4_row_bytes(cols);
+      case WeightFormat::bf16c:
+        return bf16c_row_bytes(cols);
       default:
         return cols * 2;
     }

@@ -9,7 +9,7 @@ namespace {
 
 // In the order of the enumerators.
 constexpr std::string_view device_names[] = {"auto", "cpu", "cuda"};
-constexpr std::string_view weight_format_names[] = {"auto", "f32", "bf16", "int8", "int4"};
+constexpr std::string_view weight_format_names[] = {"auto", "f32", "bf16", "int8", "int4", "bf16c"};
 constexpr std::string_view kv_format_names[] = {"auto", "f32", "bf16", "int8"};
 
 template <typename Enum>

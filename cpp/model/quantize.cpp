@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <span>
+#include <vector>
 
 #include "model/half.h"
 #include "model/model.h"
@@ -177,6 +178,89 @@ void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first
   }
 }
 
+// ---- bf16c --------------------------------------------------------------------------------------
+
+namespace {
+
+/// How a row begins.
+struct Head {
+  std::uint8_t uppers[15], count;
+};
+struct Apart {
+  std::uint16_t column, value;
+};
+static_assert(sizeof(Head) == 16 && sizeof(Apart) == 4);
+
+constexpr int kZero = 15;  // the code of the upper byte 0
+
+/// Where value i of a group has its lower byte.
+std::int64_t place_of(std::int64_t i) {
+  const std::int64_t s = i / 32, t = i / 16 % 2, q = i / 4 % 4, d = i % 4;
+  return 16 * q + 8 * s + 2 * d + t;
+}
+
+/// The most frequent upper bytes other than 0; of those as frequent the smaller ones.
+void choose_uppers(const std::vector<std::uint16_t>& values, Head& head) {
+  std::int64_t counts[256] = {};
+  for (const std::uint16_t v : values) ++counts[v >> 8];
+  counts[0] = 0;
+  for (std::uint8_t& upper : head.uppers) {
+    std::int64_t* const most = std::max_element(counts, counts + 256);
+    if (*most == 0) break;
+    upper = static_cast<std::uint8_t>(most - counts);
+    *most = 0;
+  }
+}
+
+}  // namespace
+
+bool compress_bf16(const std::uint16_t* values, std::int64_t cols, std::byte* row) {
+  std::vector<std::uint16_t> in(values, values + cols);
+  in.resize(groups_of(cols) * kGroup);
+  Head head = {};
+  choose_uppers(in, head);
+  int codes[256];
+  std::fill_n(codes, 256, -1);
+  for (int code = kZero - 1; code >= 0; --code) codes[head.uppers[code]] = code;
+  codes[0] = kZero;
+  std::memset(row, 0, static_cast<std::size_t>(bf16c_row_bytes(cols)));
+  for (std::int64_t i = 0; i < std::ssize(in); ++i) {
+    std::uint16_t value = in[i];
+    if (codes[value >> 8] < 0) {
+      if (head.count == apart_of(cols) || i > 0xffff) return false;
+      const Apart apart = {static_cast<std::uint16_t>(i), value};
+      std::memcpy(row + sizeof head + head.count++ * sizeof apart, &apart, sizeof apart);
+      value = 0;
+    }
+    std::byte* const group = row + bf16c_head_bytes(cols) + i / kGroup * kBf16cGroupBytes;
+    const std::int64_t place = place_of(i % kGroup);
+    group[place] = static_cast<std::byte>(value & 0xff);
+    group[kGroup + place % 32] |= static_cast<std::byte>(codes[value >> 8] << (place < 32 ? 0 : 4));
+  }
+  std::memcpy(row, &head, sizeof head);
+  return true;
+}
+
+void expand_bf16(const std::byte* row, std::int64_t cols, std::int64_t first, std::int64_t count,
+                 float* out) {
+  Head head;
+  std::memcpy(&head, row, sizeof head);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::byte* const group =
+        row + bf16c_head_bytes(cols) + (first + i) / kGroup * kBf16cGroupBytes;
+    const std::int64_t place = place_of((first + i) % kGroup);
+    const int code = static_cast<int>(group[kGroup + place % 32]) >> (place < 32 ? 0 : 4) & 15;
+    const int upper = code == kZero ? 0 : head.uppers[code];
+    out[i] = bf16_to_f32(static_cast<std::uint16_t>(upper << 8 | static_cast<int>(group[place])));
+  }
+  for (int i = 0; i < head.count; ++i) {
+    Apart apart;
+    std::memcpy(&apart, row + sizeof head + i * sizeof apart, sizeof apart);
+    const std::int64_t at = apart.column - first;
+    if (at >= 0 && at < count) out[at] = bf16_to_f32(apart.value);
+  }
+}
+
 void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
               float* out) {
   switch (matrix.format) {
@@ -185,6 +269,9 @@ void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::i
       break;
     case WeightFormat::int8:
       dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
+      break;
+    case WeightFormat::bf16c:
+      expand_bf16(matrix.row(row), matrix.cols, first, count, out);
       break;
     case WeightFormat::f32:
       std::copy_n(reinterpret_cast<const float*>(matrix.row(row)) + first, count, out);

@@ -16,6 +16,19 @@
 //
 //   row: nibbles [groups of 64][32]; scales, int8 [groups of 64][4]; step, f32; zeros up to a
 //        multiple of 16 bytes
+//
+// bf16c: bf16 values, compressed. Their lower bytes (the exponent's last bit and the mantissa) are
+// kept as they are, the upper ones (sign and exponent) as 4-bit codes: code 15 is 0, the others are
+// the 15 most frequent ones of the row, and of its weights all but a few in ten thousand have one
+// of them. What has none is kept apart, and 0 stands in its place.
+//
+//   row: upper bytes [15]; number of values apart, uint8; values apart [apart_of(cols)]: column,
+//        uint16, and bf16; groups of 64: lower bytes [64], and codes [32], of byte i in the low and
+//        of byte 32 + i in the high four bits
+//
+// Value 32 s + 16 t + 4 q + d of a group is byte 16 q + 8 s + 2 d + t, the last group is filled up
+// with zeros: so two interleavings with the upper bytes put 16 values in their order into every
+// other 16 bits of 512.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +45,16 @@ constexpr std::int64_t groups_of(std::int64_t cols) { return (cols + kGroup - 1)
 constexpr std::int64_t low_row_bytes(std::int64_t cols) { return groups_of(cols) * kGroupBytes; }
 constexpr std::int64_t high_row_bytes(std::int64_t cols) {
   return low_row_bytes(cols) + (groups_of(cols) * kInt8Scales + 4 + 31) / 32 * 32;
+}
+/// Values that a bf16c row has room for apart.
+constexpr std::int64_t apart_of(std::int64_t cols) {
+  const std::int64_t count = 3 + cols / 256;
+  return count < 255 ? count : 255;
+}
+constexpr std::int64_t kBf16cGroupBytes = kGroup + kGroup / 2;
+constexpr std::int64_t bf16c_head_bytes(std::int64_t cols) { return 16 + 4 * apart_of(cols); }
+constexpr std::int64_t bf16c_row_bytes(std::int64_t cols) {
+  return bf16c_head_bytes(cols) + groups_of(cols) * kBf16cGroupBytes;
 }
 constexpr std::int64_t int4_row_bytes(std::int64_t cols) {
   return low_row_bytes(cols) + (groups_of(cols) * kInt4Scales + 4 + 15) / 16 * 16;
@@ -52,5 +75,13 @@ void quantize_int4(const float* values, std::int64_t cols, std::byte* row);
 /// Values [first, first + count) of a row.
 void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first,
                      std::int64_t count, float* out);
+
+/// Compresses a row, or says false if it has more values to keep apart than room, or a column of
+/// them beyond 65535.
+bool compress_bf16(const std::uint16_t* values, std::int64_t cols, std::byte* row);
+
+/// Values [first, first + count) of a row.
+void expand_bf16(const std::byte* row, std::int64_t cols, std::int64_t first, std::int64_t count,
+                 float* out);
 
 }  // namespace tda

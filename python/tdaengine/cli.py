@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination")
     convert.add_argument("--dtype", default="auto", help="auto, f32, bf16 or int8")
     convert.add_argument(
-        "--weights", metavar="FORMAT", help="an engine folder with f32, bf16, int8 or int4 weights"
+        "--weights",
+        metavar="FORMAT",
+        help="an engine folder with f32, bf16, bf16c, int8 or int4 weights",
     )
 
     calibrate = command(
@@ -143,7 +145,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub id")
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    group.add_argument("--weights", default="auto", help="auto, f32, bf16, int8 or int4")
+    group.add_argument("--weights", default="auto", help="auto, f32, bf16, int8, int4 or bf16c")
     group.add_argument("--kv", default="auto", help="auto, f32, bf16 or int8")
     group.add_argument("--threads", type=int)
     group.add_argument("--max-context", type=int, metavar="TOKENS")

@@ -151,7 +151,8 @@ class Engine(_native.Engine):
     is spawned (from an engine folder they share its pages).
 
     model: a checkpoint folder, or a Hugging Face hub id.
-    device: auto | cpu | cuda (f32 and bf16 weights). weights: auto | f32 | bf16 | int8 | int4.
+    device: auto | cpu | cuda (f32 and bf16 weights).
+    weights: auto | f32 | bf16 | int8 | int4 | bf16c (bf16, compressed without loss).
     kv: how keys and values are cached, auto | f32 | bf16 | int8.
     threads: default as many as this process may run on.
     max_context: in tokens, default the checkpoint's own.

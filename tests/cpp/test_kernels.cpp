@@ -32,29 +32,51 @@ std::vector<float> random_floats(std::int64_t count) {
   return values;
 }
 
-/// Rows in one format (0: f32, 1: bf16), and what they hold.
+constexpr int kBf16c = 4;  // its place among the kernels of rows
+
+/// Rows in one format (0: f32, 1: bf16, kBf16c), and what they hold.
 struct Stored {
   std::int64_t n;
   std::vector<float> values;
-  std::vector<float> stored;  // the bytes; bf16 needs half of them
+  std::vector<float> stored;  // the bytes; some formats need less
+  std::int64_t stride = 0;
 
   Stored(const Kernels& kernels, int format, std::int64_t rows, std::int64_t length)
-      : n(length), values(random_floats(rows * n)), stored(rows * n) {
-    kernels.caches[format].store(values.data(), 1, rows * n, stored.data());
-    if (format == 1)
-      for (float& v : values) v = bf16_to_f32(f32_to_bf16(v));
+      : n(length), values(random_floats(rows * n)), stored(rows * (n + 100)) {
+    if (format != kBf16c) kernels.caches[format].store(values.data(), 1, rows * n, stored.data());
+    if (format == 0) return;
+    if (format == kBf16c && n > 30)  // rows with 17 upper bytes, of which two large ones are apart
+      for (std::int64_t r = 1; r < rows; r += 2) {
+        float* const row = values.data() + r * n;
+        for (int i = 0; i < n; ++i) row[i] = std::ldexp(i % 2 ? -1.5f : 1.0f, -4 - i / 2 % 7 * 2);
+        row[r % n] = 1;
+        row[n - 1 - r % 5] = -1;
+        row[n / 2] = std::ldexp(1.0f, -20);
+        row[n / 2 + 1] = 0;
+      }
+    std::vector<std::uint16_t> halves;
+    for (float& v : values) {
+      halves.push_back(f32_to_bf16(v));
+      v = bf16_to_f32(halves.back());
+    }
+    if (format == 1) return;
+    stride = bf16c_row_bytes(n);
+    auto* const bytes = reinterpret_cast<std::byte*>(stored.data());
+    for (std::int64_t r = 0; r < rows; ++r)
+      CHECK(compress_bf16(halves.data() + r * n, n, bytes + r * stride));
   }
-  Rows rows() const { return {reinterpret_cast<const std::byte*>(stored.data()), nullptr, n}; }
+  Rows rows() const {
+    return {reinterpret_cast<const std::byte*>(stored.data()), nullptr, n, stride};
+  }
 };
 
 template <class Body>
-void for_all_kernels(const Body& body) {
+void for_all_kernels(const Body& body, std::initializer_list<int> formats = {0, 1}) {
   for (const Kernels* table : available_kernels())
-    for (const int format : {0, 1}) {
+    for (const int format : formats) {
       const int before = check::failures;
       body(*table, format);
-      if (check::failures > before)
-        std::printf("  in: %s, %s\n", table->name, format == 0 ? "f32" : "bf16");
+      if (check::failures > before) std::printf("  in: %s, format %d\n", table->name, format);
     }
 }
 
@@ -78,54 +100,94 @@ TEST(rows_are_stored_and_loaded) {
 }
 
 TEST(dot_matches_doubles) {
-  for_all_kernels([](const Kernels& kernels, int format) {
-    for (std::int64_t n = 1; n < 150; n += n % 7 + 1) {
-      const std::int64_t rows = n % 6;
-      const Stored w(kernels, format, rows, n);
-      const auto x = random_floats(n);
-      std::vector<float> y(rows + 1, 3);
-      kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), false);
-      const std::vector<float> once = y;
-      kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), true);
-      for (std::int64_t r = 0; r < rows; ++r) {
-        double expected = 0;
-        for (std::int64_t i = 0; i < n; ++i) expected += double{w.values[r * n + i]} * x[i];
-        CHECK_NEAR(once[r], expected, 1e-5);
-        CHECK_NEAR(y[r], 2 * expected, 2e-5);
-      }
-      CHECK(y[rows] == 3);
-    }
-  });
+  for_all_kernels(
+      [](const Kernels& kernels, int format) {
+        for (std::int64_t n = 1; n < 150; n += n % 7 + 1) {
+          const std::int64_t rows = n % 6;
+          const Stored w(kernels, format, rows, n);
+          const auto x = random_floats(n);
+          std::vector<float> y(rows + 1, 3);
+          kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), false);
+          const std::vector<float> once = y;
+          kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), true);
+          for (std::int64_t r = 0; r < rows; ++r) {
+            double expected = 0;
+            for (std::int64_t i = 0; i < n; ++i) expected += double{w.values[r * n + i]} * x[i];
+            CHECK_NEAR(once[r], expected, 1e-5);
+            CHECK_NEAR(y[r], 2 * expected, 2e-5);
+          }
+          CHECK(y[rows] == 3);
+        }
+      },
+      {0, 1, kBf16c});
+}
+
+TEST(bf16c_rows_are_loaded) {
+  for_all_kernels(
+      [](const Kernels& kernels, int format) {
+        for (const std::int64_t n : {1, 35, 64, 200}) {
+          const Stored w(kernels, format, 6, n);
+          for (std::int64_t r = 0; r < 6; ++r) {
+            std::vector<float> back(2 * n, 7);
+            Rows row = w.rows();
+            row.data += r * row.stride;
+            kernels.rows[format].load(row, back.data(), 2);
+            for (std::int64_t i = 0; i < n; ++i)
+              CHECK(back[2 * i] == w.values[r * n + i] && back[2 * i + 1] == 7);
+          }
+        }
+      },
+      {kBf16c});
+}
+
+TEST(bf16c_rows_that_lie_stay_within_vectors) {
+  for_all_kernels(
+      [](const Kernels& kernels, int format) {
+        const std::int64_t n = 70;
+        Stored w(kernels, format, 1, n);
+        std::memset(w.stored.data(), 0xff, bf16c_head_bytes(n));
+        std::vector<float> x(n, 1), y(1), h(1), sum(2 * kGroup + 1, 3), back(n + 1, 3);
+        kernels.rows[format].dot(w.rows(), 1, x.data(), y.data(), false);
+        kernels.rows[format].load(w.rows(), back.data(), 1);
+        const std::int32_t id = 0;
+        kernels.rows[format].neurons({w.rows(), w.rows(), w.rows()}, Activation::silu, {&id, 1},
+                                     x.data(), h.data(), sum.data());
+        CHECK(back[n] == 3 && sum[2 * kGroup] == 3);
+      },
+      {kBf16c});
 }
 
 TEST(neurons_match_doubles) {
-  for_all_kernels([](const Kernels& kernels, int format) {
-    const std::int64_t n = 45, size = 40;
-    const Stored gate(kernels, format, size, n), up(kernels, format, size, n),
-        down(kernels, format, size, n);
-    const auto x = random_floats(n);
-    for (const std::int64_t count : {1, 3, 8, 21, 40}) {
-      std::vector<std::int32_t> ids;
-      for (std::int64_t i = 0; i < count; ++i)
-        ids.push_back(static_cast<std::int32_t>(i * 39 / 40));
-      std::vector<float> h(count + 1, 3), y(n + 1, 3);
-      kernels.rows[format].neurons({gate.rows(), up.rows(), down.rows()}, Activation::silu,
-                                   {ids.data(), count}, x.data(), h.data(), y.data());
-      naive::Vector expected(n);
-      for (std::int64_t i = 0; i < count; ++i) {
-        double g = 0, u = 0;
-        for (std::int64_t e = 0; e < n; ++e) {
-          g += double{gate.values[ids[i] * n + e]} * x[e];
-          u += double{up.values[ids[i] * n + e]} * x[e];
+  for_all_kernels(
+      [](const Kernels& kernels, int format) {
+        const std::int64_t n = 75, size = 40, room = groups_of(n) * kGroup;
+        const Stored gate(kernels, format, size, n), up(kernels, format, size, n),
+            down(kernels, format, size, n);
+        const auto x = random_floats(n);
+        for (const std::int64_t count : {1, 3, 8, 21, 40}) {
+          std::vector<std::int32_t> ids;
+          for (std::int64_t i = 0; i < count; ++i)
+            ids.push_back(static_cast<std::int32_t>(i * 39 / 40));
+          std::vector<float> h(count + 1, 3), y(room + 1, 3);
+          kernels.rows[format].neurons({gate.rows(), up.rows(), down.rows()}, Activation::silu,
+                                       {ids.data(), count}, x.data(), h.data(), y.data());
+          naive::Vector expected(n);
+          for (std::int64_t i = 0; i < count; ++i) {
+            double g = 0, u = 0;
+            for (std::int64_t e = 0; e < n; ++e) {
+              g += double{gate.values[ids[i] * n + e]} * x[e];
+              u += double{up.values[ids[i] * n + e]} * x[e];
+            }
+            const double weight = naive::activate(Activation::silu, g) * u;
+            CHECK_NEAR(h[i], weight, 1e-4);
+            for (std::int64_t e = 0; e < n; ++e)
+              expected[e] += weight * down.values[ids[i] * n + e];
+          }
+          for (std::int64_t e = 0; e < n; ++e) CHECK_NEAR(y[e], expected[e], 1e-3);
+          CHECK(h[count] == 3 && y[room] == 3);
         }
-        const double weight = naive::activate(Activation::silu, g) * u;
-        CHECK_NEAR(h[i], weight, 1e-4);
-        for (std::int64_t e = 0; e < n; ++e) expected[e] += weight * down.values[ids[i] * n + e];
-      }
-      for (std::int64_t e = 0; e < n; ++e) CHECK_NEAR(y[e], expected[e], 1e-3);
-      CHECK(h[count] == 3 && y[n] == 3);
-    }
-  });
+      },
+      {0, 1, kBf16c});
 }
 
 TEST(attend_matches_doubles) {
@@ -203,62 +265,65 @@ TEST(int8_cache_rounds_and_attends_like_doubles) {
 }
 
 TEST(multiply_matches_doubles) {
-  for_all_kernels([](const Kernels& kernels, int format) {
-    const std::int64_t width = kernels.panel, count = 2;
-    for (const std::int64_t rows : {1, 7, 48, 61})
-      for (const std::int64_t n : {1, 33, 300}) {
-        const Stored w(kernels, format, rows, n);
-        const auto b = random_floats(count * n * width), b2 = random_floats(count * rows * width);
-        std::vector<float> c(count * rows * width + 1, 3);
-        const PanelKernels& panels = kernels.panels[format];
-        std::vector<std::byte> prepared;
-        PreparedPanels in = ConstPanels{b.data(), n * width};
-        if (panels.prepare) {
-          in = {prepared.data(), panels.prepared_bytes(n)};
-          prepared.resize(count * in.stride + 1, std::byte{7});
-          in.data = prepared.data();
-          for (std::int64_t p = 0; p < count; ++p)
-            panels.prepare(b.data() + p * n * width, n, prepared.data() + p * in.stride);
-          CHECK(prepared.back() == std::byte{7});
-        }
-        // What prepares, rounds to bf16: each term moves by at most 1/256 of its size.
-        const auto taken = [&](float v) {
-          return panels.prepare ? bf16_to_f32(f32_to_bf16(v)) : v;
-        };
-        const Panels out = {c.data(), rows * width};
-        kernels.panels[format].multiply(w.rows(), rows, in, out, count, false);
-        kernels.panels[format].multiply(w.rows(), rows, in, out, count, true);
-        // Some of the columns.
-        const std::int64_t first = n / 2 / panels.block_columns * panels.block_columns;
-        const std::int64_t columns = n - first;
-        std::vector<float> c2(count * columns * width + 1, 3);
-        kernels.panels[format].multiply_transposed(w.rows(), rows, first, columns,
-                                                   {b2.data(), rows * width},
-                                                   {c2.data(), columns * width}, count);
-        for (std::int64_t p = 0; p < count; ++p)
-          for (std::int64_t lane = 0; lane < width; ++lane) {
-            naive::Vector expected2(columns, 3);
-            for (std::int64_t r = 0; r < rows; ++r) {
-              double expected = 0, exact = 0, bound = 2e-4;
-              for (std::int64_t i = 0; i < n; ++i) {
-                const double weight = w.values[r * n + i];
-                const float x = b[(p * n + i) * width + lane];
-                expected += weight * taken(x);
-                exact += weight * x;
-                bound += 2 * std::abs(weight * x) / 256;
-              }
-              for (std::int64_t i = 0; i < columns; ++i)
-                expected2[i] +=
-                    double{w.values[r * n + first + i]} * taken(b2[(p * rows + r) * width + lane]);
-              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * expected, 2e-4);
-              CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * exact, bound);
+  for_all_kernels(
+      [](const Kernels& kernels, int format) {
+        const std::int64_t width = kernels.panel, count = 2;
+        for (const std::int64_t rows : {1, 7, 48, 61})
+          for (const std::int64_t n : {1, 33, 300}) {
+            const Stored w(kernels, format, rows, n);
+            const auto b = random_floats(count * n * width),
+                       b2 = random_floats(count * rows * width);
+            std::vector<float> c(count * rows * width + 1, 3);
+            const PanelKernels& panels = kernels.panels[format];
+            std::vector<std::byte> prepared;
+            PreparedPanels in = ConstPanels{b.data(), n * width};
+            if (panels.prepare) {
+              in = {prepared.data(), panels.prepared_bytes(n)};
+              prepared.resize(count * in.stride + 1, std::byte{7});
+              in.data = prepared.data();
+              for (std::int64_t p = 0; p < count; ++p)
+                panels.prepare(b.data() + p * n * width, n, prepared.data() + p * in.stride);
+              CHECK(prepared.back() == std::byte{7});
             }
-            for (std::int64_t i = 0; i < columns; ++i)
-              CHECK_NEAR(c2[(p * columns + i) * width + lane], expected2[i], 1e-4);
+            // What prepares, rounds to bf16: each term moves by at most 1/256 of its size.
+            const auto taken = [&](float v) {
+              return panels.prepare ? bf16_to_f32(f32_to_bf16(v)) : v;
+            };
+            const Panels out = {c.data(), rows * width};
+            kernels.panels[format].multiply(w.rows(), rows, in, out, count, false);
+            kernels.panels[format].multiply(w.rows(), rows, in, out, count, true);
+            // Some of the columns.
+            const std::int64_t first = n / 2 / panels.block_columns * panels.block_columns;
+            const std::int64_t columns = n - first;
+            std::vector<float> c2(count * columns * width + 1, 3);
+            kernels.panels[format].multiply_transposed(w.rows(), rows, first, columns,
+                                                       {b2.data(), rows * width},
+                                                       {c2.data(), columns * width}, count);
+            for (std::int64_t p = 0; p < count; ++p)
+              for (std::int64_t lane = 0; lane < width; ++lane) {
+                naive::Vector expected2(columns, 3);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                  double expected = 0, exact = 0, bound = 2e-4;
+                  for (std::int64_t i = 0; i < n; ++i) {
+                    const double weight = w.values[r * n + i];
+                    const float x = b[(p * n + i) * width + lane];
+                    expected += weight * taken(x);
+                    exact += weight * x;
+                    bound += 2 * std::abs(weight * x) / 256;
+                  }
+                  for (std::int64_t i = 0; i < columns; ++i)
+                    expected2[i] += double{w.values[r * n + first + i]} *
+                                    taken(b2[(p * rows + r) * width + lane]);
+                  CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * expected, 2e-4);
+                  CHECK_NEAR(c[(p * rows + r) * width + lane], 2 * exact, bound);
+                }
+                for (std::int64_t i = 0; i < columns; ++i)
+                  CHECK_NEAR(c2[(p * columns + i) * width + lane], expected2[i], 1e-4);
+              }
+            CHECK(c.back() == 3 && c2.back() == 3);
           }
-        CHECK(c.back() == 3 && c2.back() == 3);
-      }
-  });
+      },
+      {0, 1, kBf16c});
 }
 
 TEST(norms_match_doubles) {

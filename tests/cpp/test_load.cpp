@@ -84,7 +84,8 @@ TEST(names_are_parsed_back) {
   CHECK(tda::parse_kv_format("bf16") == tda::KvFormat::bf16);
   CHECK_THROWS(tda::parse_device("gpu"), tda::OptionError,
                "device is \"gpu\", expected auto, cpu or cuda");
-  CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError, "auto, f32, bf16, int8 or int4");
+  CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError,
+               "auto, f32, bf16, int8, int4 or bf16c");
 }
 
 void check_layer(const tda::LayerWeights& layer, const Tensors& tensors,
@@ -256,6 +257,56 @@ TEST(load_refuses_wrong_tensors) {
   folder.write("model.safetensors", relabelled(safetensors(tensors, "F16"), "\"F16\"", "\"I16\""));
   CHECK_THROWS(tda::load_model(tda::Checkpoint(folder.path), WeightFormat::f32, 1), CheckpointError,
                "has dtype I16, expected F32, F16 or BF16");
+}
+
+TEST(load_compresses_bf16_or_says_where_that_is_not_possible) {
+  Tensors tensors = tensors_of(tiny);
+  const auto load = [&](WeightFormat format) {
+    Folder folder;
+    write_model(folder, tiny, tensors, "F32");
+    return tda::load_model(tda::Checkpoint(folder.path), format, 2);
+  };
+  const auto expect_same = [&] {
+    const auto plain = load(WeightFormat::bf16), compressed = load(WeightFormat::bf16c);
+    const auto same = [](const tda::Matrix& a, const tda::Matrix& b) {
+      CHECK(a.rows == b.rows && a.cols == b.cols);
+      std::vector<float> x(a.cols), y(a.cols), z(a.cols - 5);
+      for (std::int64_t r = 0; r < a.rows; ++r) {
+        tda::read_row(a, r, 0, a.cols, x.data());
+        tda::read_row(b, r, 0, b.cols, y.data());
+        tda::read_row(b, r, 5, b.cols - 5, z.data());
+        CHECK(x == y);
+        CHECK(std::equal(z.begin(), z.end(), x.begin() + 5));
+      }
+    };
+    same(plain->head, compressed->head);
+    for (std::size_t l = 0; l < plain->layers.size(); ++l) {
+      const auto &a = plain->layers[l], &b = compressed->layers[l];
+      same(a.qkv, b.qkv), same(a.output, b.output);
+      same(a.gate, b.gate), same(a.up, b.up), same(a.down, b.down);
+    }
+  };
+  expect_same();
+  const auto with_uppers = [&](const std::string& name, int count, std::int64_t step) {
+    auto& values = tensors.at(name).values;
+    for (int i = 0; i < 72; ++i)
+      values[i * step] = std::ldexp(i % 2 ? -1.5f : 1.0f, 60 - 4 * (i % count / 2));
+  };
+  const std::string gate = "model.layers.1.mlp.gate_proj.weight";
+  const std::string down = "model.layers.1.mlp.down_proj.weight";
+  with_uppers(gate, 14, 1);
+  with_uppers(down, 14, tensors.at(down).shape[1]);
+  for (const int i : {7, 20, 71})  // apart
+    tensors.at(gate).values[i] = tensors.at(down).values[i * tensors.at(down).shape[1]] = 1e-30f;
+  expect_same();
+  with_uppers(gate, 72, 1);
+  CHECK_THROWS(load(WeightFormat::bf16c), CheckpointError,
+               gate +
+                   "\" has more values that bf16c has no code for than fit beside row 0, "
+                   "expected at most 3; use bf16");
+  with_uppers(gate, 14, 1);
+  with_uppers(down, 72, tensors.at(down).shape[1]);
+  CHECK_THROWS(load(WeightFormat::bf16c), CheckpointError, "than fit beside column 0, ");
 }
 
 /// Sizes that a config may have, but not with these few tensors: refused before memory is asked

@@ -209,7 +209,7 @@ TEST(damaged_weights_are_refused) {
 
 /// Else fuzzing never passes the first check: run tests/fuzz/make_corpus.py.
 TEST(the_fuzz_corpus_has_engine_folders_of_this_layout) {
-  for (const char* format : {"f32", "bf16", "int8", "int4"}) {
+  for (const char* format : {"f32", "bf16", "int8", "int4", "bf16c"}) {
     const std::string seed =
         read(fs::path(TDA_CORPUS) / "folder" / ("packed_" + std::string(format)));
     const std::size_t zero = seed.find('\0');

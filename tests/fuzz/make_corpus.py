@@ -208,7 +208,7 @@ def main() -> None:
         write("folder", name, json.dumps(config).encode() + b"\0" + weights(config, dtype))
     qwen3 = CONFIGS["qwen3"] | {"head_dim": 4}
     write("folder", "qwen3", json.dumps(qwen3).encode() + b"\0" + weights(qwen3, "F16"))
-    for packed in "f32", "bf16", "int8", "int4":
+    for packed in "f32", "bf16", "int8", "int4", "bf16c":
         with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
             Path(source, "config.json").write_text(json.dumps(LLAMA))
             Path(source, "model.safetensors").write_bytes(weights(LLAMA, "F32"))

@@ -199,3 +199,19 @@ def test_the_cache_may_be_int8(folder: Path):
     assert rounded.kv == "int8"
     difference = abs(rounded.score(tokens, prompt_tokens=20) - exact).mean()
     assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize("variant", ["llama_bf16", "llama_odd", "qwen3"])
+def test_bf16c_is_bf16(tmp_path, variant):
+    folder = tiny.write(tmp_path / "m", variant)
+    plain, compressed = (Engine(folder, weights=w, kv="f32") for w in ("bf16", "bf16c"))
+    tokens = tiny.tokens(variant)
+    assert np.array_equal(plain.logits(tokens), compressed.logits(tokens))
+    decoded = [e.score(tokens, prompt_tokens=1) for e in (plain, compressed)]
+    assert decoded[0] == pytest.approx(decoded[1], abs=1e-4)
+    sparse = [
+        e.score(tokens, prompt_tokens=8, tda=TDA(scope="token", active=0.5))
+        for e in (plain, compressed)
+    ]
+    assert sparse[0] == pytest.approx(sparse[1], abs=1e-4)
+    assert not np.allclose(sparse[0], decoded[0][-len(sparse[0]) :], atol=1e-4)

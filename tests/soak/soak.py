@@ -33,6 +33,7 @@ ENGINES = (
     {"weights": "int8", "threads": 2},
     {"weights": "int8", "kv": "int8", "threads": 1},
     {"weights": "int4", "threads": 2},
+    {"weights": "bf16c", "threads": 2},
 )
 SAMPLING = (
     {},
