@@ -250,7 +250,8 @@ def make_runners(args: argparse.Namespace, stack: ExitStack) -> list[Runner]:
     for weights in args.weights:
         for tda in (None, *args.tda):
             name = f"tdaengine {weights}" + (f", {tda}" if tda else "")
-            runners.append((name, weights, tdaengine_runner, task, weights, tda))
+            kind = weights.removesuffix("c")  # bf16c holds bf16
+            runners.append((name, kind, tdaengine_runner, task, weights, tda))
     if "transformers" not in args.without:
         for weights in [w for w in args.weights if w in ("f32", "bf16")] or ["bf16"]:
             name = f"transformers {weights}"
