@@ -253,7 +253,8 @@ void expand_bf16(const std::byte* row, std::int64_t cols, std::int64_t first, st
     const int upper = code == kZero ? 0 : head.uppers[code];
     out[i] = bf16_to_f32(static_cast<std::uint16_t>(upper << 8 | static_cast<int>(group[place])));
   }
-  for (int i = 0; i < head.count; ++i) {
+  // A file may say anything.
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(head.count, apart_of(cols)); ++i) {
     Apart apart;
     std::memcpy(&apart, row + sizeof head + i * sizeof apart, sizeof apart);
     const std::int64_t at = apart.column - first;

@@ -153,6 +153,9 @@ TEST(bf16c_rows_that_lie_stay_within_vectors) {
         kernels.rows[format].neurons({w.rows(), w.rows(), w.rows()}, Activation::silu, {&id, 1},
                                      x.data(), h.data(), sum.data());
         CHECK(back[n] == 3 && sum[2 * kGroup] == 3);
+        const std::vector<std::byte> row(bf16c_row_bytes(n), std::byte{0xff});
+        expand_bf16(row.data(), n, 1, n - 1, back.data());
+        CHECK(back[n] == 3);
       },
       {kBf16c});
 }
