@@ -32,12 +32,8 @@ struct Bf16cRow {
   void interleave(int64_t i, __m512i out[2]) const {
     const std::uint8_t* const at = group(i);
     const __m512i lower = _mm512_loadu_si512(at);
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kGroup));
-    const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
-                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
-    const __m512i code = _mm512_and_si512(_mm512_srlv_epi16(_mm512_broadcast_i64x4(codes), down),
-                                          _mm512_set1_epi8(15));
-    const __m512i upper = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(uppers()), code);
+    const __m512i upper =
+        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(uppers()), nibbles(at + kGroup));
     out[0] = _mm512_unpacklo_epi8(lower, upper);
     out[1] = _mm512_unpackhi_epi8(lower, upper);
   }
@@ -73,7 +69,7 @@ struct Bf16cRow {
     const std::uint8_t* const at = group(i);
     float values[kGroup];
     for (int j = 0; j < kGroup; ++j) {
-      const int place = 16 * (j / 4 % 4) + 8 * (j / 32) + 2 * (j % 4) + j / 16 % 2;
+      const int64_t place = bf16c_place(j);
       const int code = at[kGroup + place % 32] >> (place < 32 ? 0 : 4) & 15;
       const int upper = code == 15 ? 0 : row[code];
       values[j] = bf16_to_f32(static_cast<std::uint16_t>(upper << 8 | at[place]));

@@ -25,13 +25,7 @@ struct Int4Row {
 
 #if defined(__AVX512VNNI__)
   /// A group's codes.
-  __m512i codes(int64_t group) const {
-    const auto* at = reinterpret_cast<const __m256i*>(nibbles + group * kGroupBytes);
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
-    const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
-                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
-    return _mm512_and_si512(_mm512_srlv_epi16(twice, down), _mm512_set1_epi8(15));
-  }
+  __m512i codes(int64_t group) const { return tda::nibbles(nibbles + group * kGroupBytes); }
 #if defined(__AVX512BF16__)
   void bf16(int64_t group, __m512i out[2]) const { to_bf16(*this, group, out); }
 #endif

@@ -126,6 +126,17 @@ inline Floats signed_floats(const std::int8_t* p) {
 #endif
 }
 
+#if defined(__AVX512BW__)
+/// A group's 64 nibbles (model/quantize.h), a byte each.
+inline __m512i nibbles(const std::uint8_t* group) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group));
+  const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
+                                        0x0004000400040004, 0, 0, 0, 0);
+  const __m512i shifted = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), down);
+  return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
+}
+#endif
+
 // ---- row formats: how T elements become floats ------------------------------------------------
 
 struct F32 {

@@ -193,12 +193,6 @@ static_assert(sizeof(Head) == 16 && sizeof(Apart) == 4);
 
 constexpr int kZero = 15;  // the code of the upper byte 0
 
-/// Where value i of a group has its lower byte.
-std::int64_t place_of(std::int64_t i) {
-  const std::int64_t s = i / 32, t = i / 16 % 2, q = i / 4 % 4, d = i % 4;
-  return 16 * q + 8 * s + 2 * d + t;
-}
-
 /// The most frequent upper bytes other than 0; of those as frequent the smaller ones.
 void choose_uppers(const std::vector<std::uint16_t>& values, Head& head) {
   std::int64_t counts[256] = {};
@@ -233,7 +227,7 @@ bool compress_bf16(const std::uint16_t* values, std::int64_t cols, std::byte* ro
       value = 0;
     }
     std::byte* const group = row + bf16c_head_bytes(cols) + i / kGroup * kBf16cGroupBytes;
-    const std::int64_t place = place_of(i % kGroup);
+    const std::int64_t place = bf16c_place(i % kGroup);
     group[place] = static_cast<std::byte>(value & 0xff);
     group[kGroup + place % 32] |= static_cast<std::byte>(codes[value >> 8] << (place < 32 ? 0 : 4));
   }
@@ -248,7 +242,7 @@ void expand_bf16(const std::byte* row, std::int64_t cols, std::int64_t first, st
   for (std::int64_t i = 0; i < count; ++i) {
     const std::byte* const group =
         row + bf16c_head_bytes(cols) + (first + i) / kGroup * kBf16cGroupBytes;
-    const std::int64_t place = place_of((first + i) % kGroup);
+    const std::int64_t place = bf16c_place((first + i) % kGroup);
     const int code = static_cast<int>(group[kGroup + place % 32]) >> (place < 32 ? 0 : 4) & 15;
     const int upper = code == kZero ? 0 : head.uppers[code];
     out[i] = bf16_to_f32(static_cast<std::uint16_t>(upper << 8 | static_cast<int>(group[place])));

@@ -52,6 +52,11 @@ constexpr std::int64_t apart_of(std::int64_t cols) {
   return count < 255 ? count : 255;
 }
 constexpr std::int64_t kBf16cGroupBytes = kGroup + kGroup / 2;
+/// Where value i of a group has its lower byte.
+constexpr std::int64_t bf16c_place(std::int64_t i) {
+  const std::int64_t s = i / 32, t = i / 16 % 2, q = i / 4 % 4, d = i % 4;
+  return 16 * q + 8 * s + 2 * d + t;
+}
 constexpr std::int64_t bf16c_head_bytes(std::int64_t cols) { return 16 + 4 * apart_of(cols); }
 constexpr std::int64_t bf16c_row_bytes(std::int64_t cols) {
   return bf16c_head_bytes(cols) + groups_of(cols) * kBf16cGroupBytes;
