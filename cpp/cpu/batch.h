@@ -16,18 +16,6 @@ constexpr int64_t kDownBatch = 8;
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-#if defined(__AVX512VNNI__)
-/// Which of the scales of two groups, whose first stands at `first`, the lanes of their first (0)
-/// or second halves take.
-template <int kScales>
-inline __m512i scales_of_lanes(int half, int first = 0) {
-  const __m512i firsts = kScales == 2
-                             ? _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0)
-                             : _mm512_set_epi32(5, 5, 5, 5, 4, 4, 4, 4, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_add_epi32(firsts, _mm512_set1_epi32(first + half * kScales / 2));
-}
-#endif
-
 /// Per-lane sums of up to kBatch rows on their way to one float each.
 struct Products {
   Floats lanes[kBatch];
@@ -134,36 +122,52 @@ struct RowsAhead {
   static constexpr bool kInOrder = false;
   Row rows[kCount];
 
-  void ask(int plane, int64_t row, int64_t byte) { tda::ask(rows[row].plane(plane) + byte); }
-  void ask_scales(int64_t row, int64_t scale) { tda::ask(rows[row].scales.scales + scale); }
+  void ask(int plane, int64_t row, int64_t byte) const { tda::ask(rows[row].plane(plane) + byte); }
+  void ask_scales(int64_t row, int64_t scale) const { tda::ask(rows[row].scales.scales + scale); }
+  void ask_rest(int64_t) const {}
+  void go_on() {}
 };
 
-/// Where the planes of some rows begin.
-struct Planes {
+/// A stream per plane, from some place on, and how many bytes of it are taken at a time.
+struct Streams {
   const std::uint8_t* of[2];
+  int64_t step[2];
 
   template <class Row>
-  explicit Planes(const Row& row) : of{row.plane(0), row.plane(1)} {}
-  template <class Row>
-  Planes(const Row& first, const Row& second) : of{first.plane(0), second.plane(0)} {}
+  Streams(const Row& row, const int64_t (&steps)[2])
+      : of{row.plane(0), row.plane(1)}, step{steps[0], steps[1]} {}
+  Streams(const std::uint8_t* first, const std::uint8_t* second, int64_t both)
+      : of{first, second}, step{both, both} {}
+  void go_on() {
+    for (int i = 0; i < 2; ++i) of[i] += step[i];
+  }
 };
 
-/// Streams to ask for, one per plane, while rows that follow each other are at work; kTwice: and
-/// again.
-template <bool kTwice>
+/// Streams to ask for while kCount rows that follow each other are at work; kTwice: and again, into
+/// the first-level cache.
+template <bool kTwice, int kCount>
 struct StreamsAhead {
   static constexpr bool kInOrder = true;
-  Planes next, again;
+  Streams next, again;
+  int64_t bytes;  // of the rows in the first plane
 
-  void ask(int plane, int64_t, int64_t) {
-    tda::ask(next.of[plane]);
-    next.of[plane] += kLineBytes;
-    if (!kTwice) return;
-    tda::ask(again.of[plane]);
-    again.of[plane] += kLineBytes;
+  void go_on() {
+    next.go_on();
+    again.go_on();
   }
-  void ask_scales(int64_t row, int64_t) {
-    if (row % 2 == 0) ask(0, 0, 0);  // enough: two rows' scales are less than a line
+  void ask(int plane, int64_t row, int64_t byte) const {
+    ask_line(plane, kCount * byte + row * kLineBytes);
+  }
+  void ask_scales(int64_t, int64_t) const {}
+  /// What stands behind so many lines of the first plane: scales.
+  void ask_rest(int64_t lines) const {
+    for (int64_t at = lines * kLineBytes; at < bytes; at += kLineBytes) ask_line(0, at);
+  }
+
+ private:
+  void ask_line(int plane, int64_t at) const {
+    tda::ask(next.of[plane] + at);
+    if (kTwice) ask_soon(again.of[plane] + at);
   }
 };
 

@@ -32,8 +32,12 @@ struct Bf16cRow {
   void interleave(int64_t i, __m512i out[2]) const {
     const std::uint8_t* const at = group(i);
     const __m512i lower = _mm512_loadu_si512(at);
-    const __m512i upper =
-        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(uppers()), nibbles(at + kGroup));
+    // The codes' bytes twice: once for their lower halves, once for the upper ones.
+    const __m512i twice =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kGroup)));
+    const __m512i down = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+    const __m512i codes = _mm512_and_si512(_mm512_srlv_epi64(twice, down), _mm512_set1_epi8(15));
+    const __m512i upper = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(uppers()), codes);
     out[0] = _mm512_unpacklo_epi8(lower, upper);
     out[1] = _mm512_unpackhi_epi8(lower, upper);
   }

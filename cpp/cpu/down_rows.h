@@ -45,7 +45,7 @@ struct DownStreamAhead {
   }
   void ask(int, int64_t, int64_t) {
     tda::ask(first);
-    tda::ask(second);
+    ask_soon(second);
     first += kLineBytes;
     second += kLineBytes;
   }
@@ -117,26 +117,31 @@ struct Factors {
   }
 };
 
-/// Of two groups' integers, one per scale, those of one half, each for as many lanes.
+/// Of two groups' integers, one per scale, those that interleaved rows' out[i] takes.
 template <int kScales>
-inline __m512i spread(const int32_t* p, int half) {
-  const __m512i all = kScales == 2 ? _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p))
-                                   : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
-  return _mm512_permutexvar_epi32(scales_of_lanes<kScales>(half), all);
+inline __m512i spread(const int32_t* p, int i) {
+  const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  if constexpr (kScales == 2)
+    return _mm512_permutexvar_epi32(lanes,
+                                    _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+  const __m512i index = _mm512_add_epi32(_mm512_add_epi32(lanes, lanes), _mm512_set1_epi32(i / 2));
+  return _mm512_permutexvar_epi32(index,
+                                  _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
 }
 
-/// y[16 i] += step * the 128-bit lanes i of the four, i < lanes.
-inline void add_lanes(const __m512i s[4], float step, int64_t lanes, float* const y[4]) {
-  const __m512i ab = _mm512_shuffle_i32x4(s[0], s[1], 0x88);
-  const __m512i AB = _mm512_shuffle_i32x4(s[0], s[1], 0xdd);
-  const __m512i cd = _mm512_shuffle_i32x4(s[2], s[3], 0x88);
-  const __m512i CD = _mm512_shuffle_i32x4(s[2], s[3], 0xdd);
+/// y[32 i] ... y[32 i + 15] += step * the 128-bit lanes i of the four, i < lanes.
+inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step, int64_t lanes,
+                      float* y) {
+  const __m512i ab = _mm512_shuffle_i32x4(s0, s1, 0x88);
+  const __m512i AB = _mm512_shuffle_i32x4(s0, s1, 0xdd);
+  const __m512i cd = _mm512_shuffle_i32x4(s2, s3, 0x88);
+  const __m512i CD = _mm512_shuffle_i32x4(s2, s3, 0xdd);
   const __m512i ordered[4] = {
       _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(AB, CD, 0x88),
       _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    if (i < lanes) store(y[i], load_as<Floats>(y[i]) + step * to_floats((Ints)ordered[i]));
+  for (int i = 0; i < 4; ++i, y += 32)
+    if (i < lanes) store(y, load_as<Floats>(y) + step * to_floats((Ints)ordered[i]));
 }
 
 /// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups. Two
@@ -185,11 +190,9 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
       __m512i lowers[kBytes][4], uppers[kBytes][4];
 #pragma GCC unroll 2
       for (int byte = 0; byte < kBytes; ++byte) {
-        const __m512i lower_start = spread<kScales>(factors.start[byte] + at, 0);
-        __m512i upper_start = spread<kScales>(factors.start[byte] + at, 1);
-        if (!kBoth) upper_start = _mm512_slli_epi32(upper_start, 4);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) lowers[byte][i] = lower_start, uppers[byte][i] = upper_start;
+        for (int i = 0; i < 4; ++i)
+          lowers[byte][i] = uppers[byte][i] = spread<kScales>(factors.start[byte] + at, i);
       }
       for (int64_t q = 0; 4 * q < count; ++q) {
         __m512i loaded[4], nibbles[2][4];
@@ -202,12 +205,6 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
           }
           interleave(loaded, nibbles[plane]);
         }
-        __m512i lower_factors[kBytes], upper_factors[kBytes];
-#pragma GCC unroll 2
-        for (int byte = 0; byte < kBytes; ++byte) {
-          lower_factors[byte] = spread<kScales>(factors.quads[byte][q] + at, 0);
-          upper_factors[byte] = spread<kScales>(factors.quads[byte][q] + at, 1);
-        }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const __m512i both = nibbles[0][i], rest = nibbles[1][i];
@@ -215,8 +212,9 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
           const __m512i b = kBoth ? merge(both, _mm512_srli_epi16(rest, 4)) : upper_nibbles(both);
 #pragma GCC unroll 2
           for (int byte = 0; byte < kBytes; ++byte) {
-            lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, lower_factors[byte]);
-            uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, upper_factors[byte]);
+            const __m512i factor = spread<kScales>(factors.quads[byte][q] + at, i);
+            lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, factor);
+            uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, factor);
           }
         }
       }
@@ -229,11 +227,15 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
               _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
         }
       }
+      const __m512i(&l)[4] = lowers[0], (&u)[4] = uppers[0];
       float* const out = y + g * kGroup;
-      float* const to_lowers[4] = {out, out + 16, out + kGroup, out + kGroup + 16};
-      float* const to_uppers[4] = {out + 32, out + 48, out + kGroup + 32, out + kGroup + 48};
-      add_lanes(lowers[0], step, 2 * left, to_lowers);
-      add_lanes(uppers[0], kBoth ? step : step / 16, 2 * left, to_uppers);
+      if (kScales == 2) {  // a lane's lower nibbles are 16 values, its upper ones the next 16
+        add_lanes(l[0], l[1], l[2], l[3], step, 2 * left, out);
+        add_lanes(u[0], u[1], u[2], u[3], step, 2 * left, out + 16);
+      } else {  // 8 of two scales each
+        add_lanes(l[0], l[1], u[0], u[1], step, 2 * left, out);
+        add_lanes(l[2], l[3], u[2], u[3], step, 2 * left, out + 16);
+      }
     }
   }
 }

@@ -19,13 +19,25 @@ struct Int4Row {
   Int4Row(const Rows& w, int64_t r)
       : nibbles(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         scales(nibbles, w.n, kScales) {}
+  Int4Row after(const Rows& w, int64_t rows) const {
+    Int4Row later = *this;
+    later.nibbles += rows * w.stride;
+    later.scales.scales += rows * w.stride;
+    return later;
+  }
   const std::uint8_t* plane(int) const { return nibbles; }
   const void* scales_at(int64_t group) const { return scales.scales + group * kScales; }
   Int4Row only(bool, bool) const { return *this; }
 
 #if defined(__AVX512VNNI__)
   /// A group's codes.
-  __m512i codes(int64_t group) const { return tda::nibbles(nibbles + group * kGroupBytes); }
+  __m512i codes(int64_t group) const {
+    // A scale's 8 bytes twice: once for their lower halves, once for the upper ones.
+    const auto* at = reinterpret_cast<const __m256i*>(nibbles + group * kGroupBytes);
+    const __m512i twice = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0),
+                                                   _mm512_castsi256_si512(_mm256_loadu_si256(at)));
+    return lower_nibbles(_mm512_srlv_epi64(twice, _mm512_set_epi64(4, 0, 4, 0, 4, 0, 4, 0)));
+  }
 #if defined(__AVX512BF16__)
   void bf16(int64_t group, __m512i out[2]) const { to_bf16(*this, group, out); }
 #endif
@@ -36,18 +48,18 @@ struct Int4Row {
     Bytes w[kParts];
     expand(nibbles + group * kGroupBytes, w);
     for (int i = 0; i < kParts; ++i) w[i] -= kOffset;
-    __builtin_memcpy(out, w, sizeof w);
+    store_in_order<kScales>(w, out);
   }
 #endif
 
   /// Values [first, first + 16); `first` is a multiple of 16.
   void load(int64_t first, float* out) const {
-    const int64_t quarter = first % kGroup / 16;
-    const HalfBytes both =
-        load_as<HalfBytes>(nibbles + first / kGroup * kGroupBytes + quarter % 2 * 16);
-    const HalfBytes code = (quarter < 2 ? both & 15 : both >> 4) - kOffset;
     std::int8_t codes[16];
-    __builtin_memcpy(codes, &code, 16);
+    for (int i = 0; i < 8; ++i) {
+      const std::uint8_t both = nibbles[first / 2 + i];
+      codes[i] = static_cast<std::int8_t>((both & 15) - kOffset);
+      codes[8 + i] = static_cast<std::int8_t>((both >> 4) - kOffset);
+    }
     const float scale = scales[first / (kGroup / kScales)];
     for (int i = 0; i < 16; i += kLanes) store(out + i, scale * signed_floats(codes + i));
   }

@@ -16,22 +16,31 @@ constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's va
 
 #if defined(__AVX512VNNI__)
 inline __m512i lower_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0f)); }
-/// Where they stand: 16 times too large.
-inline __m512i upper_nibbles(__m512i v) {
-  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0)));
-}
+inline __m512i upper_nibbles(__m512i v) { return lower_nibbles(_mm512_srli_epi16(v, 4)); }
 /// The upper nibbles of one, the lower ones of the other.
 inline __m512i merge(__m512i upper, __m512i lower) {
   const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
   return _mm512_ternarylogic_epi64(upper, mask, lower, 0xe2);  // into a register that is free then
 }
 #else
-/// A group of one plane: 64 nibbles, in order.
+/// A group of one plane: the lower nibbles of its bytes, then the upper ones.
 inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
   for (int i = 0; i < kParts / 2; ++i) {
     const Bytes v = load_as<Bytes>(group + i * kVectorBytes);
     out[i] = v & 15;
     out[i + kParts / 2] = v >> 4;
+  }
+}
+
+/// What belongs to nibbles as `expand` leaves them, in the order of the values.
+template <int kScales>
+inline void store_in_order(const Bytes (&v)[kParts], std::int8_t out[kGroup]) {
+  constexpr int kHalf = kGroup / kScales / 2;  // of a scale's values
+  std::int8_t bytes[kGroup];
+  __builtin_memcpy(bytes, v, sizeof bytes);
+  for (int i = 0; i < kScales; ++i, out += 2 * kHalf) {
+    __builtin_memcpy(out, bytes + i * kHalf, kHalf);
+    __builtin_memcpy(out + kHalf, bytes + kGroup / 2 + i * kHalf, kHalf);
   }
 }
 #endif
@@ -88,6 +97,14 @@ struct Int8Row {
       : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * w.low_stride),
         scales(high, w.n, kScales) {}
+  /// The row so many rows on.
+  Int8Row after(const Rows& w, int64_t rows) const {
+    Int8Row later = *this;
+    later.high += rows * w.stride;
+    later.low += rows * w.low_stride;
+    later.scales.scales += rows * w.stride;
+    return later;
+  }
   const std::uint8_t* plane(int i) const { return i == 0 ? high : low; }
   const void* scales_at(int64_t group) const { return scales.scales + group * kScales; }
   /// For requests: one of the planes in the place of both.
@@ -101,16 +118,15 @@ struct Int8Row {
 #if defined(__AVX512VNNI__)
   /// A group's codes: 16 high + low.
   __m512i codes(int64_t group) const {
+    // A scale's 16 bytes twice: once for their lower halves, once for the upper ones.
     const auto twice = [group](const std::uint8_t* plane) {
       const auto* at = reinterpret_cast<const __m256i*>(plane + group * kGroupBytes);
-      return _mm512_broadcast_i64x4(_mm256_loadu_si256(at));
+      return _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
+                                      _mm512_castsi256_si512(_mm256_loadu_si256(at)));
     };
-    // The first 32 values take the lower halves of both planes' bytes, the others the upper ones.
-    const __m512i up = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
-                                        0x0004000400040004, 0x0004000400040004);
-    const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004,
-                                          0x0004000400040004, 0x0004000400040004, 0, 0, 0, 0);
-    return merge(_mm512_sllv_epi16(twice(high), up), _mm512_srlv_epi16(twice(low), down));
+    const __m512i up = _mm512_set_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+    const __m512i down = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+    return merge(_mm512_sllv_epi64(twice(high), up), _mm512_srlv_epi64(twice(low), down));
   }
 #if defined(__AVX512BF16__)
   /// A group's values.
@@ -126,16 +142,15 @@ struct Int8Row {
     if (kExact) expand(low + at, lows);
     const std::uint8_t offset = kExact ? 136 : 128;
     for (int i = 0; i < kParts; ++i) w[i] = (w[i] << 4) + lows[i] - offset;
-    __builtin_memcpy(out, w, sizeof w);
+    store_in_order<kScales>(w, out);
   }
 #endif
 
   /// Values [first, first + 16); `first` is a multiple of 16.
   void load(int64_t first, float* out) const {
-    const int64_t group = first / kGroup, quarter = first % kGroup / 16;
-    const int64_t at = group * kGroupBytes + quarter % 2 * 16;
+    const int64_t at = first / 32 * 16;
     HalfBytes h = load_as<HalfBytes>(high + at), l = load_as<HalfBytes>(low + at);
-    if (quarter < 2)
+    if (first % 32 == 0)
       h <<= 4, l &= 15;
     else
       h &= 0xf0, l >>= 4;

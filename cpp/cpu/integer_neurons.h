@@ -14,36 +14,47 @@ namespace {
 template <bool kExact, bool kStream, class Row>
 [[gnu::noinline]] void multiply_neurons(const NeuronRows& rows, Activation activation,
                                         const Batch& batch, const Vector<Row>& x, float* h) {
+  constexpr int kTogether = kExact && kStream ? 1 : 2;
   const Follow& follow = batch.follow;
   // Far enough ahead for memory to answer. Past the list's end come as many bytes of down rows.
   const int64_t far = rows.gate.stride < 2048 ? kBatch : kBatch / 2;
-  const auto planes_ahead = [&](int64_t i, int64_t neurons) {
-    const int64_t past = (i + neurons - batch.left) * kBatch / far;
-    if (past < 0) return Planes(Row(rows.gate, batch.ids[i + neurons]));
-    return Planes(Row(*follow.a, follow.ids[past]), Row(*follow.a, follow.ids[past | 1]));
+  const auto stream_ahead = [&](int64_t i, int64_t neurons) {
+    const int64_t past = i + neurons - batch.left;
+    if (past < 0)
+      return Streams(Row(rows.gate, batch.ids[i + neurons]),
+                     {kTogether * rows.gate.stride, kTogether * rows.gate.low_stride});
+    const int64_t each = kBatch / far;
+    const std::uint8_t* const down = Row(*follow.a, follow.ids[past * each]).plane(0);
+    return Streams(down, down + rows.gate.stride, kTogether * each * follow.a->stride);
   };
   const auto ahead = [&](int64_t i) {
     if constexpr (kStream)
-      return StreamsAhead<kExact>{planes_ahead(i, far), planes_ahead(i, far / 2)};
+      return StreamsAhead<kExact, 2 * kTogether>{stream_ahead(i, far), stream_ahead(i, far / 2),
+                                                 kTogether * rows.gate.stride};
     else {
       const auto gate = [&](int64_t j) { return batch.ahead<Row>(rows.gate, follow.a, j); };
       const auto up = [&](int64_t j) { return batch.ahead<Row>(rows.up, follow.b, j); };
       return RowsAhead<Row, 4>{{gate(i), up(i), gate(i + 1), up(i + 1)}};
     }
   };
-  constexpr int kTogether = kExact && kStream ? 1 : 2;
+  constexpr int64_t kSome = kStream ? kBatch / 4 : kTogether;  // with one place to ask from
+  const Row gates(rows.gate, 0), ups(rows.up, 0);
   Gated gated;
-  for (int64_t i = 0; i < batch.count; i += kTogether) {
-    Row taken[2 * kTogether];
-    for (int j = 0; j < kTogether; ++j) {  // the last of an odd number twice
-      taken[2 * j] = Row(rows.gate, batch.id(i + j));
-      taken[2 * j + 1] = Row(rows.up, batch.id(i + j));
-    }
-    Floats lanes[2 * kTogether];
-    multiply<kExact>(taken, ahead(i), x, lanes);
-    for (int j = 0; j < kTogether; ++j) {
-      gated.gates.lanes[i + j] = lanes[2 * j];
-      gated.ups.lanes[i + j] = lanes[2 * j + 1];
+  for (int64_t first = 0; first < batch.count; first += kSome) {
+    auto asked = ahead(first);
+    for (int64_t i = first; i < min(first + kSome, batch.count); i += kTogether) {
+      Row taken[2 * kTogether];
+      for (int j = 0; j < kTogether; ++j) {  // the last of an odd number twice
+        taken[2 * j] = gates.after(rows.gate, batch.id(i + j));
+        taken[2 * j + 1] = ups.after(rows.up, batch.id(i + j));
+      }
+      Floats lanes[2 * kTogether];
+      multiply<kExact>(taken, asked, x, lanes);
+      asked.go_on();
+      for (int j = 0; j < kTogether; ++j) {
+        gated.gates.lanes[i + j] = lanes[2 * j];
+        gated.ups.lanes[i + j] = lanes[2 * j + 1];
+      }
     }
   }
   gated.finish(activation, batch.count, h);

@@ -15,24 +15,17 @@ namespace {
 /// left, too: x = scale / 256 (256 q + rest).
 constexpr float kOutlier = 6;
 
-constexpr int64_t kHalf = kGroup / 2;  // a plane's bytes hold values of both halves of a group
+constexpr int64_t kPairBytes = 2 * kGroupBytes;  // a line
 
-/// How much too large the nibbles of second halves are taken where a plane is used alone.
-#if defined(__AVX512VNNI__)
-constexpr int32_t kUpper = 16;
-#else
-constexpr int32_t kUpper = 1;
-#endif
-
-/// Two groups of a prepared x: the first halves of both, then their second halves. A lane adds up
-/// the products of four neighbours.
+/// Two groups of a prepared x, as their bytes lie in a row: what is multiplied with the lower
+/// nibbles, then what is with the upper ones. A lane adds up the products of four bytes.
 struct alignas(64) Pair {
-  std::int8_t q[2][2 * kHalf];
-  int32_t start[2][kHalf / 2];  // -kOffset sum of four
+  std::int8_t q[2][kPairBytes];
+  int32_t start[kPairBytes / 4];  // -kOffset times the lane's sum
   // int8 only:
-  int32_t coarse_start[2][kHalf / 2];  // for the high plane alone
-  std::int8_t rest[2][2 * kHalf];
-  int32_t rest_start[2][kHalf / 2];
+  int32_t coarse_start[kPairBytes / 4];  // for the high plane alone
+  std::int8_t rest[2][kPairBytes];
+  int32_t rest_start[kPairBytes / 4];
   bool fine;  // the rest counts, and the scales are 256 times as small
 };
 
@@ -82,14 +75,18 @@ inline float largest_lane(Floats v) {
 #endif
 }
 
-/// Sums of each four of so many bytes.
-inline void sum_fours(const std::int8_t (&bytes)[2 * kHalf], int32_t (&sums)[kHalf / 2]) {
+/// out[i] = times * the sum of what lane i multiplies.
+inline void sum_lanes(const std::int8_t (&q)[2][kPairBytes], int32_t times, int32_t* out) {
 #if defined(__AVX512VNNI__)
-  const __m512i ones = _mm512_set1_epi8(1), all = _mm512_loadu_si512(bytes);
-  _mm512_storeu_si512(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, all));
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(q[0]));
+  sums = _mm512_dpbusd_epi32(sums, ones, _mm512_loadu_si512(q[1]));
+  _mm512_storeu_si512(out, _mm512_mullo_epi32(sums, _mm512_set1_epi32(times)));
 #else
-  for (int i = 0; i < kHalf / 2; ++i)
-    sums[i] = bytes[4 * i] + bytes[4 * i + 1] + bytes[4 * i + 2] + bytes[4 * i + 3];
+  for (int64_t i = 0; i < kPairBytes / 4; ++i) {
+    out[i] = 0;
+    for (int64_t j = 4 * i; j < 4 * i + 4; ++j) out[i] += times * (q[0][j] + q[1][j]);
+  }
 #endif
 }
 
@@ -108,9 +105,8 @@ void prepare(const float* x, int64_t n, void* prepared) {
   const Vector<Row> out(prepared, n);
   const float limit = Row::kPlanes ? kOutlier * root_mean_square(x, n) : __builtin_inff();
   for (int64_t part = 0; part < 2 * Vector<Row>::pairs_of(n) * Row::kScales; ++part) {
-    const int64_t first = part * kPart, at = first % kGroup, g = first / kGroup;
-    Pair& pair = out.pairs[g / 2];
-    const int64_t in_half = g % 2 * kHalf + at % kHalf;
+    const int64_t first = part * kPart, in_pair = part % (2 * Row::kScales);
+    Pair& pair = out.pairs[first / (2 * kGroup)];
     Floats values[kVectors], largest = {};
     for (int i = 0; i < kVectors; ++i) {
       const int64_t left = n - first - i * kLanes;
@@ -118,42 +114,34 @@ void prepare(const float* x, int64_t n, void* prepared) {
       largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
     }
     const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    std::int8_t q[kPart], rest[kPart];
     for (int i = 0; i < kVectors; ++i) {
       const Floats scaled = values[i] * inverse;
-      const Floats q = store_rounded(pair.q[at / kHalf] + in_half + i * kLanes, scaled);
+      const Floats rounded = store_rounded(q + i * kLanes, scaled);
       if (Row::kPlanes)
-        store_rounded(pair.rest[at / kHalf] + in_half + i * kLanes,
-                      min(256.0f * (scaled - q), splat(127.0f)));
+        store_rounded(rest + i * kLanes, min(256.0f * (scaled - rounded), splat(127.0f)));
     }
-    pair.fine = (part % (2 * Row::kScales) != 0 && pair.fine) || most > limit;
-    if (g == out.count) continue;  // there is no such group, but half a pair
-    out.scales[part] = most / 127.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t to = in_pair * (kPart / 2), from = half * (kPart / 2);
+      __builtin_memcpy(pair.q[half] + to, q + from, kPart / 2);
+      if (Row::kPlanes) __builtin_memcpy(pair.rest[half] + to, rest + from, kPart / 2);
+    }
+    pair.fine = (in_pair != 0 && pair.fine) || most > limit;
+    if (part < out.count * Row::kScales) out.scales[part] = most / 127.0f;
   }
   for (int64_t i = out.count * Row::kScales; i < Vector<Row>::scale_count(n); ++i)
     out.scales[i] = 0.0f;
-  for (int64_t i = 0; i < Vector<Row>::scale_count(n); ++i) {
-    const bool second = i % Row::kScales >= Row::kScales / 2;
-    const float alone = out.scales[i] / (second ? kUpper : 1);
-    out.coarse_scales[i] = 16.0f * alone;
-    if (!Row::kPlanes) out.scales[i] = alone;
+  for (int64_t i = 0; Row::kPlanes && i < Vector<Row>::scale_count(n); ++i)
+    out.coarse_scales[i] = 16.0f * out.scales[i];
+  for (int64_t p = 0; p < Vector<Row>::pairs_of(n); ++p) {
+    Pair& pair = out.pairs[p];
+    sum_lanes(pair.q, -Row::kOffset, pair.start);
+    if (Row::kPlanes) sum_lanes(pair.q, -8, pair.coarse_start);
+    if (!pair.fine) continue;
+    sum_lanes(pair.rest, -Row::kOffset, pair.rest_start);
+    const int64_t end = min(2 * (p + 1), out.count) * Row::kScales;
+    for (int64_t i = 2 * p * Row::kScales; i < end; ++i) out.scales[i] /= 256.0f;
   }
-  for (int64_t p = 0; p < Vector<Row>::pairs_of(n); ++p)
-    for (int half = 0; half < 2; ++half) {
-      Pair& pair = out.pairs[p];
-      int32_t sums[kHalf / 2];
-      sum_fours(pair.q[half], sums);
-      for (int i = 0; i < kHalf / 2; ++i) {
-        pair.coarse_start[half][i] = -8 * (half == 0 ? 1 : kUpper) * sums[i];
-        pair.start[half][i] = Row::kPlanes ? -Row::kOffset * sums[i] : pair.coarse_start[half][i];
-      }
-      if (!pair.fine) continue;
-      sum_fours(pair.rest[half], sums);
-      for (int i = 0; i < kHalf / 2; ++i) pair.rest_start[half][i] = -Row::kOffset * sums[i];
-      for (int i = 0; i < Row::kScales; ++i) {
-        const int64_t scale = (2 * p + half) * Row::kScales + i;  // as many groups as halves
-        if (scale < out.count * Row::kScales) out.scales[scale] /= 256.0f;
-      }
-    }
 }
 
 #if defined(__AVX512VNNI__)
@@ -164,71 +152,95 @@ inline __m512i load_once(const void* p) {
   return v;
 }
 
+/// Which of the scales of a pair of groups, the first of which stands at `first`, the lanes take.
+template <int kScales>
+inline __m512i scales_of_lanes(int first = 0) {
+  const __m512i index = kScales == 2
+                            ? _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0)
+                            : _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm512_add_epi32(index, _mm512_set1_epi32(first));
+}
+
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. They share
-/// what is loaded of x: loads are what this loop runs out of. `ahead`: what to ask for. The order
-/// of lines changes no bit: the last of four adds to a sum of its own, the others come in the same
-/// order either way.
+/// what is loaded of x. `ahead`: what to ask for. What limits this loop is the number of its
+/// instructions; called instead of inlined it takes a fifth longer. The order of lines changes no
+/// bit: the last of four adds to a sum of its own, the others come in the same order either way.
 template <bool kExact, class Row, int kCount, class Ahead>
-inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& x,
-                     Floats (&lanes)[kCount]) {
-  constexpr int kScales = Row::kScales;
-  constexpr bool kBoth = Row::kPlanes && kExact;                 // planes
-  constexpr int kVectors = kLinesInTurn * 2 * kScales / kLanes;  // of scales
+[[gnu::always_inline]] inline void multiply(const Row (&rows)[kCount], const Ahead& ahead,
+                                            const Vector<Row>& x, Floats (&lanes)[kCount]) {
+  constexpr int kOfPair = 2 * Row::kScales;                  // scales
+  constexpr int kVectors = kLinesInTurn * kOfPair / kLanes;  // of scales: 1 or 2
+  constexpr bool kBoth = Row::kPlanes && kExact;             // planes
+  const float* const x_scales = kExact ? x.scales : x.coarse_scales;
   float steps[kCount];  // read first, for they stand at the rows' ends: 10% of the time
   for (int r = 0; r < kCount; ++r) steps[r] = rows[r].scales.step();
   Floats sums[kCount][2] = {};
-  for (int64_t p0 = 0; 2 * p0 < x.count; p0 += kLinesInTurn) {
-    Floats scales[kCount][kVectors] = {};
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t s = 2 * p0 * kScales + v * kLanes;
-      if (s >= x.count * kScales) break;
-      const Floats of_x = load_as<Floats>((kExact ? x.scales : x.coarse_scales) + s);
+
+  // Pair p, of which a row's line is load(line), and scale(r) what its lanes stand for in row r.
+  const auto add_pair = [&](int64_t p, int sum, const auto& load,
+                            const auto& scale) __attribute__((always_inline)) {
+    const Pair& pair = x.pairs[p];
+    const bool fine = kBoth && pair.fine;
+    const __m512i q[2] = {load_once(pair.q[0]), load_once(pair.q[1])};
+    const __m512i start = load_once(kExact ? pair.start : pair.coarse_start);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      const __m512i high = load(rows[r].plane(0) + p * kPairBytes);
+      ahead.ask(0, r, p * kPairBytes);
+      __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
+      if (kBoth) {
+        const __m512i low = load(rows[r].plane(1) + p * kPairBytes);
+        ahead.ask(1, r, p * kPairBytes);
+        codes[0] = merge(_mm512_slli_epi16(high, 4), low);
+        codes[1] = merge(high, _mm512_srli_epi16(low, 4));
+      }
+      __m512i integers = _mm512_dpbusd_epi32(start, codes[0], q[0]);
+      integers = _mm512_dpbusd_epi32(integers, codes[1], q[1]);
+      if (fine) {
+        const __m512i shifted = _mm512_slli_epi32(integers, 8);
+        integers = _mm512_add_epi32(shifted, _mm512_load_si512(pair.rest_start));
+        for (int i = 0; i < 2; ++i)
+          integers = _mm512_dpbusd_epi32(integers, codes[i], _mm512_load_si512(pair.rest[i]));
+      }
+      sums[r][sum] += scale(r) * to_floats((Ints)integers);
+    }
+  };
+  // kLinesInTurn pairs from p on, or, if not `all`, as many as there are, the last perhaps a half.
+  const auto add_pairs = [&](int64_t p, bool all) __attribute__((always_inline)) {
+    Floats scales[kCount][kVectors];
+    const auto take_scales = [&](int v) __attribute__((always_inline)) {
+      const int64_t s = p * kOfPair + v * kLanes;
+      const Floats of_x = load_as<Floats>(x_scales + s);
+#pragma GCC unroll 4
       for (int r = 0; r < kCount; ++r) {
         scales[r][v] = rows[r].scales.from(s) * of_x;
         ahead.ask_scales(r, s);
       }
-    }
+    };
+    if (all) take_scales(0);
+    if (all && kVectors == 2) take_scales(1);
 #pragma GCC unroll 4
     for (int i = 0; i < kLinesInTurn; ++i) {
-      const int turn = line_in_turn(i, Ahead::kInOrder);
-      const int64_t p = p0 + turn;
-      if (2 * p >= x.count) continue;
-      const Pair& pair = x.pairs[p];
-      const int64_t at = 2 * p * kGroupBytes;
-      const __mmask64 there = 2 * p + 1 < x.count ? ~0ull : 0xffffffffull;
-      const __m512i q[2] = {load_once(pair.q[0]), load_once(pair.q[1])};
-      const auto& starts = kExact ? pair.start : pair.coarse_start;
-      const __m512i start[2] = {load_once(starts[0]), load_once(starts[1])};
-      const int first_scale = turn * 2 * kScales % kLanes, vector = turn * 2 * kScales / kLanes;
-      const __m512i index[2] = {scales_of_lanes<kScales>(0, first_scale),
-                                scales_of_lanes<kScales>(1, first_scale)};
-#pragma GCC unroll 4
-      for (int r = 0; r < kCount; ++r) {
-        const __m512i high = _mm512_maskz_loadu_epi8(there, rows[r].plane(0) + at);
-        ahead.ask(0, r, at);
-        __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
-        if (kBoth) {
-          const __m512i low = _mm512_maskz_loadu_epi8(there, rows[r].plane(1) + at);
-          ahead.ask(1, r, at);
-          codes[0] = merge(_mm512_slli_epi16(high, 4), low);
-          codes[1] = merge(high, _mm512_srli_epi16(low, 4));
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          const auto scale = (Floats)_mm512_permutexvar_ps(index[half], (__m512)scales[r][vector]);
-          __m512i integers = _mm512_dpbusd_epi32(start[half], codes[half], q[half]);
-          if (kBoth && pair.fine) {
-            const __m512i shifted = _mm512_slli_epi32(integers, 8);
-            integers = _mm512_dpbusd_epi32(
-                _mm512_add_epi32(shifted, _mm512_load_si512(pair.rest_start[half])), codes[half],
-                _mm512_load_si512(pair.rest[half]));
-          }
-          sums[r][turn == kLinesInTurn - 1] += scale * to_floats((Ints)integers);
-        }
-      }
+      const int turn = line_in_turn(i, !all || Ahead::kInOrder), at = turn * kOfPair;
+      const int64_t groups = x.count - 2 * (p + turn);
+      if (!all && groups <= 0) break;
+      if (!all && at % kLanes == 0) take_scales(at / kLanes);
+      const __mmask64 there = groups > 1 ? ~0ull : 0xffffffffull;
+      const __m512i index = scales_of_lanes<Row::kScales>(at % kLanes);
+      add_pair(
+          p + turn, turn == kLinesInTurn - 1,
+          [&](const std::uint8_t* line) {
+            return all ? load_quietly(line) : _mm512_maskz_loadu_epi8(there, line);
+          },
+          [&](int r) {
+            return (Floats)_mm512_permutexvar_ps(index, (__m512)scales[r][at / kLanes]);
+          });
     }
-  }
+  };
+  int64_t p = 0;
+  for (; 2 * (p + kLinesInTurn) <= x.count; p += kLinesInTurn) add_pairs(p, true);
+  if (2 * p < x.count) add_pairs(p, false);
+  ahead.ask_rest(kCount * ((x.count + 1) / 2));
   for (int r = 0; r < kCount; ++r) lanes[r] = steps[r] * (sums[r][0] + sums[r][1]);
 }
 
@@ -250,11 +262,11 @@ inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. `ahead`:
 /// what to ask for.
 template <bool kExact, class Row, int kCount, class Ahead>
-inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& x,
+inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector<Row>& x,
                      Floats (&lanes)[kCount]) {
   constexpr bool kBoth = Row::kPlanes && kExact;  // planes
   constexpr int64_t kGroups = kLanes / Row::kScales;
-  constexpr int kPerVector = kVectorBytes * Row::kScales / kGroup;  // scales
+  constexpr int kPerVector = 2 * kVectorBytes * Row::kScales / kGroup;  // scales
   Floats sums[kCount] = {};
   for (int64_t g0 = 0; g0 < x.count; g0 += kGroups) {
     const int64_t s = g0 * Row::kScales;
@@ -275,20 +287,25 @@ inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& 
           for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane)
             ahead.ask(plane, r, g * kGroupBytes);
 #pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part) {
-          const int64_t first = part * kVectorBytes, half = first / kHalf;
-          const int64_t at = g % 2 * kHalf + first % kHalf;
-          const auto products = [&](const std::int8_t* q) {
-            return kBoth ? sums_of_four<16>(high[part], q) + sums_of_four<1>(low[part], q)
-                         : sums_of_four<1>(high[part], q);
+        for (int part = 0; part < kParts / 2; ++part) {
+          const int64_t first = part * kVectorBytes, at = g % 2 * kGroupBytes + first;
+          const auto products = [&](const std::int8_t (&q)[2][kPairBytes]) {
+            Ints sum = {};
+            for (int half = 0; half < 2; ++half) {
+              const int i = part + half * kParts / 2;
+              sum += kBoth ? sums_of_four<16>(high[i], q[half] + at) +
+                                 sums_of_four<1>(low[i], q[half] + at)
+                           : sums_of_four<1>(high[i], q[half] + at);
+            }
+            return sum;
           };
-          const auto& starts = kExact ? pair.start : pair.coarse_start;
-          Ints integers = load_as<Ints>(starts[half] + at / 4) + products(pair.q[half] + at);
+          const auto& start = kExact ? pair.start : pair.coarse_start;
+          Ints integers = load_as<Ints>(start + at / 4) + products(pair.q);
           if (kBoth && pair.fine)
-            integers = (integers << 8) + load_as<Ints>(pair.rest_start[half] + at / 4) +
-                       products(pair.rest[half] + at);
+            integers =
+                (integers << 8) + load_as<Ints>(pair.rest_start + at / 4) + products(pair.rest);
           const float* const of_part =
-              scales[r] + (g - g0) * Row::kScales + first * Row::kScales / kGroup;
+              scales[r] + (g - g0) * Row::kScales + 2 * first * Row::kScales / kGroup;
           Floats scale;
           if constexpr (kPerVector > 1)
             for (int lane = 0; lane < kLanes; ++lane)
@@ -300,6 +317,7 @@ inline void multiply(const Row (&rows)[kCount], Ahead ahead, const Vector<Row>& 
       }
     }
   }
+  ahead.ask_rest(kCount * ((x.count + 1) / 2));
   for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step() * sums[r];
 }
 
@@ -325,14 +343,22 @@ inline void multiply_rows(int64_t count, const RowOf& row_of, const AheadOf& ahe
 /// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch.
 template <bool kExact, class Row>
 void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row>& x, float* out) {
+  const Row row(w, first);
   // Past the end lies what a next call will read.
-  multiply_rows<kExact>(
-      count, [&](int64_t i) { return Row(w, first + i); },
-      [&](int64_t i, int64_t) {
-        const auto ahead = [&](int64_t rows) { return Planes(Row(w, first + i + rows)); };
-        return StreamsAhead<kExact>{ahead(kBatch), ahead(kBatch / 2)};
-      },
-      x, out);
+  const auto stream = [&](int64_t rows) {
+    return Streams(row.after(w, rows), {2 * w.stride, 2 * w.low_stride});
+  };
+  StreamsAhead<kExact, 2> ahead = {stream(kBatch), stream(kBatch / 2), 2 * w.stride};
+  Products products;
+  for (int64_t i = 0; i < count; i += 2) {
+    const Row pair[2] = {row.after(w, i), row.after(w, min(i + 1, count - 1))};
+    Floats lanes[2];
+    multiply<kExact>(pair, ahead, x, lanes);
+    ahead.go_on();
+    products.lanes[i] = lanes[0];
+    products.lanes[i + 1] = lanes[1];
+  }
+  products.store_to(out, count);
 }
 
 template <class Row>

@@ -42,6 +42,19 @@ constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 /// must be inlined always: GCC 12 takes them for ones without effect, and calls of them away.
 constexpr int64_t kLineBytes = 64;
 [[gnu::always_inline]] inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
+/// The same into the first level, for a line that was asked for before.
+[[gnu::always_inline]] inline void ask_soon(const void* line) { __builtin_prefetch(line, 0, 3); }
+
+#if defined(__AVX512F__)
+/// 64 bytes, under a mask that compilers don't know to be full. Such loads don't set prefetchers of
+/// the hardware going, whose requests get in the way of those that are asked for: on one core of
+/// Zen 5 lines that were asked for come at 41 GB/s like this, and at 37 otherwise.
+inline __m512i load_quietly(const void* p) {
+  __mmask8 full = 0xff;
+  asm("" : "+Yk"(full));
+  return _mm512_maskz_loadu_epi64(full, p);
+}
+#endif
 
 /// Loads and stores take any alignment.
 template <class Vector, class T>
@@ -125,17 +138,6 @@ inline Floats signed_floats(const std::int8_t* p) {
   return out;
 #endif
 }
-
-#if defined(__AVX512BW__)
-/// A group's 64 nibbles (model/quantize.h), a byte each.
-inline __m512i nibbles(const std::uint8_t* group) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group));
-  const __m512i down = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
-                                        0x0004000400040004, 0, 0, 0, 0);
-  const __m512i shifted = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), down);
-  return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
-}
-#endif
 
 // ---- row formats: how T elements become floats ------------------------------------------------
 

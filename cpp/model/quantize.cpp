@@ -83,10 +83,11 @@ void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std:
             static_cast<int>(std::clamp<long>(rounded, kLeast, kLargest)) + kOffset;
       }
     }
-    for (std::int64_t i = 0; i < kGroupBytes; ++i) {
-      const int a = codes[i], b = codes[kGroupBytes + i];
-      high[g * kGroupBytes + i] = static_cast<std::byte>(a >> 4 | (b & 0xf0));
-      low[g * kGroupBytes + i] = static_cast<std::byte>((a & 15) | (b & 15) << 4);
+    std::memset(low + g * kGroupBytes, 0, kGroupBytes);
+    for (std::int64_t i = 0; i < kGroup; ++i) {
+      const auto [byte, shift] = nibble_place(i, kInt8Group);
+      high[g * kGroupBytes + byte] |= static_cast<std::byte>(codes[i] >> 4 << shift);
+      low[g * kGroupBytes + byte] |= static_cast<std::byte>((codes[i] & 15) << shift);
     }
   }
 }
@@ -95,9 +96,8 @@ void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t c
                      std::int64_t first, std::int64_t count, float* out) {
   const Scales scales(high, cols, kInt8Scales);
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
-    const std::int64_t at = group * kGroupBytes + in_group % kGroupBytes;
-    const int shift = in_group < kGroupBytes ? 0 : 4;
+    const auto [byte, shift] = nibble_place((first + i) % kGroup, kInt8Group);
+    const std::int64_t at = (first + i) / kGroup * kGroupBytes + byte;
     const int code = (static_cast<int>(high[at]) >> shift & 15) * 16 +
                      (static_cast<int>(low[at]) >> shift & 15) - kOffset;
     out[i] = scales[(first + i) / kInt8Group] * static_cast<float>(code);
@@ -159,11 +159,10 @@ void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
       group[i - first] = values[i] / largest * kLargestInSteps;
     std::uint8_t codes[kInt4Group];
     scales.scales[g] = static_cast<std::byte>(choose_scale(group, codes));
-    // Value 32 + i stands above value i.
-    std::byte* const nibbles = row + g / kInt4Scales * kGroupBytes + g % 2 * kInt4Group;
-    const int shift = g % kInt4Scales < 2 ? 0 : 4;
-    for (std::int64_t i = 0; i < kInt4Group; ++i)
-      nibbles[i] |= static_cast<std::byte>(codes[i] << shift);
+    for (std::int64_t i = 0; i < kInt4Group; ++i) {
+      const auto [byte, shift] = nibble_place(first % kGroup + i, kInt4Group);
+      row[first / kGroup * kGroupBytes + byte] |= static_cast<std::byte>(codes[i] << shift);
+    }
   }
 }
 
@@ -171,9 +170,9 @@ void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first
                      std::int64_t count, float* out) {
   const Scales scales(row, cols, kInt4Scales);
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t group = (first + i) / kGroup, in_group = (first + i) % kGroup;
-    const std::byte both = row[group * kGroupBytes + in_group % kGroupBytes];
-    const int code = (static_cast<int>(both) >> (in_group < kGroupBytes ? 0 : 4) & 15) - 8;
+    const auto [byte, shift] = nibble_place((first + i) % kGroup, kInt4Group);
+    const std::byte both = row[(first + i) / kGroup * kGroupBytes + byte];
+    const int code = (static_cast<int>(both) >> shift & 15) - 8;
     out[i] = scales[(first + i) / kInt4Group] * static_cast<float>(code);
   }
 }

@@ -3,9 +3,10 @@
 //
 //   w = step * scale * (16 * (high - 8) + (low - 8)),  0 <= high, low <= 15,  -127 <= scale <= 127
 //
-// The high plane alone is a coarse version of the row: what token-scope TDA reads first. 64 values'
-// nibbles are 32 bytes; byte i holds value i in its low and value 32 + i in its high four bits, and
-// the last, shorter ones are filled up with zero weights.
+// The high plane alone is a coarse version of the row: what token-scope TDA reads first. The values
+// of a scale have their nibbles in 16 bytes; byte i holds value i in its low and value 16 + i in
+// its high four bits, so that one lane's products have one scale. Zero weights fill up the last,
+// shorter group of 64 values.
 //   high row: nibbles [groups of 64][32]; scales, int8 [groups of 64][2]; step, f32; zeros up to a
 //             multiple of 32 bytes
 //   low row:  nibbles [groups of 64][32]
@@ -14,6 +15,7 @@
 //
 //   w = step * scale * (code - 8),  0 <= code <= 15,  -127 <= scale <= 127
 //
+// Those 16 are 8 bytes, value 8 + i above value i.
 //   row: nibbles [groups of 64][32]; scales, int8 [groups of 64][4]; step, f32; zeros up to a
 //        multiple of 16 bytes
 //
@@ -40,6 +42,17 @@ inline constexpr std::int64_t kGroup = 64;               // values whose nibbles
 inline constexpr std::int64_t kGroupBytes = kGroup / 2;  // in one plane
 inline constexpr std::int64_t kInt8Scales = 2;           // per group
 inline constexpr std::int64_t kInt4Scales = 4;
+
+/// Where value i of a group has its nibble: in which byte, and how far above its lowest bit.
+/// `part`: values that share a scale.
+struct NibblePlace {
+  std::int64_t byte;
+  int shift;
+};
+constexpr NibblePlace nibble_place(std::int64_t i, std::int64_t part) {
+  const std::int64_t half = part / 2, in_part = i % part;
+  return {i / part * half + in_part % half, in_part < half ? 0 : 4};
+}
 
 constexpr std::int64_t groups_of(std::int64_t cols) { return (cols + kGroup - 1) / kGroup; }
 constexpr std::int64_t low_row_bytes(std::int64_t cols) { return groups_of(cols) * kGroupBytes; }
