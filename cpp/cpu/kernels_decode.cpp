@@ -16,17 +16,37 @@ inline int64_t lookahead(int64_t n) {
   return 1 + Row::kAhead / Row::bytes(n);
 }
 
+/// Rows to ask for while another one is at work, and to ask for again, nearer.
+template <class Row>
+struct Ahead {
+  Row far, near;
+};
+
 /// The cache lines of the next four vectors.
-template <class T>
-[[gnu::always_inline]] inline void prefetch(const T* p) {
-  constexpr int64_t kLine = kLineBytes / sizeof(T);
-  for (int64_t i = 0; i < 4 * kLanes; i += kLine) ask(p + i);
+template <class Row>
+[[gnu::always_inline]] inline void prefetch(const Ahead<Row>& ahead, int64_t first) {
+  constexpr int64_t kLine = kLineBytes / sizeof(typename Row::T);
+  for (int64_t i = first; i < first + 4 * kLanes; i += kLine) {
+    ask(ahead.far.w + i);
+    ask_soon(ahead.near.w + i);
+  }
 }
+
+/// kLanes elements of a row, see load_quietly.
+#if defined(__AVX512F__)
+inline Floats load_lanes(const float* p) { return (Floats)load_quietly(p); }
+inline Floats load_lanes(const std::uint16_t* p) {
+  return (Floats)(widen((Halves)load_half_quietly(p)) << 16);
+}
+#else
+inline Floats load_lanes(const float* p) { return F32::load(p); }
+inline Floats load_lanes(const std::uint16_t* p) { return Bf16::load(p); }
+#endif
 
 /// A row that is an array.
 template <class Format>
 struct ArrayRow {
-  static constexpr int64_t kAhead = 4096;  // bytes
+  static constexpr int64_t kAhead = 8192;  // bytes
   using T = typename Format::T;
   const T* w;
   int64_t n;
@@ -37,15 +57,16 @@ struct ArrayRow {
 };
 
 template <class Format>
-inline float dot_row(const ArrayRow<Format>& row, const float* x, const ArrayRow<Format>& ahead) {
+inline float dot_row(const ArrayRow<Format>& row, const float* x,
+                     const Ahead<ArrayRow<Format>>& ahead) {
   const int64_t n = row.n;
   Floats sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    prefetch(ahead.w + i);
+    prefetch(ahead, i);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      sums[j] += Format::load(row.w + i + j * kLanes) * load_as<Floats>(x + i + j * kLanes);
+      sums[j] += load_lanes(row.w + i + j * kLanes) * load_as<Floats>(x + i + j * kLanes);
   }
   for (; i < n; i += kLanes)
     sums[0] += load_part<Format>(row.w + i, n - i) * load_part<F32>(x + i, n - i);
@@ -54,15 +75,16 @@ inline float dot_row(const ArrayRow<Format>& row, const float* x, const ArrayRow
 
 /// y += h row
 template <class Format>
-inline void add_row(const ArrayRow<Format>& row, float h, float* y, const ArrayRow<Format>& ahead) {
+inline void add_row(const ArrayRow<Format>& row, float h, float* y,
+                    const Ahead<ArrayRow<Format>>& ahead) {
   const int64_t n = row.n;
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    prefetch(ahead.w + i);
+    prefetch(ahead, i);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       float* out = y + i + j * kLanes;
-      store(out, load_as<Floats>(out) + h * Format::load(row.w + i + j * kLanes));
+      store(out, load_as<Floats>(out) + h * load_lanes(row.w + i + j * kLanes));
     }
   }
   for (; i < n; ++i) y[i] += h * Format::load_one(row.w[i]);
@@ -74,14 +96,15 @@ inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
 }
 
 /// The cache lines of a group of a row: two groups are three lines.
-[[gnu::always_inline]] inline void prefetch(const Bf16cRow& row, int64_t group) {
+[[gnu::always_inline]] inline void prefetch(const Ahead<Bf16cRow>& ahead, int64_t group) {
+  const Bf16cRow& row = ahead.far;
   ask(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
   if (group % 2 == 0) ask(row.group(group) + kGroup);
 }
 
 constexpr int kGroupVectors = kGroup / kLanes;
 
-inline float dot_row(const Bf16cRow& row, const float* x, const Bf16cRow& ahead) {
+inline float dot_row(const Bf16cRow& row, const float* x, const Ahead<Bf16cRow>& ahead) {
   Floats sums[4] = {}, w[kGroupVectors];
   const int64_t whole = row.n / kGroup;
   for (int64_t g = 0; g < whole; ++g) {
@@ -101,7 +124,7 @@ inline float dot_row(const Bf16cRow& row, const float* x, const Bf16cRow& ahead)
   return total;
 }
 
-inline void add_row(const Bf16cRow& row, float h, float* y, const Bf16cRow& ahead) {
+inline void add_row(const Bf16cRow& row, float h, float* y, const Ahead<Bf16cRow>& ahead) {
   for (int64_t g = 0; g < groups_of(row.n); ++g) {
     Floats w[kGroupVectors];
     prefetch(ahead, g);
@@ -136,16 +159,18 @@ void load(const Rows& w, float* out, int64_t stride) {
 template <class Row>
 void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t ahead = lookahead<Row>(w.n);  // past the end lies what a next call will read
-  for (int64_t r = 0; r < rows; ++r)
-    y[r] = dot_row(Row(w, r), x, Row(w, r + ahead)) + (add ? y[r] : 0.0f);
+  const int64_t far = lookahead<Row>(w.n);  // past the end lies what a next call will read
+  for (int64_t r = 0; r < rows; ++r) {
+    const Ahead<Row> ahead = {Row(w, r + far), Row(w, r + far / 2)};
+    y[r] = dot_row(Row(w, r), x, ahead) + (add ? y[r] : 0.0f);
+  }
 }
 
 template <class Row>
 void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
              const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t n = rows.gate.n, count = ids.count, ahead = lookahead<Row>(n);
+  const int64_t n = rows.gate.n, count = ids.count, far = lookahead<Row>(n);
   // All rows in the order they are read: gates, ups, downs, then the next call's gates; past the
   // end, the last one again.
   const auto row = [&](int64_t i) {
@@ -154,13 +179,13 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids
     const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
     return Row(matrix, ids[at]);
   };
-  for (int64_t i = 0; i < count; ++i) h[i] = dot_row(row(i), x, row(i + ahead));
+  const auto ahead = [&](int64_t i) { return Ahead<Row>{row(i + far), row(i + far / 2)}; };
+  for (int64_t i = 0; i < count; ++i) h[i] = dot_row(row(i), x, ahead(i));
   for (int64_t i = 0; i < count; i += kLanes)
     store_part(h + i, activate(activation, load_part<F32>(h + i, count - i)), count - i);
-  for (int64_t i = count; i < 2 * count; ++i) h[i - count] *= dot_row(row(i), x, row(i + ahead));
+  for (int64_t i = count; i < 2 * count; ++i) h[i - count] *= dot_row(row(i), x, ahead(i));
   for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) y[i] = 0.0f;
-  for (int64_t i = 2 * count; i < 3 * count; ++i)
-    add_row(row(i), h[i - 2 * count], y, row(i + ahead));
+  for (int64_t i = 2 * count; i < 3 * count; ++i) add_row(row(i), h[i - 2 * count], y, ahead(i));
 }
 
 /// Gates (and, unless they decide alone, ups) of all neurons, then what is left to read of those
@@ -173,12 +198,14 @@ SelectedCounts selected(const NeuronRows& rows, Activation activation, const Sel
   const auto row = [&](const Rows& matrix, int64_t i) {
     return Row(matrix, ids[min(i, count - 1)]);
   };
-  const int64_t ahead = lookahead<Row>(n);
-  for (int64_t i = 0; i < count; ++i)
-    h[i] = dot_row(row(rows.gate, i), x, row(rows.gate, i + ahead));
+  const int64_t far = lookahead<Row>(n);
+  const auto ahead = [&](const Rows& matrix, int64_t i) {
+    return Ahead<Row>{row(matrix, i + far), row(matrix, i + far / 2)};
+  };
+  for (int64_t i = 0; i < count; ++i) h[i] = dot_row(row(rows.gate, i), x, ahead(rows.gate, i));
   for (int64_t i = 0; i < count; i += kLanes)
     store_part(h + i, activate(activation, load_part<F32>(h + i, count - i)), count - i);
-  const auto up = [&](int64_t i) { h[i] *= dot_row(row(rows.up, i), x, row(rows.up, i + ahead)); };
+  const auto up = [&](int64_t i) { h[i] *= dot_row(row(rows.up, i), x, ahead(rows.up, i)); };
   if (!selection.by_gate)
     for (int64_t i = 0; i < count; ++i) up(i);
   for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) y[i] = 0.0f;
@@ -192,7 +219,7 @@ SelectedCounts selected(const NeuronRows& rows, Activation activation, const Sel
     }
     ++counts.exact;
     if (selection.by_gate) up(i);
-    add_row(row(rows.down, i), h[i], y, row(rows.down, i + ahead));
+    add_row(row(rows.down, i), h[i], y, ahead(rows.down, i));
   }
   return counts;
 }

@@ -54,6 +54,11 @@ inline __m512i load_quietly(const void* p) {
   asm("" : "+Yk"(full));
   return _mm512_maskz_loadu_epi64(full, p);
 }
+inline __m256i load_half_quietly(const void* p) {
+  __mmask8 full = 0xff;
+  asm("" : "+Yk"(full));
+  return _mm256_maskz_loadu_epi32(full, p);
+}
 #endif
 
 /// Loads and stores take any alignment.
