@@ -10,10 +10,37 @@
 
 namespace tda {
 
+namespace {
+
+/// The larger of `least` and the largest value, NaNs apart: in chains beside each other, for one
+/// comparison waits for the other (a vocabulary of 49152: 30 microseconds in one chain).
+float largest_of(std::span<const float> values, float least) {
+  constexpr std::size_t kChains = 32;
+  float most[kChains];
+  std::fill_n(most, kChains, least);
+  std::size_t i = 0;
+  for (; i + kChains <= values.size(); i += kChains)
+    for (std::size_t j = 0; j < kChains; ++j)
+      most[j] = values[i + j] > most[j] ? values[i + j] : most[j];
+  for (; i < values.size(); ++i) most[0] = values[i] > most[0] ? values[i] : most[0];
+  return *std::max_element(most, most + kChains);
+}
+
+}  // namespace
+
 Token argmax(std::span<const float> logits) {
-  const auto best = std::max_element(logits.begin(), logits.end());
-  check_finite(*best, logits.front());
-  return static_cast<Token>(best - logits.begin());
+  constexpr std::size_t kSome = 1024;
+  float largest = logits.front();
+  std::size_t where = 0;  // the first ones that have it
+  for (std::size_t i = 0; i < logits.size(); i += kSome) {
+    const float most = largest_of(logits.subspan(i, std::min(kSome, logits.size() - i)), largest);
+    if (most > largest) where = i;
+    largest = most;
+  }
+  check_finite(largest, logits.front());
+  return static_cast<Token>(
+      std::find(logits.begin() + static_cast<std::ptrdiff_t>(where), logits.end(), largest) -
+      logits.begin());
 }
 
 void check_finite(float largest, float first) {

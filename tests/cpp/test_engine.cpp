@@ -80,6 +80,21 @@ TEST(greedy_takes_the_lowest_of_equal_ids) {
   CHECK(tda::argmax(kLogits) == 1);
 }
 
+TEST(argmax_is_the_first_of_the_largest) {
+  std::mt19937 random(7);
+  for (int run = 0; run < 400; ++run) {
+    std::vector<float> logits(std::uniform_int_distribution<std::size_t>(1, 2500)(random));
+    // Few values, so that the largest one is there often, and all of them below zero in some runs.
+    std::uniform_int_distribution<int> level(-40, run % 2 == 0 ? -1 : 40);
+    for (float& logit : logits) logit = static_cast<float>(level(random));
+    const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    CHECK(tda::argmax(logits) == static_cast<tda::Token>(best));
+    std::swap(logits.front(), logits[static_cast<std::size_t>(best)]);
+    if (logits.size() > 1) logits[logits.size() / 2] = std::nanf("");  // passed over
+    CHECK(tda::argmax(logits) == 0);
+  }
+}
+
 TEST(sampling_follows_the_softmax) {
   check_distribution({.temperature = 1.0}, {0, 1, 2, 3, 4, 5});
   check_distribution({.temperature = 2.5}, {0, 1, 2, 3, 4, 5});
