@@ -17,7 +17,8 @@ template <bool kExact, bool kStream, class Row>
   constexpr int kTogether = kExact && kStream ? 1 : 2;
   const Follow& follow = batch.follow;
   // Far enough ahead for memory to answer. Past the list's end come as many bytes of down rows.
-  const int64_t far = rows.gate.stride < 2048 ? kBatch : kBatch / 2;
+  const bool small = rows.gate.stride < 2048;
+  const int64_t far = small ? kBatch : kBatch / 2, near = small ? kBatch / 2 : kBatch / 8;
   const auto stream_ahead = [&](int64_t i, int64_t neurons) {
     const int64_t past = i + neurons - batch.left;
     if (past < 0)
@@ -29,8 +30,9 @@ template <bool kExact, bool kStream, class Row>
   };
   const auto ahead = [&](int64_t i) {
     if constexpr (kStream)
-      return StreamsAhead<kExact, 2 * kTogether>{stream_ahead(i, far), stream_ahead(i, far / 2),
-                                                 kTogether * rows.gate.stride};
+      return StreamsAhead<kExact, 2 * kTogether>{
+          stream_ahead(i, far), stream_ahead(i, near),
+          rest_of<2 * kTogether>(x, kTogether * rows.gate.stride)};
     else {
       const auto gate = [&](int64_t j) { return batch.ahead<Row>(rows.gate, follow.a, j); };
       const auto up = [&](int64_t j) { return batch.ahead<Row>(rows.up, follow.b, j); };

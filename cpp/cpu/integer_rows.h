@@ -48,6 +48,12 @@ struct Vector {
   }
 };
 
+/// Lines of kCount rows of so many bytes behind those that pairs lie in.
+template <int kCount, class Row>
+int64_t rest_of(const Vector<Row>& x, int64_t bytes) {
+  return max(0, (bytes + kLineBytes - 1) / kLineBytes - kCount * ((x.count + 1) / 2));
+}
+
 template <class Row>
 int64_t prepared_bytes(int64_t n) {
   return Vector<Row>::pairs_of(n) * sizeof(Pair) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
@@ -177,7 +183,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
   Floats sums[kCount][2] = {};
 
   // Pair p, of which a row's line is load(line), and scale(r) what its lanes stand for in row r.
-  const auto add_pair = [&](int64_t p, int sum, const auto& load,
+  const auto add_pair = [&](int64_t p, int sum, const auto& asked, const auto& load,
                             const auto& scale) __attribute__((always_inline)) {
     const Pair& pair = x.pairs[p];
     const bool fine = kBoth && pair.fine;
@@ -186,11 +192,11 @@ template <bool kExact, class Row, int kCount, class Ahead>
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
       const __m512i high = load(rows[r].plane(0) + p * kPairBytes);
-      ahead.ask(0, r, p * kPairBytes);
+      asked.ask(0, r, p * kPairBytes);
       __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
       if (kBoth) {
         const __m512i low = load(rows[r].plane(1) + p * kPairBytes);
-        ahead.ask(1, r, p * kPairBytes);
+        asked.ask(1, r, p * kPairBytes);
         codes[0] = merge(_mm512_slli_epi16(high, 4), low);
         codes[1] = merge(high, _mm512_srli_epi16(low, 4));
       }
@@ -207,6 +213,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
   };
   // kLinesInTurn pairs from p on, or, if not `all`, as many as there are, the last perhaps a half.
   const auto add_pairs = [&](int64_t p, bool all) __attribute__((always_inline)) {
+    const auto& asked = ahead.in_turn(p / kLinesInTurn);
     Floats scales[kCount][kVectors];
     const auto take_scales = [&](int v) __attribute__((always_inline)) {
       const int64_t s = p * kOfPair + v * kLanes;
@@ -225,13 +232,12 @@ template <bool kExact, class Row, int kCount, class Ahead>
       const int64_t groups = x.count - 2 * (p + turn);
       if (!all && groups <= 0) break;
       if (!all && at % kLanes == 0) take_scales(at / kLanes);
-      const __mmask64 there = groups > 1 ? ~0ull : 0xffffffffull;
+      __mmask64 there = groups > 1 ? ~0ull : 0xffffffffull;
+      asm("" : "+Yk"(there));  // a mask even where it is full, see load_quietly
       const __m512i index = scales_of_lanes<Row::kScales>(at % kLanes);
       add_pair(
-          p + turn, turn == kLinesInTurn - 1,
-          [&](const std::uint8_t* line) {
-            return all ? load_quietly(line) : _mm512_maskz_loadu_epi8(there, line);
-          },
+          p + turn, turn == kLinesInTurn - 1, asked,
+          [&](const std::uint8_t* line) { return _mm512_maskz_loadu_epi8(there, line); },
           [&](int r) {
             return (Floats)_mm512_permutexvar_ps(index, (__m512)scales[r][at / kLanes]);
           });
@@ -240,7 +246,6 @@ template <bool kExact, class Row, int kCount, class Ahead>
   int64_t p = 0;
   for (; 2 * (p + kLinesInTurn) <= x.count; p += kLinesInTurn) add_pairs(p, true);
   if (2 * p < x.count) add_pairs(p, false);
-  ahead.ask_rest(kCount * ((x.count + 1) / 2));
   for (int r = 0; r < kCount; ++r) lanes[r] = steps[r] * (sums[r][0] + sums[r][1]);
 }
 
@@ -317,7 +322,6 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
       }
     }
   }
-  ahead.ask_rest(kCount * ((x.count + 1) / 2));
   for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step() * sums[r];
 }
 
@@ -348,7 +352,8 @@ void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row
   const auto stream = [&](int64_t rows) {
     return Streams(row.after(w, rows), {2 * w.stride, 2 * w.low_stride});
   };
-  StreamsAhead<kExact, 2> ahead = {stream(kBatch), stream(kBatch / 2), 2 * w.stride};
+  const int64_t near = w.stride < 1024 ? kBatch / 2 : kBatch / 4;  // the first level is small
+  StreamsAhead<kExact, 2> ahead = {stream(kBatch), stream(near), rest_of<2>(x, 2 * w.stride)};
   Products products;
   for (int64_t i = 0; i < count; i += 2) {
     const Row pair[2] = {row.after(w, i), row.after(w, min(i + 1, count - 1))};
