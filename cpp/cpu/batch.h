@@ -54,8 +54,8 @@ struct Gated {
 // and no list to keep (loops over lists took a quarter of the time).
 //
 // Where many requests are under way, one or two of a hundred get lost, and for each a core waits as
-// long as for the work on a hundred lines. So streams that are read whole are asked for again, half
-// as far ahead.
+// long as for the work on a hundred lines. So streams that are read whole are asked for again when
+// they are nearer.
 //
 // Rows that follow each other are asked for line by line through all of them, whatever the order of
 // work: the hardware joins in with such a stream (a tenth to a third faster than row by row). Those
