@@ -264,6 +264,21 @@ inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 #endif
 }
 
+/// kCount neighbours of kLanes floats, from the one at `first` on, each in as many lanes.
+template <int kCount>
+inline Floats spread(const float* all, int first) {
+#if defined(__AVX2__)  // loaded as they were stored
+  Ints index;
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane * kCount / kLanes;
+  const __m256i from = _mm256_add_epi32((__m256i)index, _mm256_set1_epi32(first));
+  return (Floats)_mm256_permutevar8x32_ps(_mm256_loadu_ps(all), from);
+#else
+  Floats out;
+  for (int lane = 0; lane < kLanes; ++lane) out[lane] = all[first + lane * kCount / kLanes];
+  return out;
+#endif
+}
+
 /// The products of kCount rows, or of their high planes, with x, still one sum per lane. `ahead`:
 /// what to ask for.
 template <bool kExact, class Row, int kCount, class Ahead>
@@ -294,29 +309,20 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 #pragma GCC unroll 4
         for (int part = 0; part < kParts / 2; ++part) {
           const int64_t first = part * kVectorBytes, at = g % 2 * kGroupBytes + first;
+          const auto of_codes = [&](int i, const std::int8_t* q) {
+            return kBoth ? sums_of_four<16>(high[i], q) + sums_of_four<1>(low[i], q)
+                         : sums_of_four<1>(high[i], q);
+          };
           const auto products = [&](const std::int8_t (&q)[2][kPairBytes]) {
-            Ints sum = {};
-            for (int half = 0; half < 2; ++half) {
-              const int i = part + half * kParts / 2;
-              sum += kBoth ? sums_of_four<16>(high[i], q[half] + at) +
-                                 sums_of_four<1>(low[i], q[half] + at)
-                           : sums_of_four<1>(high[i], q[half] + at);
-            }
-            return sum;
+            return of_codes(part, q[0] + at) + of_codes(part + kParts / 2, q[1] + at);
           };
           const auto& start = kExact ? pair.start : pair.coarse_start;
           Ints integers = load_as<Ints>(start + at / 4) + products(pair.q);
           if (kBoth && pair.fine)
             integers =
                 (integers << 8) + load_as<Ints>(pair.rest_start + at / 4) + products(pair.rest);
-          const float* const of_part =
-              scales[r] + (g - g0) * Row::kScales + 2 * first * Row::kScales / kGroup;
-          Floats scale;
-          if constexpr (kPerVector > 1)
-            for (int lane = 0; lane < kLanes; ++lane)
-              scale[lane] = of_part[lane * kPerVector / kLanes];
-          else
-            scale = splat(of_part[0]);
+          const int64_t of_part = (g - g0) * Row::kScales + 2 * first * Row::kScales / kGroup;
+          const Floats scale = spread<kPerVector>(scales[r], static_cast<int>(of_part));
           sums[r] += scale * to_floats(integers);
         }
       }
