@@ -17,18 +17,23 @@ int block_heads(const ModelConfig& config) {
   return group == 1 ? 1 : group == 2 || config.head_dim > 128 ? 2 : 4;
 }
 
-template <class C, int Heads>
+template <class C, int Heads, bool Fresh>
 auto attend_for(std::int64_t n) {
-  return n <= 64    ? attend_kernel<C, Heads, 1>
-         : n <= 128 ? attend_kernel<C, Heads, 2>
-                    : attend_kernel<C, Heads, 4>;
+  return n <= 64    ? attend_kernel<C, Heads, 1, Fresh>
+         : n <= 128 ? attend_kernel<C, Heads, 2, Fresh>
+                    : attend_kernel<C, Heads, 4, Fresh>;
+}
+
+template <class C, bool Fresh>
+auto attend_for(int heads, std::int64_t n) {
+  if (heads == 1) return attend_for<C, 1, Fresh>(n);
+  if (heads == 2) return attend_for<C, 2, Fresh>(n);
+  return n <= 64 ? attend_kernel<C, 4, 1, Fresh> : attend_kernel<C, 4, 2, Fresh>;
 }
 
 template <class C>
-auto attend_for(int heads, std::int64_t n) {
-  if (heads == 1) return attend_for<C, 1>(n);
-  if (heads == 2) return attend_for<C, 2>(n);
-  return n <= 64 ? attend_kernel<C, 4, 1> : attend_kernel<C, 4, 2>;
+auto attend_for(bool fresh, int heads, std::int64_t n) {
+  return fresh ? attend_for<C, true>(heads, n) : attend_for<C, false>(heads, n);
 }
 
 }  // namespace
@@ -36,19 +41,20 @@ auto attend_for(int heads, std::int64_t n) {
 /// Blocks that share a head's keys: a step of several tokens has blocks enough without.
 std::int64_t CudaBackend::splits(std::int64_t tokens) const {
   if (tokens > 1) return 1;
-  return std::clamp<std::int64_t>(4 * processors_ / model_->config.num_kv_heads, 1, 64);
+  return std::clamp<std::int64_t>(4 * processors_ / model_->config.num_kv_heads, 1, kMostSplits);
 }
 
-static Attention arguments(CudaState& state, const ModelConfig& config, std::int64_t layer) {
+static Attention arguments(CudaState& state, const Inputs& inputs, const ModelConfig& config,
+                           std::int64_t layer) {
   const std::int64_t layer_bytes = config.num_kv_heads * state.capacity * padded(config.head_dim) *
                                    (state.kv == KvFormat::f32 ? 4 : 2);
   Attention a = {};
   a.qkv = state.qkv.data();
-  a.cos = state.cos.data();
-  a.sin = state.sin.data();
+  a.cos = inputs.cos;
+  a.sin = inputs.sin;
   a.keys = state.keys.data() + layer * layer_bytes;
   a.values = state.values.data() + layer * layer_bytes;
-  a.position = state.numbers.data();
+  a.position = inputs.position;
   a.partials = state.partials.data();
   a.counters = state.counters.data();
   a.out = state.attended.data();
@@ -66,17 +72,8 @@ void CudaBackend::qkv(State& s, std::int64_t layer) const {
   CudaState& state = CudaState::of(s);
   if (skips(state)) return;
   const DeviceLayer& weights = layers_[layer];
-  const ModelConfig& config = model_->config;
   multiply(state, model_->layers[layer].qkv, weights.qkv, state.x.data(), state.tokens(),
            &weights.attention_norm, weights.qkv_bias, state.qkv.data(), false);
-  Attention a = arguments(state, config, layer);
-  a.q_norm = weights.q_norm.data();
-  a.k_norm = weights.k_norm.data();
-  launch(stream_,
-         {static_cast<unsigned>(config.num_heads + 2 * config.num_kv_heads),
-          static_cast<unsigned>(state.tokens()), 1},
-         128, kWarps * 4, state.kv == KvFormat::f32 ? append_kernel<float> : append_kernel<bf16>,
-         a);
 }
 
 void CudaBackend::attention(State& s, std::int64_t layer) const {
@@ -84,14 +81,23 @@ void CudaBackend::attention(State& s, std::int64_t layer) const {
   if (skips(state)) return;
   const ModelConfig& config = model_->config;
   const std::int64_t group = config.num_heads / config.num_kv_heads;
+  const auto tokens = static_cast<unsigned>(state.tokens());
   const int heads = block_heads(config);
-  launch(stream_,
-         {static_cast<unsigned>(config.num_kv_heads * ((group + heads - 1) / heads)),
-          static_cast<unsigned>(splits(state.tokens())), static_cast<unsigned>(state.tokens())},
-         kAttendThreads, attend_shared(heads, config.head_dim) * 4,
-         state.kv == KvFormat::f32 ? attend_for<float>(heads, config.head_dim)
-                                   : attend_for<bf16>(heads, config.head_dim),
-         arguments(state, config, layer));
+  const bool f32 = state.kv == KvFormat::f32, fresh = tokens == 1;
+  Attention a = arguments(state, inputs(state), config, layer);
+  a.q_norm = layers_[layer].q_norm.data();
+  a.k_norm = layers_[layer].k_norm.data();
+  if (!fresh)
+    launch(stream_,
+           {blocks_of(config.num_heads + 2 * config.num_kv_heads, kAttendWarps), tokens, 1},
+           kAttendThreads, 0, f32 ? append_kernel<float> : append_kernel<bf16>, a);
+  launch_early(stream_,
+               {static_cast<unsigned>(config.num_kv_heads * ((group + heads - 1) / heads)),
+                static_cast<unsigned>(splits(tokens)), tokens},
+               kAttendThreads, attend_shared(heads, config.head_dim) * 4,
+               f32 ? attend_for<float>(fresh, heads, config.head_dim)
+                   : attend_for<bf16>(fresh, heads, config.head_dim),
+               a);
 }
 
 }  // namespace tda

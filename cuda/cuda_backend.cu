@@ -48,7 +48,8 @@ CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool g
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "the device's properties");
   device_ = device.name;
-  processors_ = device.multiProcessorCount;
+  processors_ = static_cast<unsigned>(device.multiProcessorCount);
+  stream_.overlaps = device.major >= 9;
   check_memory();
   if (config.rope.scaling != RopeConfig::Scaling::dynamic)
     rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
@@ -143,15 +144,12 @@ std::unique_ptr<State> CudaBackend::new_state(std::int64_t capacity, KvFormat kv
   state->exact.reserve(layers, "counts");
   const std::int64_t slices = (config.hidden_size + kSlice - 1) / kSlice;
   state->counters.reserve(std::max(max_step() * config.num_heads, slices), "counters");
-  state->selected.reserve((neurons + 31) / 32, "the selection");
-  const auto clear = [&](auto& memory) {
-    check(cudaMemsetAsync(memory.data(), 0, memory.size() * sizeof(*memory.data()), stream_),
-          "clearing memory");
-  };
+  state->selected.reserve((neurons + 31) / 32 * 4, "the selection");
   clear(state->sums);
   clear(state->counters);
   clear(state->exact);
   clear(state->thresholds);
+  clear(state->selected);  // bits behind the last neuron are read, to no effect
   state->layers.resize(layers);
   std::vector<std::int32_t> all(neurons);
   std::iota(all.begin(), all.end(), 0);
@@ -183,19 +181,17 @@ void CudaBackend::begin(State& s, const Step& step) const {
     if (token < 0 || token >= config.vocab_size)
       throw OptionError("token id " + std::to_string(token) + ", expected 0 to " +
                         std::to_string(config.vocab_size - 1));
-  stream_.wait();  // the last step may still read its numbers and angles
-  count_reads(state);
+  stream_.wait();  // the last step may still read its inputs
+  if (step.ffn != state.step.ffn) count_reads(state);
   state.step = step;
 
   const std::int64_t half = config.head_dim / 2;
   const std::int64_t heads_partials =
       tokens * config.num_heads * splits(tokens) * (2 + padded(config.head_dim));
   const char* needed_for = "a step's activations";
-  bool grown = state.numbers.reserve(1 + tokens + sampled, needed_for);
-  grown |= state.cos.reserve(tokens * half, needed_for);
-  grown |= state.sin.reserve(tokens * half, needed_for);
-  state.host_numbers.reserve(1 + tokens + sampled, needed_for);
-  state.host_angles.reserve(2 * tokens * half, needed_for);
+  const std::int64_t inputs_size = Inputs::size(tokens, half, sampled);
+  bool grown = state.inputs.reserve(inputs_size, needed_for);
+  state.host_inputs.reserve(inputs_size, needed_for);
   grown |= state.x.reserve(tokens * config.hidden_size, needed_for);
   grown |= state.normed.reserve(tokens * config.hidden_size, needed_for);
   grown |= state.qkv.reserve(tokens * (config.q_size() + 2 * config.kv_size()), needed_for);
@@ -211,25 +207,22 @@ void CudaBackend::begin(State& s, const Step& step) const {
   if (grown)  // graphs hold addresses
     for (Graph& graph : state.graphs) graph.reset();
 
-  int* numbers = state.host_numbers.data();
-  numbers[0] = static_cast<int>(step.position);
-  std::copy(step.tokens.begin(), step.tokens.end(), numbers + 1);
-  std::copy(step.samples.begin(), step.samples.end(), numbers + 1 + tokens);
-  copy(stream_, state.numbers.data(), numbers, 1 + tokens + sampled);
+  const Inputs host(state.host_inputs.data(), tokens, half);
+  *host.position = static_cast<int>(step.position);
+  std::copy(step.tokens.begin(), step.tokens.end(), host.tokens);
+  std::copy(step.samples.begin(), step.samples.end(), host.samples);
   const std::vector<float> frequencies =
       config.rope.scaling == RopeConfig::Scaling::dynamic
           ? rope_frequencies(config.rope, config.head_dim, step.sequence_length)
           : rope_frequencies_;
   const float factor = static_cast<float>(config.rope.attention_factor);
-  float *cos = state.host_angles.data(), *sin = cos + tokens * half;
   for (std::int64_t t = 0; t < tokens; ++t)
     for (std::int64_t i = 0; i < half; ++i) {
       const float angle = static_cast<float>(step.position + t) * frequencies[i];
-      cos[t * half + i] = std::cos(angle) * factor;
-      sin[t * half + i] = std::sin(angle) * factor;
+      host.cos[t * half + i] = std::cos(angle) * factor;
+      host.sin[t * half + i] = std::sin(angle) * factor;
     }
-  copy(stream_, state.cos.data(), cos, tokens * half);
-  copy(stream_, state.sin.data(), sin, tokens * half);
+  copy(stream_, state.inputs.data(), state.host_inputs.data(), inputs_size);
 
   state.recording = CudaState::Recording::none;
   if (!use_graphs_ || tokens > 1 || step.ffn == FfnMode::gather || sampled > 0) return;
@@ -251,19 +244,21 @@ void CudaBackend::set_thresholds(State& s, std::int64_t layer,
   state.graphs[1].reset();  // it holds which kernels select
 }
 
-/// The last single-token step's counts join the layers' reads.
+/// What steps of a token computed since the last time joins the layers' reads.
 void CudaBackend::count_reads(const CudaState& s) const {
-  if (!s.reads_pending) return;
+  if (s.uncounted == 0) return;
   CudaState& state = const_cast<CudaState&>(s);
-  state.reads_pending = false;
-  std::vector<int> exact(state.layers.size());
+  const std::int64_t steps = std::exchange(state.uncounted, 0);
+  std::vector<std::int64_t> exact(state.layers.size());
   copy(stream_, exact.data(), state.exact.data(), std::ssize(exact));
+  clear(state.exact);
   stream_.wait();
   const std::int64_t row = model_->layers.front().gate.row_bytes();
   const bool sparse = state.step.ffn == FfnMode::sparse;
   for (std::size_t l = 0; l < exact.size(); ++l) {
     CudaState::Layer& layer = state.layers[l];
-    const std::int64_t considered = sparse ? layer.active : model_->config.intermediate_size;
+    const std::int64_t considered =
+        steps * (sparse ? layer.active : model_->config.intermediate_size);
     layer.reads.exact += exact[l];
     layer.reads.bytes += layer.thresholds.by_gate ? considered * row + 2 * exact[l] * row
                                                   : considered * 2 * row + exact[l] * row;

@@ -13,6 +13,23 @@
 
 namespace tda {
 
+/// What the host gives a step, in one piece of memory and one copy.
+struct Inputs {
+  Inputs(std::uint32_t* memory, std::int64_t tokens, std::int64_t half)
+      : position(reinterpret_cast<int*>(memory)),
+        tokens(position + 1),
+        cos(reinterpret_cast<float*>(memory + 1 + tokens)),
+        sin(cos + tokens * half),
+        samples(reinterpret_cast<int*>(memory + 1 + tokens + 2 * tokens * half)) {}
+  static std::int64_t size(std::int64_t tokens, std::int64_t half, std::int64_t samples) {
+    return 1 + tokens + 2 * tokens * half + samples;
+  }
+  int* position;     // [1]
+  int* tokens;       // [T]
+  float *cos, *sin;  // [T, head_dim / 2]
+  int* samples;      // tokens of the step that join the samples
+};
+
 struct CudaState final : State {
   static CudaState& of(State& state) { return static_cast<CudaState&>(state); }
   static const CudaState& of(const State& state) { return static_cast<const CudaState&>(state); }
@@ -38,31 +55,32 @@ struct CudaState final : State {
   cuda::Memory<double> gathered;         // [L] tokens in sums
   cuda::Memory<int> lists, counts;       // [L, F], [L] the masks
   cuda::Memory<float> thresholds;        // [L]
-  cuda::Memory<int> exact;               // [L] neurons that the last single-token step computed
+  cuda::Memory<std::int64_t> exact;      // [L] neurons of the steps that aren't counted yet
+  std::int64_t uncounted = 0;            // steps of a token whose reads are yet to join the layers'
   std::int64_t head_bytes = 0;           // read for single rows of logits
-  mutable bool reads_pending = false;    // `exact` is to join the layers' reads
   cuda::Graph graphs[2];                 // of single-token steps: dense, sparse
 
   // Of the current step.
   Step step;
   Recording recording = Recording::none;
-  cuda::Memory<int> numbers;     // position, tokens [T], samples
-  cuda::Memory<float> cos, sin;  // [T, head_dim / 2]
-  cuda::PinnedMemory<int> host_numbers;
-  cuda::PinnedMemory<float> host_angles;
+  cuda::Memory<std::uint32_t> inputs;  // see Inputs
+  cuda::PinnedMemory<std::uint32_t> host_inputs;
   cuda::Memory<float> x, normed;        // [T, H]
   cuda::Memory<float> qkv, attended;    // [T, q_size + 2 kv_size], [T, q_size]
   cuda::Memory<float> hidden, ups;      // [T, F]
   cuda::Memory<std::uint16_t> rounded;  // [T, up to padded(max(H, q_size, F))] bf16
   cuda::Memory<float> partials;         // what blocks hand over to be added up
-  cuda::Memory<unsigned> counters, selected;
+  cuda::Memory<unsigned> counters;
+  cuda::Memory<std::uint8_t> selected;
   cuda::Memory<double> token_weights;  // [T]
   cuda::Memory<float> logits;          // [rows, V]
   cuda::Memory<std::uint64_t> best;    // for draw()
   cuda::Memory<double> draw_sums;      // for draw()
   cuda::PinnedMemory<float> host_logits;
+  cuda::PinnedMemory<std::uint64_t> host_best;
 
   std::int64_t tokens() const { return static_cast<std::int64_t>(step.tokens.size()); }
+  bool counts_reads() const { return tokens() == 1 && step.ffn != FfnMode::gather; }
 };
 
 class CudaBackend final : public Backend {
@@ -113,10 +131,18 @@ class CudaBackend final : public Backend {
   void check_memory() const;
   void upload(const Matrix& from, Bytes& to) const;
   void upload(std::span<const float> from, Floats& to) const;
+  Inputs inputs(const CudaState& state) const {
+    return {state.inputs.data(), state.tokens(), model_->config.head_dim / 2};
+  }
   bool skips(const CudaState& state) const {
     return state.recording == CudaState::Recording::replaying;
   }
   void count_reads(const CudaState&) const;
+  template <class T>
+  void clear(const cuda::Memory<T>& memory) const {
+    cuda::check(cudaMemsetAsync(memory.data(), 0, memory.size() * sizeof(T), stream_),
+                "clearing memory");
+  }
 
   // linear.cu
   /// y = W norm(x) + bias of each of the tokens, or += with `add`. x: [T, cols], y: [T, rows]
@@ -146,7 +172,7 @@ class CudaBackend final : public Backend {
   int threads_;
   bool use_graphs_;
   std::string device_;
-  int processors_ = 0;  // the device's multiprocessors
+  unsigned processors_ = 0;  // the device's multiprocessors
   cuda::Stream stream_;
   cuda::Cublas cublas_;
   std::vector<float> rope_frequencies_;  // [head_dim / 2]; unless they depend on the step

@@ -25,6 +25,7 @@ __device__ T* shared_as() {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / 32;
 inline constexpr unsigned kAll = 0xffffffffu;
+inline constexpr unsigned kBlocksEach = 2;  // blocks of a kernel of one token, per processor
 
 /// Numbers per chunk: rows on the device are padded with zeros to whole chunks.
 inline constexpr int kChunk = 8;
@@ -43,13 +44,30 @@ __device__ T read(const T* p) {
   return *p;
 }
 
-/// The same of what is read-only for the whole kernel.
+/// The same of what nobody writes while the kernel runs, nor the one before.
 template <class T>
 __device__ T load(const T* p) {
 #ifdef __CUDA_ARCH__
   return __ldg(p);
 #else
   return read(p);
+#endif
+}
+
+/// Kernels of a decoded token overlap (programmatic dependent launch, from compute capability 9.0):
+/// once all blocks of this one have come here, blocks of the next may take the room that is left.
+__device__ inline void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/// Whatever was launched before has ended when this returns. Until here a kernel that
+/// launch_early() starts writes nothing, and reads only weights, masks and what the host gave the
+/// step: a step's first kernel waits for all before it.
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -80,7 +98,7 @@ struct Chunk<float> {
   }
   __device__ static Chunk cached(const float* p) {
     const uint4* q = reinterpret_cast<const uint4*>(p);
-    return {{load(q), load(q + 1)}};
+    return {{read(q), read(q + 1)}};
   }
   __device__ void unpack(float (&out)[kChunk]) const {
     for (int i = 0; i < 2; ++i) {
@@ -99,7 +117,7 @@ struct Chunk<bf16> {
     return {load_once(reinterpret_cast<const uint4*>(p))};
   }
   __device__ static Chunk cached(const bf16* p) {
-    return {load(reinterpret_cast<const uint4*>(p))};
+    return {read(reinterpret_cast<const uint4*>(p))};
   }
   __device__ void unpack(float (&out)[kChunk]) const {
     const unsigned w[4] = {words.x, words.y, words.z, words.w};
@@ -126,6 +144,12 @@ template <class T>
 __device__ T warp_sum(T v) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) v += __shfl_xor_sync(kAll, v, mask);
+  return v;
+}
+
+__device__ inline float warp_max(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, __shfl_xor_sync(kAll, v, mask));
   return v;
 }
 

@@ -26,7 +26,7 @@ auto down_for(bool all) {  // which threshold selected does not matter
 
 std::int64_t CudaBackend::down_groups() const {
   const std::int64_t slices = blocks_of(model_->config.hidden_size, kSlice);
-  return std::clamp<std::int64_t>(2 * processors_ / slices, 1, 64);
+  return std::clamp<std::int64_t>(kBlocksEach * processors_ / slices, 1, 64);
 }
 
 void CudaBackend::ffn(State& s, std::int64_t layer) const {
@@ -48,7 +48,7 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
     state.recording = CudaState::Recording::none;
     graph.launch(stream_);
   }
-  state.reads_pending = state.tokens() == 1 && step.ffn != FfnMode::gather;
+  if (state.counts_reads()) ++state.uncounted;
 }
 
 /// x[token] += FFN(norm(x[token])), of the mask and thresholds in a sparse step.
@@ -75,21 +75,20 @@ void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t tok
   a.selected = state.selected.data();
   a.partials = state.partials.data();
   a.counters = state.counters.data();
-  a.exact = state.exact.data() + layer;
+  a.exact = state.counts_reads() ? state.exact.data() + layer : nullptr;
   a.hidden = static_cast<int>(hidden);
   a.neurons = static_cast<int>(neurons);
   a.eps = static_cast<float>(config.rms_norm_eps);
   a.activation = config.activation;
   const bool f32 = model_->format == WeightFormat::f32;
-  const unsigned blocks =
-      std::min(blocks_of(neurons, kBlockNeurons), static_cast<unsigned>(4 * processors_));
-  launch(stream_, {blocks, 1, 1}, kThreads, (padded(hidden) + kWarps) * 4,
-         f32 ? gate_up_for<float>(select) : gate_up_for<bf16>(select), a);
-  const std::int64_t groups = down_groups();
-  const std::int64_t entries = select == Select::all ? 0 : neurons / groups + 1;
-  launch(stream_, {blocks_of(hidden, kSlice), static_cast<unsigned>(groups), 1}, kThreads,
-         (kWarps * kSlice + kWarps + 1 + entries) * 4,
-         f32 ? down_for<float>(select == Select::all) : down_for<bf16>(select == Select::all), a);
+  const unsigned blocks = std::min(blocks_of(neurons, kWarps), kBlocksEach * processors_);
+  launch_early(stream_, {blocks, 1, 1}, kThreads, (padded(hidden) + 2 * kWarps) * 4,
+               f32 ? gate_up_for<float>(select) : gate_up_for<bf16>(select), a);
+  const std::int64_t groups = down_groups(), most = neurons / groups + 1;
+  launch_early(stream_, {blocks_of(hidden, kSlice), static_cast<unsigned>(groups), 1}, kThreads,
+               (kWarps * kSlice + kWarps + 1 + (select == Select::all ? 1 : 2) * most) * 4,
+               f32 ? down_for<float>(select == Select::all) : down_for<bf16>(select == Select::all),
+               a);
 }
 
 /// Prefill: h = act(gate) * up, then x += W_down h, dense.
@@ -129,7 +128,7 @@ void CudaBackend::sample(CudaState& state, std::int64_t layer) const {
   const bool gates = state.step.estimate == Estimate::gate;
   CudaState::Layer& of_layer = state.layers[layer];
   launch(stream_, {static_cast<unsigned>(count), 1, 1}, kThreads, 0, sample_kernel,
-         (gates ? state.ups : state.hidden).data(), state.numbers.data() + 1 + state.tokens(),
+         (gates ? state.ups : state.hidden).data(), inputs(state).samples,
          static_cast<int>(neurons), static_cast<int>(pitch),
          state.samples.data() + layer * neurons * pitch + of_layer.sampled);
   of_layer.sampled += count;

@@ -33,141 +33,181 @@ struct Neurons {
   const float* norm;             // [hidden]
   float* x;                      // [hidden] the residual stream
   float* h;                      // [neurons] by list entry
-  unsigned* selected;            // [neurons / 32] bit b of word w is list entry 32 w + b
-  float* partials;               // [groups, padded(hidden)]
-  unsigned* counters;            // [slices] zeros
-  int* exact;                    // [1] neurons computed: the step's reads
+  std::uint8_t* selected;  // [neurons / 8], to whole words; bit b of byte i: list entry 8 i + b
+  float* partials;         // [groups, padded(hidden)]
+  unsigned* counters;      // [slices] zeros
+  std::int64_t* exact;     // [1] neurons computed are added, or null
   int hidden, neurons;
   float eps;
   Activation activation;
 };
 
-inline constexpr int kBlockNeurons = 32;                     // of gate_up: a word of `selected`
-inline constexpr int kWarpNeurons = kBlockNeurons / kWarps;  // at once
-inline constexpr int kSlice = 32 * kChunk;                   // columns of a block of down
+inline constexpr int kSlice = 32 * kChunk;  // columns of a block of down
 
-/// h = act(gate) * up, and which of them pass. Moves two rows per neuron (with Select::gate, of
-/// those that fail one). shared: padded(hidden) + kWarps floats
+/// h = act(gate) * up, and which of them pass; a warp takes a neuron at a time. Moves two rows per
+/// neuron (with Select::gate, of those that fail one). shared: padded(hidden) + kWarps floats,
+/// kWarps ints
 template <class W, Select S>
-__global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 1 : 2) gate_up_kernel(Neurons a) {
+__global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons a) {
+  let_next_begin();
   float* x = shared_as<float>();
   const int pitch = static_cast<int>(padded(a.hidden));
-  unsigned* bits = reinterpret_cast<unsigned*>(x + pitch);  // [kWarps]
+  float* parts = x + pitch;
+  unsigned* passed = reinterpret_cast<unsigned*>(parts + kWarps);  // [kWarps]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  load_vector(a.x, a.norm, a.eps, a.hidden, x, x + pitch);
-  __syncthreads();
   const int count = a.count ? *a.count : a.neurons;
-  const auto row = [&](const void* matrix, int j) {
-    return static_cast<const W*>(matrix) + static_cast<std::int64_t>(j) * pitch;
+  constexpr int kRows = S == Select::gate ? 1 : 2;  // gate, and up unless it waits for the gate
+  Dots<kRows, W> dots;
+  int id = 0;
+  const auto row_of = [&](const void* matrix) {
+    return static_cast<const W*>(matrix) + static_cast<std::int64_t>(id) * pitch;
   };
-  for (int first = blockIdx.x * kBlockNeurons; first < count; first += gridDim.x * kBlockNeurons) {
-    int ids[kWarpNeurons];
-    float gates[kWarpNeurons], ups[kWarpNeurons];
-    const int mine = first + warp * kWarpNeurons;
-#pragma unroll
-    for (int k = 0; k < kWarpNeurons; ++k) {  // entries past the end are the last one once more
-      const int entry = mine + k < count ? mine + k : count - 1;
-      ids[k] = a.list ? a.list[entry] : entry;
-    }
-    if (S == Select::gate) {
-      const W* rows[kWarpNeurons];
-#pragma unroll
-      for (int k = 0; k < kWarpNeurons; ++k) rows[k] = row(a.gate, ids[k]);
-      dots(rows, x, pitch, gates);
+  const auto begin = [&](int entry) {
+    entry = entry < count ? entry : count - 1;  // past the end the last one once more
+    id = a.list ? a.list[entry] : entry;
+    const W* rows[kRows];
+    rows[0] = row_of(a.gate);
+    if (S != Select::gate) rows[kRows - 1] = row_of(a.up);
+    dots.begin(rows, pitch);
+  };
+  int first = blockIdx.x * kWarps;
+  if (first < count) begin(first + warp);
+  load_weight(a.norm, a.hidden, x);
+  wait_for_previous();
+  load_vector(a.x, a.norm != nullptr, a.hidden, x, parts);
+  __syncthreads();
+  const float scale = rms_scale(a.norm != nullptr, a.eps, a.hidden, parts);
+  while (first < count) {
+    const int entry = first + warp;
+    float sums[kRows];
+    dots.finish(x, sums);
+    float h = activate(a.activation, sums[0] * scale);
+    bool passes = S != Select::gate || fabsf(h) >= *a.threshold;
+    if (S == Select::gate && passes) {
+      const W* rows[kRows] = {row_of(a.up)};
+      dots.begin(rows, pitch);
+      dots.finish(x, sums);
+      h *= sums[0] * scale;
     } else {
-      const W* rows[2 * kWarpNeurons];
-      float sums[2 * kWarpNeurons];
-#pragma unroll
-      for (int k = 0; k < kWarpNeurons; ++k) {
-        rows[k] = row(a.gate, ids[k]);
-        rows[kWarpNeurons + k] = row(a.up, ids[k]);
-      }
-      dots(rows, x, pitch, sums);
-#pragma unroll
-      for (int k = 0; k < kWarpNeurons; ++k) {
-        gates[k] = sums[k];
-        ups[k] = sums[kWarpNeurons + k];
-      }
+      h = passes ? h * sums[kRows - 1] * scale : 0;
     }
-    unsigned passed = 0;
-#pragma unroll
-    for (int k = 0; k < kWarpNeurons; ++k) {
-      if (!TDA_WITHIN(mine + k, count)) break;
-      float h = activate(a.activation, gates[k]);
-      bool passes = S != Select::gate || fabsf(h) >= *a.threshold;
-      if (S == Select::gate && passes) {
-        const W* rows[1] = {row(a.up, ids[k])};
-        float sums[1];
-        dots(rows, x, pitch, sums);
-        ups[k] = sums[0];
+    if (S == Select::contribution) passes = fabsf(h) * a.lengths[id] >= *a.threshold;
+    const bool exists = TDA_WITHIN(entry, count);
+    if (lane == 0 && exists) a.h[entry] = h;
+    if (S != Select::all) {
+      if (lane == 0) passed[warp] = exists && passes;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        unsigned bits = 0;
+        for (int w = 0; w < kWarps; ++w) bits |= passed[w] << w;
+        a.selected[first / kWarps] = static_cast<std::uint8_t>(bits);
       }
-      h = passes ? h * ups[k] : 0;
-      if (S == Select::contribution) passes = fabsf(h) * a.lengths[ids[k]] >= *a.threshold;
-      if (lane == 0) a.h[mine + k] = h;
-      passed |= static_cast<unsigned>(passes) << k;
+      __syncthreads();
     }
-    if (S == Select::all) continue;
-    if (lane == 0) bits[warp] = passed << (warp * kWarpNeurons);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      unsigned word = 0;
-      for (int w = 0; w < kWarps; ++w) word |= bits[w];
-      a.selected[first / 32] = word;
-    }
-    __syncthreads();
+    first += gridDim.x * kWarps;
+    if (first < count) begin(first + warp);
   }
 }
 
-/// This block's equal share of the ascending list of set bits. Moves 4 bytes per 32 bits.
+/// This block's equal share of the ascending list of set bits. Moves a byte per 8 bits.
+/// bytes: [count / 8], to whole words, of which only the first count bits matter.
 /// entries: [total / parts + 1] shared, complete after the caller's barrier; sums: [kWarps] shared.
-__device__ inline Share active_share(const unsigned* words, int count, int part, int parts,
+__device__ inline Share active_share(const std::uint8_t* bytes, int count, int part, int parts,
                                      int* entries, int* sums) {
-  const Share mine = share_of(count, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+  const unsigned* words = reinterpret_cast<const unsigned*>(bytes);
+  const auto word = [&](int w) {
+    const int left = count - 32 * w;
+    return left < 32 ? words[w] & ((1u << left) - 1) : words[w];
+  };
+  const Share mine =
+      share_of((count + 31) / 32, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   int bits = 0;
-  for (int w = mine.first; w < mine.end; ++w) bits += __popc(words[w]);
+  for (int w = mine.first; w < mine.end; ++w) bits += __popc(word(w));
   const Scan scan = block_scan(bits, sums);
   const Share share = share_of(scan.total, part, parts);
   int at = scan.before;
   for (int w = mine.first; w < mine.end; ++w)
-    for (unsigned rest = words[w]; rest != 0; rest &= rest - 1, ++at)
+    for (unsigned rest = word(w); rest != 0; rest &= rest - 1, ++at)
       if (at >= share.first && at < share.end) entries[at - share.first] = 32 * w + __ffs(rest) - 1;
   return share;
 }
 
+/// A warp's sum of h[i] down[i] over every kWarps-th neuron of a share, at eight columns per lane.
+/// Between begin() and finish() the first rows are on their way, and kAhead rows at any time.
+template <class W>
+class DownRows {
+ public:
+  /// row_of(i) -> [pitch], of the share's neuron i; `column`: this lane's first
+  template <class RowOf>
+  __device__ void begin(int count, int column, int pitch, RowOf row_of) {
+    count_ = column < pitch ? count : 0;
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) ask(a, at(a), column, row_of);
+  }
+  /// h: [count] shared
+  template <class RowOf>
+  __device__ void finish(const float* h, int column, RowOf row_of, float (&y)[kChunk]) {
+    for (int first = 0; first < count_; first += kAhead * kWarps) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int i = first + at(a);
+        if (i >= count_) break;
+        float w[kChunk];
+        ahead_[a].unpack(w);
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) y[k] += h[i] * w[k];
+        ask(a, i + kAhead * kWarps, column, row_of);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kAhead = 32 / sizeof(W);
+  __device__ static int at(int a) { return a * kWarps + threadIdx.x / 32; }
+  template <class RowOf>
+  __device__ void ask(int a, int i, int column, RowOf row_of) {
+    if (i < count_) ahead_[a] = Chunk<W>::once(row_of(i) + column);
+  }
+  Chunk<W> ahead_[kAhead];
+  int count_;
+};
+
 /// x += sum of h[j] down[j] over the selected. A block takes a slice of columns and a group of
 /// neurons; the last block of a slice adds the groups' sums in their order.
-/// grid: (slices, groups); shared: kWarps kSlice floats, kWarps + 1 + (Select::all ? 0 :
-/// neurons / groups + 1) ints
+/// grid: (slices, groups); shared: kWarps kSlice floats, kWarps + 1 ints, neurons / groups + 1
+/// floats and, unless Select::all, as many ints
 template <class W, Select S>
-__global__ void __launch_bounds__(kThreads, 2) down_kernel(Neurons a) {
+__global__ void __launch_bounds__(kThreads, kBlocksEach) down_kernel(Neurons a) {
+  let_next_begin();
+  const int group = blockIdx.y, groups = gridDim.y, most = a.neurons / groups + 1;
   float* parts = shared_as<float>();                            // [kWarps, kSlice]
   int* sums = reinterpret_cast<int*>(parts + kWarps * kSlice);  // [kWarps]
   unsigned* flag = reinterpret_cast<unsigned*>(sums + kWarps);  // [1]
-  int* entries = sums + kWarps + 1;
+  float* h = reinterpret_cast<float*>(flag + 1);                // [most]
+  int* entries = reinterpret_cast<int*>(h + most);              // [most]
   const int pitch = static_cast<int>(padded(a.hidden));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int column = blockIdx.x * kSlice + lane * kChunk;
   const int count = a.count ? *a.count : a.neurons;
-  const int group = blockIdx.y, groups = gridDim.y;
   Share share = share_of(count, group, groups);
+  const auto entry_of = [&](int i) { return S == Select::all ? share.first + i : entries[i]; };
+  const auto row_of = [&](int i) {
+    const int entry = entry_of(i), j = a.list ? a.list[entry] : entry;
+    return static_cast<const W*>(a.down) + static_cast<std::int64_t>(j) * pitch;
+  };
+  DownRows<W> rows;
+  if (S == Select::all) rows.begin(share.end - share.first, column, pitch, row_of);
+  wait_for_previous();
   if (S != Select::all) {
-    share = active_share(a.selected, (count + 31) / 32, group, groups, entries, sums);
+    share = active_share(a.selected, count, group, groups, entries, sums);
     __syncthreads();
+    rows.begin(share.end - share.first, column, pitch, row_of);
   }
+  for (int i = threadIdx.x; TDA_WITHIN(i, share.end - share.first); i += blockDim.x)
+    h[i] = read(a.h + entry_of(i));
+  __syncthreads();
   float y[kChunk] = {};
-  if (column < pitch) {
-#pragma unroll 8
-    for (int i = share.first + warp; i < share.end; i += kWarps) {
-      const int entry = S == Select::all ? i : entries[i - share.first];
-      const int j = a.list ? a.list[entry] : entry;
-      const float h = a.h[entry];
-      const W* row = static_cast<const W*>(a.down) + static_cast<std::int64_t>(j) * pitch;
-      float w[kChunk];
-      Chunk<W>::once(row + column).unpack(w);
-#pragma unroll
-      for (int k = 0; k < kChunk; ++k) y[k] += h * w[k];
-    }
-  }
+  rows.finish(h, column, row_of, y);
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) parts[warp * kSlice + lane * kChunk + k] = y[k];
   __syncthreads();
@@ -178,11 +218,13 @@ __global__ void __launch_bounds__(kThreads, 2) down_kernel(Neurons a) {
   if (!last_to_arrive(a.counters + blockIdx.x, groups, flag)) return;
   if (TDA_WITHIN(mine, a.hidden)) {
     float total = 0;
+    const float before = read(a.x + mine);
+#pragma unroll 16
     for (int g = 0; g < groups; ++g)
-      total += a.partials[static_cast<std::int64_t>(g) * pitch + mine];
-    a.x[mine] = read(a.x + mine) + total;
+      total += read(a.partials + static_cast<std::int64_t>(g) * pitch + mine);
+    a.x[mine] = before + total;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.exact = share.total;
+  if (a.exact && blockIdx.x == 0 && threadIdx.x == 0) *a.exact += share.total;
 }
 
 // ---- several tokens, the statistic and samples --------------------------------------------------

@@ -9,6 +9,25 @@ namespace tda {
 
 using namespace cuda;
 
+namespace {
+
+/// Rows that a warp takes at a time: as many as leave every processor its blocks.
+int warp_rows(std::int64_t rows, int processors) {
+  for (const int at_once : {4, 2})
+    if (blocks_of(rows, kWarps * at_once) >= kBlocksEach * static_cast<unsigned>(processors))
+      return at_once;
+  return 1;
+}
+
+template <class W>
+auto linear_for(int at_once) {
+  return at_once == 4   ? linear_kernel<4, W>
+         : at_once == 2 ? linear_kernel<2, W>
+                        : linear_kernel<1, W>;
+}
+
+}  // namespace
+
 void CudaBackend::multiply(CudaState& state, const Matrix& w, const Bytes& data, const float* x,
                            std::int64_t tokens, const Floats* norm_weight, const Floats& bias,
                            float* y, bool add) const {
@@ -26,10 +45,11 @@ void CudaBackend::multiply(CudaState& state, const Matrix& w, const Bytes& data,
                     static_cast<int>(w.cols),
                     static_cast<float>(model_->config.rms_norm_eps),
                     add};
-  const std::int64_t per_block = kWarps * kWarpRows;
-  const auto blocks = std::min<std::int64_t>((w.rows + per_block - 1) / per_block, 4 * processors_);
-  launch(stream_, {static_cast<unsigned>(blocks), 1, 1}, kThreads, (padded(w.cols) + kWarps) * 4,
-         w.format == WeightFormat::f32 ? linear_kernel<float> : linear_kernel<bf16>, a);
+  const int at_once = warp_rows(w.rows, processors_);
+  const auto blocks = std::min(blocks_of(w.rows, kWarps * at_once), kBlocksEach * processors_);
+  launch_early(
+      stream_, {blocks, 1, 1}, kThreads, (padded(w.cols) + kWarps) * 4,
+      w.format == WeightFormat::f32 ? linear_for<float>(at_once) : linear_for<bf16>(at_once), a);
 }
 
 void CudaBackend::gemm(CudaState& state, const Bytes& w, bool neuron_major, const float* a,
@@ -62,7 +82,7 @@ void CudaBackend::embed(State& s) const {
   if (skips(state)) return;
   launch(stream_, {static_cast<unsigned>(state.tokens()), 1, 1}, kThreads, 0,
          model_->format == WeightFormat::f32 ? embed_kernel<float> : embed_kernel<bf16>,
-         embedding_.data(), state.numbers.data() + 1, static_cast<int>(model_->config.hidden_size),
+         embedding_.data(), inputs(state).tokens, static_cast<int>(model_->config.hidden_size),
          state.x.data());
 }
 
@@ -95,17 +115,18 @@ std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
   return {state.host_logits.data(), static_cast<std::size_t>(size)};
 }
 
-/// Twelve bytes come back instead of all logits: the token beside the largest, and the first.
+/// Sixteen bytes come back instead of all logits: the token beside the largest, and the first.
 Token CudaBackend::draw(State& s, double temperature, double u) const {
   CudaState& state = CudaState::of(s);
   make_logits(state, 1);
   const auto n = static_cast<int>(model_->head.rows);
-  const auto blocks = static_cast<unsigned>(std::min((n + kHeadBlock - 1) / kHeadBlock, 64));
-  state.best.reserve(blocks + 1, "the best logits");
+  const auto blocks = static_cast<unsigned>(std::min((n + kHeadBlock - 1) / kHeadBlock, 128));
+  state.best.reserve(blocks + 2, "the best logits");
+  state.host_best.reserve(2, "the best logits");
   Best* parts = reinterpret_cast<Best*>(state.best.data());
   Best* best = parts + blocks;
-  launch(stream_, {blocks, 1, 1}, kThreads, kWarps * sizeof(Best) + 4, argmax_kernel,
-         state.logits.data(), n, parts, state.counters.data());
+  launch_early(stream_, {blocks, 1, 1}, kThreads, kWarps * sizeof(Best) + 4, argmax_kernel,
+               state.logits.data(), n, parts, state.counters.data());
   if (temperature > 0) {
     const int threads = static_cast<int>(blocks) * kThreads;
     state.draw_sums.reserve(blocks, "sampling");
@@ -113,13 +134,11 @@ Token CudaBackend::draw(State& s, double temperature, double u) const {
            Draw{state.logits.data(), n, (n + threads - 1) / threads, best, state.draw_sums.data(),
                 state.counters.data(), temperature, u});
   }
-  Best found;
-  float first;
-  copy(stream_, &found, best, 1);
-  copy(stream_, &first, state.logits.data(), 1);
+  const Best* found = reinterpret_cast<const Best*>(state.host_best.data());
+  copy(stream_, state.host_best.data(), state.best.data() + blocks, 2);
   stream_.wait();
-  check_finite(found.value, first);
-  return found.id;
+  check_finite(found[0].value, found[1].value);
+  return found[0].id;
 }
 
 }  // namespace tda

@@ -5,42 +5,114 @@
 
 namespace tda::cuda {
 
-/// x: [n] -> out: [padded(n)] shared, zeros at the end; by RMSNorm if `weight`: [n] is there.
-/// parts: [kWarps] shared. The caller's barrier ends it.
-__device__ inline void load_vector(const float* x, const float* weight, float eps, int n,
-                                   float* out, float* parts) {
-  float squares = 0;
-  for (int i = threadIdx.x; i < padded(n); i += blockDim.x) {
-    const float v = TDA_WITHIN(i, n) ? x[i] : 0;
-    out[i] = v;
-    squares += v * v;
-  }
-  if (!weight) return;
-  const float scale = 1 / sqrtf(block_sum(squares, parts) / n + eps);
-  for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] *= scale * weight[i];
+/// Where number i of a vector in shared memory lies: halves of chunks apart, so that lanes that
+/// read a chunk each find all banks.
+__device__ inline int place(int i, int pitch) {
+  return i / 4 % 2 * (pitch / 2) + i / kChunk * 4 + i % 4;
 }
 
-/// sums[r] = rows[r] . x, in every lane of the warp. rows[r]: [pitch], x: [pitch] shared.
-template <int R, class W>
-__device__ void dots(const W* const (&rows)[R], const float* x, int pitch, float (&sums)[R]) {
+/// store(place(i), from[i]) of every i below padded(n), zeros behind n; the same thread for an i at
+/// every call. Several are under way at a time.
+template <class Store>
+__device__ void for_each_number(const float* from, int n, Store store) {
+  constexpr int kAtOnce = 16;
+  const int pitch = static_cast<int>(padded(n));
+  for (int first = threadIdx.x; first < pitch; first += kAtOnce * kThreads) {
+    float v[kAtOnce];
 #pragma unroll
-  for (int r = 0; r < R; ++r) sums[r] = 0;
-#pragma unroll 2
-  for (int i = threadIdx.x % 32 * kChunk; i < pitch; i += 32 * kChunk) {
-    Chunk<W> chunks[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) chunks[r] = Chunk<W>::once(rows[r] + i);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float w[kChunk];
-      chunks[r].unpack(w);
-#pragma unroll
-      for (int k = 0; k < kChunk; ++k) sums[r] += w[k] * x[i + k];
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kThreads;
+      v[k] = TDA_WITHIN(i, n) ? read(from + i) : 0;
     }
-  }
 #pragma unroll
-  for (int r = 0; r < R; ++r) sums[r] = warp_sum(sums[r]);
+    for (int k = 0; k < kAtOnce; ++k)
+      if (first + k * kThreads < pitch) store(place(first + k * kThreads, pitch), v[k]);
+  }
 }
+
+/// weight: [n] or null -> out: [padded(n)] shared, where load_vector() expects it: the part of it
+/// that needs no wait_for_previous().
+__device__ inline void load_weight(const float* weight, int n, float* out) {
+  if (weight) for_each_number(weight, n, [&](int at, float w) { out[at] = w; });
+}
+
+/// x: [n] -> out: [padded(n)] shared, by place(), zeros at the end; times the weight that
+/// load_weight() left there if `weighted`, and with it a part of what rms_scale() needs.
+/// parts: [kWarps] shared. The caller's barrier ends it.
+__device__ inline void load_vector(const float* x, bool weighted, int n, float* out, float* parts) {
+  float squares = 0;
+  for_each_number(x, n, [&](int at, float v) {
+    squares += v * v;
+    out[at] = weighted ? v * out[at] : v;
+  });
+  if (!weighted) return;
+  squares = warp_sum(squares);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = squares;
+}
+
+/// After the barrier: by what products with load_vector()'s are to be multiplied; RMSNorm's scale.
+__device__ inline float rms_scale(bool weighted, float eps, int n, const float* parts) {
+  if (!weighted) return 1;
+  float squares = 0;
+  for (int w = 0; w < kWarps; ++w) squares += parts[w];
+  return 1 / sqrtf(squares / n + eps);
+}
+
+/// A warp's products of R rows with x. Between begin() and finish() the rows' first chunks are on
+/// their way, and kAhead chunks of each at any time.
+template <int R, class W>
+class Dots {
+ public:
+  /// rows[r]: [pitch]
+  __device__ void begin(const W* const (&rows)[R], int pitch) {
+    pitch_ = pitch;
+#pragma unroll
+    for (int r = 0; r < R; ++r) rows_[r] = rows[r];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) ask(a, at(a));
+  }
+
+  /// sums[r] = rows[r] . x, in every lane. x: [pitch] shared, by place()
+  __device__ void finish(const float* x, float (&sums)[R]) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) sums[r] = 0;
+    for (int first = 0; first < pitch_; first += kAhead * kStride) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int i = first + at(a);
+        if (i >= pitch_) break;
+        const float4* halves = reinterpret_cast<const float4*>(x) + i / kChunk;
+        const float4 low = halves[0], high = halves[pitch_ / kChunk];
+        const float v[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          float w[kChunk];
+          ahead_[a][r].unpack(w);
+#pragma unroll
+          for (int k = 0; k < kChunk; ++k) sums[r] += w[k] * v[k];
+        }
+        ask(a, i + kAhead * kStride);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) sums[r] = warp_sum(sums[r]);
+  }
+
+ private:
+  static constexpr int kStride = 32 * kChunk;
+  static constexpr int kAhead = 32 / sizeof(W) / R;
+
+  __device__ static int at(int a) { return a * kStride + threadIdx.x % 32 * kChunk; }
+  __device__ void ask(int a, int i) {
+    if (i >= pitch_) return;
+#pragma unroll
+    for (int r = 0; r < R; ++r) ahead_[a][r] = Chunk<W>::once(rows_[r] + i);
+  }
+
+  const W* rows_[R];
+  Chunk<W> ahead_[kAhead][R];
+  int pitch_;
+};
 
 /// y (+)= W norm(x) + bias. Reads each weight once.
 struct Linear {
@@ -54,32 +126,41 @@ struct Linear {
   bool add;
 };
 
-inline constexpr int kWarpRows = 4;  // at once, so that x is read from shared memory once for all
-
-/// shared: padded(cols) + kWarps floats
-template <class W>
-__global__ void __launch_bounds__(kThreads, 2) linear_kernel(Linear a) {
+/// A warp takes R rows at a time. shared: padded(cols) + kWarps floats
+template <int R, class W>
+__global__ void __launch_bounds__(kThreads, kBlocksEach) linear_kernel(Linear a) {
+  let_next_begin();
   float* x = shared_as<float>();
   const int pitch = static_cast<int>(padded(a.cols)), lane = threadIdx.x % 32;
-  load_vector(a.x, a.norm, a.eps, a.cols, x, x + pitch);
-  __syncthreads();
-  const int warps = gridDim.x * kWarps;
-  for (int row = (blockIdx.x * kWarps + threadIdx.x / 32) * kWarpRows; row < a.rows;
-       row += warps * kWarpRows) {
-    const W* rows[kWarpRows];
+  float* parts = x + pitch;
+  Dots<R, W> dots;
+  const auto begin = [&](int first) {
+    const W* rows[R];
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {  // rows past the end are the last one once more
-      const int existing = row + r < a.rows ? row + r : a.rows - 1;
+    for (int r = 0; r < R; ++r) {  // rows past the end are the last one once more
+      const int existing = first + r < a.rows ? first + r : a.rows - 1;
       rows[r] = static_cast<const W*>(a.w) + static_cast<std::int64_t>(existing) * pitch;
     }
-    float sums[kWarpRows];
-    dots(rows, x, pitch, sums);
+    dots.begin(rows, pitch);
+  };
+  int row = (blockIdx.x * kWarps + threadIdx.x / 32) * R;
+  begin(row);
+  load_weight(a.norm, a.cols, x);
+  wait_for_previous();
+  load_vector(a.x, a.norm != nullptr, a.cols, x, parts);
+  __syncthreads();
+  const float scale = rms_scale(a.norm != nullptr, a.eps, a.cols, parts);
+  while (row < a.rows) {
+    float sums[R];
+    dots.finish(x, sums);
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r)
+    for (int r = 0; r < R; ++r)
       if (lane == r && TDA_WITHIN(row + r, a.rows)) {
-        const float v = sums[r] + (a.bias ? a.bias[row + r] : 0);
+        const float v = sums[r] * scale + (a.bias ? a.bias[row + r] : 0);
         a.y[row + r] = a.add ? a.y[row + r] + v : v;
       }
+    row += gridDim.x * kWarps * R;
+    if (row < a.rows) begin(row);
   }
 }
 
@@ -97,28 +178,36 @@ __device__ inline Best better(Best a, Best b) {
   return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
 }
 
-/// best[gridDim.x] = the best logit of all, as argmax() on the host finds it. logits: [n], at least
-/// one per block; best: [gridDim.x + 1], the blocks' own before it; counter: [1] zero;
+/// best[gridDim.x] = the best logit of all, as argmax() on the host finds it, and behind it the
+/// first of all. logits: [n], at least one per block; best: [gridDim.x + 2]; counter: [1] zero;
 /// shared: kWarps Best and a flag
 static __global__ void argmax_kernel(const float* logits, int n, Best* best, unsigned* counter) {
+  wait_for_previous();
   Best* parts = shared_as<Best>();  // [kWarps]
   unsigned* flag = reinterpret_cast<unsigned*>(parts + kWarps);
-  Best mine = {load(logits), 0};
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; TDA_WITHIN(i, n); i += gridDim.x * blockDim.x)
-    mine = better(mine, {load(logits + i), i});
+  const auto best_of_block = [&](Best mine) {  // in the first thread
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
-    mine = better(mine,
-                  {__shfl_xor_sync(kAll, mine.value, mask), __shfl_xor_sync(kAll, mine.id, mask)});
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) mine = better(mine, parts[w]);
-    best[blockIdx.x] = mine;
-  }
-  if (!last_to_arrive(counter, gridDim.x, flag) || threadIdx.x > 0) return;
-  for (unsigned b = 0; b < gridDim.x; ++b) mine = better(mine, best[b]);
+    for (int mask = 16; mask > 0; mask /= 2)
+      mine = better(
+          mine, {__shfl_xor_sync(kAll, mine.value, mask), __shfl_xor_sync(kAll, mine.id, mask)});
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
+    __syncthreads();
+    for (int w = 1; threadIdx.x == 0 && w < kWarps; ++w) mine = better(mine, parts[w]);
+    return mine;
+  };
+  Best mine = {read(logits), 0};
+#pragma unroll 4
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; TDA_WITHIN(i, n); i += gridDim.x * blockDim.x)
+    mine = better(mine, {read(logits + i), i});
+  mine = best_of_block(mine);
+  if (threadIdx.x == 0) best[blockIdx.x] = mine;
+  if (!last_to_arrive(counter, gridDim.x, flag)) return;
+  mine = best[0];
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) mine = better(mine, best[b]);
+  mine = best_of_block(mine);
+  if (threadIdx.x > 0) return;
   best[gridDim.x] = mine;
+  best[gridDim.x + 1] = {read(logits), 0};
 }
 
 /// Sampling: stretches of weights side by side, and a point on them.
@@ -197,8 +286,12 @@ static __global__ void norm_kernel(const float* x, const float* weight, float ep
                                    float* out) {
   float* row = shared_as<float>();
   const std::int64_t t = blockIdx.x;
-  load_vector(x + t * n, weight, eps, n, row, row + padded(n));  // and each thread reads its own
-  for (int i = threadIdx.x; i < n; i += blockDim.x) out[t * n + i] = row[i];
+  const int pitch = static_cast<int>(padded(n));
+  load_weight(weight, n, row);
+  load_vector(x + t * n, true, n, row, row + pitch);
+  __syncthreads();
+  const float scale = rms_scale(true, eps, n, row + pitch);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) out[t * n + i] = row[place(i, pitch)] * scale;
 }
 
 }  // namespace tda::cuda

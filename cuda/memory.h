@@ -13,7 +13,10 @@ namespace tda::cuda {
 inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that it is not reported once more
-  throw DeviceError("cuda: " + what + ": " + cudaGetErrorString(error));
+  std::string message = "cuda: " + what + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorInitializationError)
+    message += " (a process forked from one that uses CUDA can't use it, a spawned one can)";
+  throw DeviceError(message);
 }
 
 class Stream {
@@ -23,6 +26,7 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   operator cudaStream_t() const { return stream_; }
+  bool overlaps = false;  // the device can begin a kernel before the last one's end
   void wait() const { check(cudaStreamSynchronize(stream_), "waiting for the device"); }
 
  private:
@@ -111,8 +115,9 @@ inline unsigned blocks_of(std::int64_t n, std::int64_t per_block) {
 }
 
 template <class... P, class... A>
-void launch(cudaStream_t stream, dim3 grid, unsigned threads, std::int64_t shared_bytes,
-            void (*kernel)(P...), const A&... arguments) {
+void launch_with(const cudaLaunchAttribute* attribute, cudaStream_t stream, dim3 grid,
+                 unsigned threads, std::int64_t shared_bytes, void (*kernel)(P...),
+                 const A&... arguments) {
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -122,7 +127,26 @@ void launch(cudaStream_t stream, dim3 grid, unsigned threads, std::int64_t share
   config.blockDim = {threads, 1, 1};
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
+  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
+  config.numAttrs = attribute ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), "a launch");
+}
+
+template <class... P, class... A>
+void launch(cudaStream_t stream, dim3 grid, unsigned threads, std::int64_t shared_bytes,
+            void (*kernel)(P...), const A&... arguments) {
+  launch_with(nullptr, stream, grid, threads, shared_bytes, kernel, arguments...);
+}
+
+/// The kernel may begin before the last one's end, see wait_for_previous(), which it calls.
+template <class... P, class... A>
+void launch_early(const Stream& stream, dim3 grid, unsigned threads, std::int64_t shared_bytes,
+                  void (*kernel)(P...), const A&... arguments) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  launch_with(stream.overlaps ? &early : nullptr, stream, grid, threads, shared_bytes, kernel,
+              arguments...);
 }
 
 }  // namespace tda::cuda

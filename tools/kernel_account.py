@@ -32,7 +32,7 @@ GROUPS = max(1, min(64, 2 * PROCESSORS // (HIDDEN // 256)))
 
 
 def attend_shared(heads: int) -> int:
-    return 4 * (heads * HEAD_DIM + 16 * heads * (2 + HEAD_DIM) + 1)
+    return 4 * (heads * (HEAD_DIM + 8 * (2 + HEAD_DIM) + 64) + 1)
 
 
 def launch(kernel: str) -> tuple[int, int]:
@@ -41,14 +41,16 @@ def launch(kernel: str) -> tuple[int, int]:
     arguments = arguments.rstrip(">").split(", ")
     vector = 4 * (HIDDEN + 8)
     if name == "attend_kernel":
-        return 128, attend_shared(int(arguments[1]))
+        return 256, attend_shared(int(arguments[1]))
     if name == "append_kernel":
-        return 128, 32
-    if name in ("linear_kernel", "gate_up_kernel", "norm_kernel"):
+        return 256, 0
+    if name == "gate_up_kernel":
+        return 256, vector + 4 * 8
+    if name in ("linear_kernel", "norm_kernel"):
         return 256, vector
     if name == "down_kernel":
-        entries = 0 if arguments[1] == "all" else NEURONS // GROUPS + 1
-        return 256, 4 * (8 * 256 + 8 + 1 + entries)
+        most = NEURONS // GROUPS + 1
+        return 256, 4 * (8 * 256 + 8 + 1 + (1 if arguments[1] == "all" else 2) * most)
     if name == "draw_kernel":
         return 256, 8 * (256 + 8) + 4
     if name == "mma_kernel":

@@ -24,7 +24,7 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
       backend(*runtime->backend),
       capacity(capacity),
       sample_tokens(sample_tokens),
-      reads_(runtime->config().num_layers) {
+      prefill_reads_(runtime->config().num_layers) {
   if (capacity < 1) {
     throw OptionError("capacity " + std::to_string(capacity) + ": expected at least 1 token");
   }
@@ -91,9 +91,13 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   step.ffn = mode;
   step.estimate = estimate;
   step.samples = sampled;
-  const std::int64_t before = backend.head_bytes(*state);
+  const std::int64_t head_before = backend.head_bytes(*state);
+  const std::vector<FfnReads> decoded = reads();
   const std::span<const float> logits = run(step, rows);
-  prefill_head_bytes_ += backend.head_bytes(*state) - before;
+  prefill_head_bytes_ += backend.head_bytes(*state) - head_before;
+  const std::vector<FfnReads> with_these = reads();
+  for (std::size_t l = 0; l < decoded.size(); ++l)
+    prefill_reads_[l] = prefill_reads_[l] + with_these[l] - decoded[l];
   return logits;
 }
 
@@ -131,27 +135,12 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   step.tokens = {&token, 1};
   step.ffn = decode_mode;
   step.head = head_;
-  const auto all_reads = [&] {
-    const std::lock_guard lock(runtime->computing);
-    std::vector<FfnReads> reads;
-    for (std::int64_t l = 0; l < config.num_layers; ++l)
-      reads.push_back(backend.ffn_reads(*state, l));
-    return reads;
-  };
-  const std::vector<FfnReads> before = all_reads();
   const std::span<const float> logits = run(step, rows);
-  const std::vector<FfnReads> after = all_reads();
-
   ++decoded_;
   const std::int64_t kv_token =
       2 * config.num_kv_heads * kv_row_bytes(runtime->kv, config.head_dim);
-  for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
-    const std::int64_t window = config.sliding_window[layer];
+  for (const std::int64_t window : config.sliding_window)
     kv_bytes_ += kv_token * (window ? std::min(window, position) : position);
-    reads_[layer].exact += after[layer].exact - before[layer].exact;
-    reads_[layer].coarse += after[layer].coarse - before[layer].coarse;
-    reads_[layer].bytes += after[layer].bytes - before[layer].bytes;
-  }
   return logits;
 }
 
@@ -177,9 +166,17 @@ void Session::Impl::set_mask(std::int64_t layer, std::span<const std::int32_t> n
   decode_mode = FfnMode::sparse;
 }
 
+std::vector<FfnReads> Session::Impl::reads() const {
+  const std::lock_guard lock(runtime->computing);
+  std::vector<FfnReads> decoded;
+  for (std::size_t l = 0; l < prefill_reads_.size(); ++l)
+    decoded.push_back(backend.ffn_reads(*state, static_cast<std::int64_t>(l)) - prefill_reads_[l]);
+  return decoded;
+}
+
 std::int64_t Session::Impl::ffn_bytes() const {
   std::int64_t bytes = refresh_bytes_;
-  for (const FfnReads& reads : reads_) bytes += reads.bytes;
+  for (const FfnReads& layer : reads()) bytes += layer.bytes;
   return bytes;
 }
 
@@ -190,12 +187,13 @@ void Session::Impl::add_to(GenerationStats& stats) const {
   stats.ffn_active_by_layer.assign(layers, 1.0);
   if (decoded_ == 0) return;
   double exact = 0, coarse = 0;
+  const std::vector<FfnReads> decoded = reads();
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     const auto all = static_cast<double>(decoded_ * neurons);
-    exact += static_cast<double>(reads_[layer].exact) / all;
-    coarse += static_cast<double>(reads_[layer].coarse) / all;
+    exact += static_cast<double>(decoded[layer].exact) / all;
+    coarse += static_cast<double>(decoded[layer].coarse) / all;
     stats.ffn_active_by_layer[layer] =
-        static_cast<double>(reads_[layer].exact + reads_[layer].coarse) / all;
+        static_cast<double>(decoded[layer].exact + decoded[layer].coarse) / all;
   }
   stats.ffn_active = (exact + coarse) / static_cast<double>(layers);
   stats.ffn_coarse = coarse / static_cast<double>(layers);

@@ -38,6 +38,7 @@ struct Session::Impl {
   void check(const TdaOptions& options) const;
   void apply(const TdaOptions& options);
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
+  std::vector<FfnReads> reads() const;  // [L] by decoded tokens
   std::int64_t ffn_bytes() const;
   /// Fills the fields about decoding that are known here; seconds and token counts are the
   /// caller's.
@@ -74,8 +75,8 @@ struct Session::Impl {
   float head_ = 0;                       // Step::head of decoded tokens
   std::int64_t prefill_head_bytes_ = 0;  // of what the backend counts
   std::int64_t decoded_ = 0;
-  std::int64_t kv_bytes_ = 0;    // read while decoding
-  std::vector<FfnReads> reads_;  // [L] by decoded tokens
+  std::int64_t kv_bytes_ = 0;            // read while decoding
+  std::vector<FfnReads> prefill_reads_;  // [L] of what the backend counts
 };
 
 }  // namespace tda

@@ -217,20 +217,22 @@ def run_child(method: str, target: object, *arguments: object) -> int | None:
     return child.exitcode
 
 
-def test_fork(two_threads):
-    expected = answers(two_threads)
-    assert run_child("fork", in_child, two_threads, expected) == 0
-    assert answers(two_threads) == expected
+def test_fork(folder):  # CUDA does not survive it
+    engine = Engine(folder, device="cpu", threads=2)
+    expected = answers(engine)
+    assert run_child("fork", in_child, engine, expected) == 0
+    assert answers(engine) == expected
 
 
-def test_fork_while_another_thread_computes(endless):
+def test_fork_while_another_thread_computes(folder):
     """The child has neither that thread nor what it holds."""
-    expected = answers(endless)
-    stream = endless.stream([5] * 50_000, max_new_tokens=FOREVER - 50_000, ignore_eos=True)
+    engine = Engine(folder, device="cpu", threads=2, max_context=FOREVER)
+    expected = answers(engine)
+    stream = engine.stream([5] * 50_000, max_new_tokens=FOREVER - 50_000, ignore_eos=True)
     thread = threading.Thread(target=list, args=(stream,))
     thread.start()
     try:
-        codes = [run_child("fork", in_child, endless, expected) for _ in range(5)]
+        codes = [run_child("fork", in_child, engine, expected) for _ in range(5)]
     finally:
         stream.cancel()
         thread.join()

@@ -204,7 +204,9 @@ def test_the_cache_may_be_int8(folder: Path):
 @pytest.mark.parametrize("variant", ["llama_bf16", "llama_odd", "qwen3"])
 def test_bf16c_is_bf16(tmp_path, variant):
     folder = tiny.write(tmp_path / "m", variant)
-    plain, compressed = (Engine(folder, weights=w, kv="f32") for w in ("bf16", "bf16c"))
+    plain, compressed = (
+        Engine(folder, device="cpu", weights=w, kv="f32") for w in ("bf16", "bf16c")
+    )
     tokens = tiny.tokens(variant)
     assert np.array_equal(plain.logits(tokens), compressed.logits(tokens))
     decoded = [e.score(tokens, prompt_tokens=1) for e in (plain, compressed)]

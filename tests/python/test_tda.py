@@ -186,7 +186,8 @@ def test_bytes_in_bf16_are_half(llama: Case):
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4", "bf16c"])
 @pytest.mark.parametrize("variant", ["llama", "llama_odd"])
 def test_compact_masks_change_no_bit(tmp_path: Path, variant: str, weights: str, refresh: int):
-    engine = Engine(tiny.write(tmp_path / "m", variant), weights=weights, threads=2)
+    folder = tiny.write(tmp_path / "m", variant)
+    engine = Engine(folder, device="cpu", weights=weights, threads=2)
     tokens = tiny.tokens(variant)
 
     def run(compact: bool) -> tuple[np.ndarray, Session]:
@@ -213,8 +214,9 @@ def test_compact_masks_of_all_and_of_none(llama: Case, tmp_path: Path):
     content["values"] = [0.0, *[9.0 for _ in llama.layers[1:]]]
     path.write_text(json.dumps(content))
     thresholds = Thresholds.load(str(path))
-    expected = llama.engine.score(llama.tokens, PROMPT, tda=TDA(thresholds=thresholds))
-    found = llama.engine.score(llama.tokens, PROMPT, tda=TDA(thresholds=thresholds, compact=True))
+    engine = Engine(llama.folder, device="cpu")
+    expected = engine.score(llama.tokens, PROMPT, tda=TDA(thresholds=thresholds))
+    found = engine.score(llama.tokens, PROMPT, tda=TDA(thresholds=thresholds, compact=True))
     assert (found == expected).all()
 
 
@@ -296,7 +298,8 @@ def test_calibrated_thresholds_meet_the_target_by_the_reference(llama: Case):
     for layer in llama.layers:
         h, down = llama.reference.h[layer], llama.downs[layer]
         scores = reference.statistic(h, down)
-        kept = np.flatnonzero(scores >= thresholds.values[layer] * (1 - 1e-6))
+        # A threshold is the score of the last neuron kept, up to what h in f32 rounds.
+        kept = np.flatnonzero(scores >= thresholds.values[layer] * (1 - 1e-5))
         assert len(kept) in reference.last_counts_within(scores, h, down, 0.15)
         assert thresholds.reached[layer] == pytest.approx(reference.cett(h, down, kept), rel=1e-3)
 

@@ -21,6 +21,9 @@ inline const dim3 &blockDim = simt::block_size, &gridDim = simt::grid_size;
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 // ---- in kernels ---------------------------------------------------------------------------------
 template <class T>
@@ -55,7 +58,7 @@ inline unsigned __float_as_uint(float f) {
 }
 
 // ---- the runtime --------------------------------------------------------------------------------
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorInitializationError = 3 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDefault };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -78,7 +81,13 @@ struct cudaDeviceProp {
   char name[256] = "simt";
   int multiProcessorCount = 0, major = 9, minor = 0;
 };
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes = 0;

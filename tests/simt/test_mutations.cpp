@@ -34,7 +34,7 @@ struct Scenario {
 
 std::vector<Scenario> scenarios() {
   std::vector<Scenario> all;
-  Scenario& f32 = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{5, 1, 1});
+  Scenario& f32 = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{130, 1, 1});
   f32.config.qk_norm = f32.config.qkv_bias = true;
   all.emplace_back(WeightFormat::bf16, std::vector<std::int64_t>{66});
   Scenario& contribution = all.emplace_back(WeightFormat::bf16, std::vector<std::int64_t>{1, 1});

@@ -5,10 +5,11 @@
 #   tools/bench/gpu.sh --prepare [3.12]   before, with network: wheels for that Python, build/wheels
 #   tools/bench/gpu.sh [SHAPE]...         on the machine; shapes of tools/random_model.py
 #   tools/bench/gpu.sh --rehearse         without a GPU: what .venv holds, on device cpu, tiny shapes
-# Everything lands in $OUT (default build/gpu): logs, and RESULTS-gpu.md for tools/bench.
+# Everything lands in $OUT (default build/gpu): logs, and RESULTS-gpu.md for tools/bench. LIMIT: the
+# seconds it may take; BENCH: options of gpu.py bench.
 set -uo pipefail
 out=${OUT:-build/gpu}
-limit=540  # seconds, all in all
+limit=${LIMIT:-540}  # seconds, all in all
 failed=0
 device=cuda
 mkdir -p "$out"
@@ -29,7 +30,7 @@ step() {  # name, seconds at most, command: its log is $out/name.log
 
 # Build and test requirements; PyTorch and NumPy are the machine's own.
 packages="scikit-build-core nanobind nlohmann_json cmake ninja numpy safetensors tokenizers
-          sentencepiece jinja2 tqdm pytest gguf protobuf"
+          sentencepiece jinja2 tqdm pytest pytest-xdist gguf protobuf"
 case ${1:-} in
   --prepare)
     exec python3 -m pip download -q -d build/wheels --only-binary=:all: \
@@ -43,12 +44,12 @@ case ${1:-} in
     shapes="tiny"
     bench="--new 8 --rounds 2 --roof-gigabytes 0.05 --context 32"
     ;;
-  -*) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  -*) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
   *)
     bin=build/gpu-venv/bin
     tests="--without-model"
     shapes="${*:-llama3.2-1b llama3-8b llama2-7b}"
-    bench="--context 32 --context 1024"
+    bench=${BENCH:-"--context 32 --context 1024"}
     ;;
 esac
 printf '| step | result | seconds |\n|---|---|---|\n' | tee "$out/steps.md"
@@ -56,24 +57,37 @@ printf '| step | result | seconds |\n|---|---|---|\n' | tee "$out/steps.md"
 if [ "$device" = cuda ]; then
   step driver 20 nvidia-smi
   ((failed)) && echo "this needs a GPU; without one: tools/bench/gpu.sh --rehearse" && exit 1
-  step environment 60 bash -c "python3 -m venv --system-site-packages build/gpu-venv &&
+  # What python3 has, PyTorch above all, is found from the environment, too: python3 may be one.
+  step environment 60 bash -c "python3 -m venv build/gpu-venv &&
+    python3 -c 'import site; print(*site.getsitepackages(), sep=\"\\n\")' \
+      >\$(echo build/gpu-venv/lib/python3*/site-packages)/outer.pth &&
     $bin/pip install -q --no-index --find-links build/wheels $(echo $packages)"
   step build 240 env PATH="$PWD/$bin:/usr/local/cuda/bin:$PATH" "$bin/pip" install -q --no-deps \
-    --no-build-isolation -C build-dir=build/gpu-tree -C cmake.define.TDA_TESTS=ON \
-    -C cmake.define.TDA_CUDA=ON .
-  step suite-cpp 40 env TDA_DEVICE=cuda "$bin/ctest" --test-dir build/gpu-tree \
-    --output-on-failure -R '^engine$'
+    --no-build-isolation -C build-dir=build -C cmake.define.TDA_TESTS=ON \
+    -C cmake.define.TDA_EXAMPLES=ON -C cmake.define.TDA_CUDA=ON \
+    -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native .
+  ((failed)) && exit 1
+  step suite-cpp 40 env PATH="$PWD/$bin:$PATH" TDA_DEVICE=cuda ctest --test-dir build --output-on-failure \
+    -R '^engine$'
+  "$bin/python" -c 'import xdist' 2>"$out/xdist.log" && tests="$tests -n 8"
 fi
-step suite-python 100 "$bin/python" -m pytest -q tests/python --device "$device" $tests
+# Nothing here is about time: all at once.
+checks=()
+step suite-python 150 "$bin/python" -m pytest -q tests/python --device "$device" $tests &
+checks+=($!)
 for tool in memcheck racecheck synccheck initcheck; do
   sanitizer="compute-sanitizer --tool $tool --error-exitcode 1"
   [ "$device" = cuda ] || sanitizer=
-  PATH="$PATH:/usr/local/cuda/bin" step "$tool" 40 $sanitizer "$bin/python" tools/bench/gpu.py tiny \
-    --device "$device"
+  PATH="$PATH:/usr/local/cuda/bin" step "$tool" 100 $sanitizer "$bin/python" tools/bench/gpu.py \
+    tiny --device "$device" &
+  checks+=($!)
 done
 shape=smollm2-135m
 [ "$device" = cuda ] || shape=tiny
-step check 90 "$bin/python" tools/bench/gpu.py check "$shape" --device "$device"
+step check 90 "$bin/python" tools/bench/gpu.py check "$shape" --device "$device" &
+checks+=($!)
+wait "${checks[@]}"
+grep -q failed "$out/steps.md" && failed=1  # what those in the background set is theirs
 step bench "$limit" "$bin/python" tools/bench/gpu.py bench $shapes --device "$device" $bench \
   --seconds "$((limit - SECONDS - 60))"
 
