@@ -9,24 +9,23 @@
 namespace tda {
 namespace {
 
-template <typename Number>
-[[noreturn]] void reject(const char* option, Number found, const char* expected) {
-  throw OptionError(std::string(option) + " " + text_of(found) + ": expected " + expected);
+[[noreturn]] void reject(const char* option, const std::string& found, const char* expected) {
+  throw OptionError(std::string(option) + " " + found + ": expected " + expected);
 }
 
 }  // namespace
 
 void GenerateOptions::validate() const {
   // Written so that NaN fails each of them.
-  if (max_new_tokens < 1) reject("max_new_tokens", max_new_tokens, "1 or more");
+  if (max_new_tokens < 1) reject("max_new_tokens", std::to_string(max_new_tokens), "1 or more");
   if (!(temperature >= 0 && std::isfinite(temperature))) {
-    reject("temperature", temperature, "a finite number, 0 (greedy) or more");
+    reject("temperature", text_of(temperature), "a finite number, 0 (greedy) or more");
   }
-  if (top_k < 0) reject("top_k", top_k, "0 (off) or more");
-  if (!(top_p > 0 && top_p <= 1)) reject("top_p", top_p, "more than 0, at most 1 (off)");
-  if (!(min_p >= 0 && min_p <= 1)) reject("min_p", min_p, "0 (off) to 1");
+  if (top_k < 0) reject("top_k", std::to_string(top_k), "0 (off) or more");
+  if (!(top_p > 0 && top_p <= 1)) reject("top_p", text_of(top_p), "more than 0, at most 1 (off)");
+  if (!(min_p >= 0 && min_p <= 1)) reject("min_p", text_of(min_p), "0 (off) to 1");
   if (!(repetition_penalty > 0 && std::isfinite(repetition_penalty))) {
-    reject("repetition_penalty", repetition_penalty, "a finite number above 0 (1: off)");
+    reject("repetition_penalty", text_of(repetition_penalty), "a finite number above 0 (1: off)");
   }
 }
 

@@ -85,7 +85,7 @@ void TdaOptions::validate() const {
                       ", expected exactly one of error, active and thresholds");
   }
   // Written so that NaN, for which every comparison is false, is out of range.
-  const auto check = [](bool in_range, const char* name, auto found, const char* expected) {
+  const auto check = [](bool in_range, const char* name, double found, const char* expected) {
     if (in_range) return;
     throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected " + expected);
   };
@@ -110,7 +110,8 @@ void TdaOptions::validate() const {
         "tda compact: expected only with scope \"sequence\", which has a mask to copy");
   }
   check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
-  check(refresh >= 0, "refresh", refresh, "0 (never) or a positive number of tokens");
+  check(refresh >= 0, "refresh", static_cast<double>(refresh),
+        "0 (never) or a positive number of tokens");
 }
 
 }  // namespace tda

@@ -1,16 +1,16 @@
 #pragma once
 
-#include <sstream>
+#include <charconv>
 #include <string>
 
 namespace tda {
 
-/// A number for messages: 0.1, not 0.100000.
-template <typename Number>
-std::string text_of(Number number) {
-  std::ostringstream text;
-  text << number;
-  return text.str();
+/// A number for messages: 0.1, not 0.100000; whatever the locale.
+inline std::string text_of(double number) {
+  char text[32];
+  const std::to_chars_result end =
+      std::to_chars(text, text + sizeof text, number, std::chars_format::general, 6);
+  return {text, end.ptr};
 }
 
 }  // namespace tda

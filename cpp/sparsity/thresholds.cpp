@@ -6,10 +6,10 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "checkpoint/atomic_file.h"
 #include "checkpoint/json.h"
+#include "sparsity/text_of.h"
 
 namespace tda {
 namespace {
@@ -21,13 +21,6 @@ constexpr std::int64_t kVersion = 2;
 [[noreturn]] void reject(const std::filesystem::path& path, const std::string& key,
                          const std::string& found, const std::string& expected) {
   throw CheckpointError(path.string() + ": " + key + ": found " + found + ", expected " + expected);
-}
-
-template <typename Number>
-std::string text_of(Number number) {
-  std::ostringstream text;
-  text << number;
-  return text.str();
 }
 
 /// What a file may hold; checked before writing one and after reading one.

@@ -277,7 +277,8 @@ def run_bench(args: argparse.Namespace) -> None:
         if time.monotonic() > deadline:
             bench.notes.append("out of time")
         else:
-            bench.run(shape, with_transformers=shape == args.shapes[0])  # it compiles for long
+            first = shape == args.shapes[0]
+            bench.run(shape, with_transformers=first and not args.without_transformers)
         print(bench.table(shape) + "\n", flush=True)
 
 
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=240, help="to spend on rounds")
     parser.add_argument("--roof-gigabytes", type=float, default=8)
+    parser.add_argument("--without-transformers", action="store_true", help="they compile for long")
     args = parser.parse_args()
     args.context = args.context or [32]
     if args.what == "tiny":

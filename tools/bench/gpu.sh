@@ -62,6 +62,7 @@ if [ "$device" = cuda ]; then
     python3 -c 'import site; print(*site.getsitepackages(), sep=\"\\n\")' \
       >\$(echo build/gpu-venv/lib/python3*/site-packages)/outer.pth &&
     $bin/pip install -q --no-index --find-links build/wheels $(echo $packages)"
+  ((failed)) && exit 1
   step build 240 env PATH="$PWD/$bin:/usr/local/cuda/bin:$PATH" "$bin/pip" install -q --no-deps \
     --no-build-isolation -C build-dir=build -C cmake.define.TDA_TESTS=ON \
     -C cmake.define.TDA_EXAMPLES=ON -C cmake.define.TDA_CUDA=ON \
@@ -89,7 +90,7 @@ checks+=($!)
 wait "${checks[@]}"
 grep -q failed "$out/steps.md" && failed=1  # what those in the background set is theirs
 step bench "$limit" "$bin/python" tools/bench/gpu.py bench $shapes --device "$device" $bench \
-  --seconds "$((limit - SECONDS - 60))"
+  --seconds "$((limit - SECONDS - 30))"
 
 {
   echo "# Device cuda, measured"

@@ -48,6 +48,7 @@ def recorded(step: Callable[[], object], device: str) -> Callable[[], object]:
     if device != "cuda":
         return step
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # where the step's tensors are being made
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
