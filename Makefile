@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
-SOURCES := $(shell find cpp cuda python tests/cpp tests/text -type f -not -name '*.pyc') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h) CMakeLists.txt pyproject.toml
+SOURCES := $(shell find cpp cuda python tests/cpp tests/text -type f -not -name '*.pyc') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h tools/bench/*.cpp tools/bench/*.cu) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test fuzz build model format check-format clean
 
