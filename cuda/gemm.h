@@ -108,13 +108,10 @@ struct Staged {
   __device__ void store(unsigned* a_tile, unsigned* b_tile) const {
 #pragma unroll
     for (int i = 0; i < kA; ++i) put(a_tile, threadIdx.x + i * kThreads, a[i]);
-    if (!NeuronMajor) {
 #pragma unroll
-      for (int i = 0; i < kB; ++i) put(b_tile, threadIdx.x + i * kThreads, b[i]);
-      return;
-    }
+    for (int i = 0; !NeuronMajor && i < kB; ++i) put(b_tile, threadIdx.x + i * kThreads, b[i]);
 #pragma unroll
-    for (int i = 0; i < kB; i += 2) {
+    for (int i = 0; NeuronMajor && i < kB; i += 2) {
       const int item = threadIdx.x + i / 2 * kThreads;
       unsigned* to = b_tile + chunk_of(item) * kChunk * kGemmPitch + pair_of(item);
       const uint4 x = b[i].words, y = b[i + 1].words;

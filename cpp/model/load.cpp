@@ -216,6 +216,12 @@ Model Layout::model() {
   model.embedding = vocabulary("model.embed_tokens.weight");
   for (std::int64_t i = 0; i < config.num_layers; ++i)
     model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
+  const std::string beyond =
+      "model.layers." + std::to_string(config.num_layers) + ".input_layernorm.weight";
+  if (checkpoint_.contains(beyond))
+    throw CheckpointError("checkpoint " + checkpoint_.name() + ": num_hidden_layers is " +
+                          std::to_string(config.num_layers) +
+                          ", expected more: there is a tensor \"" + beyond + "\"");
   model.final_norm = vector("model.norm.weight", config.hidden_size);
   model.head = config.tied_embeddings ? model.embedding : vocabulary("lm_head.weight");
   model.weight_bytes = used_.value();

@@ -148,7 +148,8 @@ void run(const std::string& name, const Shape& s, int fresh, int context, int ro
     for (std::size_t i = 0; i < std::size(kShares); ++i) {
       const auto state = backend->new_state(context + fresh, KvFormat::automatic);
       const auto mask = spread(s.neurons, kShares[i]);
-      for (std::int64_t layer = 0; layer < s.layers; ++layer) backend->set_mask(*state, layer, mask);
+      for (std::int64_t layer = 0; layer < s.layers; ++layer)
+        backend->set_mask(*state, layer, mask);
       bytes[i] = others + kv_bytes + 6.0 * s.layers * s.hidden * static_cast<double>(mask.size());
       const auto step = [&](Tokens tokens, std::int64_t position, FfnMode mode) {
         const std::int64_t end = position + std::ssize(tokens);
@@ -176,7 +177,8 @@ void run(const std::string& name, const Shape& s, int fresh, int context, int ro
   std::printf("|---|---|---|---|---|\n");
   for (std::size_t i = 0; i < std::size(kShares); ++i) {
     std::vector<double> ratios;
-    for (std::size_t r = 0; r < speeds[i].size(); ++r) ratios.push_back(speeds[i][r] / speeds[0][r]);
+    for (std::size_t r = 0; r < speeds[i].size(); ++r)
+      ratios.push_back(speeds[i][r] / speeds[0][r]);
     const auto [least, most] = std::minmax_element(speeds[i].begin(), speeds[i].end());
     std::printf("| %.0f%% | %.1f (%.1f, %.1f) | %.1f | %.0f%% | %.2f |\n", 100 * kShares[i],
                 median(speeds[i]), *least, *most, bytes[i] / 1e6,
@@ -188,7 +190,9 @@ void run(const std::string& name, const Shape& s, int fresh, int context, int ro
 
 int main(int argc, char** argv) try {
   const auto shape = argc > 1 ? kShapes.find(argv[1]) : kShapes.end();
-  const auto number = [&](int i, int otherwise) { return argc > i ? std::atoi(argv[i]) : otherwise; };
+  const auto number = [&](int i, int otherwise) {
+    return argc > i ? std::atoi(argv[i]) : otherwise;
+  };
   const int fresh = number(2, 96), context = number(3, 32), rounds = number(4, 5);
   if (shape == kShapes.end() || fresh < 1 || context < 1 || rounds < 1) {
     std::fprintf(stderr, "bench_decode SHAPE [new tokens] [context] [rounds]; shapes:");
