@@ -49,7 +49,9 @@ CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool g
   check(cudaGetDeviceProperties(&device, 0), "the device's properties");
   device_ = device.name;
   processors_ = static_cast<unsigned>(device.multiProcessorCount);
-  stream_.overlaps = device.major >= 9;
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "the driver's version");
+  stream_.overlaps = device.major >= 9 && driver >= 12030;  // before, graphs could not hold it
   check_memory();
   if (config.rope.scaling != RopeConfig::Scaling::dynamic)
     rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);

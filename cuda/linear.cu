@@ -12,10 +12,9 @@ using namespace cuda;
 namespace {
 
 /// Rows that a warp takes at a time: as many as leave every processor its blocks.
-int warp_rows(std::int64_t rows, int processors) {
+int warp_rows(std::int64_t rows, unsigned processors) {
   for (const int at_once : {4, 2})
-    if (blocks_of(rows, kWarps * at_once) >= kBlocksEach * static_cast<unsigned>(processors))
-      return at_once;
+    if (blocks_of(rows, kWarps * at_once) >= kBlocksEach * processors) return at_once;
   return 1;
 }
 
