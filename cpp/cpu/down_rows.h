@@ -119,7 +119,7 @@ struct Factors {
 
 /// Of two groups' integers, one per scale, those that interleaved rows' out[i] takes.
 template <int kScales>
-inline __m512i spread(const int32_t* p, int i) {
+inline __m512i lanes_of_scales(const int32_t* p, int i) {
   const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   if constexpr (kScales == 2)
     return _mm512_permutexvar_epi32(lanes,
@@ -192,7 +192,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
       for (int byte = 0; byte < kBytes; ++byte) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
-          lowers[byte][i] = uppers[byte][i] = spread<kScales>(factors.start[byte] + at, i);
+          lowers[byte][i] = uppers[byte][i] = lanes_of_scales<kScales>(factors.start[byte] + at, i);
       }
       for (int64_t q = 0; 4 * q < count; ++q) {
         __m512i loaded[4], nibbles[2][4];
@@ -212,7 +212,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
           const __m512i b = kBoth ? merge(both, _mm512_srli_epi16(rest, 4)) : upper_nibbles(both);
 #pragma GCC unroll 2
           for (int byte = 0; byte < kBytes; ++byte) {
-            const __m512i factor = spread<kScales>(factors.quads[byte][q] + at, i);
+            const __m512i factor = lanes_of_scales<kScales>(factors.quads[byte][q] + at, i);
             lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, factor);
             uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, factor);
           }

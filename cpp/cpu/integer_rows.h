@@ -333,23 +333,6 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 
 #endif
 
-/// out[i] = row_of(i)·x, or its high plane's, i < count <= kBatch, and up to a whole vector of
-/// them; ahead_of(i, j): what to ask for while the i-th and j-th are at work.
-template <bool kExact, class Row, class RowOf, class AheadOf>
-inline void multiply_rows(int64_t count, const RowOf& row_of, const AheadOf& ahead_of,
-                          const Vector<Row>& x, float* out) {
-  Products products;
-  for (int64_t i = 0; i < count; i += 2) {
-    const int64_t j = min(i + 1, count - 1);  // the last of an odd number is taken twice
-    const Row pair[2] = {row_of(i), row_of(j)};
-    Floats lanes[2];
-    multiply<kExact>(pair, ahead_of(i, j), x, lanes);
-    products.lanes[i] = lanes[0];
-    products.lanes[i + 1] = lanes[1];
-  }
-  products.store_to(out, count);
-}
-
 /// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch.
 template <bool kExact, class Row>
 void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row>& x, float* out) {
@@ -383,13 +366,19 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) 
   }
 }
 
-/// One row's product with x per neuron of a batch.
+/// out[i] = row i of a batch · x, and up to a whole vector of them.
 template <class Row>
 void multiply_one_each(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out) {
   const auto ahead = [&](int64_t i) { return batch.ahead<Row>(w, batch.follow.a, i); };
-  multiply_rows<true>(
-      batch.count, [&](int64_t i) { return Row(w, batch.id(i)); },
-      [&](int64_t i, int64_t j) { return RowsAhead<Row, 2>{{ahead(i), ahead(j)}}; }, x, out);
+  Products products;
+  for (int64_t i = 0; i < batch.count; i += 2) {
+    const Row pair[2] = {Row(w, batch.id(i)), Row(w, batch.id(i + 1))};  // an odd one's last twice
+    Floats lanes[2];
+    multiply<true>(pair, RowsAhead<Row, 2>{{ahead(i), ahead(i + 1)}}, x, lanes);
+    products.lanes[i] = lanes[0];
+    products.lanes[i + 1] = lanes[1];
+  }
+  products.store_to(out, batch.count);
 }
 
 template <class Row>

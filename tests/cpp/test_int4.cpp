@@ -200,6 +200,22 @@ TEST(int4_keeps_values_on_its_grid) {
     CHECK(stored.values[i] == 0);
 }
 
+TEST(int4_values_of_a_scale_share_bytes) {  // the engine folder's layout, written out
+  std::vector<std::byte> zeros(int4_row_bytes(kGroup)), row(zeros.size());
+  std::vector<float> values(kGroup, 0.0f);
+  quantize_int4(values.data(), kGroup, zeros.data());
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = 1;
+    quantize_int4(values.data(), kGroup, row.data());
+    values[i] = 0;
+    const std::size_t byte = i / 16 * 8 + i % 8;
+    const std::byte mask{static_cast<unsigned char>(i % 16 < 8 ? 0x0f : 0xf0)};
+    for (std::size_t b = 0; b < kGroup / 2; ++b)
+      CHECK(((row[b] ^ zeros[b]) & ~(b == byte ? mask : std::byte{0})) == std::byte{0});
+    CHECK(row[byte] != zeros[byte]);
+  }
+}
+
 TEST(int4_rows_are_loaded) {
   for_all_kernels([](const Kernels&, const RowKernels& kernels) {
     for (const std::int64_t n : kLengths) {

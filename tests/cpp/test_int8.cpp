@@ -217,6 +217,28 @@ TEST(int8_rounds_to_half_a_step) {
   CHECK(zero.values == std::vector<float>(70));
 }
 
+TEST(int8_values_of_a_scale_share_bytes) {  // the engine folder's layout, written out
+  struct Row {
+    std::vector<std::byte> high = std::vector<std::byte>(high_row_bytes(kGroup));
+    std::vector<std::byte> low = std::vector<std::byte>(low_row_bytes(kGroup));
+  } zeros, row;
+  std::vector<float> values(kGroup, 0.0f);
+  quantize_int8(values.data(), kGroup, zeros.high.data(), zeros.low.data());
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = 1;
+    quantize_int8(values.data(), kGroup, row.high.data(), row.low.data());
+    values[i] = 0;
+    const std::size_t byte = i / 32 * 16 + i % 16;
+    const std::byte mask{static_cast<unsigned char>(i % 32 < 16 ? 0x0f : 0xf0)};
+    for (std::size_t b = 0; b < kGroup / 2; ++b) {
+      const std::byte allowed = b == byte ? mask : std::byte{0};
+      CHECK(((row.high[b] ^ zeros.high[b]) & ~allowed) == std::byte{0});
+      CHECK(((row.low[b] ^ zeros.low[b]) & ~allowed) == std::byte{0});
+    }
+    CHECK(row.high[byte] != zeros.high[byte]);
+  }
+}
+
 TEST(int8_rows_are_loaded) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : kLengths) {
