@@ -55,7 +55,8 @@ esac
 printf '| step | result | seconds |\n|---|---|---|\n' | tee "$out/steps.md"
 
 if [ "$device" = cuda ]; then
-  step driver 20 nvidia-smi
+  step driver 20 bash -c "PATH=\$PATH:/usr/local/cuda/bin; c++ --version; nvcc --version; python3 --version
+    nvidia-smi"
   ((failed)) && echo "this needs a GPU; without one: tools/bench/gpu.sh --rehearse" && exit 1
   # What python3 has, PyTorch above all, is found from the environment, too: python3 may be one.
   step environment 60 bash -c "python3 -m venv build/gpu-venv &&
