@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons 
     float sums[kRows];
     dots.finish(x, sums);
     float h = activate(a.activation, sums[0] * scale);
-    bool passes = S != Select::gate || fabsf(h) >= *a.threshold;
+    bool passes = S != Select::gate || !(fabsf(h) < *a.threshold);  // a NaN is kept, and seen
     if (S == Select::gate && passes) {
       const W* rows[kRows] = {row_of(a.up)};
       dots.begin(rows, pitch);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons 
     } else {
       h = passes ? h * sums[kRows - 1] * scale : 0;
     }
-    if (S == Select::contribution) passes = fabsf(h) * a.lengths[id] >= *a.threshold;
+    if (S == Select::contribution) passes = !(fabsf(h) * a.lengths[id] < *a.threshold);
     const bool exists = TDA_WITHIN(entry, count);
     if (lane == 0 && exists) a.h[entry] = h;
     if (S != Select::all) {

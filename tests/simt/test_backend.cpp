@@ -194,6 +194,20 @@ TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
     CHECK_THROWS(backend.draw(*state, temperature, 0.5), Error, "not finite");
 }
 
+TEST(a_nan_of_a_neuron_is_selected_and_seen) {
+  for (const bool by_gate : {false, true}) {
+    const RandomModel random(small_config(), WeightFormat::f32, 8);
+    const auto model = random.get();
+    RandomModel::poison(model->layers[0].gate, 3);
+    const CudaBackend backend(model, 1);
+    const auto state = backend.new_state(1, KvFormat::f32);
+    backend.set_thresholds(*state, 0, {1e6f, 1e6f, by_gate});  // that no number passes
+    const Token token = 5;
+    forward(backend, *state, step_of({&token, 1}, 0, FfnMode::sparse), 0);
+    CHECK_THROWS(backend.draw(*state, 0, 0), Error, "not finite");
+  }
+}
+
 /// Tokens drawn after one, by u's from 0 to almost 1, must be those that the host draws from the
 /// same logits.
 void check_draws(std::int64_t vocabulary, double temperature, unsigned seed, std::size_t draws) {
