@@ -336,21 +336,23 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 /// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch.
 template <bool kExact, class Row>
 void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row>& x, float* out) {
+  constexpr int kTogether = Row::kPlanes ? 2 : 4;  // rows: they share what is loaded of x
   const Row row(w, first);
   // Past the end lies what a next call will read.
   const auto stream = [&](int64_t rows) {
-    return Streams(row.after(w, rows), {2 * w.stride, 2 * w.low_stride});
+    return Streams(row.after(w, rows), {kTogether * w.stride, kTogether * w.low_stride});
   };
   const int64_t near = w.stride < 1024 ? kBatch / 2 : kBatch / 4;  // the first level is small
-  StreamsAhead<kExact, 2> ahead = {stream(kBatch), stream(near), rest_of<2>(x, 2 * w.stride)};
+  StreamsAhead<kExact, kTogether> ahead = {stream(kBatch), stream(near),
+                                           rest_of<kTogether>(x, kTogether * w.stride)};
   Products products;
-  for (int64_t i = 0; i < count; i += 2) {
-    const Row pair[2] = {row.after(w, i), row.after(w, min(i + 1, count - 1))};
-    Floats lanes[2];
-    multiply<kExact>(pair, ahead, x, lanes);
+  for (int64_t i = 0; i < count; i += kTogether) {
+    Row taken[kTogether];
+    for (int j = 0; j < kTogether; ++j) taken[j] = row.after(w, min(i + j, count - 1));
+    Floats lanes[kTogether];
+    multiply<kExact>(taken, ahead, x, lanes);
     ahead.go_on();
-    products.lanes[i] = lanes[0];
-    products.lanes[i + 1] = lanes[1];
+    for (int j = 0; j < kTogether; ++j) products.lanes[i + j] = lanes[j];
   }
   products.store_to(out, count);
 }
