@@ -76,6 +76,7 @@ void CudaBackend::qkv(State& s, std::int64_t layer) const {
            &weights.attention_norm, weights.qkv_bias, state.qkv.data(), false);
 }
 
+/// Rotation and the KV cache come here, not in qkv(): for one token in the same kernel.
 void CudaBackend::attention(State& s, std::int64_t layer) const {
   CudaState& state = CudaState::of(s);
   if (skips(state)) return;

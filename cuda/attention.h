@@ -23,6 +23,11 @@ struct Attention {
 
 inline constexpr int kAttendThreads = 256, kAttendWarps = kAttendThreads / 32;
 
+/// A token's head of q, k or v, in that order, as the projection made it. -> [n]
+__device__ inline float* head_of(const Attention& a, int t, int head) {
+  return a.qkv + (static_cast<std::int64_t>(t) * (a.heads + 2 * a.kv_heads) + head) * a.n;
+}
+
 /// A warp's work: put(i, v) of every number of a head, normed if `norm`: [n] is there, and rotated.
 /// v: [n]
 template <class Put>
@@ -47,7 +52,7 @@ __device__ void rotate(const Attention& a, const float* v, const float* norm, in
 template <class C>
 __device__ void append(const Attention& a, int t, int kv_head, bool is_value) {
   const int head = a.heads + kv_head + (is_value ? a.kv_heads : 0), lane = threadIdx.x % 32;
-  const float* v = a.qkv + (static_cast<std::int64_t>(t) * (a.heads + 2 * a.kv_heads) + head) * a.n;
+  const float* v = head_of(a, t, head);
   const int pitch = static_cast<int>(padded(a.n));
   C* row = static_cast<C*>(is_value ? a.values : a.keys) +
            (static_cast<std::int64_t>(kv_head) * a.capacity + *a.position + t) * pitch;
@@ -68,7 +73,7 @@ __global__ void append_kernel(Attention a) {
     const int of_kv = head - a.heads;
     return append<C>(a, t, of_kv % a.kv_heads, of_kv >= a.kv_heads);
   }
-  float* v = a.qkv + (static_cast<std::int64_t>(t) * (a.heads + 2 * a.kv_heads) + head) * a.n;
+  float* v = head_of(a, t, head);
   rotate(a, v, a.q_norm, t, [&](int i, float q) { v[i] = q; });
 }
 
@@ -133,13 +138,12 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend_kernel(Attention a) 
   wait_for_previous();
   if (!Fresh) ask_early(from + stream);
   for (int h = warp; h < Heads; h += kAttendWarps) {
-    const std::int64_t row = static_cast<std::int64_t>(t) * (a.heads + 2 * a.kv_heads) + head + h;
+    const float* from_h = head_of(a, t, head + h);
     float* to_h = q + h * pitch;
     if (Fresh && h < heads)
-      rotate(a, a.qkv + row * n, a.q_norm, t, [&](int i, float v) { to_h[i] = v * a.scale; });
+      rotate(a, from_h, a.q_norm, t, [&](int i, float v) { to_h[i] = v * a.scale; });
     for (int i = threadIdx.x % 32; i < pitch; i += 32)
-      if (!Fresh || h >= heads || i >= n)
-        to_h[i] = h < heads && i < n ? a.qkv[row * n + i] * a.scale : 0;
+      if (!Fresh || h >= heads || i >= n) to_h[i] = h < heads && i < n ? from_h[i] * a.scale : 0;
   }
   if (Fresh && to == end && warp >= kAttendWarps - 2)
     append<C>(a, t, kv_head, warp == kAttendWarps - 1);

@@ -115,9 +115,8 @@ inline unsigned blocks_of(std::int64_t n, std::int64_t per_block) {
 }
 
 template <class... P, class... A>
-void launch_with(const cudaLaunchAttribute* attribute, cudaStream_t stream, dim3 grid,
-                 unsigned threads, std::int64_t shared_bytes, void (*kernel)(P...),
-                 const A&... arguments) {
+void launch_with(cudaLaunchAttribute* attribute, cudaStream_t stream, dim3 grid, unsigned threads,
+                 std::int64_t shared_bytes, void (*kernel)(P...), const A&... arguments) {
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -127,7 +126,7 @@ void launch_with(const cudaLaunchAttribute* attribute, cudaStream_t stream, dim3
   config.blockDim = {threads, 1, 1};
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
+  config.attrs = attribute;
   config.numAttrs = attribute ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), "a launch");
 }

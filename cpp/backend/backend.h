@@ -31,9 +31,6 @@ struct FfnReads {
   std::int64_t exact = 0, coarse = 0;  // neurons
   std::int64_t bytes = 0;              // of weights
 
-  FfnReads operator+(const FfnReads& o) const {
-    return {exact + o.exact, coarse + o.coarse, bytes + o.bytes};
-  }
   FfnReads operator-(const FfnReads& o) const {
     return {exact - o.exact, coarse - o.coarse, bytes - o.bytes};
   }

@@ -95,9 +95,9 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   const std::vector<FfnReads> decoded = reads();
   const std::span<const float> logits = run(step, rows);
   prefill_head_bytes_ += backend.head_bytes(*state) - head_before;
-  const std::vector<FfnReads> with_these = reads();
-  for (std::size_t l = 0; l < decoded.size(); ++l)
-    prefill_reads_[l] = prefill_reads_[l] + with_these[l] - decoded[l];
+  const std::lock_guard lock(runtime->computing);
+  for (std::int64_t l = 0; l < config.num_layers; ++l)  // so that reads() is what it was
+    prefill_reads_[l] = backend.ffn_reads(*state, l) - decoded[l];
   return logits;
 }
 

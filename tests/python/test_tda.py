@@ -298,8 +298,9 @@ def test_calibrated_thresholds_meet_the_target_by_the_reference(llama: Case):
     for layer in llama.layers:
         h, down = llama.reference.h[layer], llama.downs[layer]
         scores = reference.statistic(h, down)
-        # A threshold is the score of the last neuron kept, up to what h in f32 rounds.
-        kept = np.flatnonzero(scores >= thresholds.values[layer] * (1 - 1e-5))
+        # The last neuron kept has the threshold as its score, up to what h in f32 rounds.
+        slack = 1e-6 if llama.engine.device.startswith("cpu") else 1e-5
+        kept = np.flatnonzero(scores >= thresholds.values[layer] * (1 - slack))
         assert len(kept) in reference.last_counts_within(scores, h, down, 0.15)
         assert thresholds.reached[layer] == pytest.approx(reference.cett(h, down, kept), rel=1e-3)
 

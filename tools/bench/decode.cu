@@ -13,7 +13,7 @@
 #include <iterator>
 #include <map>
 #include <memory>
-#include <numeric>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -194,7 +194,7 @@ int main(int argc, char** argv) try {
     return argc > i ? std::atoi(argv[i]) : otherwise;
   };
   const int fresh = number(2, 96), context = number(3, 32), rounds = number(4, 5);
-  if (shape == kShapes.end() || fresh < 1 || context < 1 || rounds < 1) {
+  if (shape == kShapes.end() || argc > 5 || fresh < 1 || context < 1 || rounds < 1) {
     std::fprintf(stderr, "bench_decode SHAPE [new tokens] [context] [rounds]; shapes:");
     for (const auto& [name, of_name] : kShapes) std::fprintf(stderr, " %s", name.c_str());
     std::fprintf(stderr, "\n");
