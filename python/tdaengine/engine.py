@@ -64,17 +64,17 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         """The next piece, not empty. Raises what `generate` raises while computing."""
-        if not self._taking.acquire(blocking=False):
+        if self._taking.locked():
             raise OptionError("stream: found it in use by another thread, expected one at a time")
-        try:
+        # Not acquire(): a signal handler that raises just behind it would leave the lock taken. Of
+        # two threads that come here at the same moment one waits for its turn instead.
+        with self._taking:
             while not self._is_done:
                 piece = self._advance()
                 if piece:
                     self._pieces.append(piece)
                     return piece
             raise StopIteration
-        finally:
-            self._taking.release()
 
     def cancel(self) -> None:
         """Ends the stream, from any thread: after the token under way, or in the midst of a long
