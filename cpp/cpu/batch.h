@@ -49,17 +49,20 @@ struct Gated {
 
 // ---- memory ---------------------------------------------------------------------------------
 //
-// Memory brings lines in time only if they are asked for. While a line of a row is at work, a line
-// of the row kBatch places on is asked for: one instruction per line, spread as evenly as the work,
-// and no list to keep (loops over lists took a quarter of the time).
-//
-// Where many requests are under way, one or two of a hundred get lost, and for each a core waits as
-// long as for the work on a hundred lines. So streams that are read whole are asked for again when
-// they are nearer.
+// Memory brings lines in time only if they are asked for, each of them
+// (tests/cpp/test_requests.cpp): one instruction per line that is at work, spread as evenly as the
+// work, and no list to keep (loops over lists took a quarter of the time).
 //
 // Rows that follow each other are asked for line by line through all of them, whatever the order of
-// work: the hardware joins in with such a stream (a tenth to a third faster than row by row). Those
-// that don't are read with the last of each four lines first: lines in order make the hardware
+// work (up to a third faster than row by row), and into the first level alone, since they are read
+// once. Where many requests are under way, one or two of a hundred get lost, of the first to new
+// pages one of ten, and for each a core waits as long as for the work on a hundred lines. So all
+// are made again when the work is nearer. What comes behind the last row of a list is asked for
+// like the rest: gates and ups are followed by downs, those by the next gates, a thread's last rows
+// of one matrix by its first ones of another.
+//
+// Scattered rows are asked for one by one, kBatch places ahead, into the second level, for some are
+// read again, and read with the last of each four lines first: lines in order make the hardware
 // fetch as many behind the row, which are of no use then. Measured in tools/bench/RESULTS-cpu.md.
 
 constexpr int kLinesInTurn = 4;
@@ -77,6 +80,7 @@ struct Follow {
   const int32_t* ids = nullptr;
   int64_t count = 0;
   bool high = true, low = true;  // planes
+  ReadOn then = {};              // where there are no such rows
 };
 
 /// Neurons whose rows are at work, of those in a list, and what to ask memory for meanwhile.
@@ -111,8 +115,9 @@ struct Batch {
   /// Whether these rows, and those asked for meanwhile, follow each other in memory.
   bool is_stream_ahead() const {
     if (are_scattered(ids, left)) return false;
-    return left >= 2 * kBatch ||
-           (left % kDownBatch == 0 && follow.count >= kBatch && !are_scattered(follow.ids, kBatch));
+    return left >= 3 * kBatch ||
+           (left % kDownBatch == 0 &&
+            (follow.count == 0 || (follow.count >= kBatch && !are_scattered(follow.ids, kBatch))));
   }
 };
 
@@ -128,59 +133,112 @@ struct RowsAhead {
   void go_on() {}
 };
 
-/// A stream per plane, from some place on, and how many bytes of it are taken at a time.
+/// How far ahead of the work rows of so many bytes are asked for, whole multiples of `multiple` of
+/// them; again at half of that. In bytes it is what memory needs to answer. Farther, more than 64
+/// lines would be under way where it answers late.
+inline int64_t rows_ahead(int64_t bytes, int64_t multiple) {
+  constexpr int64_t kFar = 10240;
+  return (kFar + bytes * multiple - 1) / (bytes * multiple) * multiple;
+}
+/// The same in neurons, whose rows are so many bytes each: as much as whole batches of down rows,
+/// the second or a later one behind that at work.
+inline int64_t neurons_ahead(int64_t bytes) {
+  return min(kBatch, rows_ahead(bytes, 2 * kDownBatch) / 2);
+}
+
+/// A stream per plane, from some place on, and how many bytes of each go with a row.
 struct Streams {
   const std::uint8_t* of[2];
   int64_t step[2];
 
-  template <class Row>
-  Streams(const Row& row, const int64_t (&steps)[2])
-      : of{row.plane(0), row.plane(1)}, step{steps[0], steps[1]} {}
-  Streams(const std::uint8_t* first, const std::uint8_t* second, int64_t both)
-      : of{first, second}, step{both, both} {}
-  void go_on() {
-    for (int i = 0; i < 2; ++i) of[i] += step[i];
+  Streams after(int64_t rows) const {
+    return {{of[0] + rows * step[0], of[1] + rows * step[1]}, {step[0], step[1]}};
   }
 };
 
-/// Streams to ask for while kCount rows that follow each other are at work; kTwice: and again, into
-/// the first-level cache.
-template <bool kTwice, int kCount>
+/// What a thread reads: rows of a list that follow each other, as streams, then others.
+struct Route {
+  Streams own;
+  int64_t left;  // rows
+  Streams then;
+
+  Streams at(int64_t row) const { return row < left ? own.after(row) : then.after(row - left); }
+  /// The first row behind `row` that is not on the same streams as it.
+  int64_t end_of(int64_t row) const { return row < left ? left : INT64_MAX; }
+};
+
+/// What follows a list as far as it is known, or the list's own rows, which cost nothing.
+inline Streams read_on(const ReadOn& then, const Streams& own, int64_t step, int64_t low_step) {
+  if (!then.data) return {{own.of[0], own.of[1]}, {0, 0}};
+  const auto* const data = reinterpret_cast<const std::uint8_t*>(then.data);
+  const auto* const low = reinterpret_cast<const std::uint8_t*>(then.low);
+  return {{data, low ? low : data}, {step, low_step}};
+}
+
+/// Streams to ask for while kCount rows that follow each other are at work, kStep of a route's;
+/// kOnce: they are read once, and asked for again.
+template <bool kOnce, int kCount, int kStep>
 struct StreamsAhead {
   static constexpr bool kInOrder = true;
   Streams next, again;
-  int64_t rest;  // lines of the first plane behind those of nibbles
+  int64_t rest;  // lines of the first plane behind those of nibbles, per turn
 
+  /// The rows' pairs of groups and, kStep together, their bytes in the first plane.
+  StreamsAhead(const Streams& far, const Streams& near, int64_t pairs, int64_t bytes)
+      : next(far), again(near) {
+    const int64_t turns = (pairs + kLinesInTurn - 1) / kLinesInTurn;
+    const int64_t behind = (bytes + kLineBytes - 1) / kLineBytes - kCount * pairs;
+    rest = (max(0, behind) + turns - 1) / turns;
+  }
   void go_on() {
-    next.go_on();
-    again.go_on();
+    next = next.after(kStep);
+    again = again.after(kStep);
   }
   void ask(int plane, int64_t row, int64_t byte) const {
     ask_line(plane, kCount * byte + row * kLineBytes);
   }
   void ask_scales(int64_t, int64_t) const {}
-  /// Where the pairs of a turn ask from. Lines of scales, behind those of nibbles, come one by one
-  /// at the beginning of turns, in the stream's order: all at a row's end they take 3% longer.
+  /// Where the pairs of a turn ask from. Lines of scales, behind those of nibbles, come at the
+  /// beginning of turns, in the stream's order: all at a row's end they take 3% longer.
   StreamsAhead in_turn(int64_t turn) const {
     StreamsAhead here = *this;
-    here.skip(min(turn, rest));
-    if (turn < rest) {
-      here.ask_line(0, kCount * kLinesInTurn * turn * kLineBytes);
-      here.skip(1);
-    }
+    here.skip(turn * rest);
+    for (int64_t i = 0; i < rest; ++i)
+      here.ask_line(0, (kCount * kLinesInTurn * turn + i) * kLineBytes);
+    here.skip(rest);
     return here;
   }
 
  private:
-  void ask_line(int plane, int64_t at) const {
-    tda::ask(next.of[plane] + at);
-    if (kTwice) ask_soon(again.of[plane] + at);
+  void ask_line(int plane, int64_t byte) const {
+    if (kOnce) {
+      ask_in_passing(next.of[plane] + byte);
+      ask_soon(again.of[plane] + byte);
+    } else {
+      tda::ask(next.of[plane] + byte);
+    }
   }
   void skip(int64_t lines) {
     next.of[0] += lines * kLineBytes;
     again.of[0] += lines * kLineBytes;
   }
 };
+
+/// work(i, ahead) for every kStep of a route's rows i < count, with what to ask for meanwhile.
+template <bool kOnce, int kCount, int kStep, class Work>
+[[gnu::always_inline]] inline void follow_route(const Route& route, int64_t count, int64_t far,
+                                                int64_t pairs, const Work& work) {
+  const int64_t near = far / 2;
+  for (int64_t i = 0; i < count;) {
+    StreamsAhead<kOnce, kCount, kStep> ahead(route.at(i + far), route.at(i + near), pairs,
+                                             kStep * route.own.step[0]);
+    const int64_t end = min(count, min(route.end_of(i + far) - far, route.end_of(i + near) - near));
+    for (; i < end; i += kStep) {
+      work(i, ahead);
+      ahead.go_on();
+    }
+  }
+}
 
 }  // namespace
 }  // namespace tda

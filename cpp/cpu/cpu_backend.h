@@ -150,9 +150,14 @@ class CpuBackend final : public Backend {
   // linear.cpp
   /// out = rmsnorm(in) of every token. in, out: [panels, H, P]
   void norm(const Layout&, const float* in, std::span<const float> weight, float* out) const;
-  /// out = w in, or += with `add`. in: [panels, w.cols, P], out: [panels, w.rows, P]
-  void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out,
-                bool add) const;
+  /// Decode: where a thread begins to read a matrix, or a layer's feed-forward rows (ffn.cpp).
+  ReadOn begin_of(const Matrix&, int thread) const;
+  ReadOn begin_of_ffn(std::int64_t layer, int thread) const;
+  /// out = w in, or += with `add`. in: [panels, w.cols, P], out: [panels, w.rows, P]. Decode: then
+  /// a thread reads on at then(thread).
+  template <class Then>
+  void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out, bool add,
+                const Then& then) const;
   /// The same for several tokens, but out: [T, w.rows].
   void multiply_to_rows(CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;

@@ -26,30 +26,49 @@ struct DownRowsAhead : RowsAhead<Row, kDownBatch> {
   }
 };
 
-/// The same for rows that follow each other, both of their planes in one stream, which is asked for
-/// again; at a list's end two other streams.
+/// The same for rows that follow each other: line by line through all of them, and again; then
+/// through the streams of what follows the list.
 template <class Row>
-struct DownStreamAhead {
+struct DownStreamsAhead {
   static constexpr bool kInOrder = true;
-  const std::uint8_t *first, *second;
 
-  DownStreamAhead(const Rows& w, const Batch& batch) {
-    const Row far = batch.ahead<Row>(w, batch.follow.a, 0);
-    first = far.plane(0);
-    if (!batch.is_last())
-      second = Row(w, batch.ids[kBatch / 2]).plane(0);
-    else if (Row::kPlanes)
-      second = far.plane(1);
-    else  // the one stream's second half
-      second = batch.ahead<Row>(w, batch.follow.a, kDownBatch / 2).plane(0);
+  DownStreamsAhead(const Rows& w, const Batch& batch) {
+    const Row row(w, batch.ids[0]);
+    const int64_t high = Row::kPlanes ? row.plane(1) - row.plane(0) : w.stride;
+    const Streams own = {{row.plane(0), row.plane(0)}, {w.stride, w.stride}};
+    const Follow& follow = batch.follow;
+    Route route = {own, batch.left, read_on(follow.then, own, high, w.stride - high)};
+    if (follow.count > 0) {
+      const Row gate(*follow.a, follow.ids[0]);
+      route.then = {{gate.plane(0), gate.plane(1)}, {high, w.stride - high}};
+    }
+    const int64_t far = 2 * neurons_ahead(w.stride);
+    next = lines(route, far);
+    again = lines(route, far / 2);
   }
-  void ask(int, int64_t, int64_t) {
-    tda::ask(first);
-    ask_soon(second);
-    first += kLineBytes;
-    second += kLineBytes;
+  void ask(int plane, int64_t, int64_t) {
+    ask_in_passing(next.take(plane));
+    ask_soon(again.take(plane));
   }
   void ask_scales(int64_t, int64_t) { ask(0, 0, 0); }
+
+ private:
+  struct Lines {
+    const std::uint8_t* of[2];
+    int second;  // which of them plane 1 asks from
+
+    const std::uint8_t* take(int plane) {
+      const std::uint8_t*& line = of[plane == 0 ? 0 : second];
+      line += kLineBytes;
+      return line - kLineBytes;
+    }
+  };
+  Lines next, again;
+
+  static Lines lines(const Route& route, int64_t row) {
+    const Streams at = route.at(row);
+    return {{at.of[0], at.of[1]}, row < route.left ? 0 : 1};
+  }
 };
 
 #if defined(__AVX512VNNI__)
@@ -264,6 +283,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
       std::int8_t codes[kGroup];
       rows[r].template codes<kExact>(g, codes);
       if (g % 2 == 0)
+#pragma GCC unroll 2
         for (int plane = 0; plane < (kExact && Row::kPlanes ? 2 : 1); ++plane)
           ahead.ask(plane, r, g * kGroupBytes);
 #pragma GCC unroll 16
@@ -281,7 +301,7 @@ template <bool kExact, class Row>
 void add_rows(const Rows& w, const Batch& batch, const float* h, float* y) {
   constexpr bool kWhole = kExact || !Row::kPlanes;  // rows leave no gaps between them
   if (kWhole && batch.is_stream_ahead())
-    add_rows<kExact, Row>(w, batch, DownStreamAhead<Row>(w, batch), h, y);
+    add_rows<kExact, Row>(w, batch, DownStreamsAhead<Row>(w, batch), h, y);
   else
     add_rows<kExact, Row>(w, batch, DownRowsAhead<Row>(w, batch), h, y);
 }

@@ -17,7 +17,24 @@ constexpr std::int64_t kMostTasks = 64;
 constexpr std::int64_t kTaskSums = 32768;
 constexpr std::int64_t kColumns = 256;
 
+/// Decode: how neurons are shared out, in whole batches.
+struct Tasks {
+  std::int64_t neurons, count;
+
+  explicit Tasks(std::int64_t all)
+      : neurons(all), count(std::min((all + kTaskNeurons - 1) / kTaskNeurons, kMostTasks)) {}
+  std::int64_t first_of(std::int64_t task) const {
+    const std::int64_t batches = (neurons + kDecodeBatch - 1) / kDecodeBatch;
+    return std::min(neurons, task * batches / count * kDecodeBatch);
+  }
+};
+
 }  // namespace
+
+ReadOn CpuBackend::begin_of_ffn(std::int64_t layer, int thread) const {
+  const Tasks tasks(model_->config.intermediate_size);
+  return rows_of(model_->layers[layer].gate, tasks.first_of(pool_.first_task(thread, tasks.count)));
+}
 
 void CpuBackend::ffn(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
@@ -111,7 +128,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const LayerWeights& weights = model_->layers[layer];
   const std::int64_t n = model_->config.hidden_size;
   const std::int64_t count = static_cast<std::int64_t>(neurons.size());
-  const std::int64_t tasks = std::min((count + kTaskNeurons - 1) / kTaskNeurons, kMostTasks);
+  const Tasks tasks(count);
   const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
   float* partials = state.partials.reserve(Size(kMostTasks) * stride, "partial sums");
   const void* prepared = prepare(state, weights.gate.format, in, n);
@@ -126,15 +143,17 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::span<const std::int32_t> of_rows =
       copied ? std::span(all_neurons_).first(neurons.size()) : neurons;
   std::atomic<std::int64_t> exact = 0, coarse = 0;
-
-  const std::int64_t batches = (count + kDecodeBatch - 1) / kDecodeBatch;
-  const auto first_of = [&](std::int64_t task) {
-    return std::min(count, task * batches / tasks * kDecodeBatch);
+  const auto then = [&](int thread) {
+    const bool more = layer + 1 < model_->config.num_layers;
+    return begin_of(more ? model_->layers[layer + 1].qkv : model_->head, thread);
   };
-  pool_.run(tasks, [&](std::int64_t task, int) {
-    const std::int64_t first = first_of(task), end = first_of(task + 1);
+
+  pool_.run(tasks.count, [&](std::int64_t task, int thread) {
+    const std::int64_t first = tasks.first_of(task), end = tasks.first_of(task + 1);
+    const bool last = task + 1 == pool_.first_task(thread + 1, tasks.count);
     const RowKernels& kernels = rows(weights.gate.format);
-    const NeuronIds ids = {of_rows.data() + first, end - first, count - end};
+    const NeuronIds ids = {of_rows.data() + first, end - first, last ? 0 : count - end,
+                           last ? then(thread) : ReadOn()};
     float *h = state.hidden.data() + first, *y = partials + task * stride;
     if (select) {
       const SelectedCounts counts =
@@ -150,12 +169,12 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     count_reads(state, layer, count, {exact, coarse});
   const auto add_up = [&](std::int64_t first, std::int64_t end) {
     float sums[kColumns] = {};
-    for (std::int64_t task = 0; task < tasks; ++task)
+    for (std::int64_t task = 0; task < tasks.count; ++task)
       for (std::int64_t i = first; i < end; ++i) sums[i - first] += partials[task * stride + i];
     for (std::int64_t i = first; i < end; ++i) x[i * x_stride] += sums[i - first];
   };
   const std::int64_t blocks = (n + kColumns - 1) / kColumns;
-  const std::int64_t add_tasks = std::clamp<std::int64_t>(tasks * n / kTaskSums, 1, blocks);
+  const std::int64_t add_tasks = std::clamp<std::int64_t>(tasks.count * n / kTaskSums, 1, blocks);
   pool_.run(add_tasks, [&](std::int64_t task, int) {
     const std::int64_t end = (task + 1) * blocks / add_tasks;
     for (std::int64_t block = task * blocks / add_tasks; block < end; ++block)

@@ -17,48 +17,38 @@ template <bool kExact, bool kStream, class Row>
                                         const Batch& batch, const Vector<Row>& x, float* h) {
   constexpr int kTogether = kExact && kStream && Row::kPlanes ? 1 : 2;
   const Follow& follow = batch.follow;
-  // Far enough ahead for memory to answer. Past the list's end come as many bytes of down rows.
-  const bool small = rows.gate.stride < 2048;
-  const int64_t far = small ? kBatch : kBatch / 2, near = small ? kBatch / 2 : kBatch / 8;
-  const auto stream_ahead = [&](int64_t i, int64_t neurons) {
-    const int64_t past = i + neurons - batch.left;
-    if (past < 0)
-      return Streams(Row(rows.gate, batch.ids[i + neurons]),
-                     {kTogether * rows.gate.stride, kTogether * rows.gate.low_stride});
-    const int64_t each = kBatch / far;
-    const std::uint8_t* const down = Row(*follow.a, follow.ids[past * each]).plane(0);
-    return Streams(down, down + rows.gate.stride, kTogether * each * follow.a->stride);
-  };
-  const auto ahead = [&](int64_t i) {
-    if constexpr (kStream)
-      return StreamsAhead<kExact, 2 * kTogether>{
-          stream_ahead(i, far), stream_ahead(i, near),
-          rest_of<2 * kTogether>(x, kTogether * rows.gate.stride)};
-    else {
-      const auto gate = [&](int64_t j) { return batch.ahead<Row>(rows.gate, follow.a, j); };
-      const auto up = [&](int64_t j) { return batch.ahead<Row>(rows.up, follow.b, j); };
-      return RowsAhead<Row, 4>{{gate(i), up(i), gate(i + 1), up(i + 1)}};
-    }
-  };
-  constexpr int64_t kSome = kStream ? kBatch / 4 : kTogether;  // with one place to ask from
   const Row gates(rows.gate, 0), ups(rows.up, 0);
   Gated gated;
-  for (int64_t first = 0; first < batch.count; first += kSome) {
-    auto asked = ahead(first);
-    for (int64_t i = first; i < min(first + kSome, batch.count); i += kTogether) {
-      Row taken[2 * kTogether];
-      for (int j = 0; j < kTogether; ++j) {  // the last of an odd number twice
-        taken[2 * j] = gates.after(rows.gate, batch.id(i + j));
-        taken[2 * j + 1] = ups.after(rows.up, batch.id(i + j));
-      }
-      Floats lanes[2 * kTogether];
-      multiply<kExact>(taken, asked, x, lanes);
-      asked.go_on();
-      for (int j = 0; j < kTogether; ++j) {
-        gated.gates.lanes[i + j] = lanes[2 * j];
-        gated.ups.lanes[i + j] = lanes[2 * j + 1];
-      }
+  const auto work = [&](int64_t i, const auto& ahead) __attribute__((always_inline)) {
+    Row taken[2 * kTogether];
+    for (int j = 0; j < kTogether; ++j) {  // the last of an odd number twice
+      taken[2 * j] = gates.after(rows.gate, batch.id(i + j));
+      taken[2 * j + 1] = ups.after(rows.up, batch.id(i + j));
     }
+    Floats lanes[2 * kTogether];
+    multiply<kExact>(taken, ahead, x, lanes);
+    for (int j = 0; j < kTogether; ++j) {
+      gated.gates.lanes[i + j] = lanes[2 * j];
+      gated.ups.lanes[i + j] = lanes[2 * j + 1];
+    }
+  };
+  if constexpr (kStream) {
+    const int64_t stride = rows.gate.stride, low_stride = rows.gate.low_stride;
+    const Row first(rows.gate, batch.ids[0]);
+    Route route = {{{first.plane(0), first.plane(1)}, {stride, low_stride}}, batch.left, {}};
+    if (follow.count > 0) {  // as many bytes of down rows
+      const std::uint8_t* const down = Row(*follow.a, follow.ids[0]).plane(0);
+      route.then = {{down, down + stride}, {2 * follow.a->stride, 2 * follow.a->stride}};
+    } else {
+      route.then = read_on({}, route.own, 0, 0);
+    }
+    follow_route<kExact, 2 * kTogether, kTogether>(
+        route, batch.count, neurons_ahead((stride + low_stride) / 2), (x.count + 1) / 2, work);
+  } else {
+    const auto gate = [&](int64_t i) { return batch.ahead<Row>(rows.gate, follow.a, i); };
+    const auto up = [&](int64_t i) { return batch.ahead<Row>(rows.up, follow.b, i); };
+    for (int64_t i = 0; i < batch.count; i += kTogether)
+      work(i, RowsAhead<Row, 4>{{gate(i), up(i), gate(i + 1), up(i + 1)}});
   }
   gated.finish(activation, batch.count, h);
 }
@@ -104,7 +94,8 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& all
   multiply_all(rows, activation, all.data, all.count, {&rows.down, nullptr, all.data, all.count}, x,
                h);
   add_all<true, Row>(rows.down, all.data, all.count,
-                     {&rows.gate, &rows.up, all.data + all.count, all.next}, h, y);
+                     {&rows.gate, &rows.up, all.data + all.count, all.next, true, true, all.then},
+                     h, y);
 }
 
 /// Neurons of a chunk on their way through the stages.

@@ -48,12 +48,6 @@ struct Vector {
   }
 };
 
-/// Lines of kCount rows of so many bytes behind those that pairs lie in.
-template <int kCount, class Row>
-int64_t rest_of(const Vector<Row>& x, int64_t bytes) {
-  return max(0, (bytes + kLineBytes - 1) / kLineBytes - kCount * ((x.count + 1) / 2));
-}
-
 template <class Row>
 int64_t prepared_bytes(int64_t n) {
   return Vector<Row>::pairs_of(n) * sizeof(Pair) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
@@ -333,37 +327,35 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 
 #endif
 
-/// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch.
+/// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch, of so many rows in all.
 template <bool kExact, class Row>
-void multiply_next(const Rows& w, int64_t first, int64_t count, const Vector<Row>& x, float* out) {
+void multiply_next(const Rows& w, int64_t first, int64_t count, int64_t rows, const ReadOn& then,
+                   const Vector<Row>& x, float* out) {
   constexpr int kTogether = Row::kPlanes ? 2 : 4;  // rows: they share what is loaded of x
   const Row row(w, first);
-  // Past the end lies what a next call will read.
-  const auto stream = [&](int64_t rows) {
-    return Streams(row.after(w, rows), {kTogether * w.stride, kTogether * w.low_stride});
-  };
-  const int64_t near = w.stride < 1024 ? kBatch / 2 : kBatch / 4;  // the first level is small
-  StreamsAhead<kExact, kTogether> ahead = {stream(kBatch), stream(near),
-                                           rest_of<kTogether>(x, kTogether * w.stride)};
+  const int64_t bytes = w.stride + (kExact ? w.low_stride : 0);
+  const Streams own = {{row.plane(0), row.plane(1)}, {w.stride, w.low_stride}};
+  const Route route = {own, rows - first, read_on(then, own, w.stride, w.low_stride)};
   Products products;
-  for (int64_t i = 0; i < count; i += kTogether) {
+  const auto work = [&](int64_t i, const auto& ahead) __attribute__((always_inline)) {
     Row taken[kTogether];
     for (int j = 0; j < kTogether; ++j) taken[j] = row.after(w, min(i + j, count - 1));
     Floats lanes[kTogether];
     multiply<kExact>(taken, ahead, x, lanes);
-    ahead.go_on();
     for (int j = 0; j < kTogether; ++j) products.lanes[i + j] = lanes[j];
-  }
+  };
+  follow_route<kExact, kTogether, kTogether>(route, count, rows_ahead(bytes, 2 * kTogether),
+                                             (x.count + 1) / 2, work);
   products.store_to(out, count);
 }
 
 template <class Row>
-void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add) {
+void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add, ReadOn then) {
   const Vector<Row> x(prepared, w.n);
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
     float results[kBatch];
-    multiply_next<true>(w, first, count, x, results);
+    multiply_next<true>(w, first, count, rows, then, x, results);
     for (int64_t r = 0; r < count; ++r) y[r] = results[r] + (add ? y[r] : 0.0f);
   }
 }

@@ -59,12 +59,22 @@ struct NeuronRows {
   Rows gate, up, down;
 };
 
+/// Where the caller's thread reads on behind the last row of a kernel call, per plane: kernels ask
+/// memory for the beginning while they finish. Null where it is not known.
+struct ReadOn {
+  const std::byte *data = nullptr, *low = nullptr;
+
+  ReadOn() = default;
+  ReadOn(const Rows& rows) : data(rows.data), low(rows.low) {}
+};
+
 /// Neurons of one kernel call. Behind their ids stand `next` more of which a later call is likely
-/// to read the rows: the kernel may ask memory for them.
+/// to read the rows: the kernel may ask memory for them, or, where there are none, for `then`.
 struct NeuronIds {
   const std::int32_t* data;
   std::int64_t count;
   std::int64_t next = 0;
+  ReadOn then = {};
   std::int32_t operator[](std::int64_t i) const { return data[i]; }
 };
 
@@ -91,7 +101,7 @@ struct RowKernels {
   /// out[i * stride] = w[0][i], i < n
   void (*load)(const Rows& w, float* out, std::int64_t stride);
   /// y[r] = w[r]·x, or += with `add`, r < rows. x: [n]
-  void (*dot)(const Rows& w, std::int64_t rows, const void* x, float* y, bool add);
+  void (*dot)(const Rows& w, std::int64_t rows, const void* x, float* y, bool add, ReadOn then);
   /// h[i] = act(gate[j]·x) * (up[j]·x), y = sum_i h[i] down[j], for j = ids[i], i < ids.count.
   /// x: [n], y: [n], with room for whole groups of 64
   void (*neurons)(const NeuronRows&, Activation, const NeuronIds& ids, const void* x, float* h,

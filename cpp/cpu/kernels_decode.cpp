@@ -16,6 +16,14 @@ inline int64_t lookahead(int64_t n) {
   return 1 + Row::kAhead / Row::bytes(n);
 }
 
+/// Rows i >= count are those that the thread reads on with, if that is known.
+template <class Row>
+inline Rows behind(const Rows& w, int64_t count, const ReadOn& then) {
+  Rows rows = w;
+  if (then.data) rows.data = then.data - count * Row::bytes(w.n);
+  return rows;
+}
+
 /// Rows to ask for while another one is at work, and to ask for again, nearer.
 template <class Row>
 struct Ahead {
@@ -27,7 +35,7 @@ template <class Row>
 [[gnu::always_inline]] inline void prefetch(const Ahead<Row>& ahead, int64_t first) {
   constexpr int64_t kLine = kLineBytes / sizeof(typename Row::T);
   for (int64_t i = first; i < first + 4 * kLanes; i += kLine) {
-    ask(ahead.far.w + i);
+    ask_in_passing(ahead.far.w + i);
     ask_soon(ahead.near.w + i);
   }
 }
@@ -98,8 +106,8 @@ inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
 /// The cache lines of a group of a row: two groups are three lines.
 [[gnu::always_inline]] inline void prefetch(const Ahead<Bf16cRow>& ahead, int64_t group) {
   const Bf16cRow& row = ahead.far;
-  ask(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
-  if (group % 2 == 0) ask(row.group(group) + kGroup);
+  ask_in_passing(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
+  if (group % 2 == 0) ask_in_passing(row.group(group) + kGroup);
 }
 
 constexpr int kGroupVectors = kGroup / kLanes;
@@ -157,11 +165,13 @@ void load(const Rows& w, float* out, int64_t stride) {
 }
 
 template <class Row>
-void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add) {
+void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add, ReadOn then) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t far = lookahead<Row>(w.n);  // past the end lies what a next call will read
+  const int64_t far = lookahead<Row>(w.n);
+  const Rows next = behind<Row>(w, rows, then);
+  const auto row = [&](int64_t r) { return Row(r < rows ? w : next, r); };
   for (int64_t r = 0; r < rows; ++r) {
-    const Ahead<Row> ahead = {Row(w, r + far), Row(w, r + far / 2)};
+    const Ahead<Row> ahead = {row(r + far), row(r + far / 2)};
     y[r] = dot_row(Row(w, r), x, ahead) + (add ? y[r] : 0.0f);
   }
 }
@@ -171,9 +181,11 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids
              const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
   const int64_t n = rows.gate.n, count = ids.count, far = lookahead<Row>(n);
-  // All rows in the order they are read: gates, ups, downs, then the next call's gates; past the
-  // end, the last one again.
+  const Rows next = behind<Row>(rows.gate, 3 * count, ids.then);
+  // All rows in the order they are read: gates, ups, downs, then the next call's gates or where
+  // the thread reads on; past the end, the last one again.
   const auto row = [&](int64_t i) {
+    if (i >= 3 * count && ids.next == 0 && ids.then.data) return Row(next, i);
     if (i >= 3 * count) return Row(rows.gate, ids[min(i - 2 * count, count + ids.next - 1)]);
     const Rows& matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
     const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
@@ -244,8 +256,8 @@ void score(const typename Format::T* k, const typename Format::T* v, int64_t key
         const int64_t at = min(i0 + half * kHalf + i, keys - 1) * cache_stride<Format>(n);
         key[i] = k + at;
         for (int64_t e = 0; e < n; e += kLineBytes / static_cast<int64_t>(sizeof *v)) {
-          ask(k + at + kLanes * cache_stride<Format>(n) + e);
-          ask(v + at + e);
+          ask_in_passing(k + at + kLanes * cache_stride<Format>(n) + e);
+          ask_soon(v + at + e);
         }
       }
       Floats products[kCount][kHalf] = {};

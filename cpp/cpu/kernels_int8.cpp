@@ -51,7 +51,7 @@ float sketch(const Rows& w, int64_t rows, const void* prepared, float* y) {
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
     float results[kBatch];
-    multiply_next<false>(w, first, count, x, results);
+    multiply_next<false>(w, first, count, rows, {}, x, results);
     for (int64_t r = 0; r < count; ++r) {
       y[r] = results[r];
       largest = y[r] > largest ? y[r] : largest;

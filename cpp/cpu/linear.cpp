@@ -9,11 +9,25 @@
 namespace tda {
 namespace {
 
-/// Weight bytes of one decode task: enough to hide what a task costs, few enough to share out.
-constexpr std::int64_t kTaskBytes = 65536;
+/// Weight bytes of one decode task: enough to hide what a task costs, few enough to share out; and
+/// how many tasks a thread should have at least.
+constexpr std::int64_t kLeastBytes = 65536, kMostBytes = 262144, kTasksPerThread = 4;
 
 /// Decode: rows of the head per task where their high planes come first.
 constexpr std::int64_t kSketchRows = 1024;
+
+/// Decode: how the rows of a matrix are shared out.
+struct Tasks {
+  std::int64_t rows, count;
+
+  Tasks(const Matrix& w, int threads) {
+    const std::int64_t row_bytes = w.row_bytes() + w.low_row_bytes();
+    const std::int64_t bytes =
+        std::clamp(w.rows * row_bytes / (threads * kTasksPerThread), kLeastBytes, kMostBytes);
+    rows = std::max<std::int64_t>(1, bytes / row_bytes / kDecodeBatch) * kDecodeBatch;
+    count = (w.rows + rows - 1) / rows;
+  }
+};
 
 /// Copies vectors of n floats: the tokens of `in` from `first` on become all those of `out`.
 void copy_tokens(const float* in, const Layout& from, std::int64_t first, std::int64_t n,
@@ -39,16 +53,22 @@ void CpuBackend::norm(const Layout& layout, const float* in, std::span<const flo
   });
 }
 
+ReadOn CpuBackend::begin_of(const Matrix& w, int thread) const {
+  const Tasks tasks(w, pool_.threads());
+  return rows_of(w, pool_.first_task(thread, tasks.count) * tasks.rows);
+}
+
+template <class Then>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
-                          float* out, bool add) const {
+                          float* out, bool add, const Then& then) const {
   if (layout.width == 1) {
-    const std::int64_t row_bytes = w.row_bytes() + w.low_row_bytes();
-    const std::int64_t task_rows =
-        std::max<std::int64_t>(1, kTaskBytes / row_bytes / kDecodeBatch) * kDecodeBatch;
+    const Tasks tasks(w, pool_.threads());
     const void* x = prepare(state, w.format, in, w.cols);
-    pool_.run((w.rows + task_rows - 1) / task_rows, [&](std::int64_t task, int) {
-      const std::int64_t row = task * task_rows;
-      rows(w.format).dot(rows_of(w, row), std::min(task_rows, w.rows - row), x, out + row, add);
+    pool_.run(tasks.count, [&](std::int64_t task, int thread) {
+      const std::int64_t row = task * tasks.rows, count = std::min(tasks.rows, w.rows - row);
+      const bool last = task + 1 == pool_.first_task(thread + 1, tasks.count);
+      rows(w.format).dot(rows_of(w, row), count, x, out + row, add,
+                         last ? then(thread) : ReadOn(rows_of(w, row + count)));
     });
     return;
   }
@@ -71,7 +91,8 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
   norm(state.layout, state.x.data(), weights.attention_norm, state.normed.data());
-  multiply(state, state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false);
+  multiply(state, state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false,
+           [](int) { return ReadOn(); });
   if (!weights.qkv_bias.empty()) add_bias(state.layout, weights.qkv_bias, state.qkv.data());
   append(state, layer);
 }
@@ -79,7 +100,11 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
 void CpuBackend::attention_out(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
-  multiply(state, state.layout, weights.output, state.attended.data(), state.x.data(), true);
+  multiply(state, state.layout, weights.output, state.attended.data(), state.x.data(), true,
+           [&](int thread) {
+             const bool dense = state.step.ffn != FfnMode::sparse;
+             return dense ? begin_of_ffn(layer, thread) : ReadOn();
+           });
   if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.x.data());
 }
 
@@ -102,7 +127,7 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   } else if (state.step.head > 0 && all.tokens == 1) {
     sketch_logits(state, in, out);
   } else {
-    multiply(state, wanted, head, in, out, false);
+    multiply(state, wanted, head, in, out, false, [](int) { return ReadOn(); });
     state.head_bytes += head.bytes();
   }
   return {out, static_cast<std::size_t>(size.value())};

@@ -42,7 +42,12 @@ constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 /// must be inlined always: GCC 12 takes them for ones without effect, and calls of them away.
 constexpr int64_t kLineBytes = 64;
 [[gnu::always_inline]] inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
-/// The same into the first level, for a line that was asked for before.
+/// The same for a line that is read once: into the first level alone. From there it goes nowhere,
+/// while the other levels would have to make room for it, each by handing a line on.
+[[gnu::always_inline]] inline void ask_in_passing(const void* line) {
+  __builtin_prefetch(line, 0, 0);
+}
+/// Into the first level, for a line that was asked for before.
 [[gnu::always_inline]] inline void ask_soon(const void* line) { __builtin_prefetch(line, 0, 3); }
 
 #if defined(__AVX512F__)

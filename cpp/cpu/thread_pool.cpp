@@ -112,10 +112,9 @@ void ThreadPool::run(std::int64_t n, Task task, const void* body) {
   if (lost_workers() || workers_.empty()) start();
   task_ = task;
   body_ = body;
-  const auto count = static_cast<std::int64_t>(ranges_.size());
-  for (std::int64_t t = 0; t < count; ++t) {
-    ranges_[t].next.store(t * n / count, std::memory_order_relaxed);
-    ranges_[t].end = (t + 1) * n / count;
+  for (int t = 0; t < threads(); ++t) {
+    ranges_[t].next.store(first_task(t, n), std::memory_order_relaxed);
+    ranges_[t].end = first_task(t + 1, n);
   }
   left_.store(0, std::memory_order_relaxed);
   const std::uint32_t region = (gate_.load(std::memory_order_relaxed) | kInside | kOpen) + 1;

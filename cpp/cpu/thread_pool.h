@@ -22,6 +22,9 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(ranges_.size()); }
 
+  /// Of n tasks the first in a thread's range.
+  std::int64_t first_task(int thread, std::int64_t n) const { return thread * n / threads(); }
+
   /// Runs body(i, thread) for each i in [0, n), the calling thread taking part, and returns when
   /// all are done. Each thread has a range of its own, so that it reads on where it stopped, and
   /// helps the others when it is through: nothing may depend on who runs what.

@@ -239,9 +239,9 @@ TEST(int4_dot_matches_doubles) {
       if (n > 64) std::fill_n(x.begin(), 20, 0.0f);  // a group without a largest value
       const auto p = prepared(kernels, x);
       std::vector<float> y(rows + 1, 3);
-      kernels.dot(w.rows(), rows, p.data(), y.data(), false);
+      kernels.dot(w.rows(), rows, p.data(), y.data(), false, {});
       const std::vector<float> once = y;
-      kernels.dot(w.rows(), rows, p.data(), y.data(), true);
+      kernels.dot(w.rows(), rows, p.data(), y.data(), true, {});
       for (std::int64_t r = 0; r < rows; ++r) {
         CHECK_NEAR(once[r], w.dot(r, rounded(x)), 2e-4);
         CHECK_NEAR(y[r], 2 * once[r], 1e-4);

@@ -263,9 +263,9 @@ TEST(int8_dot_matches_doubles) {
       const auto expected_x = rounded(x);
       const auto p = prepared(kernels.rows[2], x);
       std::vector<float> y(rows + 1, 3);
-      kernels.rows[2].dot(w.rows(), rows, p.data(), y.data(), false);
+      kernels.rows[2].dot(w.rows(), rows, p.data(), y.data(), false, {});
       const std::vector<float> once = y;
-      kernels.rows[2].dot(w.rows(), rows, p.data(), y.data(), true);
+      kernels.rows[2].dot(w.rows(), rows, p.data(), y.data(), true, {});
       for (std::int64_t r = 0; r < rows; ++r) {
         CHECK_NEAR(once[r], dot(w.values.data() + r * n, expected_x), 2e-4);
         CHECK_NEAR(y[r], 2 * once[r], 1e-4);
@@ -308,7 +308,7 @@ TEST(int8_takes_finer_x_beside_outliers) {
       const auto x = with_outliers(n);
       const auto p = prepared(kernels.rows[2], x);
       std::vector<float> y(37);
-      kernels.rows[2].dot(w.rows(), 37, p.data(), y.data(), false);
+      kernels.rows[2].dot(w.rows(), 37, p.data(), y.data(), false, {});
       for (std::int64_t r = 0; r < 37; ++r) {
         const float* row = w.values.data() + r * n;
         CHECK_NEAR(y[r], dot(row, {x.begin(), x.end()}), finer_bound({row, row + n}, x) + 2e-4);
@@ -343,7 +343,7 @@ TEST(int8_dot_some_has_the_bits_of_dot) {
         const Stored w(rows, n);
         const auto p = prepared(kernels.rows[2], random_floats(n));
         std::vector<float> all(rows), some(rows, 3);
-        kernels.rows[2].dot(w.rows(), rows, p.data(), all.data(), false);
+        kernels.rows[2].dot(w.rows(), rows, p.data(), all.data(), false, {});
         std::vector<std::int32_t> ids;
         for (std::int32_t r = 1; r < rows; r += gap) ids.push_back(r);
         kernels.rows[2].dot_some(w.rows(), ids.data(), std::ssize(ids), p.data(), some.data());

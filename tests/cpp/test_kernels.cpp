@@ -107,9 +107,9 @@ TEST(dot_matches_doubles) {
           const Stored w(kernels, format, rows, n);
           const auto x = random_floats(n);
           std::vector<float> y(rows + 1, 3);
-          kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), false);
+          kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), false, {});
           const std::vector<float> once = y;
-          kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), true);
+          kernels.rows[format].dot(w.rows(), rows, x.data(), y.data(), true, {});
           for (std::int64_t r = 0; r < rows; ++r) {
             double expected = 0;
             for (std::int64_t i = 0; i < n; ++i) expected += double{w.values[r * n + i]} * x[i];
@@ -147,7 +147,7 @@ TEST(bf16c_rows_that_lie_stay_within_vectors) {
         Stored w(kernels, format, 1, n);
         std::memset(w.stored.data(), 0xff, bf16c_head_bytes(n));
         std::vector<float> x(n, 1), y(1), h(1), sum(2 * kGroup + 1, 3), back(n + 1, 3);
-        kernels.rows[format].dot(w.rows(), 1, x.data(), y.data(), false);
+        kernels.rows[format].dot(w.rows(), 1, x.data(), y.data(), false, {});
         kernels.rows[format].load(w.rows(), back.data(), 1);
         const std::int32_t id = 0;
         kernels.rows[format].neurons({w.rows(), w.rows(), w.rows()}, Activation::silu, {&id, 1},
