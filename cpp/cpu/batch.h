@@ -10,9 +10,10 @@ namespace {
 
 /// Neurons worked on at a time.
 constexpr int64_t kBatch = kDecodeBatch;
-/// Down rows worked on at a time: they share what is loaded and stored of y. More would be less
-/// work, but more streams from memory.
-constexpr int64_t kDownBatch = 8;
+/// Down rows of so many bytes worked on at a time: they share what is loaded and stored of y, a
+/// quarter of the work. Of long ones fewer, since the next batch is to be in the first level, too.
+constexpr int kFewDownRows = 8, kManyDownRows = 16;
+inline int64_t down_batch(int64_t bytes) { return bytes <= 768 ? kManyDownRows : kFewDownRows; }
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
@@ -116,7 +117,7 @@ struct Batch {
   bool is_stream_ahead() const {
     if (are_scattered(ids, left)) return false;
     return left >= 3 * kBatch ||
-           (left % kDownBatch == 0 &&
+           (left % kFewDownRows == 0 &&
             (follow.count == 0 || (follow.count >= kBatch && !are_scattered(follow.ids, kBatch))));
   }
 };
@@ -143,7 +144,7 @@ inline int64_t rows_ahead(int64_t bytes, int64_t multiple) {
 /// The same in neurons, whose rows are so many bytes each: as much as whole batches of down rows,
 /// the second or a later one behind that at work.
 inline int64_t neurons_ahead(int64_t bytes) {
-  return min(kBatch, rows_ahead(bytes, 2 * kDownBatch) / 2);
+  return min(kBatch, rows_ahead(bytes, 2 * down_batch(bytes)) / 2);
 }
 
 /// A stream per plane, from some place on, and how many bytes of each go with a row.

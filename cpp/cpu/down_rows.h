@@ -8,20 +8,20 @@ namespace tda {
 namespace {
 
 /// What to ask for while a batch's down rows are at work; at a list's end rows of two matrices.
-template <class Row>
-struct DownRowsAhead : RowsAhead<Row, kDownBatch> {
-  RowsAhead<Row, kDownBatch> others;
+template <class Row, int kRows>
+struct DownRowsAhead : RowsAhead<Row, kRows> {
+  RowsAhead<Row, kRows> others;
   bool two;
 
   DownRowsAhead(const Rows& w, const Batch& batch)
       : two(batch.is_last() && batch.follow.b != nullptr) {
-    for (int64_t r = 0; r < kDownBatch; ++r) {
+    for (int64_t r = 0; r < kRows; ++r) {
       this->rows[r] = batch.ahead<Row>(w, batch.follow.a, r);
       if (two) others.rows[r] = batch.ahead<Row>(w, batch.follow.b, r);
     }
   }
   void ask(int plane, int64_t row, int64_t byte) {
-    RowsAhead<Row, kDownBatch>::ask(plane, row, byte);
+    RowsAhead<Row, kRows>::ask(plane, row, byte);
     if (two) others.ask(plane, row, byte);
   }
 };
@@ -76,9 +76,9 @@ struct DownStreamsAhead {
 /// What a batch's rows are taken times, h * scale, for kSome scales: integers of kBytes bytes,
 /// relative to the largest of h * row's step. Byte products want each of their bytes, the highest
 /// first, four rows to an int32.
-template <int kOffset, int kBytes>
+template <int kOffset, int kBytes, int kRows>
 struct Factors {
-  static constexpr int kQuads = kDownBatch / 4, kSome = 32;
+  static constexpr int kQuads = kRows / 4, kSome = 32;
   alignas(64) int32_t quads[kBytes][kQuads][kSome];
   alignas(64) int32_t start[kBytes][kSome];  // -kOffset sum
 
@@ -165,38 +165,38 @@ inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step
 
 /// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups. Two
 /// groups at a time: their bytes of four rows are interleaved while they still hold two nibbles.
-template <bool kExact, class Row, class Ahead>
+template <bool kExact, class Row, int kRows, class Ahead>
 inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
   constexpr int kScales = Row::kScales;
   constexpr bool kBoth = Row::kPlanes && kExact;             // planes
   constexpr float kUnit = Row::kPlanes && !kExact ? 16 : 1;  // what a nibble of 1 is worth
   // Codes of 8 bits deserve finer factors.
   constexpr int kBytes = kBoth ? 2 : 1;
-  using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes>;
+  using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes, kRows>;
   constexpr int64_t kGroups = Factors::kSome / kScales;
   const int64_t count = batch.count, groups = groups_of(w.n);
-  const std::uint8_t* planes[2][kDownBatch];
-  const std::int8_t* scales[kDownBatch];
-  alignas(32) float parts[kDownBatch];
-  for (int64_t r = 0; r < kDownBatch; ++r) {
+  const std::uint8_t* planes[2][kRows];
+  const std::int8_t* scales[kRows];
+  alignas(64) float parts[kManyDownRows] = {};
+  for (int64_t r = 0; r < kRows; ++r) {
     const Row row(w, batch.id(r));
     for (int i = 0; i < 2; ++i) planes[i][r] = row.plane(i);
     scales[r] = row.scales.scales;
-    parts[r] = r < count ? h[r] * row.scales.step() : 0;
+    if (r < count) parts[r] = h[r] * row.scales.step();
   }
-  const __m512 values = _mm512_zextps256_ps512(_mm256_load_ps(parts));
+  const __m512 values = _mm512_load_ps(parts);
   float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
   if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q))
     most = __builtin_nanf("");  // to be seen in y
   const float step = most * (32768.0f / 32767.0f) * (kBytes == 2 ? 1.0f / 256 : kUnit);
   const __m512i relative =
       _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
-  alignas(16) std::int16_t words[kDownBatch];
-  _mm_store_si128((__m128i*)words, _mm256_castsi256_si128(_mm512_cvtepi32_epi16(relative)));
+  alignas(32) std::int16_t words[kManyDownRows];
+  _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16(relative));
   Factors factors;
   for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
     factors.make(scales, words, count, (groups - g0) * kScales);
-    for (int64_t r = 0; r < kDownBatch; ++r) {
+    for (int64_t r = 0; r < kRows; ++r) {
       ahead.ask_scales(r, g0 * kScales);
       scales[r] += Factors::kSome;
     }
@@ -262,12 +262,12 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
 #else
 
 /// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups
-template <bool kExact, class Row, class Ahead>
+template <bool kExact, class Row, int kRows, class Ahead>
 inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
   constexpr int kVectors = kGroup / kLanes, kScales = Row::kScales;
   static_assert(kLanes % kScales == 0);
-  float factors[kDownBatch][kLanes];
-  Row rows[kDownBatch];
+  float factors[kRows][kLanes];
+  Row rows[kRows];
   for (int64_t r = 0; r < batch.count; ++r) rows[r] = Row(w, batch.id(r));
   for (int64_t g = 0; g < groups_of(w.n); ++g, y += kGroup) {
     const int64_t at = g * kScales % kLanes;
@@ -297,13 +297,13 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
 
 #endif
 
-template <bool kExact, class Row>
+template <bool kExact, class Row, int kRows>
 void add_rows(const Rows& w, const Batch& batch, const float* h, float* y) {
   constexpr bool kWhole = kExact || !Row::kPlanes;  // rows leave no gaps between them
   if (kWhole && batch.is_stream_ahead())
-    add_rows<kExact, Row>(w, batch, DownStreamsAhead<Row>(w, batch), h, y);
+    add_rows<kExact, Row, kRows>(w, batch, DownStreamsAhead<Row>(w, batch), h, y);
   else
-    add_rows<kExact, Row>(w, batch, DownRowsAhead<Row>(w, batch), h, y);
+    add_rows<kExact, Row, kRows>(w, batch, DownRowsAhead<Row, kRows>(w, batch), h, y);
 }
 
 }  // namespace

@@ -82,8 +82,10 @@ void multiply_all(const NeuronRows& rows, Activation activation, const int32_t* 
 template <bool kExact, class Row>
 void add_all(const Rows& down, const int32_t* ids, int64_t count, const Follow& follow,
              const float* h, float* y) {
-  for (int64_t i = 0; i < count; i += kDownBatch)
-    add_rows<kExact, Row>(down, Batch(ids, count, i, follow, kDownBatch), h + i, y);
+  const int64_t some = down_batch(down.stride);
+  const auto add = some == kManyDownRows ? add_rows<kExact, Row, kManyDownRows>
+                                         : add_rows<kExact, Row, kFewDownRows>;
+  for (int64_t i = 0; i < count; i += some) add(down, Batch(ids, count, i, follow, some), h + i, y);
 }
 
 template <class Row>
