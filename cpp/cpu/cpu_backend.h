@@ -82,6 +82,16 @@ struct CpuState final : State {
   Buffer<std::int32_t> likely;   // [V] tokens whose logits are made exact
 };
 
+/// Decode: rows or neurons shared out between tasks, evenly in whole batches of the kernels.
+struct Tasks {
+  std::int64_t items, count;
+
+  std::int64_t first_of(std::int64_t task) const {
+    const std::int64_t batches = (items + kDecodeBatch - 1) / kDecodeBatch;
+    return std::min(items, task * batches / count * kDecodeBatch);
+  }
+};
+
 /// A task of prefill: some rows of a matrix times some panels.
 struct Block {
   std::int64_t row, rows;      // at most `block_rows`

@@ -17,22 +17,14 @@ constexpr std::int64_t kMostTasks = 64;
 constexpr std::int64_t kTaskSums = 32768;
 constexpr std::int64_t kColumns = 256;
 
-/// Decode: how neurons are shared out, in whole batches.
-struct Tasks {
-  std::int64_t neurons, count;
-
-  explicit Tasks(std::int64_t all)
-      : neurons(all), count(std::min((all + kTaskNeurons - 1) / kTaskNeurons, kMostTasks)) {}
-  std::int64_t first_of(std::int64_t task) const {
-    const std::int64_t batches = (neurons + kDecodeBatch - 1) / kDecodeBatch;
-    return std::min(neurons, task * batches / count * kDecodeBatch);
-  }
-};
+Tasks tasks_of(std::int64_t neurons) {
+  return {neurons, std::min((neurons + kTaskNeurons - 1) / kTaskNeurons, kMostTasks)};
+}
 
 }  // namespace
 
 ReadOn CpuBackend::begin_of_ffn(std::int64_t layer, int thread) const {
-  const Tasks tasks(model_->config.intermediate_size);
+  const Tasks tasks = tasks_of(model_->config.intermediate_size);
   return rows_of(model_->layers[layer].gate, tasks.first_of(pool_.first_task(thread, tasks.count)));
 }
 
@@ -128,7 +120,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const LayerWeights& weights = model_->layers[layer];
   const std::int64_t n = model_->config.hidden_size;
   const std::int64_t count = static_cast<std::int64_t>(neurons.size());
-  const Tasks tasks(count);
+  const Tasks tasks = tasks_of(count);
   const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
   float* partials = state.partials.reserve(Size(kMostTasks) * stride, "partial sums");
   const void* prepared = prepare(state, weights.gate.format, in, n);

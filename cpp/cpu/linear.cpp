@@ -9,25 +9,17 @@
 namespace tda {
 namespace {
 
-/// Weight bytes of one decode task: enough to hide what a task costs, few enough to share out; and
-/// how many tasks a thread should have at least.
-constexpr std::int64_t kLeastBytes = 65536, kMostBytes = 262144, kTasksPerThread = 4;
-
 /// Decode: rows of the head per task where their high planes come first.
 constexpr std::int64_t kSketchRows = 1024;
 
-/// Decode: how the rows of a matrix are shared out.
-struct Tasks {
-  std::int64_t rows, count;
-
-  Tasks(const Matrix& w, int threads) {
-    const std::int64_t row_bytes = w.row_bytes() + w.low_row_bytes();
-    const std::int64_t bytes =
-        std::clamp(w.rows * row_bytes / (threads * kTasksPerThread), kLeastBytes, kMostBytes);
-    rows = std::max<std::int64_t>(1, bytes / row_bytes / kDecodeBatch) * kDecodeBatch;
-    count = (w.rows + rows - 1) / rows;
-  }
-};
+/// Decode: how the rows of a matrix are shared out: as many tasks for each thread, of enough bytes
+/// to hide what a task costs, few enough for threads that are ahead to help.
+Tasks tasks_of(const Matrix& w, int threads) {
+  constexpr std::int64_t kLeastBytes = 65536, kMostBytes = 262144;
+  const std::int64_t bytes = w.rows * (w.row_bytes() + w.low_row_bytes()) / threads;
+  const std::int64_t most = std::max<std::int64_t>(4, bytes / kMostBytes);
+  return {w.rows, threads * std::clamp<std::int64_t>(bytes / kLeastBytes, 2, most)};
+}
 
 /// Copies vectors of n floats: the tokens of `in` from `first` on become all those of `out`.
 void copy_tokens(const float* in, const Layout& from, std::int64_t first, std::int64_t n,
@@ -54,21 +46,21 @@ void CpuBackend::norm(const Layout& layout, const float* in, std::span<const flo
 }
 
 ReadOn CpuBackend::begin_of(const Matrix& w, int thread) const {
-  const Tasks tasks(w, pool_.threads());
-  return rows_of(w, pool_.first_task(thread, tasks.count) * tasks.rows);
+  const Tasks tasks = tasks_of(w, pool_.threads());
+  return rows_of(w, tasks.first_of(pool_.first_task(thread, tasks.count)));
 }
 
 template <class Then>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
                           float* out, bool add, const Then& then) const {
   if (layout.width == 1) {
-    const Tasks tasks(w, pool_.threads());
+    const Tasks tasks = tasks_of(w, pool_.threads());
     const void* x = prepare(state, w.format, in, w.cols);
     pool_.run(tasks.count, [&](std::int64_t task, int thread) {
-      const std::int64_t row = task * tasks.rows, count = std::min(tasks.rows, w.rows - row);
+      const std::int64_t row = tasks.first_of(task), end = tasks.first_of(task + 1);
       const bool last = task + 1 == pool_.first_task(thread + 1, tasks.count);
-      rows(w.format).dot(rows_of(w, row), count, x, out + row, add,
-                         last ? then(thread) : ReadOn(rows_of(w, row + count)));
+      rows(w.format).dot(rows_of(w, row), end - row, x, out + row, add,
+                         last ? then(thread) : ReadOn(rows_of(w, end)));
     });
     return;
   }
