@@ -37,18 +37,24 @@ typedef float Quad __attribute__((vector_size(16)));
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/// Asks memory for a line that will be read: into the second-level cache, since the first level can
-/// have only few misses under way, and loads would wait behind them. Functions that do nothing else
-/// must be inlined always: GCC 12 takes them for ones without effect, and calls of them away.
 constexpr int64_t kLineBytes = 64;
-[[gnu::always_inline]] inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+/// Asks memory for a line, into the level of caches that the hint means. GCC 12 takes functions
+/// that do nothing else for ones without effect, and calls of them away: the empty statement is
+/// one.
+template <int kHint>
+[[gnu::always_inline]] inline void ask(const void* line) {
+  __builtin_prefetch(line, 0, kHint);
+  asm volatile("");
+}
+/// Asks for a line that will be read: into the second-level cache, since the first level can have
+/// only few misses under way, and loads would wait behind them.
+[[gnu::always_inline]] inline void ask(const void* line) { ask<2>(line); }
 /// The same for a line that is read once: into the first level alone. From there it goes nowhere,
 /// while the other levels would have to make room for it, each by handing a line on.
-[[gnu::always_inline]] inline void ask_in_passing(const void* line) {
-  __builtin_prefetch(line, 0, 0);
-}
+[[gnu::always_inline]] inline void ask_in_passing(const void* line) { ask<0>(line); }
 /// Into the first level, for a line that was asked for before.
-[[gnu::always_inline]] inline void ask_soon(const void* line) { __builtin_prefetch(line, 0, 3); }
+[[gnu::always_inline]] inline void ask_soon(const void* line) { ask<3>(line); }
 
 #if defined(__AVX512F__)
 /// 64 bytes, under a mask that compilers don't know to be full. Such loads don't set prefetchers of
