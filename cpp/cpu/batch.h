@@ -131,7 +131,6 @@ struct RowsAhead {
   void ask(int plane, int64_t row, int64_t byte) const { tda::ask(rows[row].plane(plane) + byte); }
   void ask_scales(int64_t row, int64_t scale) const { tda::ask(rows[row].scales.scales + scale); }
   const RowsAhead& in_turn(int64_t) const { return *this; }
-  void go_on() {}
 };
 
 /// How far ahead of the work rows of so many bytes are asked for, whole multiples of `multiple` of
