@@ -113,7 +113,8 @@ struct Batch {
       return Row(*following, follow.ids[at - left]).only(follow.high, follow.low);
     return Row(own, id(i));
   }
-  /// Whether these rows, and those asked for meanwhile, follow each other in memory.
+  /// Whether these rows, and those asked for meanwhile, follow each other in memory. None behind
+  /// the list are where it goes on for 3 kBatch: requests are 2 kBatch ahead of a batch at most.
   bool is_stream_ahead() const {
     if (are_scattered(ids, left)) return false;
     return left >= 3 * kBatch ||

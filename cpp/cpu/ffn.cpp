@@ -142,7 +142,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
 
   pool_.run(tasks.count, [&](std::int64_t task, int thread) {
     const std::int64_t first = tasks.first_of(task), end = tasks.first_of(task + 1);
-    const bool last = task + 1 == pool_.first_task(thread + 1, tasks.count);
+    const bool last = pool_.is_last_task(task, thread, tasks.count);
     const RowKernels& kernels = rows(weights.gate.format);
     const NeuronIds ids = {of_rows.data() + first, end - first, last ? 0 : count - end,
                            last ? then(thread) : ReadOn()};

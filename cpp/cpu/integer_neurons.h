@@ -35,12 +35,11 @@ template <bool kExact, bool kStream, class Row>
   if constexpr (kStream) {
     const int64_t stride = rows.gate.stride, low_stride = rows.gate.low_stride;
     const Row first(rows.gate, batch.ids[0]);
-    Route route = {{{first.plane(0), first.plane(1)}, {stride, low_stride}}, batch.left, {}};
+    const Streams own = {{first.plane(0), first.plane(1)}, {stride, low_stride}};
+    Route route = {own, batch.left, read_on(follow.then, own, stride, low_stride)};
     if (follow.count > 0) {  // as many bytes of down rows
       const std::uint8_t* const down = Row(*follow.a, follow.ids[0]).plane(0);
       route.then = {{down, down + stride}, {2 * follow.a->stride, 2 * follow.a->stride}};
-    } else {
-      route.then = read_on({}, route.own, 0, 0);
     }
     follow_route<kExact, 2 * kTogether, kTogether>(
         route, batch.count, neurons_ahead((stride + low_stride) / 2), (x.count + 1) / 2, work);

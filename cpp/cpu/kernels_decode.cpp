@@ -6,9 +6,8 @@
 namespace tda {
 namespace {
 
-// Rows are read one after the other, as they lie in memory, since decoding waits for memory and
-// hardware prefetches plain streams best. Where rows are scattered, `ahead` is the row that will be
-// read shortly after, which is asked for.
+// Rows are read one after the other, as they lie in memory, since decoding waits for it. Meanwhile
+// those that will be read shortly after are asked for, wherever they lie.
 
 /// How many rows to look ahead, so that memory has time to answer.
 template <class Row>

@@ -21,6 +21,9 @@ Tasks tasks_of(const Matrix& w, int threads) {
   return {w.rows, threads * std::clamp<std::int64_t>(bytes / kLeastBytes, 2, most)};
 }
 
+/// For `multiply`: what a thread reads next is not known, or too far away.
+constexpr auto kUnknown = [](int) { return ReadOn(); };
+
 /// Copies vectors of n floats: the tokens of `in` from `first` on become all those of `out`.
 void copy_tokens(const float* in, const Layout& from, std::int64_t first, std::int64_t n,
                  float* out, const Layout& to) {
@@ -58,7 +61,7 @@ void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w
     const void* x = prepare(state, w.format, in, w.cols);
     pool_.run(tasks.count, [&](std::int64_t task, int thread) {
       const std::int64_t row = tasks.first_of(task), end = tasks.first_of(task + 1);
-      const bool last = task + 1 == pool_.first_task(thread + 1, tasks.count);
+      const bool last = pool_.is_last_task(task, thread, tasks.count);
       rows(w.format).dot(rows_of(w, row), end - row, x, out + row, add,
                          last ? then(thread) : ReadOn(rows_of(w, end)));
     });
@@ -84,7 +87,7 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
   const LayerWeights& weights = model_->layers[layer];
   norm(state.layout, state.x.data(), weights.attention_norm, state.normed.data());
   multiply(state, state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false,
-           [](int) { return ReadOn(); });
+           kUnknown);
   if (!weights.qkv_bias.empty()) add_bias(state.layout, weights.qkv_bias, state.qkv.data());
   append(state, layer);
 }
@@ -119,7 +122,7 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   } else if (state.step.head > 0 && all.tokens == 1) {
     sketch_logits(state, in, out);
   } else {
-    multiply(state, wanted, head, in, out, false, [](int) { return ReadOn(); });
+    multiply(state, wanted, head, in, out, false, kUnknown);
     state.head_bytes += head.bytes();
   }
   return {out, static_cast<std::size_t>(size.value())};

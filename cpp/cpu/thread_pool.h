@@ -22,8 +22,11 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(ranges_.size()); }
 
-  /// Of n tasks the first in a thread's range.
+  /// Of n tasks the first in a thread's range, and whether one is the last in it.
   std::int64_t first_task(int thread, std::int64_t n) const { return thread * n / threads(); }
+  bool is_last_task(std::int64_t task, int thread, std::int64_t n) const {
+    return task + 1 == first_task(thread + 1, n);
+  }
 
   /// Runs body(i, thread) for each i in [0, n), the calling thread taking part, and returns when
   /// all are done. Each thread has a range of its own, so that it reads on where it stopped, and
