@@ -4,9 +4,9 @@
 #include <thread>
 
 #include "attention.h"
+#include "backend/rope.h"
 #include "cuda_backend.h"
 #include "ffn.h"
-#include "model/rope.h"
 
 namespace tda {
 

@@ -132,7 +132,7 @@ struct Chunk<bf16> {
 __device__ inline float value_of(float v) { return v; }
 __device__ inline float value_of(bf16 v) { return __uint_as_float(unsigned{v} << 16); }
 __device__ inline void store(float v, float* p) { *p = v; }
-/// Rounds to nearest, ties to even, as model/half.h does.
+/// Rounds to nearest, ties to even, as base/half.h does.
 __device__ inline void store(float v, bf16* p) {
   const unsigned bits = __float_as_uint(v);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;

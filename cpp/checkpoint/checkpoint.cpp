@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <set>
 
-#include "checkpoint/json.h"
-#include "checkpoint/size.h"
+#include "base/json.h"
+#include "base/size.h"
 
 namespace tda {
 namespace {

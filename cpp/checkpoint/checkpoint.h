@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-#include "checkpoint/file.h"
+#include "base/file.h"
 
 namespace tda {
 

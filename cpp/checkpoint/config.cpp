@@ -7,8 +7,8 @@
 #include <limits>
 #include <utility>
 
+#include "base/json.h"
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
 
 namespace tda {
 namespace {

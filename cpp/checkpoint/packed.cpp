@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "base/json.h"
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
 
 namespace tda {
 namespace {

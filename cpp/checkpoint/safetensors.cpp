@@ -5,9 +5,9 @@
 #include <bit>
 #include <limits>
 
+#include "base/json.h"
+#include "base/size.h"
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
-#include "checkpoint/size.h"
 
 namespace tda {
 namespace {

@@ -4,9 +4,9 @@
 #include <chrono>
 #include <string>
 
-#include "cpu/buffer.h"
+#include "base/buffer.h"
+#include "base/thread_pool.h"
 #include "cpu/isa.h"
-#include "cpu/thread_pool.h"
 
 namespace tda {
 

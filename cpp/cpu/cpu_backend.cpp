@@ -4,8 +4,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "backend/rope.h"
 #include "cpu/isa.h"
-#include "model/rope.h"
 
 namespace tda {
 std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, int threads) {

@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "cpu/buffer.h"
+#include "base/buffer.h"
+#include "base/thread_pool.h"
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
 
 namespace tda {
 

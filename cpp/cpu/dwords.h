@@ -7,7 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
-#include "model/quantize.h"
+#include "weights/quantize.h"
 
 #if defined(__AVX512VNNI__)
 

@@ -1,4 +1,4 @@
-// How kernels see int4 rows (model/quantize.h). Included by kernel sources only, like simd.h.
+// How kernels see int4 rows (weights/quantize.h). Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/int8.h"

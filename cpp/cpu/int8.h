@@ -1,9 +1,9 @@
-// How kernels see int8 rows (model/quantize.h). Included by kernel sources only, like simd.h.
+// How kernels see int8 rows (weights/quantize.h). Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
-#include "model/quantize.h"
+#include "weights/quantize.h"
 
 namespace tda {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "model/half.h"
+#include "base/half.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -5,8 +5,8 @@
 #include <limits>
 #include <numeric>
 
+#include "base/text_of.h"
 #include "engine/session_impl.h"
-#include "sparsity/text_of.h"
 
 namespace tda {
 namespace {

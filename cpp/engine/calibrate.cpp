@@ -1,10 +1,10 @@
 #include <cmath>
 #include <limits>
 
-#include "backend/parallel.h"
+#include "base/parallel.h"
+#include "base/text_of.h"
 #include "engine/budget.h"
 #include "engine/session_impl.h"
-#include "sparsity/text_of.h"
 
 namespace tda {
 

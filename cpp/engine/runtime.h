@@ -7,8 +7,8 @@
 #include <functional>
 #include <memory>
 
-#include "backend/after_fork.h"
 #include "backend/backend.h"
+#include "base/after_fork.h"
 
 namespace tda {
 

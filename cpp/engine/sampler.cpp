@@ -4,7 +4,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "sparsity/text_of.h"
+#include "base/text_of.h"
 
 namespace tda {
 namespace {

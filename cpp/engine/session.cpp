@@ -2,7 +2,7 @@
 #include <cmath>
 #include <mutex>
 
-#include "checkpoint/size.h"
+#include "base/size.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
 

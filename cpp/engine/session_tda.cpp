@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "backend/parallel.h"
+#include "base/parallel.h"
+#include "base/text_of.h"
 #include "engine/session_impl.h"
-#include "sparsity/text_of.h"
 
 namespace tda {
 

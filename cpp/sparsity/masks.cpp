@@ -6,8 +6,8 @@
 #include <limits>
 #include <numeric>
 
+#include "base/text_of.h"
 #include "sparsity/sparsity.h"
-#include "sparsity/text_of.h"
 
 namespace tda {
 

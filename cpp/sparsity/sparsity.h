@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "model/model.h"
+#include "weights/model.h"
 
 namespace tda {
 

@@ -7,9 +7,9 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "checkpoint/atomic_file.h"
-#include "checkpoint/json.h"
-#include "sparsity/text_of.h"
+#include "base/atomic_file.h"
+#include "base/json.h"
+#include "base/text_of.h"
 
 namespace tda {
 namespace {

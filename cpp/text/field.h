@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "checkpoint/json.h"
+#include "base/json.h"
 
 namespace tda {
 

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "model/half.h"
-#include "model/rope.h"
+#include "base/half.h"
+#include "backend/rope.h"
 
 namespace naive {
 

@@ -10,8 +10,8 @@
 
 #include "check.h"
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
-#include "checkpoint/size.h"
+#include "base/json.h"
+#include "base/size.h"
 #include "fixtures.h"
 
 namespace {

@@ -12,7 +12,7 @@
 #include "aligned.h"
 #include "check.h"
 #include "cpu/isa.h"
-#include "model/half.h"
+#include "base/half.h"
 #include "naive.h"
 
 using namespace tda;

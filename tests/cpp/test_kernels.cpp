@@ -13,8 +13,8 @@
 
 #include "check.h"
 #include "cpu/isa.h"
-#include "cpu/thread_pool.h"
-#include "model/half.h"
+#include "base/thread_pool.h"
+#include "base/half.h"
 #include "naive.h"
 
 using namespace tda;

@@ -9,8 +9,8 @@
 #include "check.h"
 #include "checkpoint/checkpoint.h"
 #include "fixtures.h"
-#include "model/half.h"
-#include "model/model.h"
+#include "base/half.h"
+#include "weights/model.h"
 
 namespace {
 

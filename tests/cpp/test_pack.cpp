@@ -11,7 +11,7 @@
 
 #include "check.h"
 #include "fixtures.h"
-#include "model/model.h"
+#include "weights/model.h"
 
 namespace {
 

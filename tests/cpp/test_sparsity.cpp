@@ -8,7 +8,7 @@
 #include <set>
 
 #include "check.h"
-#include "model/half.h"
+#include "base/half.h"
 #include "sparsity/sparsity.h"
 
 using namespace tda;

@@ -2,9 +2,9 @@
 #include <cmath>
 
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
+#include "base/json.h"
 #include "fuzz.h"
-#include "model/rope.h"
+#include "backend/rope.h"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text = fuzz::text(data, size);

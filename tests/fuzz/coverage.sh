@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which lines of the checkpoint room its C++ tests and the kept corpus run: a table, the lines they
+# Which lines of the checkpoint room (and of the files and JSON it stands on) its C++ tests and the kept corpus run: a table, the lines they
 # miss, and failure below 95 per cent.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,9 +15,9 @@ find $build -name '*.gcda' -delete
   { cat $build/log; exit 1; }
 
 # A header's lines count as run if any source file has run them.
-gcov -t -r -s "$PWD" $build/CMakeFiles/tdaengine.dir/cpp/checkpoint/*.gcda 2>/dev/null | awk -F: '
+gcov -t -r -s "$PWD" $build/CMakeFiles/tdaengine.dir/cpp/{base,checkpoint}/*.gcda 2>/dev/null | awk -F: '
   $2 + 0 == 0 && $3 == "Source" { file = $4 }
-  file ~ /^cpp\/checkpoint\// && $2 + 0 > 0 && $1 !~ /-$/ {
+  file ~ /^cpp\/(checkpoint\/|base\/(file|atomic_file|json|size))/ && $2 + 0 > 0 && $1 !~ /-$/ {
     key = file ":" $2 + 0
     if (!(key in run)) { run[key] = 0; lines[file]++ }
     if ($1 !~ /#|=/ && !run[key]) { run[key] = 1; good[file]++ }

@@ -1,6 +1,6 @@
 // model.safetensors.index.json
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
+#include "base/json.h"
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

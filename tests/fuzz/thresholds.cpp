@@ -1,7 +1,7 @@
 // A thresholds file.
 #include "sparsity/thresholds.h"
 
-#include "checkpoint/json.h"
+#include "base/json.h"
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

@@ -18,10 +18,10 @@
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
-#include "cpu/buffer.h"
+#include "base/buffer.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/isa.h"
-#include "model/model.h"
+#include "weights/model.h"
 #include "sparsity/sparsity.h"
 
 using namespace tda;

@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-#include "checkpoint/size.h"
+#include "base/size.h"
 
 namespace tda {
 

@@ -1,4 +1,4 @@
-#include "checkpoint/atomic_file.h"
+#include "base/atomic_file.h"
 
 #include <fcntl.h>
 #include <tda/error.h>
@@ -8,7 +8,7 @@
 #include <string>
 #include <system_error>
 
-#include "checkpoint/file.h"
+#include "base/file.h"
 
 namespace tda {
 namespace {

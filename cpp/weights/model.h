@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "model/quantize.h"
+#include "weights/quantize.h"
 
 namespace tda {
 

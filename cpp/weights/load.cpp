@@ -10,12 +10,12 @@
 #include <exception>
 #include <utility>
 
+#include "base/buffer.h"
+#include "base/half.h"
+#include "base/size.h"
+#include "base/thread_pool.h"
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/size.h"
-#include "cpu/buffer.h"
-#include "cpu/thread_pool.h"
-#include "model/half.h"
-#include "model/model.h"
+#include "weights/model.h"
 
 namespace tda {
 namespace {

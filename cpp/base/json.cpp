@@ -1,36 +1,24 @@
-// JSON as checkpoints need it: every fault is a CheckpointError that names the file.
-#pragma once
+#include "base/json.h"
 
 #include <tda/error.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <filesystem>
-#include <nlohmann/json.hpp>
 #include <set>
-#include <string>
-#include <string_view>
 #include <vector>
 
-#include "checkpoint/file.h"
+#include "base/file.h"
+
+template class nlohmann::basic_json<>;
 
 namespace tda {
 
-// Far beyond what any checkpoint has; a hostile one shall not cost more memory than these allow.
-inline constexpr std::int64_t kMaxJsonBytes = 100'000'000;  // safetensors' own limit for a header
-inline constexpr int kMaxJsonDepth = 64;
-inline constexpr std::int64_t kMaxJsonValues = std::int64_t{1} << 22;
-
-/// For messages, which quote files: plain ASCII, and not all of a long string.
-inline std::string describe(const nlohmann::json& value) {
+std::string describe(const nlohmann::json& value) {
   if (value.is_structured()) return value.is_object() ? "an object" : "an array";
   const std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
   return text.size() <= 80 ? text : text.substr(0, 80) + "...";
 }
 
-/// Parses an object within the limits above, and refuses repeated keys, which nlohmann::json alone
-/// would silently drop.
-inline nlohmann::json parse_json_object(std::string_view text, const std::string& file) {
+nlohmann::json parse_json_object(std::string_view text, const std::string& file) {
   using nlohmann::json;
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   std::int64_t values = 0;
@@ -63,8 +51,7 @@ inline nlohmann::json parse_json_object(std::string_view text, const std::string
   }
 }
 
-/// The object that makes up a file.
-inline nlohmann::json read_json_object(const std::filesystem::path& path) {
+nlohmann::json read_json_object(const std::filesystem::path& path) {
   const File file(path, "a JSON file");
   if (file.bytes() > kMaxJsonBytes)
     throw CheckpointError(file.name() + ": found " + std::to_string(file.bytes()) +

@@ -3,10 +3,10 @@
 
 #include <nlohmann/json.hpp>
 
-#include "checkpoint/atomic_file.h"
+#include "base/atomic_file.h"
+#include "base/json.h"
 #include "checkpoint/checkpoint.h"
-#include "checkpoint/json.h"
-#include "model/model.h"
+#include "weights/model.h"
 
 namespace tda {
 namespace {

@@ -1,4 +1,4 @@
-#include "model/quantize.h"
+#include "weights/quantize.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,8 +7,8 @@
 #include <span>
 #include <vector>
 
-#include "model/half.h"
-#include "model/model.h"
+#include "base/half.h"
+#include "weights/model.h"
 
 namespace tda {
 namespace {

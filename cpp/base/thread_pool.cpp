@@ -1,4 +1,4 @@
-#include "cpu/thread_pool.h"
+#include "base/thread_pool.h"
 
 #include <tda/error.h>
 
@@ -8,7 +8,7 @@
 #include <system_error>
 #include <utility>
 
-#include "backend/after_fork.h"
+#include "base/after_fork.h"
 
 #if defined(__linux__)
 #include <sched.h>
