@@ -129,8 +129,12 @@ struct RowsAhead {
   static constexpr bool kInOrder = false;
   Row rows[kCount];
 
-  void ask(int plane, int64_t row, int64_t byte) const { tda::ask(rows[row].plane(plane) + byte); }
-  void ask_scales(int64_t row, int64_t scale) const { tda::ask(rows[row].scales.scales + scale); }
+  void prefetch(int plane, int64_t row, int64_t byte) const {
+    prefetch_l2(rows[row].plane(plane) + byte);
+  }
+  void prefetch_scales(int64_t row, int64_t scale) const {
+    prefetch_l2(rows[row].scales.scales + scale);
+  }
   const RowsAhead& in_turn(int64_t) const { return *this; }
 };
 
@@ -195,28 +199,28 @@ struct StreamsAhead {
     next = next.after(kStep);
     again = again.after(kStep);
   }
-  void ask(int plane, int64_t row, int64_t byte) const {
-    ask_line(plane, kCount * byte + row * kLineBytes);
+  void prefetch(int plane, int64_t row, int64_t byte) const {
+    prefetch_line(plane, kCount * byte + row * kLineBytes);
   }
-  void ask_scales(int64_t, int64_t) const {}
+  void prefetch_scales(int64_t, int64_t) const {}
   /// Where the pairs of a turn ask from. Lines of scales, behind those of nibbles, come at the
   /// beginning of turns, in the stream's order: all at a row's end they take 3% longer.
   StreamsAhead in_turn(int64_t turn) const {
     StreamsAhead here = *this;
     here.skip(turn * rest);
     for (int64_t i = 0; i < rest; ++i)
-      here.ask_line(0, (kCount * kLinesInTurn * turn + i) * kLineBytes);
+      here.prefetch_line(0, (kCount * kLinesInTurn * turn + i) * kLineBytes);
     here.skip(rest);
     return here;
   }
 
  private:
-  void ask_line(int plane, int64_t byte) const {
+  void prefetch_line(int plane, int64_t byte) const {
     if (kOnce) {
-      ask_in_passing(next.of[plane] + byte);
-      ask_soon(again.of[plane] + byte);
+      prefetch_nta(next.of[plane] + byte);
+      prefetch_l1(again.of[plane] + byte);
     } else {
-      tda::ask(next.of[plane] + byte);
+      prefetch_l2(next.of[plane] + byte);
     }
   }
   void skip(int64_t lines) {

@@ -20,9 +20,9 @@ struct DownRowsAhead : RowsAhead<Row, kRows> {
       if (two) others.rows[r] = batch.ahead<Row>(w, batch.follow.b, r);
     }
   }
-  void ask(int plane, int64_t row, int64_t byte) {
-    RowsAhead<Row, kRows>::ask(plane, row, byte);
-    if (two) others.ask(plane, row, byte);
+  void prefetch(int plane, int64_t row, int64_t byte) {
+    RowsAhead<Row, kRows>::prefetch(plane, row, byte);
+    if (two) others.prefetch(plane, row, byte);
   }
 };
 
@@ -46,11 +46,11 @@ struct DownStreamsAhead {
     next = lines(route, far);
     again = lines(route, far / 2);
   }
-  void ask(int plane, int64_t, int64_t) {
-    ask_in_passing(next.take(plane));
-    ask_soon(again.take(plane));
+  void prefetch(int plane, int64_t, int64_t) {
+    prefetch_nta(next.take(plane));
+    prefetch_l1(again.take(plane));
   }
-  void ask_scales(int64_t, int64_t) { ask(0, 0, 0); }
+  void prefetch_scales(int64_t, int64_t) { prefetch(0, 0, 0); }
 
  private:
   struct Lines {
@@ -197,7 +197,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
   for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
     factors.make(scales, words, count, (groups - g0) * kScales);
     for (int64_t r = 0; r < kRows; ++r) {
-      ahead.ask_scales(r, g0 * kScales);
+      ahead.prefetch_scales(r, g0 * kScales);
       scales[r] += Factors::kSome;
     }
     for (int64_t turn = 0; turn < kGroups / 2; ++turn) {
@@ -220,7 +220,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             loaded[i] = _mm512_maskz_loadu_epi8(some, planes[plane][4 * q + i] + bytes);
-            ahead.ask(plane, 4 * q + i, bytes);
+            ahead.prefetch(plane, 4 * q + i, bytes);
           }
           interleave(loaded, nibbles[plane]);
         }
@@ -274,7 +274,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
     if (at == 0)
       for (int64_t r = 0; r < batch.count; ++r) {
         store(factors[r], h[r] * rows[r].scales.step() * rows[r].scales.from(g * kScales));
-        ahead.ask_scales(r, g * kScales);
+        ahead.prefetch_scales(r, g * kScales);
       }
     Floats sums[kVectors];
 #pragma GCC unroll 16
@@ -285,7 +285,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
       if (g % 2 == 0)
 #pragma GCC unroll 2
         for (int plane = 0; plane < (kExact && Row::kPlanes ? 2 : 1); ++plane)
-          ahead.ask(plane, r, g * kGroupBytes);
+          ahead.prefetch(plane, r, g * kGroupBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
         sums[i] += factors[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);

@@ -40,7 +40,7 @@ inline void add_products(const At& at, const PanelDwords<kDwords>& b, __m512i su
 /// others, so that it does not have to be waited for (up to a quarter of short prompts' time).
 class NextRows {
  public:
-  /// `bytes` of each row; `steps`: how often ask() will be called.
+  /// `bytes` of each row; `steps`: how often prefetch() will be called.
   NextRows(const void* first, int64_t stride, int64_t bytes, int64_t rows, int64_t steps)
       : next_(static_cast<const std::byte*>(first)),
         stride_(stride),
@@ -48,9 +48,9 @@ class NextRows {
         rows_(rows),
         steps_(steps) {}
 
-  void ask() {
+  void prefetch() {
     for (due_ += rows_; due_ >= steps_; due_ -= steps_, next_ += stride_)
-      for (int64_t i = 0; i < bytes_; i += kLineBytes) tda::ask(next_ + i);
+      for (int64_t i = 0; i < bytes_; i += kLineBytes) prefetch_l2(next_ + i);
   }
 
  private:
@@ -71,10 +71,10 @@ class NextRowsOf {
       : high_(of(Row(w, first).plane(0), group), Row::stride(w), kBytes, rows, steps),
         low_(of(Row(w, first).plane(1), group), w.low_stride, kBytes, rows, steps),
         scales_(Row(w, first).scales_at(group), Row::stride(w), Row::kScales, rows, steps) {}
-  void ask() {
-    high_.ask();
-    if (Row::kPlanes) low_.ask();
-    if (Row::kScales > 0) scales_.ask();
+  void prefetch() {
+    high_.prefetch();
+    if (Row::kPlanes) low_.prefetch();
+    if (Row::kScales > 0) scales_.prefetch();
   }
 
  private:

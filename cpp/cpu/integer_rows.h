@@ -177,7 +177,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
   Floats sums[kCount][2] = {};
 
   // Pair p, of which a row's line is load(line), and scale(r) what its lanes stand for in row r.
-  const auto add_pair = [&](int64_t p, int sum, const auto& asked, const auto& load,
+  const auto add_pair = [&](int64_t p, int sum, const auto& ahead_here, const auto& load,
                             const auto& scale) __attribute__((always_inline)) {
     const Pair& pair = x.pairs[p];
     const bool fine = kBoth && pair.fine;
@@ -186,11 +186,11 @@ template <bool kExact, class Row, int kCount, class Ahead>
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
       const __m512i high = load(rows[r].plane(0) + p * kPairBytes);
-      asked.ask(0, r, p * kPairBytes);
+      ahead_here.prefetch(0, r, p * kPairBytes);
       __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
       if (kBoth) {
         const __m512i low = load(rows[r].plane(1) + p * kPairBytes);
-        asked.ask(1, r, p * kPairBytes);
+        ahead_here.prefetch(1, r, p * kPairBytes);
         codes[0] = merge(_mm512_slli_epi16(high, 4), low);
         codes[1] = merge(high, _mm512_srli_epi16(low, 4));
       }
@@ -207,7 +207,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
   };
   // kLinesInTurn pairs from p on, or, if not `all`, as many as there are, the last perhaps a half.
   const auto add_pairs = [&](int64_t p, bool all) __attribute__((always_inline)) {
-    const auto& asked = ahead.in_turn(p / kLinesInTurn);
+    const auto& ahead_here = ahead.in_turn(p / kLinesInTurn);
     Floats scales[kCount][kVectors];
     const auto take_scales = [&](int v) __attribute__((always_inline)) {
       const int64_t s = p * kOfPair + v * kLanes;
@@ -215,7 +215,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
 #pragma GCC unroll 4
       for (int r = 0; r < kCount; ++r) {
         scales[r][v] = rows[r].scales.from(s) * of_x;
-        ahead.ask_scales(r, s);
+        ahead.prefetch_scales(r, s);
       }
     };
     if (all) take_scales(0);
@@ -227,10 +227,10 @@ template <bool kExact, class Row, int kCount, class Ahead>
       if (!all && groups <= 0) break;
       if (!all && at % kLanes == 0) take_scales(at / kLanes);
       __mmask64 there = groups > 1 ? ~0ull : 0xffffffffull;
-      asm("" : "+Yk"(there));  // a mask even where it is full, see load_quietly
+      asm("" : "+Yk"(there));  // a mask even where it is full, see load_no_hw_prefetch
       const __m512i index = scales_of_lanes<Row::kScales>(at % kLanes);
       add_pair(
-          p + turn, turn == kLinesInTurn - 1, asked,
+          p + turn, turn == kLinesInTurn - 1, ahead_here,
           [&](const std::uint8_t* line) { return _mm512_maskz_loadu_epi8(there, line); },
           [&](int r) {
             return (Floats)_mm512_permutexvar_ps(index, (__m512)scales[r][at / kLanes]);
@@ -288,7 +288,7 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
     for (int r = 0; r < kCount; ++r) {
       const Floats of_x = load_as<Floats>((kExact ? x.scales : x.coarse_scales) + s);
       store(scales[r], rows[r].scales.from(s) * of_x);
-      ahead.ask_scales(r, s);
+      ahead.prefetch_scales(r, s);
     }
     for (int64_t g = g0; g < min(g0 + kGroups, x.count); ++g) {
       const Pair& pair = x.pairs[g / 2];
@@ -299,7 +299,7 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
         if (kBoth) expand(rows[r].plane(1) + g * kGroupBytes, low);
         if (g % 2 == 0)
           for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane)
-            ahead.ask(plane, r, g * kGroupBytes);
+            ahead.prefetch(plane, r, g * kGroupBytes);
 #pragma GCC unroll 4
         for (int part = 0; part < kParts / 2; ++part) {
           const int64_t first = part * kVectorBytes, at = g % 2 * kGroupBytes + first;

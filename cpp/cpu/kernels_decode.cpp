@@ -34,16 +34,16 @@ template <class Row>
 [[gnu::always_inline]] inline void prefetch(const Ahead<Row>& ahead, int64_t first) {
   constexpr int64_t kLine = kLineBytes / sizeof(typename Row::T);
   for (int64_t i = first; i < first + 4 * kLanes; i += kLine) {
-    ask_in_passing(ahead.far.w + i);
-    ask_soon(ahead.near.w + i);
+    prefetch_nta(ahead.far.w + i);
+    prefetch_l1(ahead.near.w + i);
   }
 }
 
-/// kLanes elements of a row, see load_quietly.
+/// kLanes elements of a row, see load_no_hw_prefetch.
 #if defined(__AVX512F__)
-inline Floats load_lanes(const float* p) { return (Floats)load_quietly(p); }
+inline Floats load_lanes(const float* p) { return (Floats)load_no_hw_prefetch(p); }
 inline Floats load_lanes(const std::uint16_t* p) {
-  return (Floats)(widen((Halves)load_half_quietly(p)) << 16);
+  return (Floats)(widen((Halves)load_half_no_hw_prefetch(p)) << 16);
 }
 #else
 inline Floats load_lanes(const float* p) { return F32::load(p); }
@@ -105,8 +105,8 @@ inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
 /// The cache lines of a group of a row: two groups are three lines.
 [[gnu::always_inline]] inline void prefetch(const Ahead<Bf16cRow>& ahead, int64_t group) {
   const Bf16cRow& row = ahead.far;
-  ask_in_passing(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
-  if (group % 2 == 0) ask_in_passing(row.group(group) + kGroup);
+  prefetch_nta(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
+  if (group % 2 == 0) prefetch_nta(row.group(group) + kGroup);
 }
 
 constexpr int kGroupVectors = kGroup / kLanes;
@@ -255,8 +255,8 @@ void score(const typename Format::T* k, const typename Format::T* v, int64_t key
         const int64_t at = min(i0 + half * kHalf + i, keys - 1) * cache_stride<Format>(n);
         key[i] = k + at;
         for (int64_t e = 0; e < n; e += kLineBytes / static_cast<int64_t>(sizeof *v)) {
-          ask_in_passing(k + at + kLanes * cache_stride<Format>(n) + e);
-          ask_soon(v + at + e);
+          prefetch_nta(k + at + kLanes * cache_stride<Format>(n) + e);
+          prefetch_l1(v + at + e);
         }
       }
       Floats products[kCount][kHalf] = {};

@@ -165,7 +165,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
       for (int64_t p = 0; p < count; ++p) {
         const auto* const panel = static_cast<const Strip*>(b.from(p).data);
         for (int64_t r = 0; r < block; r += kTileRows) {
-          next.ask();
+          next.prefetch();
           tile<kTileRows, 2 * kStrip, 4, sizeof a[0]>(a[0][r], panel + s0, depth,
                                                       c.data + p * c.stride + (r0 + r) * kPanel,
                                                       block - r, add || s0 > 0);
@@ -218,7 +218,7 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
           pack(b.data + p * b.stride + row * kPanel, min(kStrip, rows - row), packed[k]);
         }
         for (int64_t i = 0; i < block; i += kTileColumns) {
-          next.ask();
+          next.prefetch();
           tile<kTileColumns, 4, 4 * kGroup, sizeof squares[0]>(
               squares[0].pairs[0] + i, packed, depth, c.data + p * c.stride + (c0 + i) * kPanel,
               block - i, true);

@@ -205,7 +205,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
         const auto* const panel = reinterpret_cast<const Part<kSize>*>(
             static_cast<const std::byte*>(b.data) + p * b.stride);
         for (int64_t r = 0; r < block; r += kTileRows) {
-          next.ask();
+          next.prefetch();
           tile<Row>(a, r, panel + k0, depth, c.data + p * c.stride + (r0 + r) * kPanel, block - r,
                     add || k0 > 0);
         }
@@ -294,7 +294,7 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
               quantize<Row>(
                   depth, [&](int64_t j) { return scales[j] * values(in, half)(j); }, part, half);
           }
-          next.ask();
+          next.prefetch();
           tile_transposed(block, i, part, c.data + p * c.stride + (c0 + i) * kPanel,
                           columns - c0 - i);
         }

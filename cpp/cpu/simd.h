@@ -42,30 +42,30 @@ constexpr int64_t kLineBytes = 64;
 /// Asks memory for a line, into the level of caches that the hint means. GCC 12 takes functions
 /// that do nothing else for ones without effect, and calls of them away: the empty statement is
 /// one.
-template <int kHint>
-[[gnu::always_inline]] inline void ask(const void* line) {
-  __builtin_prefetch(line, 0, kHint);
+template <int kLocality>
+[[gnu::always_inline]] inline void prefetch(const void* line) {
+  __builtin_prefetch(line, 0, kLocality);
   asm volatile("");
 }
 /// Asks for a line that will be read: into the second-level cache, since the first level can have
 /// only few misses under way, and loads would wait behind them.
-[[gnu::always_inline]] inline void ask(const void* line) { ask<2>(line); }
+[[gnu::always_inline]] inline void prefetch_l2(const void* line) { prefetch<2>(line); }
 /// The same for a line that is read once: into the first level alone. From there it goes nowhere,
 /// while the other levels would have to make room for it, each by handing a line on.
-[[gnu::always_inline]] inline void ask_in_passing(const void* line) { ask<0>(line); }
+[[gnu::always_inline]] inline void prefetch_nta(const void* line) { prefetch<0>(line); }
 /// Into the first level, for a line that was asked for before.
-[[gnu::always_inline]] inline void ask_soon(const void* line) { ask<3>(line); }
+[[gnu::always_inline]] inline void prefetch_l1(const void* line) { prefetch<3>(line); }
 
 #if defined(__AVX512F__)
 /// 64 bytes, under a mask that compilers don't know to be full. Such loads don't set prefetchers of
 /// the hardware going, whose requests get in the way of those that are asked for: on one core of
 /// Zen 5 lines that were asked for come at 41 GB/s like this, and at 37 otherwise.
-inline __m512i load_quietly(const void* p) {
+inline __m512i load_no_hw_prefetch(const void* p) {
   __mmask8 full = 0xff;
   asm("" : "+Yk"(full));
   return _mm512_maskz_loadu_epi64(full, p);
 }
-inline __m256i load_half_quietly(const void* p) {
+inline __m256i load_half_no_hw_prefetch(const void* p) {
   __mmask8 full = 0xff;
   asm("" : "+Yk"(full));
   return _mm256_maskz_loadu_epi32(full, p);

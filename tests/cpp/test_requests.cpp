@@ -65,7 +65,8 @@ void multiply(const Ahead& ahead, int64_t pairs) {
     const auto here = ahead.in_turn(p / kLinesInTurn);
     for (int64_t i = p; i < min(pairs, p + kLinesInTurn); ++i)
       for (int row = 0; row < kCount; ++row)
-        for (int plane = 0; plane < (Row::kPlanes ? 2 : 1); ++plane) here.ask(plane, row, i * 64);
+        for (int plane = 0; plane < (Row::kPlanes ? 2 : 1); ++plane)
+          here.prefetch(plane, row, i * 64);
   }
 }
 
@@ -79,10 +80,11 @@ void add(const Rows& down, const std::vector<int32_t>& ids, const Follow& follow
     CHECK(batch.is_stream_ahead());
     DownStreamsAhead<Row> ahead(down, batch);
     for (int64_t g = 0; g < groups; g += in_turn) {
-      for (int row = 0; row < some; ++row) ahead.ask_scales(row, 0);
+      for (int row = 0; row < some; ++row) ahead.prefetch_scales(row, 0);
       for (int64_t pair = g; pair < min(groups, g + in_turn); pair += 2)
         for (int row = 0; row < some; ++row)
-          for (int plane = 0; plane < (Row::kPlanes ? 2 : 1); ++plane) ahead.ask(plane, row, 0);
+          for (int plane = 0; plane < (Row::kPlanes ? 2 : 1); ++plane)
+            ahead.prefetch(plane, row, 0);
     }
   }
 }
