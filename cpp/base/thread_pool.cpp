@@ -8,7 +8,7 @@
 #include <system_error>
 #include <utility>
 
-#include "base/after_fork.h"
+#include "base/fork_safe.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -19,14 +19,14 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
-// The gate's bits: how many workers are in, whether it is open, and the number of the region.
+// The gate's bits, from the lowest: number of workers inside, whether it is open, region number.
 constexpr std::uint32_t kOpen = 1u << 11;
 constexpr std::uint32_t kInside = kOpen - 1;
 constexpr std::uint32_t kRegion = kOpen << 1;
 static_assert(kMaxThreads <= static_cast<int>(kInside));
 
-/// Regions of a forward pass follow each other within microseconds; a wait first spins, then lends
-/// its core to whoever needs it, and after kAwake workers go to sleep.
+/// Parallel regions of a forward pass are microseconds apart, so waiting threads first spin, then
+/// yield, and workers sleep only after kAwake.
 constexpr auto kAwake = std::chrono::microseconds(100);
 constexpr int kSpins = 500;
 
@@ -38,7 +38,7 @@ void pause() {
 #endif
 }
 
-/// Polls until `done`, at most for kAwake if `patient` is false; whether it is done.
+/// Polls done(), for at most about kAwake unless `patient`. Returns whether it is done.
 template <class Done>
 bool wait_until(const Done& done, bool patient) {
   for (int i = 0; i < kSpins; ++i) {
@@ -88,7 +88,7 @@ void ThreadPool::start() {
 
 bool ThreadPool::lost_workers() {
   if (forks_ == forks()) return false;
-  // A thread object whose thread is gone can be neither joined nor destroyed.
+  // A std::thread whose thread does not exist can be neither joined nor destroyed, so it is leaked.
   new std::vector<std::thread>(std::exchange(workers_, {}));
   gate_ = left_ = 0;
   return true;

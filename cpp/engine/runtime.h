@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "backend/backend.h"
-#include "base/after_fork.h"
+#include "base/fork_safe.h"
 
 namespace tda {
 

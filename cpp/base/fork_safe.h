@@ -1,4 +1,5 @@
-// What survives fork(): memory does, of the threads only the one that called it.
+// Locks and threads across fork(): the child has the parent's memory, but only the thread that
+// called fork().
 #pragma once
 
 #include <pthread.h>
@@ -8,8 +9,8 @@
 
 namespace tda {
 
-/// How many forks lie between this process and the first one that asked. What was made or locked
-/// under another number was so by threads that do not exist here.
+/// The number of forks between the process that first called this and the current one. Threads
+/// started and locks taken under another number belong to threads that do not exist here.
 inline std::uint32_t forks() {
   static std::atomic<std::uint32_t> count = 0;
   static const int registered = pthread_atfork(nullptr, nullptr, [] { ++count; });
@@ -17,7 +18,7 @@ inline std::uint32_t forks() {
   return count.load(std::memory_order_relaxed);
 }
 
-/// A mutex that a child of fork() takes from a thread it has not got.
+/// A mutex that a child of fork() can take even if a thread of the parent held it.
 class ForkSafeMutex {
  public:
   void lock() {
