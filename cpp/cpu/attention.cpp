@@ -1,4 +1,4 @@
-// Keys and values into the cache, and attention over it.
+// Appending keys and values to the cache, and attention over it.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -8,7 +8,7 @@
 namespace tda {
 namespace {
 
-/// Prefill: keys per block of online softmax.
+/// Keys per block of online softmax in prefill.
 constexpr std::int64_t kBlockKeys = 2 * kBlockRows;
 
 }  // namespace
@@ -19,7 +19,8 @@ std::int64_t CpuBackend::attention_scratch() const {
   return config.num_heads / config.num_kv_heads * (kBlockKeys + 2) * kernels_.panel;
 }
 
-/// The end of `qkv`: q and k are normed (where the model does) and rotated, k and v stored.
+/// The last part of `qkv`: applies q and k norms, if the model has them, and RoPE, and stores k and
+/// v.
 void CpuBackend::append(CpuState& state, std::int64_t layer) const {
   const ModelConfig& config = model_->config;
   const LayerWeights& weights = model_->layers[layer];
@@ -64,8 +65,8 @@ void CpuBackend::attention(State& s, std::int64_t layer) const {
     attend_panels(state, layer);
 }
 
-/// Decode: a task is a chunk of one kv head's keys for all query heads that share it; then the
-/// chunks' softmax sums are put together.
+/// Decode. A task is a chunk of one KV head's keys for all query heads that share it; then the
+/// partial softmax sums of the chunks are combined.
 void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
   const ModelConfig& config = model_->config;
   const std::int64_t group = config.num_heads / config.num_kv_heads, n = config.head_dim;
@@ -105,11 +106,11 @@ void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
   }
 }
 
-/// Prefill: a task is a panel of queries of all heads that share one kv head.
+/// Prefill. A task is a panel of queries of all heads that share one KV head.
 void CpuBackend::attend_panels(CpuState& state, std::int64_t layer) const {
   const std::int64_t kv_heads = model_->config.num_kv_heads;
   pool_.run(state.layout.panels * kv_heads, [&](std::int64_t task, int thread) {
-    // Late panels have the most keys: they go first, so that no thread is left alone with one.
+    // The last panels have the most keys and go first, to balance the threads.
     const std::int64_t panel = state.layout.panels - 1 - task / kv_heads;
     attend_panel(state, layer, task % kv_heads, panel, scratch(state, thread));
   });

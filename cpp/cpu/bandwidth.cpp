@@ -20,7 +20,7 @@ double measure_read_bandwidth(int threads, std::int64_t megabytes) {
   const Kernels& kernels = *available_kernels().back();
   Buffer<std::uint64_t> buffer;
   std::uint64_t* data = buffer.reserve(megabytes * kMegabyte / 8, "measuring memory bandwidth");
-  // Written once, since pages never written to would all be the same page of zeros.
+  // Touch every page: those never written to are all mapped to one page of zeros.
   pool.run(megabytes, [&](std::int64_t i, int) {
     std::fill_n(data + i * kMegabyte / 8, kMegabyte / 8, static_cast<std::uint64_t>(i));
   });

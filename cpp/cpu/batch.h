@@ -1,6 +1,8 @@
-// What the decode kernels of integer formats share: a batch of neurons on its way from products to
-// y. A Row (int8.h, int4.h) has kScales scales per group of 64, each for as many neighbours, and
-// its codes are kOffset too large. Included by kernel sources only, like simd.h.
+// What the decode kernels of integer formats share: batches of rows and software prefetch.
+//
+// A Row (int8.h, int4.h) has kScales scales per group of 64 values, one for each run of
+// 64 / kScales; its codes are stored with kOffset added. Included by kernel sources only, like
+// simd.h.
 #pragma once
 
 #include "cpu/int8.h"
@@ -8,37 +10,40 @@
 namespace tda {
 namespace {
 
-/// Neurons worked on at a time.
+/// Neurons processed together.
 constexpr int64_t kBatch = kDecodeBatch;
-/// Down rows of so many bytes worked on at a time: they share what is loaded and stored of y, a
-/// quarter of the work. Of long ones fewer, since the next batch is to be in the first level, too.
-constexpr int kFewDownRows = 8, kManyDownRows = 16;
-inline int64_t down_batch(int64_t bytes) { return bytes <= 768 ? kManyDownRows : kFewDownRows; }
+/// Down rows processed together: they share the loads and stores of y, a quarter of the work. Long
+/// rows use the smaller batch, so that L1 also holds the prefetched rows of the next one.
+constexpr int kSmallDownBatch = 8, kLargeDownBatch = 16;
+/// The batch for rows of so many bytes.
+inline int64_t down_batch(int64_t bytes) {
+  return bytes <= 768 ? kLargeDownBatch : kSmallDownBatch;
+}
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-/// Per-lane sums of up to kBatch rows on their way to one float each.
+/// Dot products of up to kBatch rows, each still one partial sum per lane.
 struct Products {
   Floats lanes[kBatch];
 
-  /// The first `count`, up to a whole vector of them; whatever stands behind them becomes 0.
+  /// Stores the first `count`, rounded up to whole vectors; the padding is 0.
   void store_to(float* out, int64_t count) {
     for (int64_t i = count; i % kLanes != 0; ++i) lanes[i] = Floats{};
     for (int64_t i = 0; i < count; i += kLanes) store(out + i, sums(lanes + i));
   }
 };
 
-/// Whole vectors of them.
+/// In place; `count` is rounded up to whole vectors.
 inline void activate(Activation activation, float* values, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes)
     store(values + i, activate(activation, load_as<Floats>(values + i)));
 }
 
-/// Gates and ups of a batch.
+/// Gate and up products of a batch.
 struct Gated {
   Products gates, ups;
 
-  /// h[i] = act(gate) * up of the first `count`.
+  /// h[i] = act(gate[i]) * up[i], i < count
   void finish(Activation activation, int64_t count, float* h) {
     float gate[kBatch], up[kBatch];
     gates.store_to(gate, count);
@@ -48,82 +53,86 @@ struct Gated {
   }
 };
 
-// ---- memory ---------------------------------------------------------------------------------
+// ---- software prefetch -----------------------------------------------------------------------
 //
-// Memory brings lines in time only if they are asked for, each of them
-// (tests/cpp/test_requests.cpp): one instruction per line that is at work, spread as evenly as the
-// work, and no list to keep (loops over lists took a quarter of the time).
+// Decode is bound by memory, and every cache line must be prefetched to arrive in time
+// (tests/cpp/test_prefetch.cpp). Each line that is processed issues one prefetch of a later line,
+// so that they are spread as evenly as the work; separate loops over lists of lines took a quarter
+// of the time.
 //
-// Rows that follow each other are asked for line by line through all of them, whatever the order of
-// work (up to a third faster than row by row), and into the first level alone, since they are read
-// once. Where many requests are under way, one or two of a hundred get lost, of the first to new
-// pages one of ten, and for each a core waits as long as for the work on a hundred lines. So all
-// are made again when the work is nearer. What comes behind the last row of a list is asked for
-// like the rest: gates and ups are followed by downs, those by the next gates, a thread's last rows
-// of one matrix by its first ones of another.
+// Contiguous rows are prefetched in address order, whatever order the kernel processes them in (up
+// to a third faster than row by row), with the non-temporal hint, since they are read once. With
+// many prefetches in flight 1-2% are dropped (10% on a new page), and each dropped line stalls the
+// core for the time of a hundred lines' work, so each is issued again at half the distance. The
+// prefetch runs on past the end of a list: from gate and up rows to down rows, from those to the
+// next gate rows, and from a thread's last rows of one matrix to its first rows of the next.
 //
-// Scattered rows are asked for one by one, kBatch places ahead, into the second level, for some are
-// read again, and read with the last of each four lines first: lines in order make the hardware
-// fetch as many behind the row, which are of no use then. Measured in tools/bench/RESULTS-cpu.md.
+// Scattered rows are prefetched row by row, kBatch rows ahead, into L2, since some are read again.
+// The last of each four lines goes first: ascending lines trigger the hardware prefetcher, which
+// then fetches lines past the row's end in vain. Measured in tools/bench/RESULTS-cpu.md.
 
-constexpr int kLinesInTurn = 4;
-constexpr int line_in_turn(int i, bool in_order) {
-  return in_order ? i : (i + kLinesInTurn - 1) % kLinesInTurn;
+/// Lines of a row that are processed as one block.
+constexpr int kBlockLines = 4;
+/// Which line of a block is processed i-th.
+constexpr int line_in_block(int i, bool in_order) {
+  return in_order ? i : (i + kBlockLines - 1) % kBlockLines;
 }
-/// Few gaps don't count: a stream over them is faster than row by row.
+/// Fewer than 1/16 of the rows missing counts as contiguous: reading over small gaps is faster than
+/// going row by row.
 inline bool are_scattered(const int32_t* ids, int64_t count) {
   return count > 0 && ids[count - 1] - ids[0] >= count + count / 16;
 }
 
-/// What is read next: rows of one or two matrices, for the neurons in a list.
-struct Follow {
+/// What is read after a list: rows of one or two matrices for another list of neurons.
+struct NextNeurons {
   const Rows *a = nullptr, *b = nullptr;
   const int32_t* ids = nullptr;
   int64_t count = 0;
-  bool high = true, low = true;  // planes
-  ReadOn then = {};              // where there are no such rows
+  bool high = true, low = true;  // which planes are read
+  NextRead otherwise = {};       // what is read instead if count is 0
 };
 
-/// Neurons whose rows are at work, of those in a list, and what to ask memory for meanwhile.
+/// Consecutive neurons of a list that are processed together, and what to prefetch meanwhile.
 struct Batch {
   const int32_t* ids;
   int64_t count;
-  int64_t left;  // of the list, from this batch's first on
-  const Follow& follow;
+  int64_t left;  // neurons from the batch's first to the end of the list
+  const NextNeurons& next;
 
-  Batch(const int32_t* all, int64_t all_count, int64_t first, const Follow& next,
+  Batch(const int32_t* all, int64_t all_count, int64_t first, const NextNeurons& after,
         int64_t most = kBatch)
       : ids(all + first),
         count(min(most, all_count - first)),
         left(all_count - first),
-        follow(next) {}
-  /// The last one in the place of those beyond it.
+        next(after) {}
+  /// Past the end, the last one again.
   int64_t index(int64_t i) const { return min(i, count - 1); }
   int32_t id(int64_t i) const { return ids[index(i)]; }
-  /// Whether the list ends where rows are asked for.
+  /// Whether prefetches of this batch run past the end of the list.
   bool is_last() const { return left <= kBatch; }
 
-  /// Which row to ask for while the i-th neuron's row of `own` is at work: its successor's kBatch
-  /// places on, or from matrix a or b of what follows, or that row itself, which costs nothing.
+  /// The row to prefetch while the i-th neuron's row of `own` is processed: kBatch neurons ahead,
+  /// in `own` or, past the list's end, in `next_rows` (a or b of `next`). If nothing is known to
+  /// follow it is the row itself, already in the cache.
   template <class Row>
-  Row ahead(const Rows& own, const Rows* following, int64_t i) const {
+  Row ahead(const Rows& own, const Rows* next_rows, int64_t i) const {
     const int64_t at = index(i) + kBatch;
     if (at < left) return Row(own, ids[at]);
-    if (at - left < follow.count && following)
-      return Row(*following, follow.ids[at - left]).only(follow.high, follow.low);
+    if (at - left < next.count && next_rows)
+      return Row(*next_rows, next.ids[at - left]).only(next.high, next.low);
     return Row(own, id(i));
   }
-  /// Whether these rows, and those asked for meanwhile, follow each other in memory. None behind
-  /// the list are where it goes on for 3 kBatch: requests are 2 kBatch ahead of a batch at most.
+  /// Whether the batch's rows and those prefetched meanwhile are contiguous. With 3 kBatch left
+  /// prefetches stay within the list, since they run at most 2 kBatch ahead of the batch.
   bool is_stream_ahead() const {
     if (are_scattered(ids, left)) return false;
     return left >= 3 * kBatch ||
-           (left % kFewDownRows == 0 &&
-            (follow.count == 0 || (follow.count >= kBatch && !are_scattered(follow.ids, kBatch))));
+           (left % kSmallDownBatch == 0 &&
+            (next.count == 0 || (next.count >= kBatch && !are_scattered(next.ids, kBatch))));
   }
 };
 
-/// Rows to ask for, wherever they lie, while some of others are at work.
+/// Prefetches scattered rows while kCount others are processed.
 template <class Row, int kCount>
 struct RowsAhead {
   static constexpr bool kInOrder = false;
@@ -135,23 +144,23 @@ struct RowsAhead {
   void prefetch_scales(int64_t row, int64_t scale) const {
     prefetch_l2(rows[row].scales.scales + scale);
   }
-  const RowsAhead& in_turn(int64_t) const { return *this; }
+  const RowsAhead& at_block(int64_t) const { return *this; }
 };
 
-/// How far ahead of the work rows of so many bytes are asked for, whole multiples of `multiple` of
-/// them; again at half of that. In bytes it is what memory needs to answer. Farther, more than 64
-/// lines would be under way where it answers late.
+/// Prefetch distance in rows of so many bytes, a multiple of `multiple`; the second prefetch is
+/// issued at half of it. kFar covers memory latency: at a longer distance more than 64 lines would
+/// be in flight when memory is slow.
 inline int64_t rows_ahead(int64_t bytes, int64_t multiple) {
   constexpr int64_t kFar = 10240;
   return (kFar + bytes * multiple - 1) / (bytes * multiple) * multiple;
 }
-/// The same in neurons, whose rows are so many bytes each: as much as whole batches of down rows,
-/// the second or a later one behind that at work.
+/// The same in neurons, for gate and up rows of so many bytes each. It is as many bytes as whole
+/// batches of down rows, at least two ahead of the one being processed.
 inline int64_t neurons_ahead(int64_t bytes) {
   return min(kBatch, rows_ahead(bytes, 2 * down_batch(bytes)) / 2);
 }
 
-/// A stream per plane, from some place on, and how many bytes of each go with a row.
+/// An address in each plane, and the bytes from one row to the next there.
 struct Streams {
   const std::uint8_t* of[2];
   int64_t step[2];
@@ -161,86 +170,91 @@ struct Streams {
   }
 };
 
-/// What a thread reads: rows of a list that follow each other, as streams, then others.
-struct Route {
+/// What a thread reads in order: the contiguous rows of a list, then others.
+struct ReadPath {
   Streams own;
-  int64_t left;  // rows
-  Streams then;
+  int64_t left;  // rows of `own`
+  Streams next;
 
-  Streams at(int64_t row) const { return row < left ? own.after(row) : then.after(row - left); }
-  /// The first row behind `row` that is not on the same streams as it.
+  Streams at(int64_t row) const { return row < left ? own.after(row) : next.after(row - left); }
+  /// The first row after `row` that is not in the same streams.
   int64_t end_of(int64_t row) const { return row < left ? left : INT64_MAX; }
 };
 
-/// What follows a list as far as it is known, or the list's own rows, which cost nothing.
-inline Streams read_on(const ReadOn& then, const Streams& own, int64_t step, int64_t low_step) {
-  if (!then.data) return {{own.of[0], own.of[1]}, {0, 0}};
-  const auto* const data = reinterpret_cast<const std::uint8_t*>(then.data);
-  const auto* const low = reinterpret_cast<const std::uint8_t*>(then.low);
+/// The streams of `next`; if that is unknown, lines of the list itself that are in the cache.
+inline Streams next_streams(const NextRead& next, const Streams& own, int64_t step,
+                            int64_t low_step) {
+  if (!next.data) return {{own.of[0], own.of[1]}, {0, 0}};
+  const auto* const data = reinterpret_cast<const std::uint8_t*>(next.data);
+  const auto* const low = reinterpret_cast<const std::uint8_t*>(next.low);
   return {{data, low ? low : data}, {step, low_step}};
 }
 
-/// Streams to ask for while kCount rows that follow each other are at work, kStep of a route's;
-/// kOnce: they are read once, and asked for again.
+/// Prefetches streams while kCount contiguous rows are processed, which are kStep rows of a
+/// ReadPath. kOnce: the rows are read once, so prefetches are non-temporal and issued twice.
 template <bool kOnce, int kCount, int kStep>
 struct StreamsAhead {
   static constexpr bool kInOrder = true;
-  Streams next, again;
-  int64_t rest;  // lines of the first plane behind those of nibbles, per turn
+  Streams far, near;
+  int64_t scale_lines;  // lines of scales, which follow the nibbles in the first plane, per block
 
-  /// The rows' pairs of groups and, kStep together, their bytes in the first plane.
-  StreamsAhead(const Streams& far, const Streams& near, int64_t pairs, int64_t bytes)
-      : next(far), again(near) {
-    const int64_t turns = (pairs + kLinesInTurn - 1) / kLinesInTurn;
-    const int64_t behind = (bytes + kLineBytes - 1) / kLineBytes - kCount * pairs;
-    rest = (max(0, behind) + turns - 1) / turns;
+  /// pairs: pairs of groups in a row; bytes: of kStep rows in the first plane
+  StreamsAhead(const Streams& far_streams, const Streams& near_streams, int64_t pairs,
+               int64_t bytes)
+      : far(far_streams), near(near_streams) {
+    const int64_t blocks = (pairs + kBlockLines - 1) / kBlockLines;
+    const int64_t lines = (bytes + kLineBytes - 1) / kLineBytes - kCount * pairs;
+    scale_lines = (max(0, lines) + blocks - 1) / blocks;
   }
-  void go_on() {
-    next = next.after(kStep);
-    again = again.after(kStep);
+  void advance() {
+    far = far.after(kStep);
+    near = near.after(kStep);
   }
   void prefetch(int plane, int64_t row, int64_t byte) const {
     prefetch_line(plane, kCount * byte + row * kLineBytes);
   }
   void prefetch_scales(int64_t, int64_t) const {}
-  /// Where the pairs of a turn ask from. Lines of scales, behind those of nibbles, come at the
-  /// beginning of turns, in the stream's order: all at a row's end they take 3% longer.
-  StreamsAhead in_turn(int64_t turn) const {
+  /// The streams from which the pairs of a block prefetch. Each block starts with its share of the
+  /// lines of scales, in address order; all of them at the row's end take 3% longer.
+  StreamsAhead at_block(int64_t block) const {
     StreamsAhead here = *this;
-    here.skip(turn * rest);
-    for (int64_t i = 0; i < rest; ++i)
-      here.prefetch_line(0, (kCount * kLinesInTurn * turn + i) * kLineBytes);
-    here.skip(rest);
+    here.skip(block * scale_lines);
+    for (int64_t i = 0; i < scale_lines; ++i)
+      here.prefetch_line(0, (kCount * kBlockLines * block + i) * kLineBytes);
+    here.skip(scale_lines);
     return here;
   }
 
  private:
   void prefetch_line(int plane, int64_t byte) const {
     if (kOnce) {
-      prefetch_nta(next.of[plane] + byte);
-      prefetch_l1(again.of[plane] + byte);
+      prefetch_nta(far.of[plane] + byte);
+      prefetch_l1(near.of[plane] + byte);
     } else {
-      prefetch_l2(next.of[plane] + byte);
+      prefetch_l2(far.of[plane] + byte);
     }
   }
   void skip(int64_t lines) {
-    next.of[0] += lines * kLineBytes;
-    again.of[0] += lines * kLineBytes;
+    far.of[0] += lines * kLineBytes;
+    near.of[0] += lines * kLineBytes;
   }
 };
 
-/// work(i, ahead) for every kStep of a route's rows i < count, with what to ask for meanwhile.
+/// Calls work(i, ahead) for every kStep-th of a path's rows i < count; `ahead` prefetches rows at
+/// the distance `distance` and again at half of it.
 template <bool kOnce, int kCount, int kStep, class Work>
-[[gnu::always_inline]] inline void follow_route(const Route& route, int64_t count, int64_t far,
-                                                int64_t pairs, const Work& work) {
-  const int64_t near = far / 2;
+[[gnu::always_inline]] inline void prefetch_along(const ReadPath& path, int64_t count,
+                                                  int64_t distance, int64_t pairs,
+                                                  const Work& work) {
+  const int64_t half = distance / 2;
   for (int64_t i = 0; i < count;) {
-    StreamsAhead<kOnce, kCount, kStep> ahead(route.at(i + far), route.at(i + near), pairs,
-                                             kStep * route.own.step[0]);
-    const int64_t end = min(count, min(route.end_of(i + far) - far, route.end_of(i + near) - near));
+    StreamsAhead<kOnce, kCount, kStep> ahead(path.at(i + distance), path.at(i + half), pairs,
+                                             kStep * path.own.step[0]);
+    const int64_t end =
+        min(count, min(path.end_of(i + distance) - distance, path.end_of(i + half) - half));
     for (; i < end; i += kStep) {
       work(i, ahead);
-      ahead.go_on();
+      ahead.advance();
     }
   }
 }

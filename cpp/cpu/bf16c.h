@@ -1,4 +1,4 @@
-// How kernels see bf16c rows (weights/quantize.h). Included by kernel sources only, like simd.h.
+// Access to bf16c rows (layout: weights/quantize.h). Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -9,7 +9,7 @@ namespace tda {
 namespace {
 
 struct Bf16cRow {
-  static constexpr int64_t kAhead = 8192;  // 5% faster than 4096
+  static constexpr int64_t kAhead = 8192;  // bytes; 5% faster than 4096
   const std::uint8_t* row;
   int64_t n;
 
@@ -20,19 +20,20 @@ struct Bf16cRow {
     return row + bf16c_head_bytes(n) + i * kBf16cGroupBytes;
   }
 
-  // Values apart. A file may say anything: it must not lead out of vectors.
+  // Values stored apart. Their number and columns come from a file, so they are limited to the row:
+  // a corrupt file must not cause access out of bounds.
   int64_t apart() const { return min(row[15], apart_of(n)); }
   int64_t column(int64_t i) const { return min(half(16 + 4 * i), n - 1); }
   std::uint16_t bits(int64_t i) const { return half(18 + 4 * i); }
   float value(int64_t i) const { return bf16_to_f32(bits(i)); }
 
-  /// Upper bytes and lower ones interleaved: 16 bits are a value of the first 16 or of the second
-  /// ones, in turn.
+  /// Upper and lower bytes interleaved: 16-bit lanes are alternately values of the first 16 and of
+  /// the second.
 #if defined(__AVX512BW__)
   void interleave(int64_t i, __m512i out[2]) const {
     const std::uint8_t* const at = group(i);
     const __m512i lower = _mm512_loadu_si512(at);
-    // The codes' bytes twice: once for their lower halves, once for the upper ones.
+    // The bytes of codes twice: once for their lower nibbles, once for the upper.
     const __m512i twice =
         _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kGroup)));
     const __m512i down = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
@@ -43,7 +44,7 @@ struct Bf16cRow {
   }
 #endif
 
-  /// A group's values, but for those apart.
+  /// A group's values, with zeros for those stored apart.
   void load(int64_t i, Floats out[kGroup / kLanes]) const {
 #if defined(__AVX512BW__)
     __m512i v[2];
@@ -89,7 +90,7 @@ struct Bf16cRow {
     return bits;
   }
 #if defined(__AVX2__)
-  /// What the codes stand for.
+  /// The upper byte for each code.
   __m128i uppers() const {
     const __m128i all_but_last =
         _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0);

@@ -84,7 +84,7 @@ PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, Weight
   return {prepared, bytes};
 }
 
-// ---- a step begins ------------------------------------------------------------------------------
+// ---- begin and embed ----------------------------------------------------------------------------
 
 void CpuBackend::begin(State& s, const Step& step) const {
   CpuState& state = CpuState::of(s);
@@ -106,7 +106,7 @@ void CpuBackend::begin(State& s, const Step& step) const {
                         std::to_string(config.vocab_size - 1));
 
   state.step = step;
-  // Gates are recorded by prefill alone, so there a single token goes by panels, too.
+  // Only the prefill path can record gates, so it also runs a single token whose gates are sampled.
   const bool gates = !step.samples.empty() && step.estimate == Estimate::gate;
   state.layout = gates ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
   const Size lanes = state.layout.lanes();

@@ -1,4 +1,4 @@
-// The CPU backend: its state, and the verbs' common parts. Each verb family has a file of its own.
+// The CPU backend and its state. Each family of verbs is implemented in a file of its own.
 #pragma once
 
 #include <algorithm>
@@ -17,18 +17,18 @@
 
 namespace tda {
 
-/// Most tokens whose panels one task works on, so that they stay in its core's cache.
+/// Tokens per task of prefill: their panels stay in the core's cache.
 inline constexpr std::int64_t kTaskTokens = 128;
 
-/// How the vectors of T tokens lie in panels (see kernels.h): P = 1 for one token, else
-/// Kernels::panel, with zeros in the lanes behind the last token.
+/// The layout of the vectors of T tokens in panels (see kernels.h). P is 1 for one token and
+/// Kernels::panel for more; lanes past the last token are zero.
 struct Layout {
   std::int64_t tokens = 0;  // T
   std::int64_t width = 0;   // P
   std::int64_t panels = 0;  // ceil(T / P)
 
   std::int64_t lanes() const { return panels * width; }
-  /// Where token t's vector of length n begins; its elements are `width` apart.
+  /// The offset of token t's vector of length n; its elements are `width` apart.
   std::int64_t at(std::int64_t t, std::int64_t n) const {
     return t / width * width * n + t % width;
   }
@@ -50,9 +50,9 @@ struct CpuState final : State {
 
   struct Layer {
     std::vector<std::int32_t> mask;  // active neurons, ascending
-    std::optional<NeuronRows> copy;  // of their rows, in this order
+    std::optional<NeuronRows> copy;  // their rows, contiguous
     std::vector<double> sums;        // [F] the statistic
-    double tokens = 0;               // that it has gathered
+    double tokens = 0;               // gathered in `sums`
     std::vector<float> samples;      // [tokens, F]
     TokenThresholds thresholds;
     FfnReads reads;
@@ -62,8 +62,8 @@ struct CpuState final : State {
   KvFormat kv = KvFormat::automatic;
   Buffer<std::byte> keys, values;  // [L, kv heads, capacity, head_dim]
   std::vector<Layer> layers;       // [L]
-  Buffer<std::byte> copies;        // of masks' rows
-  std::int64_t head_bytes = 0;     // read for single rows of logits
+  Buffer<std::byte> copies;        // the rows of all masks
+  std::int64_t head_bytes = 0;     // read so far for single rows of logits
 
   // Of the current step.
   Step step;
@@ -73,16 +73,16 @@ struct CpuState final : State {
   Buffer<float> qkv;             // [panels, q_size + 2 kv_size, P]
   Buffer<float> attended;        // [panels, q_size, P]
   Buffer<float> hidden;          // [panels, F, P] h; decode: of the active neurons, in mask order
-  Buffer<float> gates;           // [panels, F, P] act(gate), when the step samples it
+  Buffer<float> gates;           // [panels, F, P] act(gate), if the step samples it
   Buffer<float> cos, sin;        // [panels, head_dim / 2, P]
-  Buffer<float> partials;        // decode: what tasks hand over to be added up
+  Buffer<float> partials;        // decode: partial sums of tasks
   Buffer<float> thread_scratch;  // [threads, scratch_size]
-  Buffer<std::byte> prepared;    // x as the weight format wants it, see RowKernels, PanelKernels
+  Buffer<std::byte> prepared;    // see RowKernels::prepare, PanelKernels::prepare
   Buffer<float> logits;          // [rows, V]
-  Buffer<std::int32_t> likely;   // [V] tokens whose logits are made exact
+  Buffer<std::int32_t> likely;   // [V] tokens whose logits are computed exactly
 };
 
-/// Decode: rows or neurons shared out between tasks, evenly in whole batches of the kernels.
+/// Decode: rows or neurons split evenly into tasks, in whole kernel batches.
 struct Tasks {
   std::int64_t items, count;
 
@@ -92,7 +92,7 @@ struct Tasks {
   }
 };
 
-/// A task of prefill: some rows of a matrix times some panels.
+/// A task of prefill: a block of rows times a block of panels.
 struct Block {
   std::int64_t row, rows;      // at most `block_rows`
   std::int64_t panel, panels;  // at most kTaskTokens in them
@@ -146,13 +146,13 @@ class CpuBackend final : public Backend {
   const PanelKernels& panels(KvFormat format) const {
     return kernels_.cache_panels[static_cast<int>(format) - 1];
   }
-  /// x: [n] as decode kernels of the format want it; valid until the next call.
+  /// RowKernels::prepare of x: [n]; valid until the next call.
   const void* prepare(CpuState&, WeightFormat, const float* x, std::int64_t n) const;
-  /// The same for panels, [layout.panels, n, P].
+  /// PanelKernels::prepare of x: [layout.panels, n, P].
   PreparedPanels prepare(CpuState&, const Layout&, WeightFormat, const float* x,
                          std::int64_t n) const;
   float* scratch(const CpuState&, int thread) const;
-  /// Start of head `head`'s keys or values, [capacity, head_dim].
+  /// The keys or values of head `head`, [capacity, head_dim].
   std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
                    std::int64_t head) const;
   std::int64_t cache_row_bytes(const CpuState&) const;
@@ -160,21 +160,21 @@ class CpuBackend final : public Backend {
   // linear.cpp
   /// out = rmsnorm(in) of every token. in, out: [panels, H, P]
   void norm(const Layout&, const float* in, std::span<const float> weight, float* out) const;
-  /// Decode: where a thread begins to read a matrix, or a layer's feed-forward rows (ffn.cpp).
-  ReadOn begin_of(const Matrix&, int thread) const;
-  ReadOn begin_of_ffn(std::int64_t layer, int thread) const;
-  /// out = w in, or += with `add`. in: [panels, w.cols, P], out: [panels, w.rows, P]. Decode: then
-  /// a thread reads on at then(thread).
-  template <class Then>
+  /// Decode: the first rows a thread reads of a matrix, or of a layer's feed-forward (ffn.cpp).
+  NextRead first_read(const Matrix&, int thread) const;
+  NextRead first_ffn_read(std::int64_t layer, int thread) const;
+  /// out = w in, or += with `add`. in: [panels, w.cols, P], out: [panels, w.rows, P]. Decode:
+  /// next(thread) is what a thread reads after this.
+  template <class Next>
   void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out, bool add,
-                const Then& then) const;
+                const Next& next) const;
   /// The same for several tokens, but out: [T, w.rows].
   void multiply_to_rows(CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;
-  /// out = head in of one token as the step's `head` wants it. in: [H], out: [V]
-  void sketch_logits(CpuState&, const float* in, float* out) const;
+  /// One token's logits as Step::head asks: estimates, exact for the likely. in: [H], out: [V]
+  void estimated_logits(CpuState&, const float* in, float* out) const;
   void add_bias(const Layout&, std::span<const float> bias, float* out) const;
-  /// Prefill: body(Block, thread) for every part of a matrix times `panels` panels.
+  /// Prefill: calls body(Block, thread) for all tasks of a matrix times `panels` panels.
   template <class Body>
   void for_blocks(std::int64_t rows, std::int64_t panels, const Body& body,
                   std::int64_t block_rows = kBlockRows) const;
@@ -191,8 +191,8 @@ class CpuBackend final : public Backend {
   void ffn_sparse(CpuState&, std::int64_t layer) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
                    const float* in, float* x, std::int64_t x_stride) const;
-  /// x += h times what the down rows of these neurons keep apart, for `lanes` tokens side by side;
-  /// elements of a token are a stride apart.
+  /// Adds the outliers of these neurons' down rows, which are stored apart: x += h * outlier, for
+  /// `lanes` tokens. A token's elements are a stride apart.
   static void add_outliers(const LayerWeights&, std::span<const std::int32_t> neurons,
                            const float* h, std::int64_t h_stride, float* x, std::int64_t x_stride,
                            std::int64_t lanes);
@@ -205,7 +205,7 @@ class CpuBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;
   mutable ThreadPool pool_;
-  std::vector<float> rope_frequencies_;    // [head_dim / 2]; unless they depend on the step
+  std::vector<float> rope_frequencies_;    // [head_dim / 2]; empty if they depend on the step
   std::vector<std::int32_t> all_neurons_;  // 0 ... F-1
   std::int64_t scratch_size_ = 0;          // floats per thread
 };

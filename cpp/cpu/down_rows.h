@@ -1,5 +1,5 @@
-// The last stage of decode for integer formats: a batch's down rows, each times its h, added up in
-// y. Included by kernel sources only, like simd.h.
+// The down projection in decode for integer formats: y += h[i] row[i] over batches of rows.
+// Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/batch.h"
@@ -7,17 +7,18 @@
 namespace tda {
 namespace {
 
-/// What to ask for while a batch's down rows are at work; at a list's end rows of two matrices.
+/// Prefetches scattered rows while a batch of down rows is processed; near the end of a list these
+/// are rows of two matrices, the next gate and up.
 template <class Row, int kRows>
 struct DownRowsAhead : RowsAhead<Row, kRows> {
   RowsAhead<Row, kRows> others;
   bool two;
 
   DownRowsAhead(const Rows& w, const Batch& batch)
-      : two(batch.is_last() && batch.follow.b != nullptr) {
+      : two(batch.is_last() && batch.next.b != nullptr) {
     for (int64_t r = 0; r < kRows; ++r) {
-      this->rows[r] = batch.ahead<Row>(w, batch.follow.a, r);
-      if (two) others.rows[r] = batch.ahead<Row>(w, batch.follow.b, r);
+      this->rows[r] = batch.ahead<Row>(w, batch.next.a, r);
+      if (two) others.rows[r] = batch.ahead<Row>(w, batch.next.b, r);
     }
   }
   void prefetch(int plane, int64_t row, int64_t byte) {
@@ -26,8 +27,8 @@ struct DownRowsAhead : RowsAhead<Row, kRows> {
   }
 };
 
-/// The same for rows that follow each other: line by line through all of them, and again; then
-/// through the streams of what follows the list.
+/// The same for contiguous rows: line by line through all of them, twice, then through the streams
+/// of what is read next.
 template <class Row>
 struct DownStreamsAhead {
   static constexpr bool kInOrder = true;
@@ -36,26 +37,26 @@ struct DownStreamsAhead {
     const Row row(w, batch.ids[0]);
     const int64_t high = Row::kPlanes ? row.plane(1) - row.plane(0) : w.stride;
     const Streams own = {{row.plane(0), row.plane(0)}, {w.stride, w.stride}};
-    const Follow& follow = batch.follow;
-    Route route = {own, batch.left, read_on(follow.then, own, high, w.stride - high)};
-    if (follow.count > 0) {
-      const Row gate(*follow.a, follow.ids[0]);
-      route.then = {{gate.plane(0), gate.plane(1)}, {high, w.stride - high}};
+    const NextNeurons& next = batch.next;
+    ReadPath path = {own, batch.left, next_streams(next.otherwise, own, high, w.stride - high)};
+    if (next.count > 0) {
+      const Row gate(*next.a, next.ids[0]);
+      path.next = {{gate.plane(0), gate.plane(1)}, {high, w.stride - high}};
     }
-    const int64_t far = 2 * neurons_ahead(w.stride);
-    next = lines(route, far);
-    again = lines(route, far / 2);
+    const int64_t distance = 2 * neurons_ahead(w.stride);
+    far = lines(path, distance);
+    near = lines(path, distance / 2);
   }
   void prefetch(int plane, int64_t, int64_t) {
-    prefetch_nta(next.take(plane));
-    prefetch_l1(again.take(plane));
+    prefetch_nta(far.take(plane));
+    prefetch_l1(near.take(plane));
   }
   void prefetch_scales(int64_t, int64_t) { prefetch(0, 0, 0); }
 
  private:
   struct Lines {
     const std::uint8_t* of[2];
-    int second;  // which of them plane 1 asks from
+    int second;  // the index in `of` of plane 1's stream
 
     const std::uint8_t* take(int plane) {
       const std::uint8_t*& line = of[plane == 0 ? 0 : second];
@@ -63,29 +64,31 @@ struct DownStreamsAhead {
       return line - kLineBytes;
     }
   };
-  Lines next, again;
+  Lines far, near;
 
-  static Lines lines(const Route& route, int64_t row) {
-    const Streams at = route.at(row);
-    return {{at.of[0], at.of[1]}, row < route.left ? 0 : 1};
+  static Lines lines(const ReadPath& path, int64_t row) {
+    const Streams at = path.at(row);
+    return {{at.of[0], at.of[1]}, row < path.left ? 0 : 1};
   }
 };
 
 #if defined(__AVX512VNNI__)
 
-/// What a batch's rows are taken times, h * scale, for kSome scales: integers of kBytes bytes,
-/// relative to the largest of h * row's step. Byte products want each of their bytes, the highest
-/// first, four rows to an int32.
+/// The multipliers h * scale of a batch's rows for kBlockScales scales, quantised to kBytes bytes
+/// relative to the batch's largest |h * row's step|. VPDPBUSD multiplies bytes, so each byte is
+/// kept apart, the highest first, those of four rows in one int32.
 template <int kOffset, int kBytes, int kRows>
-struct Factors {
-  static constexpr int kQuads = kRows / 4, kSome = 32;
-  alignas(64) int32_t quads[kBytes][kQuads][kSome];
-  alignas(64) int32_t start[kBytes][kSome];  // -kOffset sum
+struct QuantizedMultipliers {
+  static constexpr int kQuads = kRows / 4, kBlockScales = 32;
+  alignas(64) int32_t quads[kBytes][kQuads][kBlockScales];
+  /// Where accumulators start: -kOffset * the sum of the rows' multipliers.
+  alignas(64) int32_t start[kBytes][kBlockScales];
 
-  /// parts: of the largest, in 1/32768; scales: the rows' from where these begin, `left` of them
-  void make(const std::int8_t* const* scales, const std::int16_t* parts, int64_t rows,
-            int64_t left) {
-    const auto some = static_cast<__mmask32>(left >= kSome ? ~0u : (1u << left) - 1);
+  /// parts: h * row's step relative to the largest, in 1/32768. scales: of each row, from the first
+  /// of these on; `left` of them are there.
+  void quantize(const std::int8_t* const* scales, const std::int16_t* parts, int64_t rows,
+                int64_t left) {
+    const auto some = static_cast<__mmask32>(left >= kBlockScales ? ~0u : (1u << left) - 1);
     __m512i sums[kBytes] = {};  // 16 bits each
     for (int64_t q = 0; 4 * q < rows; ++q) {
       __m256i bytes[kBytes][4];
@@ -120,7 +123,7 @@ struct Factors {
   }
 
  private:
-  /// out[i] = byte i of each of the four.
+  /// out[i] = byte i of each of the four vectors.
   static void interleave(const __m256i (&bytes)[4], int32_t* out) {
     const __m256i a = _mm256_unpacklo_epi8(bytes[0], bytes[1]);
     const __m256i b = _mm256_unpackhi_epi8(bytes[0], bytes[1]);
@@ -136,7 +139,8 @@ struct Factors {
   }
 };
 
-/// Of two groups' integers, one per scale, those that interleaved rows' out[i] takes.
+/// p: two groups' integers, one per scale. Each lane of vector i of the interleaved rows gets that
+/// of its own values.
 template <int kScales>
 inline __m512i lanes_of_scales(const int32_t* p, int i) {
   const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
@@ -148,7 +152,7 @@ inline __m512i lanes_of_scales(const int32_t* p, int i) {
                                   _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
 }
 
-/// y[32 i] ... y[32 i + 15] += step * the 128-bit lanes i of the four, i < lanes.
+/// y[32 i] ... y[32 i + 15] += step * the four vectors' 128-bit lanes i, i < lanes.
 inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step, int64_t lanes,
                       float* y) {
   const __m512i ab = _mm512_shuffle_i32x4(s0, s1, 0x88);
@@ -163,21 +167,23 @@ inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step
     if (i < lanes) store(y, load_as<Floats>(y) + step * to_floats((Ints)ordered[i]));
 }
 
-/// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups. Two
-/// groups at a time: their bytes of four rows are interleaved while they still hold two nibbles.
+/// y += sum over a batch of h[i] row[i], or, if not kExact, of the rows' high planes. y: whole
+/// groups. Works on two groups at a time: bytes of four rows are interleaved while each still holds
+/// two nibbles.
 template <bool kExact, class Row, int kRows, class Ahead>
-inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
+inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const float* h,
+                           float* y) {
   constexpr int kScales = Row::kScales;
   constexpr bool kBoth = Row::kPlanes && kExact;             // planes
-  constexpr float kUnit = Row::kPlanes && !kExact ? 16 : 1;  // what a nibble of 1 is worth
-  // Codes of 8 bits deserve finer factors.
+  constexpr float kUnit = Row::kPlanes && !kExact ? 16 : 1;  // the value of one code step
+  // With codes of 8 bits, multipliers of one byte would dominate the error.
   constexpr int kBytes = kBoth ? 2 : 1;
-  using Factors = Factors<kBoth ? Row::kOffset : 8, kBytes, kRows>;
-  constexpr int64_t kGroups = Factors::kSome / kScales;
+  using QuantizedMultipliers = QuantizedMultipliers<kBoth ? Row::kOffset : 8, kBytes, kRows>;
+  constexpr int64_t kGroups = QuantizedMultipliers::kBlockScales / kScales;
   const int64_t count = batch.count, groups = groups_of(w.n);
   const std::uint8_t* planes[2][kRows];
   const std::int8_t* scales[kRows];
-  alignas(64) float parts[kManyDownRows] = {};
+  alignas(64) float parts[kLargeDownBatch] = {};
   for (int64_t r = 0; r < kRows; ++r) {
     const Row row(w, batch.id(r));
     for (int i = 0; i < 2; ++i) planes[i][r] = row.plane(i);
@@ -186,23 +192,22 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
   }
   const __m512 values = _mm512_load_ps(parts);
   float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
-  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q))
-    most = __builtin_nanf("");  // to be seen in y
+  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q)) most = __builtin_nanf("");  // NaN reaches y
   const float step = most * (32768.0f / 32767.0f) * (kBytes == 2 ? 1.0f / 256 : kUnit);
   const __m512i relative =
       _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
-  alignas(32) std::int16_t words[kManyDownRows];
+  alignas(32) std::int16_t words[kLargeDownBatch];
   _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16(relative));
-  Factors factors;
+  QuantizedMultipliers multipliers;
   for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
-    factors.make(scales, words, count, (groups - g0) * kScales);
+    multipliers.quantize(scales, words, count, (groups - g0) * kScales);
     for (int64_t r = 0; r < kRows; ++r) {
       ahead.prefetch_scales(r, g0 * kScales);
-      scales[r] += Factors::kSome;
+      scales[r] += QuantizedMultipliers::kBlockScales;
     }
-    for (int64_t turn = 0; turn < kGroups / 2; ++turn) {
-      const int64_t four = turn / kLinesInTurn * kLinesInTurn;
-      const int64_t g = g0 + 2 * (four + line_in_turn(turn % kLinesInTurn, Ahead::kInOrder));
+    for (int64_t line = 0; line < kGroups / 2; ++line) {
+      const int64_t block = line / kBlockLines * kBlockLines;
+      const int64_t g = g0 + 2 * (block + line_in_block(line % kBlockLines, Ahead::kInOrder));
       if (g >= groups) continue;
       const int64_t at = (g - g0) * kScales, bytes = g * kGroupBytes, left = min(groups - g, 2);
       const __mmask64 some = left == 2 ? ~0ull : 0xffffffffull;
@@ -211,7 +216,8 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
       for (int byte = 0; byte < kBytes; ++byte) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
-          lowers[byte][i] = uppers[byte][i] = lanes_of_scales<kScales>(factors.start[byte] + at, i);
+          lowers[byte][i] = uppers[byte][i] =
+              lanes_of_scales<kScales>(multipliers.start[byte] + at, i);
       }
       for (int64_t q = 0; 4 * q < count; ++q) {
         __m512i loaded[4], nibbles[2][4];
@@ -226,14 +232,14 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const __m512i both = nibbles[0][i], rest = nibbles[1][i];
-          const __m512i a = kBoth ? merge(_mm512_slli_epi16(both, 4), rest) : lower_nibbles(both);
-          const __m512i b = kBoth ? merge(both, _mm512_srli_epi16(rest, 4)) : upper_nibbles(both);
+          const __m512i high = nibbles[0][i], low = nibbles[1][i];
+          const __m512i a = kBoth ? merge(_mm512_slli_epi16(high, 4), low) : lower_nibbles(high);
+          const __m512i b = kBoth ? merge(high, _mm512_srli_epi16(low, 4)) : upper_nibbles(high);
 #pragma GCC unroll 2
           for (int byte = 0; byte < kBytes; ++byte) {
-            const __m512i factor = lanes_of_scales<kScales>(factors.quads[byte][q] + at, i);
-            lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, factor);
-            uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, factor);
+            const __m512i multiplier = lanes_of_scales<kScales>(multipliers.quads[byte][q] + at, i);
+            lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], a, multiplier);
+            uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], b, multiplier);
           }
         }
       }
@@ -248,10 +254,11 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
       }
       const __m512i(&l)[4] = lowers[0], (&u)[4] = uppers[0];
       float* const out = y + g * kGroup;
-      if (kScales == 2) {  // a lane's lower nibbles are 16 values, its upper ones the next 16
+      if (kScales ==
+          2) {  // a 128-bit lane: 16 values in the lower nibbles, the next 16 in the upper
         add_lanes(l[0], l[1], l[2], l[3], step, 2 * left, out);
         add_lanes(u[0], u[1], u[2], u[3], step, 2 * left, out + 16);
-      } else {  // 8 of two scales each
+      } else {  // 8 values of each of two scales
         add_lanes(l[0], l[1], u[0], u[1], step, 2 * left, out);
         add_lanes(l[2], l[3], u[2], u[3], step, 2 * left, out + 16);
       }
@@ -261,19 +268,21 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
 
 #else
 
-/// y += sum over a batch of h[i] row[i]; not exact: of the rows' high planes. y: whole groups
+/// y += sum over a batch of h[i] row[i], or, if not kExact, of the rows' high planes. y: whole
+/// groups
 template <bool kExact, class Row, int kRows, class Ahead>
-inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float* h, float* y) {
+inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const float* h,
+                           float* y) {
   constexpr int kVectors = kGroup / kLanes, kScales = Row::kScales;
   static_assert(kLanes % kScales == 0);
-  float factors[kRows][kLanes];
+  float multipliers[kRows][kLanes];
   Row rows[kRows];
   for (int64_t r = 0; r < batch.count; ++r) rows[r] = Row(w, batch.id(r));
   for (int64_t g = 0; g < groups_of(w.n); ++g, y += kGroup) {
     const int64_t at = g * kScales % kLanes;
     if (at == 0)
       for (int64_t r = 0; r < batch.count; ++r) {
-        store(factors[r], h[r] * rows[r].scales.step() * rows[r].scales.from(g * kScales));
+        store(multipliers[r], h[r] * rows[r].scales.step() * rows[r].scales.from(g * kScales));
         ahead.prefetch_scales(r, g * kScales);
       }
     Floats sums[kVectors];
@@ -288,7 +297,7 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
           ahead.prefetch(plane, r, g * kGroupBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
-        sums[i] += factors[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);
+        sums[i] += multipliers[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) store(y + i * kLanes, sums[i]);
@@ -298,12 +307,12 @@ inline void add_rows(const Rows& w, const Batch& batch, Ahead ahead, const float
 #endif
 
 template <bool kExact, class Row, int kRows>
-void add_rows(const Rows& w, const Batch& batch, const float* h, float* y) {
-  constexpr bool kWhole = kExact || !Row::kPlanes;  // rows leave no gaps between them
+void add_down_batch(const Rows& w, const Batch& batch, const float* h, float* y) {
+  constexpr bool kWhole = kExact || !Row::kPlanes;  // whole rows are read, without gaps
   if (kWhole && batch.is_stream_ahead())
-    add_rows<kExact, Row, kRows>(w, batch, DownStreamsAhead<Row>(w, batch), h, y);
+    add_down_batch<kExact, Row, kRows>(w, batch, DownStreamsAhead<Row>(w, batch), h, y);
   else
-    add_rows<kExact, Row, kRows>(w, batch, DownRowsAhead<Row, kRows>(w, batch), h, y);
+    add_down_batch<kExact, Row, kRows>(w, batch, DownRowsAhead<Row, kRows>(w, batch), h, y);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Products of weights and panels that are packed along k: a dword holds several neighbours of a
-// row, or of a token, and one instruction multiplies and adds them up. A row's dword is broadcast
-// to the lanes, which hold the dwords of 16 tokens each.
+// Products of weights and panels packed along k: a dword holds consecutive values of a row or of a
+// token, two of bf16 or four bytes, and one instruction gives their dot product. The row's dword is
+// broadcast to all lanes; a vector holds the dwords of 16 tokens.
 #pragma once
 
 #include <cstddef>
@@ -16,16 +16,15 @@ namespace {
 
 constexpr int64_t kPanel = 2 * kLanes;
 
-/// Some dwords of each of a panel's tokens.
+/// kDwords dwords of each token of a panel.
 template <int kDwords>
 using PanelDwords = std::int32_t[kDwords][kPanel];
 
-/// sums[m] += row m times b for m < kRows; at(m) is where the row's first dword lies, the next ones
-/// follow kStep bytes apart.
+/// sums[m] += row m times b for m < kRows. at(m) is the address of the row's first dword, the next
+/// ones are kStep bytes apart.
 ///
-/// Add is one piece of assembly for a dword and both halves of b: from intrinsics, or in a loop,
-/// compilers (GCC 12) copy the sums about, many of them to memory, though there are registers for
-/// all.
+/// Add is inline assembly for one dword and both halves of b: from intrinsics, or in a loop, GCC 12
+/// spills many of the sums to memory, though there are registers for all.
 template <class Add, int kRows, int kStep, int kDwords, class At>
 inline void add_products(const At& at, const PanelDwords<kDwords>& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 16
@@ -36,11 +35,11 @@ inline void add_products(const At& at, const PanelDwords<kDwords>& b, __m512i su
   }
 }
 
-/// Rows that are likely to be multiplied next. Memory is asked for them step by step of the work on
-/// others, so that it does not have to be waited for (up to a quarter of short prompts' time).
+/// Prefetches the rows that are likely to be multiplied next, spread over the steps of the current
+/// work. Without it, waiting for memory takes up to a quarter of the time of short prompts.
 class NextRows {
  public:
-  /// `bytes` of each row; `steps`: how often prefetch() will be called.
+  /// bytes: of each row; steps: the number of calls of prefetch()
   NextRows(const void* first, int64_t stride, int64_t bytes, int64_t rows, int64_t steps)
       : next_(static_cast<const std::byte*>(first)),
         stride_(stride),
@@ -56,10 +55,10 @@ class NextRows {
  private:
   const std::byte* next_;
   int64_t stride_, bytes_, rows_, steps_;
-  int64_t due_ = 0;  // rows times steps
+  int64_t due_ = 0;  // in units of 1 / steps_ row
 };
 
-/// NextRows of a format: all planes of whole rows, or of their part of one group of columns.
+/// NextRows of a format: all planes of whole rows, or of one group of their columns.
 template <class Row>
 class NextRowsOf {
  public:

@@ -1,4 +1,4 @@
-// The feed-forward network: dense, gathering TDA's statistic, or sparse.
+// The feed-forward network: dense, gathering the statistic of TDA, or sparse.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -10,10 +10,10 @@
 namespace tda {
 namespace {
 
-/// Decode: neurons per task, and most tasks: each has a partial sum of its own to be added up.
+/// Decode: neurons per task, and the maximum number of tasks, each of which has a partial sum.
 constexpr std::int64_t kTaskNeurons = 192;
 constexpr std::int64_t kMostTasks = 64;
-/// Numbers per task when partial sums are added up, and columns at a time.
+/// When partial sums are added: numbers per task, and columns at a time.
 constexpr std::int64_t kTaskSums = 32768;
 constexpr std::int64_t kColumns = 256;
 
@@ -23,7 +23,7 @@ Tasks tasks_of(std::int64_t neurons) {
 
 }  // namespace
 
-ReadOn CpuBackend::begin_of_ffn(std::int64_t layer, int thread) const {
+NextRead CpuBackend::first_ffn_read(std::int64_t layer, int thread) const {
   const Tasks tasks = tasks_of(model_->config.intermediate_size);
   return rows_of(model_->layers[layer].gate, tasks.first_of(pool_.first_task(thread, tasks.count)));
 }
@@ -43,13 +43,13 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
 
 namespace {
 
-/// Rows of some planes, `stride` bytes of each neuron side by side.
+/// Planes that are interleaved in memory: each neuron has `stride` bytes that hold a row of each.
 struct Record {
   std::int64_t stride;
-  std::vector<const std::byte**> planes;  // where they begin
+  std::vector<const std::byte**> planes;  // their first rows
 };
 
-/// What lies side by side in the planes of three matrices.
+/// Groups the planes of the three matrices by how they are interleaved.
 std::vector<Record> records_of(NeuronRows& rows) {
   std::vector<Record> planes, records;
   for (Rows* r : {&rows.gate, &rows.up, &rows.down}) {
@@ -71,7 +71,7 @@ std::vector<Record> records_of(NeuronRows& rows) {
 
 void CpuBackend::compact_masks(State& s) const {
   CpuState& state = CpuState::of(s);
-  Size bytes = 64;  // kernels read on behind the last row's end
+  Size bytes = 64;  // kernels may read past the last row's end
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
     NeuronRows rows = rows_of(model_->layers[l]);
     for (const Record& record : records_of(rows))
@@ -111,9 +111,9 @@ void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer) const {
   }
 }
 
-/// x += FFN(in) of one token in one pass over the given neurons, or in a sparse step over those of
-/// them that the layer's thresholds select. The split into tasks depends on their number alone, so
-/// a mask of all and thresholds of 0 give the same bits as a dense step.
+/// x += FFN(in) of one token over the given neurons or, in a sparse step, over those of them that
+/// the layer's thresholds select. The split into tasks depends only on the number of neurons, so a
+/// mask of all and thresholds of 0 give the result of a dense step, bit for bit.
 void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
                              std::span<const std::int32_t> neurons, const float* in, float* x,
                              std::int64_t x_stride) const {
@@ -121,7 +121,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::int64_t n = model_->config.hidden_size;
   const std::int64_t count = static_cast<std::int64_t>(neurons.size());
   const Tasks tasks = tasks_of(count);
-  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups; tasks share no cache line
+  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups, and no cache line is shared
   float* partials = state.partials.reserve(Size(kMostTasks) * stride, "partial sums");
   const void* prepared = prepare(state, weights.gate.format, in, n);
   const Activation activation = model_->config.activation;
@@ -132,28 +132,28 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const std::optional<NeuronRows>& copy = state.layers[layer].copy;
   const bool copied = copy && state.step.ffn == FfnMode::sparse && !select;
   const NeuronRows rows_in_use = copied ? *copy : rows_of(weights);
-  const std::span<const std::int32_t> of_rows =
+  const std::span<const std::int32_t> row_ids =
       copied ? std::span(all_neurons_).first(neurons.size()) : neurons;
   std::atomic<std::int64_t> exact = 0, coarse = 0;
-  const auto then = [&](int thread) {
+  const auto next = [&](int thread) {
     const bool more = layer + 1 < model_->config.num_layers;
-    return begin_of(more ? model_->layers[layer + 1].qkv : model_->head, thread);
+    return first_read(more ? model_->layers[layer + 1].qkv : model_->head, thread);
   };
 
   pool_.run(tasks.count, [&](std::int64_t task, int thread) {
     const std::int64_t first = tasks.first_of(task), end = tasks.first_of(task + 1);
     const bool last = pool_.is_last_task(task, thread, tasks.count);
     const RowKernels& kernels = rows(weights.gate.format);
-    const NeuronIds ids = {of_rows.data() + first, end - first, last ? 0 : count - end,
-                           last ? then(thread) : ReadOn()};
+    const NeuronIds ids = {row_ids.data() + first, end - first, last ? 0 : count - end,
+                           last ? next(thread) : NextRead()};
     float *h = state.hidden.data() + first, *y = partials + task * stride;
     if (select) {
       const SelectedCounts counts =
-          kernels.selected(rows_in_use, activation, selection, ids, prepared, h, y);
+          kernels.ffn_selected(rows_in_use, activation, selection, ids, prepared, h, y);
       exact += counts.exact;
       coarse += counts.coarse;
     } else {
-      kernels.neurons(rows_in_use, activation, ids, prepared, h, y);
+      kernels.ffn_fused(rows_in_use, activation, ids, prepared, h, y);
       exact += end - first;
     }
   });
@@ -188,18 +188,19 @@ void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::
   }
 }
 
-/// A token looked at `considered` neurons and selected some of them.
+/// Counts the reads of a token that selected neurons among `considered`.
 void CpuBackend::count_reads(CpuState& state, std::int64_t layer, std::int64_t considered,
                              const SelectedCounts& counts) const {
   const LayerWeights& weights = model_->layers[layer];
   const std::int64_t row = weights.gate.row_bytes(), low = weights.gate.low_row_bytes();
-  const CpuState::Layer& of_layer = state.layers[layer];
+  const TokenThresholds& thresholds = state.layers[layer].thresholds;
   FfnReads& reads = state.layers[layer].reads;
   reads.exact += counts.exact;
   reads.coarse += counts.coarse;
-  // Every neuron pays for its estimate (two high rows, or the gate's both), the rest is for those
-  // selected: all three rows of the exact, the high down row of the coarse.
-  reads.bytes += of_layer.thresholds.by_gate
+  // Each considered neuron's estimate reads two high rows (by gate: both planes of the gate row).
+  // An exact neuron then reads the remaining planes of its three rows, a coarse one its high down
+  // row.
+  reads.bytes += thresholds.by_gate
                      ? considered * (row + low) + 2 * counts.exact * (row + low)
                      : considered * 2 * row + counts.exact * (row + 3 * low) + counts.coarse * row;
 }
@@ -247,8 +248,8 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
                  state.x.data() + panel * x_stride, width, width);
 }
 
-/// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *
-/// ||down[j]||, relative to the token's own.
+/// Adds the step's tokens to the statistic: for each token the squares of its contribution lengths
+/// |h[j]| * ||down[j]||, relative to the norm of all of them.
 void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::int64_t neurons = model_->config.intermediate_size, width = layout.width;
@@ -256,7 +257,7 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
   const float* lengths = ones.empty() ? model_->layers[layer].down_lengths.data() : ones.data();
   CpuState::Layer& statistic = state.layers[layer];
 
-  // 1 / ||contributions||² per token; 0 for a token without any, and for the lanes behind the last.
+  // 1 / ||contributions||² per token; 0 for a token without any, and for lanes past the last token.
   std::vector<double> weights(layout.lanes());
   pool_.run(layout.panels, [&](std::int64_t panel, int) {
     double* weight = weights.data() + panel * width;
@@ -275,7 +276,7 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
     const std::int64_t first = block * kBlockRows, end = std::min(neurons, first + kBlockRows);
     for (std::int64_t j = first; j < end; ++j)
       for (std::int64_t panel = 0; panel < layout.panels; ++panel)
-        // Behind the last token a window may hold no keys, and h is NaN.
+        // Only real tokens: past the last one a window may hold no keys, which makes h NaN.
         for (std::int64_t lane = 0; lane < std::min(width, layout.tokens - panel * width); ++lane) {
           const double length =
               static_cast<double>(state.hidden.data()[(panel * neurons + j) * width + lane]) *
@@ -286,7 +287,7 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
   statistic.tokens += static_cast<double>(layout.tokens);
 }
 
-/// The tokens that the step names join the samples.
+/// Appends the tokens named by the step to the samples.
 void CpuBackend::sample(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::int64_t neurons = model_->config.intermediate_size;

@@ -1,4 +1,4 @@
-// How kernels see int4 rows (weights/quantize.h). Included by kernel sources only, like simd.h.
+// Access to int4 rows (layout: weights/quantize.h). Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/int8.h"
@@ -32,7 +32,7 @@ struct Int4Row {
 #if defined(__AVX512VNNI__)
   /// A group's codes.
   __m512i codes(int64_t group) const {
-    // A scale's 8 bytes twice: once for their lower halves, once for the upper ones.
+    // The 8 bytes of each scale twice: once for their lower nibbles, once for the upper.
     const auto* at = reinterpret_cast<const __m256i*>(nibbles + group * kGroupBytes);
     const __m512i twice = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0),
                                                    _mm512_castsi256_si512(_mm256_loadu_si256(at)));
@@ -42,7 +42,7 @@ struct Int4Row {
   void bf16(int64_t group, __m512i out[2]) const { to_bf16(*this, group, out); }
 #endif
 #else
-  /// A group's codes, less the offset.
+  /// A group's codes minus the offset.
   template <bool>
   void codes(int64_t group, std::int8_t out[kGroup]) const {
     Bytes w[kParts];
@@ -65,7 +65,7 @@ struct Int4Row {
   }
 };
 
-/// A format tag beside F32 and Bf16; its rows are no arrays.
+/// A format tag like F32 and Bf16, for rows that are not arrays.
 struct Int4 {};
 
 }  // namespace

@@ -1,4 +1,4 @@
-// How kernels see int8 rows (weights/quantize.h). Included by kernel sources only, like simd.h.
+// Access to int8 rows (layout: weights/quantize.h). Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -17,13 +17,14 @@ constexpr int kParts = kGroup / kVectorBytes;  // vectors that hold a group's va
 #if defined(__AVX512VNNI__)
 inline __m512i lower_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0f)); }
 inline __m512i upper_nibbles(__m512i v) { return lower_nibbles(_mm512_srli_epi16(v, 4)); }
-/// The upper nibbles of one, the lower ones of the other.
+/// Bytes with the upper nibbles of one and the lower nibbles of the other.
 inline __m512i merge(__m512i upper, __m512i lower) {
   const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
-  return _mm512_ternarylogic_epi64(upper, mask, lower, 0xe2);  // into a register that is free then
+  return _mm512_ternarylogic_epi64(upper, mask, lower,
+                                   0xe2);  // overwrites `upper`
 }
 #else
-/// A group of one plane: the lower nibbles of its bytes, then the upper ones.
+/// A group of one plane: the lower nibbles of its bytes, then the upper.
 inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
   for (int i = 0; i < kParts / 2; ++i) {
     const Bytes v = load_as<Bytes>(group + i * kVectorBytes);
@@ -32,10 +33,10 @@ inline void expand(const std::uint8_t* group, Bytes out[kParts]) {
   }
 }
 
-/// What belongs to nibbles as `expand` leaves them, in the order of the values.
+/// Values in the order in which `expand` leaves their nibbles, stored in the order of the row.
 template <int kScales>
 inline void store_in_order(const Bytes (&v)[kParts], std::int8_t out[kGroup]) {
-  constexpr int kHalf = kGroup / kScales / 2;  // of a scale's values
+  constexpr int kHalf = kGroup / kScales / 2;  // half the values of a scale
   std::int8_t bytes[kGroup];
   __builtin_memcpy(bytes, v, sizeof bytes);
   for (int i = 0; i < kScales; ++i, out += 2 * kHalf) {
@@ -45,8 +46,8 @@ inline void store_in_order(const Bytes (&v)[kParts], std::int8_t out[kGroup]) {
 }
 #endif
 
-/// Scales of an integer row and their step, where they stand behind the nibbles. Like the rows,
-/// addresses alone: those of a row that is not there may be made.
+/// The scales of an integer row and their step, which follow its nibbles. Like the rows these are
+/// only addresses, and may be those of a row that does not exist.
 struct RowScales {
   const std::int8_t* scales;
   int64_t count;
@@ -61,12 +62,12 @@ struct RowScales {
     return value;
   }
   float operator[](int64_t i) const { return step() * static_cast<float>(scales[i]); }
-  /// kLanes of them, in steps; a row's last ones may be followed by anything.
+  /// kLanes scales, in steps. Past the row's last one the lanes are arbitrary.
   Floats from(int64_t first) const { return signed_floats(scales + first); }
 };
 
 #if defined(__AVX512BF16__)
-/// A group of an integer row, rounded to bf16.
+/// A group of an integer row, converted to bf16.
 template <class Row>
 inline void to_bf16(const Row& row, int64_t group, __m512i out[2]) {
   alignas(64) std::uint8_t codes[kGroup];
@@ -97,7 +98,7 @@ struct Int8Row {
       : high(reinterpret_cast<const std::uint8_t*>(w.data) + r * w.stride),
         low(reinterpret_cast<const std::uint8_t*>(w.low) + r * w.low_stride),
         scales(high, w.n, kScales) {}
-  /// The row so many rows on.
+  /// The row `rows` further on.
   Int8Row after(const Rows& w, int64_t rows) const {
     Int8Row later = *this;
     later.high += rows * w.stride;
@@ -107,7 +108,7 @@ struct Int8Row {
   }
   const std::uint8_t* plane(int i) const { return i == 0 ? high : low; }
   const void* scales_at(int64_t group) const { return scales.scales + group * kScales; }
-  /// For requests: one of the planes in the place of both.
+  /// For prefetches: the same plane in the place of both.
   Int8Row only(bool with_high, bool with_low) const {
     Int8Row row = *this;
     if (!with_high) row.high = low;
@@ -118,7 +119,7 @@ struct Int8Row {
 #if defined(__AVX512VNNI__)
   /// A group's codes: 16 high + low.
   __m512i codes(int64_t group) const {
-    // A scale's 16 bytes twice: once for their lower halves, once for the upper ones.
+    // The 16 bytes of each scale twice: once for their lower nibbles, once for the upper.
     const auto twice = [group](const std::uint8_t* plane) {
       const auto* at = reinterpret_cast<const __m256i*>(plane + group * kGroupBytes);
       return _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
@@ -177,7 +178,7 @@ inline void interleave(const __m512i rows[4], __m512i out[4]) {
 }
 #endif
 
-/// A format tag beside F32 and Bf16; its rows are no arrays.
+/// A format tag like F32 and Bf16, for rows that are not arrays.
 struct Int8 {};
 
 }  // namespace

@@ -1,8 +1,9 @@
-// Decode for rows of integers, int8 and int4: products with an x that is rounded to integers, too.
+// Decode for integer rows, int8 and int4: dot products with an x that is quantised, too.
 //
-// Where weights have a scale of their own, so has x:  x = scale q,  q of 8 bits. Instructions want
-// codes unsigned, so they are Row::kOffset too large; -kOffset sum(q) is where the integer sums
-// start. Where x has an outlier, int8 rows are multiplied with 8 bits more of it.
+// Activations are quantised per weight group: x = scale q, with q of 8 bits and one scale for each
+// scale of the weights. VPDPBUSD multiplies unsigned by signed bytes, so codes carry the offset
+// Row::kOffset, and accumulators start at -kOffset * sum(q). Where x has outliers, int8 rows are
+// also multiplied with the residual of x, another 8 bits.
 #pragma once
 
 #include "cpu/batch.h"
@@ -10,26 +11,26 @@
 namespace tda {
 namespace {
 
-/// How many times as large as the root of x's mean square an outlier of x is. Such a value leaves
-/// its neighbours only a few steps of their common scale, so they are multiplied with what rounding
-/// left, too: x = scale / 256 (256 q + rest).
+/// An outlier of x is this many times the root mean square of x. It leaves the other values that
+/// share its scale only a few steps of it, so for these the rounding residual is kept:
+/// x = scale / 256 (256 q + residual).
 constexpr float kOutlier = 6;
 
-constexpr int64_t kPairBytes = 2 * kGroupBytes;  // a line
+constexpr int64_t kPairBytes = 2 * kGroupBytes;  // a cache line
 
-/// Two groups of a prepared x, as their bytes lie in a row: what is multiplied with the lower
-/// nibbles, then what is with the upper ones. A lane adds up the products of four bytes.
+/// Two groups of a prepared x in the order of a row's nibbles: q[0] is multiplied with the lower
+/// nibbles, q[1] with the upper ones. A lane sums the products of four bytes.
 struct alignas(64) Pair {
   std::int8_t q[2][kPairBytes];
-  int32_t start[kPairBytes / 4];  // -kOffset times the lane's sum
+  int32_t start[kPairBytes / 4];  // -kOffset * sum(q) of the lane
   // int8 only:
-  int32_t coarse_start[kPairBytes / 4];  // for the high plane alone
-  std::int8_t rest[2][kPairBytes];
-  int32_t rest_start[kPairBytes / 4];
-  bool fine;  // the rest counts, and the scales are 256 times as small
+  int32_t coarse_start[kPairBytes / 4];  // the same for the high plane alone
+  std::int8_t residual[2][kPairBytes];
+  int32_t residual_start[kPairBytes / 4];
+  bool has_residual;  // if so, scales are divided by 256
 };
 
-/// A prepared x: pairs, and their scales, filled up with zeros to whole vectors.
+/// A prepared x: pairs, then their scales, padded with zeros to whole vectors.
 template <class Row>
 struct Vector {
   Pair* pairs;
@@ -53,7 +54,7 @@ int64_t prepared_bytes(int64_t n) {
   return Vector<Row>::pairs_of(n) * sizeof(Pair) + 2 * Vector<Row>::scale_count(n) * sizeof(float);
 }
 
-/// What kLanes floats, at most 127 in size, are rounded to.
+/// Rounds kLanes floats of |v| <= 127, stores them as bytes and returns the rounded values.
 inline Floats store_rounded(std::int8_t* p, Floats v) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
   const Floats shifted = v + kShift;
@@ -75,7 +76,7 @@ inline float largest_lane(Floats v) {
 #endif
 }
 
-/// out[i] = times * the sum of what lane i multiplies.
+/// out[i] = times * the sum of the q that lane i multiplies.
 inline void sum_lanes(const std::int8_t (&q)[2][kPairBytes], int32_t times, int32_t* out) {
 #if defined(__AVX512VNNI__)
   const __m512i ones = _mm512_set1_epi8(1);
@@ -114,19 +115,19 @@ void prepare(const float* x, int64_t n, void* prepared) {
       largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
     }
     const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    std::int8_t q[kPart], rest[kPart];
+    std::int8_t q[kPart], residual[kPart];
     for (int i = 0; i < kVectors; ++i) {
       const Floats scaled = values[i] * inverse;
       const Floats rounded = store_rounded(q + i * kLanes, scaled);
       if (Row::kPlanes)
-        store_rounded(rest + i * kLanes, min(256.0f * (scaled - rounded), splat(127.0f)));
+        store_rounded(residual + i * kLanes, min(256.0f * (scaled - rounded), splat(127.0f)));
     }
     for (int half = 0; half < 2; ++half) {
       const int64_t to = in_pair * (kPart / 2), from = half * (kPart / 2);
       __builtin_memcpy(pair.q[half] + to, q + from, kPart / 2);
-      if (Row::kPlanes) __builtin_memcpy(pair.rest[half] + to, rest + from, kPart / 2);
+      if (Row::kPlanes) __builtin_memcpy(pair.residual[half] + to, residual + from, kPart / 2);
     }
-    pair.fine = (in_pair != 0 && pair.fine) || most > limit;
+    pair.has_residual = (in_pair != 0 && pair.has_residual) || most > limit;
     if (part < out.count * Row::kScales) out.scales[part] = most / 127.0f;
   }
   for (int64_t i = out.count * Row::kScales; i < Vector<Row>::scale_count(n); ++i)
@@ -137,22 +138,22 @@ void prepare(const float* x, int64_t n, void* prepared) {
     Pair& pair = out.pairs[p];
     sum_lanes(pair.q, -Row::kOffset, pair.start);
     if (Row::kPlanes) sum_lanes(pair.q, -8, pair.coarse_start);
-    if (!pair.fine) continue;
-    sum_lanes(pair.rest, -Row::kOffset, pair.rest_start);
+    if (!pair.has_residual) continue;
+    sum_lanes(pair.residual, -Row::kOffset, pair.residual_start);
     const int64_t end = min(2 * (p + 1), out.count) * Row::kScales;
     for (int64_t i = 2 * p * Row::kScales; i < end; ++i) out.scales[i] /= 256.0f;
   }
 }
 
 #if defined(__AVX512VNNI__)
-/// Compilers like to repeat loads.
+/// Keeps compilers from loading the same bytes again for each use.
 inline __m512i load_once(const void* p) {
   __m512i v = _mm512_loadu_si512(p);
   asm("" : "+v"(v));
   return v;
 }
 
-/// Which of the scales of a pair of groups, the first of which stands at `first`, the lanes take.
+/// The index of each lane's scale: those of a pair of groups start at `first`.
 template <int kScales>
 inline __m512i scales_of_lanes(int first = 0) {
   const __m512i index = kScales == 2
@@ -161,26 +162,27 @@ inline __m512i scales_of_lanes(int first = 0) {
   return _mm512_add_epi32(index, _mm512_set1_epi32(first));
 }
 
-/// The products of kCount rows, or of their high planes, with x, still one sum per lane. They share
-/// what is loaded of x. `ahead`: what to ask for. What limits this loop is the number of its
-/// instructions; called instead of inlined it takes a fifth longer. The order of lines changes no
-/// bit: the last of four adds to a sum of its own, the others come in the same order either way.
+/// Dot products of kCount rows (or of their high planes) with x, one partial sum per lane. The rows
+/// share each load of x; `ahead` prefetches meanwhile. The loop is bound by its instruction count,
+/// and takes a fifth longer if called instead of inlined. The order of lines within a block does
+/// not change the result: the last of four has an accumulator of its own, and the others keep their
+/// order.
 template <bool kExact, class Row, int kCount, class Ahead>
 [[gnu::always_inline]] inline void multiply(const Row (&rows)[kCount], const Ahead& ahead,
                                             const Vector<Row>& x, Floats (&lanes)[kCount]) {
-  constexpr int kOfPair = 2 * Row::kScales;                  // scales
-  constexpr int kVectors = kLinesInTurn * kOfPair / kLanes;  // of scales: 1 or 2
-  constexpr bool kBoth = Row::kPlanes && kExact;             // planes
+  constexpr int kOfPair = 2 * Row::kScales;                 // scales
+  constexpr int kVectors = kBlockLines * kOfPair / kLanes;  // of scales: 1 or 2
+  constexpr bool kBoth = Row::kPlanes && kExact;            // planes
   const float* const x_scales = kExact ? x.scales : x.coarse_scales;
-  float steps[kCount];  // read first, for they stand at the rows' ends: 10% of the time
+  float steps[kCount];  // read first, since they are at the rows' ends: saves 10% of the time
   for (int r = 0; r < kCount; ++r) steps[r] = rows[r].scales.step();
   Floats sums[kCount][2] = {};
 
-  // Pair p, of which a row's line is load(line), and scale(r) what its lanes stand for in row r.
+  // Adds pair p: load(address) gives a row's line, scale(r) the scales of its lanes in row r.
   const auto add_pair = [&](int64_t p, int sum, const auto& ahead_here, const auto& load,
                             const auto& scale) __attribute__((always_inline)) {
     const Pair& pair = x.pairs[p];
-    const bool fine = kBoth && pair.fine;
+    const bool has_residual = kBoth && pair.has_residual;
     const __m512i q[2] = {load_once(pair.q[0]), load_once(pair.q[1])};
     const __m512i start = load_once(kExact ? pair.start : pair.coarse_start);
 #pragma GCC unroll 4
@@ -196,20 +198,21 @@ template <bool kExact, class Row, int kCount, class Ahead>
       }
       __m512i integers = _mm512_dpbusd_epi32(start, codes[0], q[0]);
       integers = _mm512_dpbusd_epi32(integers, codes[1], q[1]);
-      if (fine) {
+      if (has_residual) {
         const __m512i shifted = _mm512_slli_epi32(integers, 8);
-        integers = _mm512_add_epi32(shifted, _mm512_load_si512(pair.rest_start));
+        integers = _mm512_add_epi32(shifted, _mm512_load_si512(pair.residual_start));
         for (int i = 0; i < 2; ++i)
-          integers = _mm512_dpbusd_epi32(integers, codes[i], _mm512_load_si512(pair.rest[i]));
+          integers = _mm512_dpbusd_epi32(integers, codes[i], _mm512_load_si512(pair.residual[i]));
       }
       sums[r][sum] += scale(r) * to_floats((Ints)integers);
     }
   };
-  // kLinesInTurn pairs from p on, or, if not `all`, as many as there are, the last perhaps a half.
+  // Adds kBlockLines pairs from p on or, if not `all`, those that are left; the last may be half a
+  // pair.
   const auto add_pairs = [&](int64_t p, bool all) __attribute__((always_inline)) {
-    const auto& ahead_here = ahead.in_turn(p / kLinesInTurn);
+    const auto& ahead_here = ahead.at_block(p / kBlockLines);
     Floats scales[kCount][kVectors];
-    const auto take_scales = [&](int v) __attribute__((always_inline)) {
+    const auto load_scales = [&](int v) __attribute__((always_inline)) {
       const int64_t s = p * kOfPair + v * kLanes;
       const Floats of_x = load_as<Floats>(x_scales + s);
 #pragma GCC unroll 4
@@ -218,34 +221,34 @@ template <bool kExact, class Row, int kCount, class Ahead>
         ahead.prefetch_scales(r, s);
       }
     };
-    if (all) take_scales(0);
-    if (all && kVectors == 2) take_scales(1);
+    if (all) load_scales(0);
+    if (all && kVectors == 2) load_scales(1);
 #pragma GCC unroll 4
-    for (int i = 0; i < kLinesInTurn; ++i) {
-      const int turn = line_in_turn(i, !all || Ahead::kInOrder), at = turn * kOfPair;
-      const int64_t groups = x.count - 2 * (p + turn);
+    for (int i = 0; i < kBlockLines; ++i) {
+      const int line = line_in_block(i, !all || Ahead::kInOrder), at = line * kOfPair;
+      const int64_t groups = x.count - 2 * (p + line);
       if (!all && groups <= 0) break;
-      if (!all && at % kLanes == 0) take_scales(at / kLanes);
+      if (!all && at % kLanes == 0) load_scales(at / kLanes);
       __mmask64 there = groups > 1 ? ~0ull : 0xffffffffull;
-      asm("" : "+Yk"(there));  // a mask even where it is full, see load_no_hw_prefetch
+      asm("" : "+Yk"(there));  // masked even if all are there, see load_no_hw_prefetch
       const __m512i index = scales_of_lanes<Row::kScales>(at % kLanes);
       add_pair(
-          p + turn, turn == kLinesInTurn - 1, ahead_here,
-          [&](const std::uint8_t* line) { return _mm512_maskz_loadu_epi8(there, line); },
+          p + line, line == kBlockLines - 1, ahead_here,
+          [&](const std::uint8_t* from) { return _mm512_maskz_loadu_epi8(there, from); },
           [&](int r) {
             return (Floats)_mm512_permutexvar_ps(index, (__m512)scales[r][at / kLanes]);
           });
     }
   };
   int64_t p = 0;
-  for (; 2 * (p + kLinesInTurn) <= x.count; p += kLinesInTurn) add_pairs(p, true);
+  for (; 2 * (p + kBlockLines) <= x.count; p += kBlockLines) add_pairs(p, true);
   if (2 * p < x.count) add_pairs(p, false);
   for (int r = 0; r < kCount; ++r) lanes[r] = steps[r] * (sums[r][0] + sums[r][1]);
 }
 
 #else
 
-/// Lane i: the sum of four codes times q, kTimes over.
+/// Lane i: kTimes * the sum of four codes * q.
 template <int kTimes>
 inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 #if defined(__AVX2__)
@@ -258,10 +261,10 @@ inline Ints sums_of_four(Bytes codes, const std::int8_t* q) {
 #endif
 }
 
-/// kCount neighbours of kLanes floats, from the one at `first` on, each in as many lanes.
+/// Floats first ... first + kCount - 1 of kLanes, each repeated over kLanes / kCount lanes.
 template <int kCount>
 inline Floats spread(const float* all, int first) {
-#if defined(__AVX2__)  // loaded as they were stored
+#if defined(__AVX2__)  // a load of the width it was stored with is forwarded
   Ints index;
   for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane * kCount / kLanes;
   const __m256i from = _mm256_add_epi32((__m256i)index, _mm256_set1_epi32(first));
@@ -273,8 +276,8 @@ inline Floats spread(const float* all, int first) {
 #endif
 }
 
-/// The products of kCount rows, or of their high planes, with x, still one sum per lane. `ahead`:
-/// what to ask for.
+/// Dot products of kCount rows (or of their high planes) with x, one partial sum per lane; `ahead`
+/// prefetches meanwhile.
 template <bool kExact, class Row, int kCount, class Ahead>
 inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector<Row>& x,
                      Floats (&lanes)[kCount]) {
@@ -312,9 +315,9 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
           };
           const auto& start = kExact ? pair.start : pair.coarse_start;
           Ints integers = load_as<Ints>(start + at / 4) + products(pair.q);
-          if (kBoth && pair.fine)
-            integers =
-                (integers << 8) + load_as<Ints>(pair.rest_start + at / 4) + products(pair.rest);
+          if (kBoth && pair.has_residual)
+            integers = (integers << 8) + load_as<Ints>(pair.residual_start + at / 4) +
+                       products(pair.residual);
           const int64_t of_part = (g - g0) * Row::kScales + 2 * first * Row::kScales / kGroup;
           const Floats scale = spread<kPerVector>(scales[r], static_cast<int>(of_part));
           sums[r] += scale * to_floats(integers);
@@ -327,46 +330,46 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 
 #endif
 
-/// out[i] = w[first + i]·x, or its high plane's, i < count <= kBatch, of so many rows in all.
+/// out[i] = w[first + i]·x, or that of the high plane, i < count <= kBatch. w has `rows` rows.
 template <bool kExact, class Row>
-void multiply_next(const Rows& w, int64_t first, int64_t count, int64_t rows, const ReadOn& then,
-                   const Vector<Row>& x, float* out) {
-  constexpr int kTogether = Row::kPlanes ? 2 : 4;  // rows: they share what is loaded of x
+void dot_batch(const Rows& w, int64_t first, int64_t count, int64_t rows, const NextRead& next,
+               const Vector<Row>& x, float* out) {
+  constexpr int kRowsPerPass = Row::kPlanes ? 2 : 4;  // they reuse each load of x
   const Row row(w, first);
   const int64_t bytes = w.stride + (kExact ? w.low_stride : 0);
   const Streams own = {{row.plane(0), row.plane(1)}, {w.stride, w.low_stride}};
-  const Route route = {own, rows - first, read_on(then, own, w.stride, w.low_stride)};
+  const ReadPath path = {own, rows - first, next_streams(next, own, w.stride, w.low_stride)};
   Products products;
   const auto work = [&](int64_t i, const auto& ahead) __attribute__((always_inline)) {
-    Row taken[kTogether];
-    for (int j = 0; j < kTogether; ++j) taken[j] = row.after(w, min(i + j, count - 1));
-    Floats lanes[kTogether];
-    multiply<kExact>(taken, ahead, x, lanes);
-    for (int j = 0; j < kTogether; ++j) products.lanes[i + j] = lanes[j];
+    Row some[kRowsPerPass];
+    for (int j = 0; j < kRowsPerPass; ++j) some[j] = row.after(w, min(i + j, count - 1));
+    Floats lanes[kRowsPerPass];
+    multiply<kExact>(some, ahead, x, lanes);
+    for (int j = 0; j < kRowsPerPass; ++j) products.lanes[i + j] = lanes[j];
   };
-  follow_route<kExact, kTogether, kTogether>(route, count, rows_ahead(bytes, 2 * kTogether),
-                                             (x.count + 1) / 2, work);
+  prefetch_along<kExact, kRowsPerPass, kRowsPerPass>(
+      path, count, rows_ahead(bytes, 2 * kRowsPerPass), (x.count + 1) / 2, work);
   products.store_to(out, count);
 }
 
 template <class Row>
-void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add, ReadOn then) {
+void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add, NextRead next) {
   const Vector<Row> x(prepared, w.n);
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
     float results[kBatch];
-    multiply_next<true>(w, first, count, rows, then, x, results);
+    dot_batch<true>(w, first, count, rows, next, x, results);
     for (int64_t r = 0; r < count; ++r) y[r] = results[r] + (add ? y[r] : 0.0f);
   }
 }
 
-/// out[i] = row i of a batch · x, and up to a whole vector of them.
+/// out[i] = w[batch.id(i)]·x, i < batch.count, with room for whole vectors.
 template <class Row>
-void multiply_one_each(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out) {
-  const auto ahead = [&](int64_t i) { return batch.ahead<Row>(w, batch.follow.a, i); };
+void dot_ids(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out) {
+  const auto ahead = [&](int64_t i) { return batch.ahead<Row>(w, batch.next.a, i); };
   Products products;
   for (int64_t i = 0; i < batch.count; i += 2) {
-    const Row pair[2] = {Row(w, batch.id(i)), Row(w, batch.id(i + 1))};  // an odd one's last twice
+    const Row pair[2] = {Row(w, batch.id(i)), Row(w, batch.id(i + 1))};  // if odd, the last twice
     Floats lanes[2];
     multiply<true>(pair, RowsAhead<Row, 2>{{ahead(i), ahead(i + 1)}}, x, lanes);
     products.lanes[i] = lanes[0];

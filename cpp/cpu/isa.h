@@ -1,4 +1,4 @@
-// Which instruction sets' kernels this build has and this machine runs.
+// The kernel tables of this build that this machine can run.
 #pragma once
 
 #include <vector>
@@ -7,10 +7,10 @@
 
 namespace tda {
 
-/// The tables that can run here, the best one last.
+/// In ascending order of speed.
 std::vector<const Kernels*> available_kernels();
 
-/// The best table, or the one named by the environment's TDA_CPU_ISA. Throws OptionError.
+/// The fastest table, or the one named by the environment variable TDA_CPU_ISA. Throws OptionError.
 const Kernels& choose_kernels();
 
 }  // namespace tda

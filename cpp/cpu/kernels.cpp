@@ -1,4 +1,5 @@
-// Compiled once per instruction set, as are the other kernels_*.cpp; TDA_ISA names the one at hand.
+// Small kernels, and the table of all. Compiled once per instruction set, like every kernels_*.cpp;
+// TDA_ISA is its name.
 #include "cpu/kernels.h"
 
 #include "cpu/kernels_isa.h"

@@ -1,4 +1,5 @@
-// Kernels of decode: rows of weights, keys or values times one vector.
+// Decode kernels for f32, bf16 and bf16c rows (weights times one vector), and for the KV cache.
+#include "cpu/attend.h"
 #include "cpu/bf16c.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/simd.h"
@@ -6,30 +7,31 @@
 namespace tda {
 namespace {
 
-// Rows are read one after the other, as they lie in memory, since decoding waits for it. Meanwhile
-// those that will be read shortly after are asked for, wherever they lie.
+// Decode is bound by memory: rows are read one after the other in address order, and those that
+// will be read shortly after are prefetched, wherever they are.
 
-/// How many rows to look ahead, so that memory has time to answer.
+/// The prefetch distance in rows, which covers memory latency.
 template <class Row>
-inline int64_t lookahead(int64_t n) {
+inline int64_t rows_ahead(int64_t n) {
   return 1 + Row::kAhead / Row::bytes(n);
 }
 
-/// Rows i >= count are those that the thread reads on with, if that is known.
+/// Rows whose index i >= count stands for row i - count of what is read next; w itself if that is
+/// unknown.
 template <class Row>
-inline Rows behind(const Rows& w, int64_t count, const ReadOn& then) {
+inline Rows rows_after(const Rows& w, int64_t count, const NextRead& next) {
   Rows rows = w;
-  if (then.data) rows.data = then.data - count * Row::bytes(w.n);
+  if (next.data) rows.data = next.data - count * Row::bytes(w.n);
   return rows;
 }
 
-/// Rows to ask for while another one is at work, and to ask for again, nearer.
+/// Rows to prefetch while another one is processed: `far` for the first time, `near` again.
 template <class Row>
 struct Ahead {
   Row far, near;
 };
 
-/// The cache lines of the next four vectors.
+/// Prefetches the lines of the next four vectors.
 template <class Row>
 [[gnu::always_inline]] inline void prefetch(const Ahead<Row>& ahead, int64_t first) {
   constexpr int64_t kLine = kLineBytes / sizeof(typename Row::T);
@@ -39,7 +41,7 @@ template <class Row>
   }
 }
 
-/// kLanes elements of a row, see load_no_hw_prefetch.
+/// kLanes elements of a row; see load_no_hw_prefetch.
 #if defined(__AVX512F__)
 inline Floats load_lanes(const float* p) { return (Floats)load_no_hw_prefetch(p); }
 inline Floats load_lanes(const std::uint16_t* p) {
@@ -50,7 +52,7 @@ inline Floats load_lanes(const float* p) { return F32::load(p); }
 inline Floats load_lanes(const std::uint16_t* p) { return Bf16::load(p); }
 #endif
 
-/// A row that is an array.
+/// A row of f32 or bf16: an array.
 template <class Format>
 struct ArrayRow {
   static constexpr int64_t kAhead = 8192;  // bytes
@@ -102,7 +104,7 @@ inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
   for (int64_t i = 0; i < row.n; ++i) out[i * stride] = Format::load_one(row.w[i]);
 }
 
-/// The cache lines of a group of a row: two groups are three lines.
+/// Prefetches the lines of a group; two groups are three lines.
 [[gnu::always_inline]] inline void prefetch(const Ahead<Bf16cRow>& ahead, int64_t group) {
   const Bf16cRow& row = ahead.far;
   prefetch_nta(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
@@ -138,7 +140,7 @@ inline void add_row(const Bf16cRow& row, float h, float* y, const Ahead<Bf16cRow
     row.load(g, w);
 #pragma GCC unroll 16
     for (int j = 0; j < kGroupVectors; ++j) {
-      float* const out = y + g * kGroup + j * kLanes;  // there is room for whole groups
+      float* const out = y + g * kGroup + j * kLanes;  // y is padded to whole groups
       store(out, load_as<Floats>(out) + h * w[j]);
     }
   }
@@ -164,11 +166,11 @@ void load(const Rows& w, float* out, int64_t stride) {
 }
 
 template <class Row>
-void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add, ReadOn then) {
+void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add, NextRead next) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t far = lookahead<Row>(w.n);
-  const Rows next = behind<Row>(w, rows, then);
-  const auto row = [&](int64_t r) { return Row(r < rows ? w : next, r); };
+  const int64_t far = rows_ahead<Row>(w.n);
+  const Rows after = rows_after<Row>(w, rows, next);
+  const auto row = [&](int64_t r) { return Row(r < rows ? w : after, r); };
   for (int64_t r = 0; r < rows; ++r) {
     const Ahead<Row> ahead = {row(r + far), row(r + far / 2)};
     y[r] = dot_row(Row(w, r), x, ahead) + (add ? y[r] : 0.0f);
@@ -176,16 +178,16 @@ void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add, Re
 }
 
 template <class Row>
-void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
-             const void* vector, float* h, float* y) {
+void ffn_fused(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
+               const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
-  const int64_t n = rows.gate.n, count = ids.count, far = lookahead<Row>(n);
-  const Rows next = behind<Row>(rows.gate, 3 * count, ids.then);
-  // All rows in the order they are read: gates, ups, downs, then the next call's gates or where
-  // the thread reads on; past the end, the last one again.
+  const int64_t n = rows.gate.n, count = ids.count, far = rows_ahead<Row>(n);
+  const Rows after = rows_after<Row>(rows.gate, 3 * count, ids.next);
+  // All rows in reading order: gates, ups, downs, then the next call's gates or what this thread
+  // reads next. Past the end it is the last row again.
   const auto row = [&](int64_t i) {
-    if (i >= 3 * count && ids.next == 0 && ids.then.data) return Row(next, i);
-    if (i >= 3 * count) return Row(rows.gate, ids[min(i - 2 * count, count + ids.next - 1)]);
+    if (i >= 3 * count && ids.more == 0 && ids.next.data) return Row(after, i);
+    if (i >= 3 * count) return Row(rows.gate, ids[min(i - 2 * count, count + ids.more - 1)]);
     const Rows& matrix = i < count ? rows.gate : i < 2 * count ? rows.up : rows.down;
     const int64_t at = i < count ? i : i < 2 * count ? i - count : i - 2 * count;
     return Row(matrix, ids[at]);
@@ -199,17 +201,19 @@ void neurons(const NeuronRows& rows, Activation activation, const NeuronIds& ids
   for (int64_t i = 2 * count; i < 3 * count; ++i) add_row(row(i), h[i - 2 * count], y, ahead(i));
 }
 
-/// Gates (and, unless they decide alone, ups) of all neurons, then what is left to read of those
-/// that pass. Sums in the order of `neurons`, so thresholds of 0 give its bits.
+/// Reads the gate rows of all neurons, and their up rows unless the gate alone decides; then the
+/// other rows of those selected. Adds in the order of `ffn_fused`, so thresholds of 0 give the same
+/// result.
 template <class Row>
-SelectedCounts selected(const NeuronRows& rows, Activation activation, const Selection& selection,
-                        const NeuronIds& ids, const void* vector, float* h, float* y) {
+SelectedCounts ffn_selected(const NeuronRows& rows, Activation activation,
+                            const Selection& selection, const NeuronIds& ids, const void* vector,
+                            float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
   const int64_t n = rows.gate.n, count = ids.count;
   const auto row = [&](const Rows& matrix, int64_t i) {
     return Row(matrix, ids[min(i, count - 1)]);
   };
-  const int64_t far = lookahead<Row>(n);
+  const int64_t far = rows_ahead<Row>(n);
   const auto ahead = [&](const Rows& matrix, int64_t i) {
     return Ahead<Row>{row(matrix, i + far), row(matrix, i + far / 2)};
   };
@@ -224,7 +228,7 @@ SelectedCounts selected(const NeuronRows& rows, Activation activation, const Sel
   for (int64_t i = 0; i < count; ++i) {
     const float estimate = selection.by_gate ? __builtin_fabsf(h[i])
                                              : __builtin_fabsf(h[i]) * selection.lengths[ids[i]];
-    if (estimate < selection.exact) {  // a NaN is kept, and seen
+    if (estimate < selection.exact) {  // NaN compares false: kept, it reaches the logits
       h[i] = 0.0f;
       continue;
     }
@@ -235,155 +239,9 @@ SelectedCounts selected(const NeuronRows& rows, Activation activation, const Sel
   return counts;
 }
 
-// Attention takes up to three queries at a time: keys and values are converted once for all.
-constexpr int64_t kQueries = 3;
-/// Scores of one query; behind those of the last key is room to fill up a vector.
-constexpr int64_t kScores = kAttendKeys + kLanes;
-
-/// scores[j][i] = k[i]·q[j], up to a whole vector of keys. Meanwhile memory brings the next keys
-/// and the values.
-template <class Format, int kCount>
-void score(const typename Format::T* k, const typename Format::T* v, int64_t keys, int64_t n,
-           const float* q, float* scores) {
-  constexpr int kHalf = kLanes / 2;
-  for (int64_t i0 = 0; i0 < keys; i0 += kLanes) {
-    Floats halves[2][kCount];
-    for (int half = 0; half < 2; ++half) {
-      const typename Format::T*
-          key[kHalf];  // what is missing in the last group repeats its last key
-      for (int i = 0; i < kHalf; ++i) {
-        const int64_t at = min(i0 + half * kHalf + i, keys - 1) * cache_stride<Format>(n);
-        key[i] = k + at;
-        for (int64_t e = 0; e < n; e += kLineBytes / static_cast<int64_t>(sizeof *v)) {
-          prefetch_nta(k + at + kLanes * cache_stride<Format>(n) + e);
-          prefetch_l1(v + at + e);
-        }
-      }
-      Floats products[kCount][kHalf] = {};
-      for (int64_t e = 0; e < n; e += kLanes) {
-        Floats x[kCount];
-#pragma GCC unroll 4
-        for (int j = 0; j < kCount; ++j) x[j] = load_part<F32>(q + j * n + e, n - e);
-#pragma GCC unroll 8
-        for (int i = 0; i < kHalf; ++i) {
-          const Floats w = load_part<Format>(key[i] + e, n - e);
-#pragma GCC unroll 4
-          for (int j = 0; j < kCount; ++j) products[j][i] += w * x[j];
-        }
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < kCount; ++j) halves[half][j] = half_sums(products[j]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j)
-      store(scores + j * kScores + i0, join_halves(halves[0][j], halves[1][j]));
-  }
-}
-
-/// out[j] = sum_i weights[j][i] v[i] for kVectors vectors of v's elements, of which `left` are
-/// there; outputs are `stride` apart.
-template <class Format, int kCount, int kVectors, class Load>
-inline void weigh(const typename Format::T* v, int64_t keys, int64_t n, const float* weights,
-                  float* out, int64_t stride, int64_t left, const Load& load) {
-  Floats sums[kVectors][kCount] = {};
-  for (int64_t i = 0; i < keys; ++i) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kVectors; ++u) {
-      const Floats value = load(v + i * cache_stride<Format>(n) + u * kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kCount; ++j) sums[u][j] += weights[j * kScores + i] * value;
-    }
-  }
-#pragma GCC unroll 4
-  for (int u = 0; u < kVectors; ++u)
-#pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j)
-      store_part(out + j * stride + u * kLanes, sums[u][j], left - u * kLanes);
-}
-
-template <class Format, int kCount>
-void weigh(const typename Format::T* v, int64_t keys, int64_t n, const float* weights, float* out,
-           int64_t stride) {
-  constexpr int kVectors = 4;
-  const auto whole = [](const typename Format::T* p) { return Format::load(p); };
-  int64_t e = 0;
-  for (; e + kVectors * kLanes <= n; e += kVectors * kLanes)
-    weigh<Format, kCount, kVectors>(v + e, keys, n, weights, out + e, stride, n - e, whole);
-  for (; e < n; e += kLanes) {
-    const auto part = [&](const typename Format::T* p) { return load_part<Format>(p, n - e); };
-    weigh<Format, kCount, 1>(v + e, keys, n, weights, out + e, stride, n - e, part);
-  }
-}
-
-/// s[i] *= row i's scale
-template <class Format>
-inline void scale_scores(const typename Format::T* rows, int64_t keys, int64_t n, float* s) {
-  if constexpr (__is_same(Format, Int8Cache))
-    for (int64_t i = 0; i < keys; ++i) s[i] *= cache_scale(rows + i * cache_stride<Format>(n), n);
-}
-
-template <class Format, int kCount>
-void attend_some(const void* k, const void* v, int64_t keys, int64_t n, const float* q, float scale,
-                 float* partial) {
-  using T = typename Format::T;
-  float scores[kCount * kScores] = {};
-  score<Format, kCount>(static_cast<const T*>(k), static_cast<const T*>(v), keys, n, q, scores);
-  for (int j = 0; j < kCount; ++j) {
-    float* s = scores + j * kScores;
-    scale_scores<Format>(static_cast<const T*>(k), keys, n, s);
-    for (int64_t i = keys; i < keys + kLanes; ++i) s[i] = -__builtin_inff();
-    Floats maxima = load_as<Floats>(s);
-    for (int64_t i = kLanes; i < keys; i += kLanes) maxima = max(maxima, load_as<Floats>(s + i));
-    float largest = maxima[0];
-    for (int lane = 1; lane < kLanes; ++lane)
-      largest = maxima[lane] > largest ? maxima[lane] : largest;
-    Floats total = {};
-    for (int64_t i = 0; i < keys; i += kLanes) {
-      const Floats weights = exp(scale * (load_as<Floats>(s + i) - largest));
-      total += weights;
-      store(s + i, weights);
-    }
-    partial[j * (2 + n)] = scale * largest;
-    partial[j * (2 + n) + 1] = sum(total);
-    scale_scores<Format>(static_cast<const T*>(v), keys, n, s);
-  }
-  weigh<Format, kCount>(static_cast<const T*>(v), keys, n, scores, partial + 2, 2 + n);
-}
-
-template <class Format>
-void attend(const void* k, const void* v, int64_t keys, int64_t n, const float* q, int64_t queries,
-            float scale, float* partial) {
-  for (int64_t some; queries > 0; queries -= some, q += some * n, partial += some * (2 + n)) {
-    some = min(queries, kQueries);
-    const auto kernel = some == 3   ? attend_some<Format, 3>
-                        : some == 2 ? attend_some<Format, 2>
-                                    : attend_some<Format, 1>;
-    kernel(k, v, keys, n, q, scale, partial);
-  }
-}
-
-template <class Format>
-void store_row(const float* in, int64_t stride, int64_t n, void* row) {
-  auto* out = static_cast<typename Format::T*>(row);
-  for (int64_t i = 0; i < n; ++i) out[i] = Format::store_one(in[i * stride]);
-}
-
-void store_int8_row(const float* in, int64_t stride, int64_t n, void* row) {
-  auto* const out = static_cast<std::int8_t*>(row);
-  float most = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    const float size = __builtin_fabsf(in[i * stride]);
-    most = size > most ? size : most;
-  }
-  const float inverse = most > 0.0f ? 127.0f / most : 0.0f, scale = most / 127.0f;
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = static_cast<std::int8_t>(__builtin_rintf(in[i * stride] * inverse));
-  __builtin_memcpy(out + n, &scale, 4);
-}
-
 template <class Row>
 constexpr RowKernels row_kernels() {
-  return {nullptr, nullptr, load<Row>, dot<Row>, neurons<Row>, selected<Row>};
+  return {nullptr, nullptr, load<Row>, dot<Row>, ffn_fused<Row>, ffn_selected<Row>};
 }
 
 }  // namespace

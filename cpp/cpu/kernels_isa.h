@@ -1,4 +1,4 @@
-// What the kernel sources of one instruction set hand to each other.
+// The parts of one instruction set's kernel table, each defined in a source of its own.
 #pragma once
 
 #include "cpu/kernels.h"

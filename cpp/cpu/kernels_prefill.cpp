@@ -1,4 +1,5 @@
-// Kernels of prefill: weights, keys or values times panels of tokens.
+// Prefill kernels in f32: weights, keys or values times panels of tokens; softmax and RMS norm of
+// panels.
 #include "cpu/bf16c.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
@@ -14,12 +15,12 @@ constexpr int kTileRows = 12;  // x 2 vectors: 24 accumulators of 32 registers
 constexpr int kTileRows = 6;  // x 2 vectors: 12 accumulators of 16 registers
 #endif
 constexpr int64_t kPanel = 2 * kLanes;
-/// Rows of b that stay in the first-level cache, 16 KiB, while a block of weights passes by.
+/// Rows of b that stay in L1 (16 KiB) while a block of weights is multiplied with them.
 constexpr int64_t kDepth = min(256, 4096 / kPanel);
 static_assert(kBlockRows % kTileRows == 0);
 
-/// c[m] += (or =) sum_k a[m, k] b[k] for m < rows <= kTileRows, k < depth; a[m, k] lies at
-/// a + m * kRowStep + k * a_step, and is there for all m < kTileRows.
+/// c[m] = sum_k a[m, k] b[k], or += with `add`, for m < rows <= kTileRows, k < depth. a[m, k] is at
+/// a + m * kRowStep + k * a_step and must be readable for all m < kTileRows.
 template <int64_t kRowStep>
 inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, float* c,
                  int64_t rows, bool add) {
@@ -41,8 +42,8 @@ inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, 
   }
 }
 
-/// out[i] = w[r][first + i], i < n; Int8 and Int4 may write up to the next multiple of 16, and
-/// `first` is one.
+/// out[i] = w[r][first + i], i < n. For Int8 and Int4 `first` is a multiple of 16, and n is rounded
+/// up to one.
 template <class Format>
 inline void convert(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
   const auto* row = reinterpret_cast<const typename Format::T*>(w.data) + r * w.n + first;
@@ -95,7 +96,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels prepared, Panels c, in
               bool add) {
   const ConstPanels b = {static_cast<const float*>(prepared.data), prepared.stride / 4};
   const int64_t n = w.n;
-  constexpr int64_t kStride = kDepth + 16;  // rows a power of two apart would share cache sets
+  constexpr int64_t kStride = kDepth + 16;  // a power of two would map all rows to the same sets
   alignas(64) float a[kBlockRows * kStride];
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
@@ -193,7 +194,7 @@ void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* 
 
 void rms_norm_panel(const float* x, const float* weight, float eps, int64_t n, float* out) {
   Floats squares[2] = {};
-  for (int64_t i0 = 0; i0 < n; i0 += 64) {  // by blocks, so that rounding errors stay few
+  for (int64_t i0 = 0; i0 < n; i0 += 64) {  // in blocks, to keep rounding errors small
     Floats block[2] = {};
     for (int64_t i = i0; i < min(i0 + 64, n); ++i)
       for (int half = 0; half < 2; ++half) {

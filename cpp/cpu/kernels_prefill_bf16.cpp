@@ -1,10 +1,9 @@
-// Kernels of prefill for bf16, bf16c, int8 and int4 rows where there is an instruction for two
-// products of bf16 at once: tokens, and what integer rows stand for, are rounded to bf16 for it,
-// and products added up in f32. kernels_prefill_integer.cpp and kernels_prefill.cpp are for other
-// machines.
+// Prefill kernels for bf16, bf16c, int8 and int4 rows with AVX512-BF16 (VDPBF16PS): tokens and
+// dequantised integer weights are rounded to bf16, and products are summed in f32.
+// kernels_prefill_integer.cpp and kernels_prefill.cpp are for other machines.
 //
-// For integers byte products would be twice as many per instruction, but x takes more time to be
-// rounded well enough than that wins (int8: 0.92 of this speed, and less exact).
+// Byte products (VPDPBUSD) would be twice as many per instruction, but quantising x accurately
+// enough costs more time than they save (int8: 0.92 of this speed, and less accurate).
 #include "cpu/bf16c.h"
 #include "cpu/dwords.h"
 #include "cpu/int4.h"
@@ -16,8 +15,8 @@
 namespace tda {
 namespace {
 
-constexpr int kDwords = 16;              // of a row or token that are worked on at once
-constexpr int64_t kStrip = 2 * kDwords;  // their values; kGroup of a row are converted at once
+constexpr int kDwords = 16;              // of a row or token in a strip
+constexpr int64_t kStrip = 2 * kDwords;  // values of a strip; a row is converted by groups of two
 using Strip = PanelDwords<kDwords>;
 static_assert(kGroup == 2 * kStrip);
 
@@ -39,7 +38,7 @@ inline __mmask32 first_lanes(int64_t count) {
   return count <= 0 ? 0 : 0xffffffffu >> (32 - min(32, count));
 }
 
-/// As Int8Row and Int4Row.
+/// The interface of Int8Row and Int4Row, for bf16.
 struct Bf16Row {
   static constexpr int kScales = 0;
   static constexpr bool kPlanes = false;
@@ -60,7 +59,7 @@ struct Bf16Row {
 };
 
 struct Bf16cPanelRow : Bf16cRow {
-  static constexpr int kScales = 1;  // a row's head, in their place
+  static constexpr int kScales = 1;  // stands for the row's head
   static constexpr bool kPlanes = false;
   static constexpr int64_t bytes_of(int64_t columns) {
     return groups_of(columns) * kBf16cGroupBytes;
@@ -72,7 +71,7 @@ struct Bf16cPanelRow : Bf16cRow {
   const void* scales_at(int64_t) const { return row; }
   void bf16(int64_t i, __m512i out[2]) const {
     interleave(i, out);
-    std::uint16_t order[32];  // every other one
+    std::uint16_t order[32];  // even lanes, then odd ones
     for (int j = 0; j < 32; ++j) order[j] = static_cast<std::uint16_t>(j % 16 * 2 + j / 16);
     for (int j = 0; j < 2; ++j)
       out[j] = _mm512_permutexvar_epi16(_mm512_loadu_si512(order), out[j]);
@@ -86,15 +85,14 @@ struct Bf16cPanelRow : Bf16cRow {
   }
 };
 
-/// Lane 2 i is lane i of the first vector, lane 2 i + 1 that of the second one, 16 bits each;
-/// `first`: the lane to begin with.
+/// The permutation that interleaves the 16-bit lanes of two vectors, from lane `first` on.
 inline __m512i interleaving(int first) {
   std::uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(first + i / 2 + i % 2 * 32);
   return _mm512_loadu_si512(order);
 }
 
-/// Rounds `count` <= kStrip rows of a panel; zeros behind them.
+/// Converts `count` <= kStrip rows of a panel, padded with zeros.
 inline void pack(const float* b, int64_t count, Strip& out) {
   std::uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 16);
@@ -121,9 +119,9 @@ constexpr int kTileRows = 12;    // x 2 vectors
 constexpr int kTileColumns = 8;  // x 2 vectors
 static_assert(kBlockRows % kTileRows == 0);
 
-/// c[m] += (or =) row m times b for m < rows <= kRows, `depth` strips long; see add_products. Rows
-/// are kRowStep bytes apart, their strips kStripStep. A function of its own, or else compilers
-/// (GCC 12) keep sums in memory.
+/// c[m] = row m times b, or += with `add`, for m < rows <= kRows and `depth` strips; see
+/// add_products. Rows are kRowStep bytes apart, their strips kStripStep. Not inlined, since GCC 12
+/// would spill the sums.
 template <int kRows, int kRowStep, int kStep, int64_t kStripStep>
 [[gnu::noinline]] void tile(const void* w, const Strip* b, int64_t depth, float* c, int64_t rows,
                             bool add) {
@@ -145,7 +143,7 @@ template <int kRows, int kRowStep, int kStep, int64_t kStripStep>
 
 template <class Row>
 void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t count, bool add) {
-  constexpr int64_t kDepth = 8;  // strips of a panel that stay in the first-level cache
+  constexpr int64_t kDepth = 8;  // strips of a panel that stay in L1
   alignas(64) std::uint16_t a[kDepth][kBlockRows][kStrip];
   const int64_t strips = strips_of(w.n);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
@@ -155,7 +153,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
     for (int64_t s0 = 0; s0 < strips; s0 += kDepth) {
       const int64_t depth = min(kDepth, strips - s0);
       for (int64_t r = 0; r < tiles * kTileRows; ++r) {
-        const Row row(w, r0 + min(r, block - 1));  // whatever stands behind the last one
+        const Row row(w, r0 + min(r, block - 1));  // past the end, the last row again
         for (int64_t k = 0; k < depth; k += 2) {
           __m512i values[2];
           row.bf16((s0 + k) / 2, values);
@@ -175,11 +173,11 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
   }
 }
 
-/// A strip of rows, in pairs that are interleaved, of a group of columns.
+/// kStrip rows of a group of columns, interleaved in pairs.
 struct Square {
   alignas(64) std::int32_t pairs[kDwords][kGroup];
 
-  /// Rows [first, first + count); zeros behind them.
+  /// Rows [first, first + count), padded with zeros.
   template <class Row>
   void load(const Rows& w, int64_t first, int64_t count, int64_t group) {
     const __m512i low = interleaving(0), high = interleaving(16);

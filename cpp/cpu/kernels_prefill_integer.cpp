@@ -1,13 +1,12 @@
-// Kernels of prefill for int8 and int4 rows by byte products, where there is an instruction for
-// four of them at once, but none for two of bf16 (kernels_prefill_bf16.cpp); kernels_prefill.cpp
-// has those for other machines.
+// Prefill kernels for int8 and int4 rows with AVX512-VNNI (VPDPBUSD), for machines without
+// AVX512-BF16 (kernels_prefill_bf16.cpp); kernels_prefill.cpp is for all others.
 //
-// The tokens of a panel are rounded by the parts for which weights have a scale, too (parts of 16
-// for int8 cost a third of the speed and win a tenth of a per cent of perplexity), for int4 to
-// bytes, x = scale q, for int8 to two of them: x = scale (256 q + rest), for 8 bits alone would
-// cost as much perplexity as the weights do. A dword of four neighbours of a row is broadcast to
-// the lanes and multiplied with the same four of each token. Weights take part as 16 high + low,
-// 136 too large: -136 sum(q) is where the sums start.
+// Activations are quantised with one scale for each scale of the weights (for int8, parts of 16
+// would cost a third of the speed and gain 0.1% perplexity): for int4 to one byte, x = scale q, for
+// int8 to two, x = scale (256 q + residual), since 8 bits alone would cost as much perplexity as
+// the int8 weights do. A dword of four consecutive values of a row is broadcast to all lanes and
+// multiplied with the same four of each token. int8 codes are 16 high + low, which is offset by
+// 136, so accumulators start at -136 sum(q).
 #include "cpu/dwords.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
@@ -18,28 +17,28 @@
 namespace tda {
 namespace {
 
-/// Some values of each of a panel's vectors.
+/// kSize consecutive values of each of a panel's tokens, with one scale per token.
 template <int64_t kSize>
 struct alignas(64) Part {
   static constexpr int kDwords = kSize / 4;
   struct Bytes {
     PanelDwords<kDwords> dwords;  // four bytes each
-    int32_t start[kPanel];        // -kOffset sum of the token's
+    int32_t start[kPanel];        // -kOffset * the sum of the token's bytes
   };
-  Bytes q, rest;  // the rest: int8 only
+  Bytes q, residual;  // residual: int8 only
   float scale[kPanel];
 };
 
-// ---- rounding -------------------------------------------------------------------------------
+// ---- quantisation ---------------------------------------------------------------------------
 
-/// Values along a row that have a scale in common.
+/// Values of a row per scale.
 template <class Row>
 constexpr int64_t kPerScale = kGroup / Row::kScales;
 
 inline Floats to_floats(__m512i v) { return (Floats)_mm512_cvtepi32_ps(v); }
 inline __m512i nearest(Floats v) { return _mm512_cvtps_epi32((__m512)v); }
 
-/// Of the sizes of value(0) ... value(count - 1), each of kLanes tokens.
+/// The largest |value(i)|, i < count, of each of kLanes tokens.
 template <class Value>
 inline Floats largest(int64_t count, const Value& value) {
   Floats most = {};
@@ -48,12 +47,12 @@ inline Floats largest(int64_t count, const Value& value) {
   return most;
 }
 
-/// integers(0) ... integers(count - 1), each of kLanes tokens, as bytes into the half `half` of the
-/// tokens; zeros behind them.
+/// Packs integers(0) ... integers(count - 1), each of kLanes tokens, as bytes into half `half` of
+/// the tokens of `out`, padded with zeros.
 template <class Row, class Bytes, class Integers>
 inline void pack(int64_t count, const Integers& integers, Bytes& out, int half) {
-  // Packing leaves four tokens' first, then their second, third and fourth values next to each
-  // other.
+  // After packing, a 128-bit lane holds four tokens' first values, then their second, third and
+  // fourth.
   const __m512i order =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i sums = _mm512_setzero_si512();
@@ -72,7 +71,7 @@ inline void pack(int64_t count, const Integers& integers, Bytes& out, int half) 
                       _mm512_mullo_epi32(sums, _mm512_set1_epi32(-Row::kOffset)));
 }
 
-/// Rounds value(0) ... value(count - 1), each of kLanes tokens, to the part's half `half`.
+/// Quantises value(0) ... value(count - 1), each of kLanes tokens, to half `half` of the part.
 template <class Row, int64_t kSize, class Value>
 inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int half) {
   const Floats most = largest(count, value);
@@ -81,10 +80,10 @@ inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int ha
   pack<Row>(count, [&](int64_t i) { return nearest(scaled(i)); }, out.q, half);
   store(out.scale + half * kLanes, most / (Row::kPlanes ? 256 * 127.0f : 127.0f));
   if (Row::kPlanes) {
-    const auto rest = [&](int64_t i) {
+    const auto residual = [&](int64_t i) {
       return nearest(256.0f * (scaled(i) - to_floats(nearest(scaled(i)))));
     };
-    pack<Row>(count, rest, out.rest, half);
+    pack<Row>(count, residual, out.residual, half);
   }
 }
 
@@ -98,7 +97,7 @@ int64_t prepared_bytes(int64_t n) {
   return parts_of<Row>(n) * sizeof(Part<kPerScale<Row>>);
 }
 
-/// Value j of kLanes tokens, of those that lie kPanel apart.
+/// A function of j: value j of the kLanes tokens of a half panel.
 inline auto values(const float* b, int half) {
   return [at = b + half * kLanes](int64_t j) { return load_as<Floats>(at + j * kPanel); };
 }
@@ -125,7 +124,7 @@ struct AddQuads {
   }
 };
 
-/// The products of kRows rows with a part, from its start on; see add_products.
+/// Integer dot products of kRows rows with a part; see add_products.
 template <class Row, int kRows, int kStep, int64_t kSize, class At>
 inline void products(const At& at, const Part<kSize>& b, __m512i sums[kRows][2]) {
 #pragma GCC unroll 12
@@ -138,23 +137,24 @@ inline void products(const At& at, const Part<kSize>& b, __m512i sums[kRows][2])
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)
       sums[m][half] = _mm512_add_epi32(_mm512_slli_epi32(sums[m][half], 8),
-                                       _mm512_loadu_si512(b.rest.start + half * kLanes));
-  add_products<AddQuads, kRows, kStep>(at, b.rest.dwords, sums);
+                                       _mm512_loadu_si512(b.residual.start + half * kLanes));
+  add_products<AddQuads, kRows, kStep>(at, b.residual.dwords, sums);
 }
 
-constexpr int kTileRows = 6;  // x 2 vectors, of integer sums and of floats
+constexpr int kTileRows = 6;  // x 2 vectors x (integer sums and float totals)
 static_assert(kBlockRows % kTileRows == 0);
 
-/// Codes and scales of a block of rows, part by part.
+/// Codes and scales of kBlockRows rows, by parts.
 template <int64_t kSize, int64_t kDepth>
-struct Rounded {
+struct CodeBlock {
   alignas(64) std::uint8_t codes[kDepth][kBlockRows][kSize];
   float scales[kDepth][kBlockRows];
 };
 
-/// c[m] += (or =) row first + m of `a` times `depth` parts b, for m < rows; `a` has kTileRows.
+/// c[m] = row first + m of `a` times b, or += with `add`, for `depth` parts and m < rows; `a` has
+/// kTileRows rows from `first` on.
 template <class Row, int64_t kSize, int64_t kDepth>
-inline void tile(const Rounded<kSize, kDepth>& a, int64_t first, const Part<kSize>* b,
+inline void tile(const CodeBlock<kSize, kDepth>& a, int64_t first, const Part<kSize>* b,
                  int64_t depth, float* c, int64_t rows, bool add) {
   Floats totals[kTileRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -180,8 +180,8 @@ inline void tile(const Rounded<kSize, kDepth>& a, int64_t first, const Part<kSiz
 template <class Row>
 void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t count, bool add) {
   constexpr int64_t kSize = kPerScale<Row>;
-  constexpr int64_t kDepth = 512 / kSize;  // parts of a panel that stay in the first-level cache
-  Rounded<kSize, kDepth> a;
+  constexpr int64_t kDepth = 512 / kSize;  // parts of a panel that stay in L1
+  CodeBlock<kSize, kDepth> a;
   const int64_t parts = parts_of<Row>(w.n);
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t block = min(kBlockRows, rows - r0);
@@ -191,7 +191,7 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
     for (int64_t k0 = 0; k0 < parts; k0 += kDepth) {
       const int64_t depth = min(kDepth, parts - k0);
       for (int64_t r = 0; r < (block + kTileRows - 1) / kTileRows * kTileRows; ++r) {
-        const Row row(w, r0 + min(r, block - 1));  // whatever stands behind the last one
+        const Row row(w, r0 + min(r, block - 1));  // past the end, the last row again
         for (int64_t k = 0; k < depth; k += Row::kScales) {
           alignas(64) std::uint8_t group[Row::kScales][kSize];
           _mm512_store_si512(group, row.codes((k0 + k) / Row::kScales));
@@ -216,21 +216,21 @@ void multiply(const Rows& w, int64_t rows, PreparedPanels b, Panels c, int64_t c
 
 // ---- transposed -----------------------------------------------------------------------------
 //
-// Here a token's sum is over the rows, whose scales differ: they are taken into b before it is
-// rounded, kRowsAtOnce values together, once for each part of the columns.
+// Here sums run over the rows, which have different scales. So b is multiplied by these before it
+// is quantised, kRowsAtOnce values with one scale, once for each part of the columns.
 
 constexpr int kTileColumns = 8;  // x 2 vectors
 constexpr int64_t kRowsAtOnce = 32;
 
-/// kRowsAtOnce rows of one group of columns: four rows at a time, their bytes
-/// interleaved. Column 16 i + 4 j + k of the rows' quad is dword (4 j + i) 4 + k.
+/// kRowsAtOnce rows of one group of columns, the bytes of each four rows interleaved: column
+/// 16 i + 4 j + k of four rows is dword 16 j + 4 i + k.
 template <class Row>
 struct Block {
   static constexpr int kDwords = kRowsAtOnce / 4;
   alignas(64) std::uint8_t quads[kDwords][4 * kGroup];
   float scales[Row::kScales][kRowsAtOnce];
 
-  /// Rows [first, first + count) of a column group; zeros behind them.
+  /// Rows [first, first + count) of a column group, padded with zeros.
   void load(const Rows& w, int64_t first, int64_t count, int64_t group) {
     for (int i = 0; i < kDwords; ++i) {
       __m512i rows[4];
@@ -247,13 +247,13 @@ struct Block {
       for (int j = 0; j < 4; ++j) _mm512_store_si512(quads[i] + j * kGroup, columns[j]);
     }
   }
-  /// The first quad of a column; the next ones are 4 kGroup bytes apart.
+  /// The first four rows of a column; the next ones are 4 kGroup bytes apart.
   const std::uint8_t* column(int64_t c) const {
     return quads[0] + c % 16 / 4 * kGroup + c / 16 * 16 + c % 4 * 4;
   }
 };
 
-/// c[m] += blockᵀ b for the columns first + m, m < columns, kTileColumns of them at most.
+/// c[m] += column first + m of the block times b, m < columns <= kTileColumns.
 template <class Row>
 inline void tile_transposed(const Block<Row>& block, int64_t first, const Part<kRowsAtOnce>& b,
                             float* c, int64_t columns) {

@@ -9,11 +9,11 @@
 namespace tda {
 namespace {
 
-/// Decode: rows of the head per task where their high planes come first.
-constexpr std::int64_t kSketchRows = 1024;
+/// Decode: rows of the head per task of estimated_logits.
+constexpr std::int64_t kEstimateRows = 1024;
 
-/// Decode: how the rows of a matrix are shared out: as many tasks for each thread, of enough bytes
-/// to hide what a task costs, few enough for threads that are ahead to help.
+/// Decode: the split of a matrix into tasks, the same number for each thread: large enough to hide
+/// the overhead of a task, small enough for idle threads to help.
 Tasks tasks_of(const Matrix& w, int threads) {
   constexpr std::int64_t kLeastBytes = 65536, kMostBytes = 262144;
   const std::int64_t bytes = w.rows * (w.row_bytes() + w.low_row_bytes()) / threads;
@@ -21,10 +21,10 @@ Tasks tasks_of(const Matrix& w, int threads) {
   return {w.rows, threads * std::clamp<std::int64_t>(bytes / kLeastBytes, 2, most)};
 }
 
-/// For `multiply`: what a thread reads next is not known, or too far away.
-constexpr auto kUnknown = [](int) { return ReadOn(); };
+/// For `multiply`: what a thread reads next is unknown, or too long in coming.
+constexpr auto kUnknown = [](int) { return NextRead(); };
 
-/// Copies vectors of n floats: the tokens of `in` from `first` on become all those of `out`.
+/// Copies vectors of n floats: tokens first ... of `in` to tokens 0 ... of `out`.
 void copy_tokens(const float* in, const Layout& from, std::int64_t first, std::int64_t n,
                  float* out, const Layout& to) {
   std::fill_n(out, to.lanes() * n, 0.0f);
@@ -48,14 +48,14 @@ void CpuBackend::norm(const Layout& layout, const float* in, std::span<const flo
   });
 }
 
-ReadOn CpuBackend::begin_of(const Matrix& w, int thread) const {
+NextRead CpuBackend::first_read(const Matrix& w, int thread) const {
   const Tasks tasks = tasks_of(w, pool_.threads());
   return rows_of(w, tasks.first_of(pool_.first_task(thread, tasks.count)));
 }
 
-template <class Then>
+template <class Next>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
-                          float* out, bool add, const Then& then) const {
+                          float* out, bool add, const Next& next) const {
   if (layout.width == 1) {
     const Tasks tasks = tasks_of(w, pool_.threads());
     const void* x = prepare(state, w.format, in, w.cols);
@@ -63,7 +63,7 @@ void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w
       const std::int64_t row = tasks.first_of(task), end = tasks.first_of(task + 1);
       const bool last = pool_.is_last_task(task, thread, tasks.count);
       rows(w.format).dot(rows_of(w, row), end - row, x, out + row, add,
-                         last ? then(thread) : ReadOn(rows_of(w, end)));
+                         last ? next(thread) : NextRead(rows_of(w, end)));
     });
     return;
   }
@@ -98,7 +98,7 @@ void CpuBackend::attention_out(State& s, std::int64_t layer) const {
   multiply(state, state.layout, weights.output, state.attended.data(), state.x.data(), true,
            [&](int thread) {
              const bool dense = state.step.ffn != FfnMode::sparse;
-             return dense ? begin_of_ffn(layer, thread) : ReadOn();
+             return dense ? first_ffn_read(layer, thread) : NextRead();
            });
   if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.x.data());
 }
@@ -120,7 +120,7 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   if (count > 1) {
     multiply_to_rows(state, wanted, head, in, out);
   } else if (state.step.head > 0 && all.tokens == 1) {
-    sketch_logits(state, in, out);
+    estimated_logits(state, in, out);
   } else {
     multiply(state, wanted, head, in, out, false, kUnknown);
     state.head_bytes += head.bytes();
@@ -128,31 +128,33 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   return {out, static_cast<std::size_t>(size.value())};
 }
 
-/// TDA of the head: the high plane estimates all logits, the likely ones are then made exact.
-void CpuBackend::sketch_logits(CpuState& state, const float* in, float* out) const {
+/// TDA of the head: all logits are estimated from the high plane, then the likely ones are computed
+/// exactly.
+void CpuBackend::estimated_logits(CpuState& state, const float* in, float* out) const {
   const Matrix& head = model_->head;
   const RowKernels& kernels = rows(head.format);
   const void* x = prepare(state, head.format, in, head.cols);
-  const std::int64_t tasks = (head.rows + kSketchRows - 1) / kSketchRows;
+  const std::int64_t tasks = (head.rows + kEstimateRows - 1) / kEstimateRows;
   const auto end_of = [&](std::int64_t task) {
-    return std::min(head.rows, (task + 1) * kSketchRows);
+    return std::min(head.rows, (task + 1) * kEstimateRows);
   };
   std::vector<float> largest(tasks);
   pool_.run(tasks, [&](std::int64_t task, int) {
-    const std::int64_t first = task * kSketchRows;
-    largest[task] = kernels.sketch(rows_of(head, first), end_of(task) - first, x, out + first);
+    const std::int64_t first = task * kEstimateRows;
+    largest[task] =
+        kernels.dot_high_plane(rows_of(head, first), end_of(task) - first, x, out + first);
   });
   const float least = *std::max_element(largest.begin(), largest.end()) + std::log(state.step.head);
   std::int32_t* const ids = state.likely.reserve(head.rows, "the likely tokens");
   std::atomic<std::int64_t> exact = 0;
   pool_.run(tasks, [&](std::int64_t task, int) {
-    std::int32_t* const likely = ids + task * kSketchRows;
+    std::int32_t* const likely = ids + task * kEstimateRows;
     std::int64_t count = 0;
-    for (std::int64_t i = task * kSketchRows; i < end_of(task); ++i) {
+    for (std::int64_t i = task * kEstimateRows; i < end_of(task); ++i) {
       likely[count] = static_cast<std::int32_t>(i);
-      count += !(out[i] < least);  // a NaN is to be seen
+      count += !(out[i] < least);  // NaN compares false: likely
     }
-    kernels.dot_some(rows_of(head), likely, count, x, out);
+    kernels.dot_rows(rows_of(head), likely, count, x, out);
     exact += count;
   });
   state.head_bytes += head.rows * head.row_bytes() + exact * head.low_row_bytes();

@@ -1,7 +1,7 @@
-// Vectors of floats and what the kernels do with them, by GCC/Clang vector extensions: the compiler
-// makes them AVX-512, AVX2, SSE2 or NEON as its flags allow. Included by kernel sources only, which
-// are compiled once per instruction set: everything is internal to its source, since the linker
-// could otherwise keep, say, the AVX-512 copy of a function for all.
+// Float vectors and operations on them, by GCC/Clang vector extensions, which compile to AVX-512,
+// AVX2, SSE2 or NEON as the flags allow. Included by kernel sources only, which are compiled once
+// per instruction set. Everything has internal linkage, or the linker could keep, say, the AVX-512
+// copy of a function for all instruction sets.
 #pragma once
 
 #include <tda/model_config.h>
@@ -39,27 +39,26 @@ constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr int64_t kLineBytes = 64;
 
-/// Asks memory for a line, into the level of caches that the hint means. GCC 12 takes functions
-/// that do nothing else for ones without effect, and calls of them away: the empty statement is
-/// one.
+/// GCC 12 treats a function that only prefetches as pure and drops calls of it; the empty asm
+/// prevents that.
 template <int kLocality>
 [[gnu::always_inline]] inline void prefetch(const void* line) {
   __builtin_prefetch(line, 0, kLocality);
   asm volatile("");
 }
-/// Asks for a line that will be read: into the second-level cache, since the first level can have
-/// only few misses under way, and loads would wait behind them.
+/// For lines that may be read again. Not into L1, which has few miss buffers: loads would wait
+/// behind the prefetches.
 [[gnu::always_inline]] inline void prefetch_l2(const void* line) { prefetch<2>(line); }
-/// The same for a line that is read once: into the first level alone. From there it goes nowhere,
-/// while the other levels would have to make room for it, each by handing a line on.
+/// For lines that are read once: into L1 alone. Such a line is dropped when evicted, while in the
+/// other levels it would displace lines that then have to be written to the next level.
 [[gnu::always_inline]] inline void prefetch_nta(const void* line) { prefetch<0>(line); }
-/// Into the first level, for a line that was asked for before.
+/// For lines that have been prefetched before and are read soon.
 [[gnu::always_inline]] inline void prefetch_l1(const void* line) { prefetch<3>(line); }
 
 #if defined(__AVX512F__)
-/// 64 bytes, under a mask that compilers don't know to be full. Such loads don't set prefetchers of
-/// the hardware going, whose requests get in the way of those that are asked for: on one core of
-/// Zen 5 lines that were asked for come at 41 GB/s like this, and at 37 otherwise.
+/// 64 bytes, under a mask that the compiler does not know to be full. A masked load does not train
+/// Zen 5's hardware prefetcher, whose requests compete with software prefetches: one core then
+/// reads prefetched lines at 41 GB/s, otherwise at 37.
 inline __m512i load_no_hw_prefetch(const void* p) {
   __mmask8 full = 0xff;
   asm("" : "+Yk"(full));
@@ -72,7 +71,8 @@ inline __m256i load_half_no_hw_prefetch(const void* p) {
 }
 #endif
 
-/// Loads and stores take any alignment.
+// Loads and stores may be unaligned.
+
 template <class Vector, class T>
 inline Vector load_as(const T* p) {
   Vector v;
@@ -92,8 +92,8 @@ inline float sum(Floats v) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
-/// One stage of `sums`: lanes whose number has the bit `distance` take from b, the others from a,
-/// and add the lane that differs in that bit.
+/// One stage of `sums`: a lane whose index has the bit `distance` is taken from b, otherwise from
+/// a, and the lane whose index differs in that bit is added to it.
 template <int distance>
 inline Floats fold(Floats a, Floats b) {
   Words own, other;
@@ -114,7 +114,7 @@ inline Floats fold(Floats a, Floats b) {
 #endif
 }
 
-/// Half of the work of `sums`, for kLanes / 2 vectors.
+/// The stages of `sums` up to the last, for kLanes / 2 vectors.
 inline Floats half_sums(const Floats* v) {
   Floats s[kLanes / 4];
 #pragma GCC unroll 4
@@ -127,11 +127,10 @@ inline Floats half_sums(const Floats* v) {
 }
 inline Floats join_halves(Floats a, Floats b) { return fold<kLanes / 2>(a, b); }
 
-/// Lane i is the sum of v[i]'s lanes, for kLanes vectors at once; in an order that does not depend
-/// on i.
+/// Lane i is the sum of v[i]'s lanes, i < kLanes, added in an order that does not depend on i.
 inline Floats sums(const Floats* v) { return join_halves(half_sums(v), half_sums(v + kLanes / 2)); }
 
-/// GCC makes four instructions of __builtin_convertvector where these are one.
+/// GCC compiles __builtin_convertvector to four instructions; these are one each.
 inline Words widen(Halves v) {
 #if defined(__AVX512F__)
   return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
@@ -155,7 +154,7 @@ inline Floats signed_floats(const std::int8_t* p) {
 #endif
 }
 
-// ---- row formats: how T elements become floats ------------------------------------------------
+// ---- element formats of arrays ------------------------------------------------------------------
 
 struct F32 {
   using T = float;
@@ -171,14 +170,14 @@ struct Bf16 {
   static T store_one(float v) { return f32_to_bf16(v); }
 };
 
-/// Keys and values of 8 bits: times the scale that stands behind a row's elements.
+/// Keys and values of 8 bits; the row's scale, by which they are multiplied, follows its elements.
 struct Int8Cache {
   using T = std::int8_t;
   static Floats load(const T* p) { return signed_floats(p); }
   static float load_one(T v) { return v; }
 };
 
-/// Elements from one row of a cache to the next, and its scale.
+/// Elements from one row of a cache to the next.
 template <class Format>
 constexpr int64_t cache_stride(int64_t n) {
   return n;
@@ -187,13 +186,14 @@ template <>
 constexpr int64_t cache_stride<Int8Cache>(int64_t n) {
   return n + 4;
 }
+/// The scale of a row of n elements.
 inline float cache_scale(const std::int8_t* row, int64_t n) {
   float scale;
   __builtin_memcpy(&scale, row + n, 4);
   return scale;
 }
 
-/// The first `count` elements, all if there are more; zeros behind them.
+/// The first `count` elements or a whole vector if there are more, padded with zeros.
 template <class Format>
 inline Floats load_part(const typename Format::T* p, int64_t count) {
   if (count >= kLanes) return Format::load(p);
@@ -211,7 +211,8 @@ inline void store_part(float* p, Floats v, int64_t count) {
 /// Relative error about 1e-7; 0 below -87.3, finite above 88. exp(x) = 2^n exp(r), |r| <= ln 2 / 2,
 /// with the polynomial of Cephes' expf.
 inline Floats exp(Floats x) {
-  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in low bits
+  const float round =
+      12582912.0f;  // 1.5 * 2^23; adding it puts the nearest integer in the low bits
   const Floats limited = x > 88.0f ? splat(88.0f) : x;
   const Floats shifted = limited * 1.44269504f + round;
   const Floats n = shifted - round;

@@ -258,7 +258,7 @@ TEST(int4_neurons_match_doubles) {
       const auto p = prepared(kernels, layer.x);
       for (const std::int64_t count : {std::int64_t{1}, std::int64_t{17}, layer.count()}) {
         std::vector<float> h(count + 1, 3), y(layer.room() + 1, 3);
-        kernels.neurons(layer.rows(), Activation::silu,
+        kernels.ffn_fused(layer.rows(), Activation::silu,
                         {layer.ids.data(), count, layer.count() - count}, p.data(), h.data(),
                         y.data());
         layer.check(h, y, count, std::vector<bool>(count, true), table.panels[3].prepare);
@@ -285,7 +285,7 @@ TEST(int4_selects_like_doubles) {
               dropped == count ? std::numeric_limits<float>::infinity()
                                : static_cast<float>((sorted[dropped - 1] + sorted[dropped]) / 2);
           std::vector<float> h(count + 1, 3), y(layer.room() + 1, 3);
-          const SelectedCounts counts = kernels.selected(
+          const SelectedCounts counts = kernels.ffn_selected(
               layer.rows(), Activation::silu, {threshold, threshold, by_gate, layer.lengths.data()},
               {layer.ids.data(), count}, p.data(), h.data(), y.data());
           CHECK(counts.exact == count - dropped && counts.coarse == 0);
@@ -303,10 +303,10 @@ TEST(int4_selection_with_thresholds_of_zero_is_dense_to_the_bit) {
     const std::int64_t count = layer.count();
     const auto p = prepared(kernels, layer.x);
     std::vector<float> h(count), y(layer.room()), dense_h(count), dense_y(layer.room());
-    kernels.neurons(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
+    kernels.ffn_fused(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
                     dense_h.data(), dense_y.data());
     for (const bool by_gate : {false, true}) {
-      kernels.selected(layer.rows(), Activation::silu, {0, 0, by_gate, layer.lengths.data()},
+      kernels.ffn_selected(layer.rows(), Activation::silu, {0, 0, by_gate, layer.lengths.data()},
                        {layer.ids.data(), count}, p.data(), h.data(), y.data());
       CHECK(h == dense_h);
       CHECK(y == dense_y);

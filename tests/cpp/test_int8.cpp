@@ -317,7 +317,7 @@ TEST(int8_takes_finer_x_beside_outliers) {
   });
 }
 
-TEST(int8_sketch_matches_doubles) {
+TEST(int8_dot_high_plane_matches_doubles) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : kLengths)
       for (const std::int64_t rows : {1, 16, 37}) {
@@ -326,7 +326,7 @@ TEST(int8_sketch_matches_doubles) {
         const auto expected_x = rounded(x);
         const auto p = prepared(kernels.rows[2], x);
         std::vector<float> y(rows + 1, 3);
-        const float largest = kernels.rows[2].sketch(w.rows(), rows, p.data(), y.data());
+        const float largest = kernels.rows[2].dot_high_plane(w.rows(), rows, p.data(), y.data());
         for (std::int64_t r = 0; r < rows; ++r)
           CHECK_NEAR(y[r], dot(w.coarse.data() + r * n, expected_x), 2e-4);
         CHECK(largest == *std::max_element(y.begin(), y.end() - 1));
@@ -335,7 +335,7 @@ TEST(int8_sketch_matches_doubles) {
   });
 }
 
-TEST(int8_dot_some_has_the_bits_of_dot) {
+TEST(int8_dot_rows_has_the_bits_of_dot) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : kLengths)
       for (const std::int64_t gap : {1, 3}) {
@@ -346,8 +346,8 @@ TEST(int8_dot_some_has_the_bits_of_dot) {
         kernels.rows[2].dot(w.rows(), rows, p.data(), all.data(), false, {});
         std::vector<std::int32_t> ids;
         for (std::int32_t r = 1; r < rows; r += gap) ids.push_back(r);
-        kernels.rows[2].dot_some(w.rows(), ids.data(), std::ssize(ids), p.data(), some.data());
-        kernels.rows[2].dot_some(w.rows(), nullptr, 0, p.data(), some.data());
+        kernels.rows[2].dot_rows(w.rows(), ids.data(), std::ssize(ids), p.data(), some.data());
+        kernels.rows[2].dot_rows(w.rows(), nullptr, 0, p.data(), some.data());
         for (std::int64_t r = 0; r < rows; ++r)
           CHECK(some[r] == (r >= 1 && (r - 1) % gap == 0 ? all[r] : 3));
       }
@@ -361,7 +361,7 @@ TEST(int8_neurons_match_doubles) {
       const auto p = prepared(kernels.rows[2], layer.x);
       for (const std::int64_t count : {std::int64_t{1}, std::int64_t{17}, std::ssize(layer.ids)}) {
         std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
-        kernels.rows[2].neurons(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
+        kernels.rows[2].ffn_fused(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
                                 h.data(), y.data());
         std::vector<std::pair<std::int64_t, double>> all;
         for (std::int64_t i = 0; i < count; ++i) {
@@ -405,7 +405,7 @@ TEST(selection_drops_and_coarsens_like_doubles) {
                                      layer.lengths.data()};
         std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
         const SelectedCounts counts =
-            kernels.rows[2].selected(layer.rows(), Activation::silu, selection,
+            kernels.rows[2].ffn_selected(layer.rows(), Activation::silu, selection,
                                      {layer.ids.data(), count}, p.data(), h.data(), y.data());
         CHECK(counts.exact == count - not_exact);
         CHECK(counts.coarse == not_exact - dropped);
@@ -437,10 +437,10 @@ TEST(selection_with_thresholds_of_zero_is_dense_to_the_bit) {
       const auto count = std::ssize(layer.ids);
       const auto p = prepared(kernels.rows[2], layer.x);
       std::vector<float> h(count), y(layer.groups()), dense_h(count), dense_y(layer.groups());
-      kernels.rows[2].neurons(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
+      kernels.rows[2].ffn_fused(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
                               dense_h.data(), dense_y.data());
       for (const bool by_gate : {false, true}) {
-        kernels.rows[2].selected(layer.rows(), Activation::silu,
+        kernels.rows[2].ffn_selected(layer.rows(), Activation::silu,
                                  {0, 0, by_gate, layer.lengths.data()}, {layer.ids.data(), count},
                                  p.data(), h.data(), y.data());
         CHECK(h == dense_h);
@@ -458,7 +458,7 @@ TEST(selection_by_gate_matches_doubles) {
     const auto p = prepared(kernels.rows[2], layer.x);
     const float threshold = 0.2f;
     std::vector<float> h(count), y(layer.groups());
-    const SelectedCounts counts = kernels.rows[2].selected(
+    const SelectedCounts counts = kernels.rows[2].ffn_selected(
         layer.rows(), Activation::silu, {threshold, threshold, true, nullptr},
         {layer.ids.data(), count}, p.data(), h.data(), y.data());
     std::vector<std::pair<std::int64_t, double>> open;
@@ -488,7 +488,7 @@ TEST(selection_keeps_what_is_not_a_number) {
     std::vector<float> h(count), y(layer.groups());
     const float all = std::numeric_limits<float>::infinity();
     const SelectedCounts counts =
-        kernels.rows[2].selected(layer.rows(), Activation::silu, {all, all, false, lengths.data()},
+        kernels.rows[2].ffn_selected(layer.rows(), Activation::silu, {all, all, false, lengths.data()},
                                  {layer.ids.data(), count}, p.data(), h.data(), y.data());
     CHECK(counts.exact == 1);
     CHECK(h[5] != 0);

@@ -150,7 +150,7 @@ TEST(bf16c_rows_that_lie_stay_within_vectors) {
         kernels.rows[format].dot(w.rows(), 1, x.data(), y.data(), false, {});
         kernels.rows[format].load(w.rows(), back.data(), 1);
         const std::int32_t id = 0;
-        kernels.rows[format].neurons({w.rows(), w.rows(), w.rows()}, Activation::silu, {&id, 1},
+        kernels.rows[format].ffn_fused({w.rows(), w.rows(), w.rows()}, Activation::silu, {&id, 1},
                                      x.data(), h.data(), sum.data());
         CHECK(back[n] == 3 && sum[2 * kGroup] == 3);
         const std::vector<std::byte> row(bf16c_row_bytes(n), std::byte{0xff});
@@ -172,7 +172,7 @@ TEST(neurons_match_doubles) {
           for (std::int64_t i = 0; i < count; ++i)
             ids.push_back(static_cast<std::int32_t>(i * 39 / 40));
           std::vector<float> h(count + 1, 3), y(room + 1, 3);
-          kernels.rows[format].neurons({gate.rows(), up.rows(), down.rows()}, Activation::silu,
+          kernels.rows[format].ffn_fused({gate.rows(), up.rows(), down.rows()}, Activation::silu,
                                        {ids.data(), count}, x.data(), h.data(), y.data());
           naive::Vector expected(n);
           for (std::int64_t i = 0; i < count; ++i) {

@@ -153,9 +153,9 @@ double kernel_time(const Model& model, const Setting& setting) {
       const NeuronIds some = {ids.data() + first, end - first, std::ssize(ids) - end};
       float* const out = h.data() + first;
       if (selection)
-        kernels.selected(rows, Activation::silu, *selection, some, prepared, out, y.data());
+        kernels.ffn_selected(rows, Activation::silu, *selection, some, prepared, out, y.data());
       else
-        kernels.neurons(rows, Activation::silu, some, prepared, out, y.data());
+        kernels.ffn_fused(rows, Activation::silu, some, prepared, out, y.data());
     }
   };
   std::vector<Selection> selections;

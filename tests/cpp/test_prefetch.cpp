@@ -1,14 +1,14 @@
-// What decode for integer formats asks memory for: every line that will be read, wherever lists
-// begin and end. A line that isn't asked for costs a core a whole trip to memory, and no result
-// shows it. The loops here stand for those of the kernels, line for line.
+// Decode for integer formats prefetches every line that it will read, wherever lists begin and end.
+// A line it misses costs a core the full latency of memory, which no result shows. The loops here
+// repeat those of the kernels, line for line.
 #include <cstdint>
 #include <set>
 #include <vector>
 
 namespace {
-std::set<std::uintptr_t> asked[4];  // lines, by the hint's locality
+std::set<std::uintptr_t> prefetched[4];  // lines, by the hint's locality argument
 void record(const void* line, int locality) {
-  asked[locality].insert(reinterpret_cast<std::uintptr_t>(line) / 64);
+  prefetched[locality].insert(reinterpret_cast<std::uintptr_t>(line) / 64);
 }
 }  // namespace
 
@@ -22,22 +22,22 @@ using namespace tda;
 
 namespace {
 
-constexpr int kInPassing = 0, kSoon = 3;
+constexpr int kNta = 0, kL1 = 3;  // localities of the first and the second prefetch
 constexpr int64_t kNeurons = 192;
 
-/// Whether all lines of these bytes have been asked for.
+/// Whether all lines of these bytes have been prefetched.
 bool covered(int locality, const std::byte* first, int64_t bytes) {
   const auto at = reinterpret_cast<std::uintptr_t>(first);
   for (std::uintptr_t line = at / 64; line <= (at + bytes - 1) / 64; ++line)
-    if (!asked[locality].count(line)) return false;
+    if (!prefetched[locality].count(line)) return false;
   return true;
 }
 
 void forget() {
-  for (auto& lines : asked) lines.clear();
+  for (auto& lines : prefetched) lines.clear();
 }
 
-/// Feed-forward rows of n values as the engine lays them out: addresses alone, nothing is read.
+/// Feed-forward rows of n values in the engine's layout. Addresses alone: nothing is read.
 template <class Row>
 struct Layer {
   int64_t n, high, low;
@@ -58,25 +58,25 @@ struct Layer {
   int64_t pairs() const { return (groups_of(n) + 1) / 2; }
 };
 
-/// As kernels multiply kCount rows that follow each other.
+/// The prefetches of `multiply` for kCount contiguous rows.
 template <class Row, int kCount, class Ahead>
 void multiply(const Ahead& ahead, int64_t pairs) {
-  for (int64_t p = 0; p < pairs; p += kLinesInTurn) {
-    const auto here = ahead.in_turn(p / kLinesInTurn);
-    for (int64_t i = p; i < min(pairs, p + kLinesInTurn); ++i)
+  for (int64_t p = 0; p < pairs; p += kBlockLines) {
+    const auto here = ahead.at_block(p / kBlockLines);
+    for (int64_t i = p; i < min(pairs, p + kBlockLines); ++i)
       for (int row = 0; row < kCount; ++row)
         for (int plane = 0; plane < (Row::kPlanes ? 2 : 1); ++plane)
           here.prefetch(plane, row, i * 64);
   }
 }
 
-/// As they add up down rows.
+/// The prefetches of `add_down_rows`.
 template <class Row>
-void add(const Rows& down, const std::vector<int32_t>& ids, const Follow& follow) {
+void add(const Rows& down, const std::vector<int32_t>& ids, const NextNeurons& after) {
   const int64_t groups = groups_of(down.n), in_turn = 32 / Row::kScales;
   const int64_t some = down_batch(down.stride);
   for (int64_t i = 0; i < kNeurons; i += some) {
-    const Batch batch(ids.data(), kNeurons, i, follow, some);
+    const Batch batch(ids.data(), kNeurons, i, after, some);
     CHECK(batch.is_stream_ahead());
     DownStreamsAhead<Row> ahead(down, batch);
     for (int64_t g = 0; g < groups; g += in_turn) {
@@ -89,7 +89,7 @@ void add(const Rows& down, const std::vector<int32_t>& ids, const Follow& follow
   }
 }
 
-template <class Row, int kTogether>
+template <class Row, int kRowsPerPass>
 void check_format(int64_t n) {
   const Layer<Row> layer(n), next(n, std::uintptr_t{1} << 40);
   const Rows &gate = layer.rows.gate, &down = layer.rows.down;
@@ -97,57 +97,58 @@ void check_format(int64_t n) {
   std::vector<int32_t> ids(kNeurons);
   for (int64_t i = 0; i < kNeurons; ++i) ids[i] = static_cast<int32_t>(i);
 
-  // Gates and ups, and then downs.
+  // Gate and up rows, then down rows.
   forget();
   const Streams own = {{reinterpret_cast<const std::uint8_t*>(gate.data),
                         reinterpret_cast<const std::uint8_t*>(gate.low)},
                        {gate.stride, gate.low_stride}};
   const auto* const first = reinterpret_cast<const std::uint8_t*>(down.data);
-  const Route route = {
+  const ReadPath path = {
       own, kNeurons, {{first, first + gate.stride}, {2 * down.stride, 2 * down.stride}}};
-  follow_route<true, 2 * kTogether, kTogether>(
-      route, kNeurons, ahead, layer.pairs(),
-      [&](int64_t, const auto& streams) { multiply<Row, 2 * kTogether>(streams, layer.pairs()); });
-  for (const int hint : {kInPassing, kSoon}) {
-    const int64_t from = hint == kInPassing ? ahead : ahead / 2;
+  prefetch_along<true, 2 * kRowsPerPass, kRowsPerPass>(
+      path, kNeurons, ahead, layer.pairs(), [&](int64_t, const auto& streams) {
+        multiply<Row, 2 * kRowsPerPass>(streams, layer.pairs());
+      });
+  for (const int hint : {kNta, kL1}) {
+    const int64_t from = hint == kNta ? ahead : ahead / 2;
     CHECK(covered(hint, gate.data + from * gate.stride, (kNeurons - from) * gate.stride));
     if (Row::kPlanes)
       CHECK(covered(hint, gate.low + from * gate.low_stride, (kNeurons - from) * gate.low_stride));
     CHECK(covered(hint, down.data, 2 * from * down.stride));
   }
 
-  // Downs, and then the gates and ups of more neurons, or what the thread reads on with.
+  // Down rows, then the gate and up rows of more neurons, or what the thread reads next.
   for (const bool known : {true, false}) {
     forget();
     const Rows& then = next.rows.gate;
-    const Follow follow = known ? Follow{&then, &next.rows.up, ids.data(), kNeurons}
-                                : Follow{nullptr, nullptr, nullptr, 0, true, true, then};
-    add<Row>(down, ids, follow);
-    for (const int hint : {kInPassing, kSoon}) {
-      const int64_t from = hint == kInPassing ? ahead : ahead / 2;
+    const NextNeurons after = known ? NextNeurons{&then, &next.rows.up, ids.data(), kNeurons}
+                                    : NextNeurons{nullptr, nullptr, nullptr, 0, true, true, then};
+    add<Row>(down, ids, after);
+    for (const int hint : {kNta, kL1}) {
+      const int64_t from = hint == kNta ? ahead : ahead / 2;
       CHECK(covered(hint, down.data + 2 * from * down.stride, (kNeurons - 2 * from) * down.stride));
       CHECK(covered(hint, then.data, from * then.stride));
       if (Row::kPlanes) CHECK(covered(hint, then.low, from * then.low_stride));
     }
   }
 
-  // Rows of a matrix, as many as are no multiple of anything, and where the thread reads on.
+  // Rows of a matrix, in a number that is no multiple of a batch, then what the thread reads next.
   constexpr int kRows = Row::kPlanes ? 2 : 4;
   const int64_t far = rows_ahead(row, 2 * kRows), rows = 2 * kNeurons - 1;
   const Streams matrix = {{own.of[0], own.of[1]}, {layer.high, layer.low}};
   for (int64_t begin = 0; begin < rows; begin += kBatch) {
     if (begin == kBatch) forget();
-    const Route some = {matrix.after(begin), rows - begin,
-                        read_on(next.rows.gate, matrix, layer.high, layer.low)};
-    follow_route<true, kRows, kRows>(
+    const ReadPath some = {matrix.after(begin), rows - begin,
+                           next_streams(next.rows.gate, matrix, layer.high, layer.low)};
+    prefetch_along<true, kRows, kRows>(
         some, min(kBatch, rows - begin), far, layer.pairs(),
         [&](int64_t, const auto& streams) { multiply<Row, kRows>(streams, layer.pairs()); });
   }
-  for (const int hint : {kInPassing, kSoon}) {
-    const int64_t from = hint == kInPassing ? far : far / 2;
+  for (const int hint : {kNta, kL1}) {
+    const int64_t from = hint == kNta ? far : far / 2;
     CHECK(covered(hint, gate.data + (kBatch + from) * layer.high,
                   (rows - kBatch - from) * layer.high));
-    // kRows at a time go from one to the other, so the first few may be left out.
+    // Rows are processed kRows at a time, so the first few of the next matrix may be left out.
     const int64_t some = from - 2 * kRows;
     if (some <= 0) continue;
     CHECK(covered(hint, next.rows.gate.data + kRows * layer.high, some * layer.high));
@@ -158,23 +159,23 @@ void check_format(int64_t n) {
 
 }  // namespace
 
-TEST(every_line_is_asked_for_and_again) {
+TEST(every_line_is_prefetched_twice) {
   for (const int64_t n : {64, 576, 960, 1536, 2048, 2560, 4096}) {
     check_format<Int8Row, 1>(n);
     check_format<Int4Row, 2>(n);
   }
 }
 
-TEST(what_is_not_known_costs_no_lines) {
+TEST(an_unknown_next_read_costs_no_lines) {
   forget();
   const Layer<Int8Row> layer(576);
   std::vector<int32_t> ids(kNeurons);
   for (int64_t i = 0; i < kNeurons; ++i) ids[i] = static_cast<int32_t>(i);
-  add<Int8Row>(layer.rows.down, ids, Follow{});
-  // A batch asks for a few lines more than it has, at most two per row.
+  add<Int8Row>(layer.rows.down, ids, NextNeurons{});
+  // A batch prefetches at most two lines per row more than it has.
   const auto* const end =
-      layer.rows.down.data + kNeurons * layer.rows.down.stride + (2 * kManyDownRows + 1) * 64;
-  for (const auto& lines : asked)
+      layer.rows.down.data + kNeurons * layer.rows.down.stride + (2 * kLargeDownBatch + 1) * 64;
+  for (const auto& lines : prefetched)
     for (const std::uintptr_t line : lines)
       CHECK(line * 64 < reinterpret_cast<std::uintptr_t>(end));
 }
