@@ -11,8 +11,8 @@ namespace tda {
 
 namespace {
 
-/// The larger of `least` and the largest value, NaNs apart: in chains beside each other, for one
-/// comparison waits for the other (a vocabulary of 49152: 30 microseconds in one chain).
+/// The larger of `least` and the largest value that is not NaN. Independent chains hide the latency
+/// of comparisons: one chain takes 30 microseconds for a vocabulary of 49152.
 float largest_of(std::span<const float> values, float least) {
   constexpr std::size_t kChains = 32;
   float most[kChains];
@@ -28,11 +28,11 @@ float largest_of(std::span<const float> values, float least) {
 }  // namespace
 
 Token argmax(std::span<const float> logits) {
-  constexpr std::size_t kSome = 1024;
+  constexpr std::size_t kBlock = 1024;
   float largest = logits.front();
-  std::size_t where = 0;  // the first ones that have it
-  for (std::size_t i = 0; i < logits.size(); i += kSome) {
-    const float most = largest_of(logits.subspan(i, std::min(kSome, logits.size() - i)), largest);
+  std::size_t where = 0;  // the first block that contains it
+  for (std::size_t i = 0; i < logits.size(); i += kBlock) {
+    const float most = largest_of(logits.subspan(i, std::min(kBlock, logits.size() - i)), largest);
     if (most > largest) where = i;
     largest = most;
   }
@@ -60,7 +60,7 @@ std::size_t pick(std::span<const double> weights, double u) {
   double left = std::accumulate(weights.begin(), weights.end(), 0.0) * u;
   std::size_t picked = 0;
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    if (weights[i] == 0) continue;  // not even where rounding leaves more than there is
+    if (weights[i] == 0) continue;  // never picked, even if rounding leaves `left` too large
     picked = i;
     if (left < weights[i]) break;
     left -= weights[i];

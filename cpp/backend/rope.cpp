@@ -9,7 +9,7 @@ namespace {
 
 constexpr double kTurn = 2 * std::numbers::pi;
 
-/// NTK-aware: the base grows with the sequence once that is longer than the model was trained for.
+/// NTK-aware scaling: the base grows once the sequence is longer than the model was trained for.
 double dynamic_base(const RopeConfig& rope, double dim, double sequence_length) {
   const double trained = static_cast<double>(rope.original_max_position);
   const double stretch =
@@ -17,7 +17,8 @@ double dynamic_base(const RopeConfig& rope, double dim, double sequence_length) 
   return rope.theta * std::pow(stretch, dim / (dim - 2));
 }
 
-/// Llama 3.1: long wavelengths are divided by the factor, short ones stay, a ramp lies between.
+/// Llama 3.1: frequencies of long wavelengths are divided by the factor, those of short ones are
+/// kept, with a linear ramp between.
 float llama3_frequency(const RopeConfig& rope, float frequency) {
   const double trained = static_cast<double>(rope.original_max_position);
   const float factor = static_cast<float>(rope.factor);
@@ -30,7 +31,8 @@ float llama3_frequency(const RopeConfig& rope, float frequency) {
   return (1 - smooth) * frequency / factor + smooth * frequency;
 }
 
-/// YaRN: from pair `low` to pair `high` the frequencies pass over to those divided by the factor.
+/// YaRN: a linear ramp, from pair `low` to pair `high`, from the original frequencies to those
+/// divided by the factor.
 struct YarnRamp {
   double low = 0, high = 1;
 

@@ -13,7 +13,7 @@
 namespace tda {
 namespace {
 
-/// A new file next to `path`, removed with this object unless renamed before.
+/// A new file next to `path`, deleted with this object unless it has been renamed.
 class Temporary {
  public:
   explicit Temporary(const std::filesystem::path& path) : file(create(path.string())) {}

@@ -6,9 +6,9 @@
 
 namespace tda {
 
-/// Makes `parts`, one after the other, the file at `path`, whole or not at all: what was there
-/// before stays until a temporary file in the same folder, flushed to disk, takes its name. Throws
-/// CheckpointError naming the file and the system's reason; no temporary file stays behind.
+/// Writes `parts` one after the other to the file at `path`, completely or not at all: to a
+/// temporary file in the same folder, which is flushed to disk and then renamed. Throws
+/// CheckpointError naming the file and the system's reason, and leaves no temporary file behind.
 void write_file_atomically(const std::filesystem::path& path,
                            std::initializer_list<std::string_view> parts);
 

@@ -1,4 +1,4 @@
-// Memory of a session: scratch that grows with the step, and the KV cache.
+// Memory of a session: growing scratch buffers, and the KV cache.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,7 +15,7 @@
 
 namespace tda {
 
-/// Asks for huge pages where these bytes fill any: fewer page faults now, fewer TLB misses later.
+/// Requests huge pages for these bytes: fewer page faults now, fewer TLB misses later.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::uintptr_t kPage = 4096;
@@ -25,12 +25,12 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std:
 #endif
 }
 
-/// 64-byte aligned elements, not initialised; pages cost nothing until they are written.
+/// 64-byte aligned elements, not initialised: pages take no memory until they are written.
 template <class T>
 class Buffer {
  public:
-  /// Makes room for `count` elements; if that means growing, the contents are lost. Throws
-  /// DeviceError, which says what the memory is `needed_for`.
+  /// Makes room for `count` elements; growing loses the contents. Throws DeviceError, which says
+  /// what the memory is `needed_for`.
   T* reserve(Size count, std::string_view needed_for) {
     if (count.value() <= count_) return data();
     const Size bytes = (count * sizeof(T)).rounded_up(64);

@@ -20,7 +20,7 @@ Descriptor::~Descriptor() {
   if (value >= 0) ::close(value);
 }
 
-// O_NONBLOCK: else open() would wait for the other end of a pipe.
+// O_NONBLOCK: otherwise open() would wait for the other end of a pipe.
 File::File(const std::filesystem::path& path, const char* expected)
     : name_(path.string()),
       expected_(expected),

@@ -1,4 +1,4 @@
-// Files that are read at given places, or mapped.
+// Files that are read at given offsets, or memory-mapped.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace tda {
 
-/// Closed with its owner.
+/// A file descriptor, closed by the destructor.
 struct Descriptor {
   explicit Descriptor(int descriptor) : value(descriptor) {}
   Descriptor(const Descriptor&) = delete;
@@ -18,21 +18,21 @@ struct Descriptor {
   const int value;  // negative: none
 };
 
-/// A regular file, open for reading. All that fails is a CheckpointError naming the file, the
+/// A regular file, open for reading. Every failure throws CheckpointError naming the file, the
 /// system's reason and what was expected.
 class File {
  public:
-  /// `expected`: for messages, as "a JSON file".
+  /// expected: for messages, such as "a JSON file"
   File(const std::filesystem::path& path, const char* expected);
 
   const std::string& name() const { return name_; }
-  std::int64_t bytes() const { return bytes_; }  // when it was opened
-  /// Bytes [first, first + count), which lie within. Throws if the file has been cut short since.
+  std::int64_t bytes() const { return bytes_; }  // at the time of opening
+  /// Reads bytes [first, first + count) of the file. Throws if it has been truncated since.
   void read(std::int64_t first, std::int64_t count, void* out) const;
-  /// The whole file, unmapped with its last owner. A mapping shows what is done to the file, and
-  /// touching a page that was cut off is a SIGBUS: only for files that nobody shortens.
+  /// The whole file, mapped until its last owner is gone. Changes to the file show in the mapping,
+  /// and access to a page that was truncated raises SIGBUS: only for files that nobody truncates.
   std::shared_ptr<const std::byte> map() const;
-  /// Asks the system to read all of it soon.
+  /// Asks the system to start reading the whole file.
   void prefetch() const;
 
  private:

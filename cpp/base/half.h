@@ -1,7 +1,7 @@
 // Conversions between f32 and the 16-bit float formats, as bit patterns.
 //
-// Internal linkage on purpose: the header is included by sources compiled for different instruction
-// sets, and the linker must not merge their copies. Branch-free, so that loops over it vectorise.
+// Internal linkage on purpose: sources compiled for different instruction sets include this, and
+// the linker must not merge their copies. Branch-free, so that loops over it vectorise.
 #pragma once
 
 #include <bit>
@@ -13,7 +13,7 @@ namespace tda {
   return std::bit_cast<float>(std::uint32_t{value} << 16);
 }
 
-/// Rounds to nearest, ties to even; beyond the range to infinity. A NaN stays a (quiet) NaN.
+/// Rounds to nearest, ties to even; overflow gives infinity, NaN a quiet NaN.
 [[maybe_unused]] static inline std::uint16_t f32_to_bf16(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -23,11 +23,11 @@ namespace tda {
 
 [[maybe_unused]] static inline float f16_to_f32(std::uint16_t value) {
   const std::uint32_t sign = (value & 0x8000u) << 16;
-  const std::uint32_t magnitude = (value & 0x7fffu) << 13;  // exponent and mantissa at f32's place
-  // The exponent bias grows from 15 to 127; infinity and NaN move on to f32's largest exponent.
+  const std::uint32_t magnitude = (value & 0x7fffu) << 13;  // exponent and mantissa, as in f32
+  // The exponent bias grows from 15 to 127; infinity and NaN get f32's largest exponent.
   const std::uint32_t normal = magnitude + (112u << 23);
   const std::uint32_t non_finite = magnitude + (224u << 23);
-  // A subnormal counts units of 2^-24, which is the last place of floats from 0.5 on.
+  // A subnormal is a multiple of 2^-24, which is the unit in the last place of 0.5f.
   const std::uint32_t subnormal =
       std::bit_cast<std::uint32_t>(std::bit_cast<float>(0x3f000000u | (value & 0x3ffu)) - 0.5f);
   const std::uint32_t exponent = value & 0x7c00u;

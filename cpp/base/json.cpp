@@ -20,7 +20,7 @@ std::string describe(const nlohmann::json& value) {
 
 nlohmann::json parse_json_object(std::string_view text, const std::string& file) {
   using nlohmann::json;
-  std::vector<std::set<std::string>> keys;  // of the objects that are open
+  std::vector<std::set<std::string>> keys;  // of each enclosing object
   std::int64_t values = 0;
   const auto limit = [&](std::int64_t most, const char* what) {
     throw CheckpointError(file + ": JSON has more than " + std::to_string(most) + " " + what +
@@ -44,7 +44,7 @@ nlohmann::json parse_json_object(std::string_view text, const std::string& file)
     if (result.is_object()) return result;
     throw CheckpointError(file + ": found " + describe(result) + ", expected a JSON object");
   } catch (const json::exception& e) {
-    // What follows "last read" quotes the file: of any length, and perhaps not even text.
+    // The part from "last read" on quotes the file: it may be long, or not even text.
     const std::string found = e.what();
     const std::size_t end = std::min(found.find("; last read"), std::size_t{160});
     throw CheckpointError(file + ": expected JSON, found: " + found.substr(0, end));

@@ -10,8 +10,8 @@
 
 namespace tda {
 
-/// Runs body(i) for i in [0, n) on up to `threads` threads that live as long as the call: for
-/// coarse work outside the forward pass. Rethrows the first exception once all threads are done.
+/// Runs body(i) for i in [0, n) on up to `threads` threads, which are started and joined by the
+/// call: for coarse work outside the forward pass. Rethrows the first exception after joining.
 template <typename Body>
 void parallel_for(int threads, std::int64_t n, const Body& body) {
   std::atomic<std::int64_t> next{0};

@@ -5,9 +5,9 @@
 
 namespace tda {
 
-/// A number of elements or bytes, 0 or more, whose products and sums can't wrap around: what
-/// exceeds 63 bits is held as the largest number there is. No file is so long and no memory so
-/// large, so whoever checks a size against these refuses it.
+/// A non-negative number of elements or bytes with saturating products and sums: a result beyond 63
+/// bits becomes the largest value. No file or memory is that large, so checks against the actual
+/// size reject it.
 class Size {
  public:
   constexpr Size(std::int64_t value = 0) : value_(value) {}

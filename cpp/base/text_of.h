@@ -5,7 +5,7 @@
 
 namespace tda {
 
-/// A number for messages: 0.1, not 0.100000; whatever the locale.
+/// A number for messages, in any locale: 0.1, not 0.100000.
 inline std::string text_of(double number) {
   char text[32];
   const std::to_chars_result end =

@@ -1,4 +1,4 @@
-// Threads that stay hot between the many short parallel regions of a forward pass.
+// A thread pool for the many short parallel regions of a forward pass.
 #pragma once
 
 #include <atomic>
@@ -9,12 +9,13 @@
 
 namespace tda {
 
-/// How many threads `threads` means: 0 is as many as this process may run on. Throws OptionError.
+/// The number of threads for option `threads`: 0 means all cores this process may use. Throws
+/// OptionError.
 int resolve_threads(int threads);
 
 class ThreadPool {
  public:
-  /// `threads` counts the calling thread, too; see resolve_threads.
+  /// threads: see resolve_threads; includes the calling thread
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -22,16 +23,16 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(ranges_.size()); }
 
-  /// Of n tasks the first in a thread's range, and whether one is the last in it.
+  /// The first of n tasks in a thread's range, and whether a task is the last in it.
   std::int64_t first_task(int thread, std::int64_t n) const { return thread * n / threads(); }
   bool is_last_task(std::int64_t task, int thread, std::int64_t n) const {
     return task + 1 == first_task(thread + 1, n);
   }
 
-  /// Runs body(i, thread) for each i in [0, n), the calling thread taking part, and returns when
-  /// all are done. Each thread has a range of its own, so that it reads on where it stopped, and
-  /// helps the others when it is through: nothing may depend on who runs what.
-  /// 0 <= thread < threads(). The body must not throw. One region at a time.
+  /// Runs body(i, thread) for each i in [0, n), 0 <= thread < threads(), also on the calling
+  /// thread, and returns when all are done. Each thread starts with its own range of tasks, so that
+  /// it reads contiguous memory, then takes tasks of other threads: results must not depend on
+  /// which thread runs a task. The body must not throw. Not reentrant: one region at a time.
   template <class Body>
   void run(std::int64_t n, const Body& body) {
     run(
@@ -49,10 +50,10 @@ class ThreadPool {
   void work(int thread);
   void start();
   void stop();
-  /// In the child of a fork, which has none of the workers; they are forgotten.
+  /// True in a child of fork(), where no worker exists; forgets them.
   bool lost_workers();
 
-  // A region's job; written while the gate is shut and nobody is inside.
+  // The current region; written while the gate is closed and no worker is inside.
   Task task_ = nullptr;
   const void* body_ = nullptr;
   struct alignas(64) Range {
@@ -60,10 +61,10 @@ class ThreadPool {
     std::int64_t end = 0;
   };
   std::vector<Range> ranges_;  // one per thread
-  // The gate: workers enter an open region by adding one, so that the caller waits for those who
-  // came and never for one asleep.
+  // Workers enter an open region by incrementing the gate, so that the caller waits only for
+  // workers that entered, never for a sleeping one.
   alignas(64) std::atomic<std::uint32_t> gate_ = 0;
-  alignas(64) std::atomic<std::uint32_t> left_ = 0;  // how many went in and came out again
+  alignas(64) std::atomic<std::uint32_t> left_ = 0;  // workers that have left the region
   std::atomic<bool> stop_ = false;
   std::uint32_t forks_ = 0;  // forks() when the workers were started
   std::vector<std::thread> workers_;

@@ -1,6 +1,10 @@
-// A test harness in one page. Each test file is one program:
-//   TEST(name) { CHECK(condition); CHECK_THROWS(expression, tda::OptionError, "part of the
-//   message"); } int main() { return run_tests(); }
+// A test harness on one page. Each test file is one program:
+//
+//   TEST(name) {
+//     CHECK(condition);
+//     CHECK_THROWS(expression, tda::OptionError, "part of the message");
+//   }
+//   int main() { return run_tests(); }
 #pragma once
 
 #include <cstdio>
