@@ -1,4 +1,4 @@
-// Bytes aligned as kernels want prepared activations, under the eyes of the sanitizers.
+// Heap memory aligned for prepared activations, in which sanitizers see access out of bounds.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Files that tests write: safetensors, and the checkpoint of a tiny model.
+// Files for tests: safetensors, and the checkpoint of a tiny model.
 #pragma once
 
 #include <unistd.h>
@@ -18,7 +18,7 @@ namespace fixtures {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-/// A folder of its own, gone when the test ends.
+/// A new temporary folder, deleted by the destructor.
 struct Folder {
   fs::path path;
   Folder() {
@@ -45,7 +45,7 @@ inline std::string encode(const std::string& dtype, const Values& values) {
   std::string data;
   for (float value : values) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-    // Exact for the values used here: f16 by moving exponent and mantissa, normal numbers only.
+    // Exact for the values used here: f16 conversion handles only normal numbers.
     const std::uint16_t half =
         dtype == "BF16" || value == 0
             ? bits >> 16
@@ -64,7 +64,7 @@ struct Tensor {
 };
 using Tensors = std::map<std::string, Tensor>;
 
-/// Spaces pad the header so that data begins at an odd address: loading must not rely on alignment.
+/// The header is padded so that data begins at an odd address: loading must not need alignment.
 inline std::string safetensors(const Tensors& tensors, const std::string& dtype) {
   json header = {{"__metadata__", {{"format", "pt"}}}};
   std::string data;
@@ -78,7 +78,7 @@ inline std::string safetensors(const Tensors& tensors, const std::string& dtype)
   return with_length(text.size() % 2 ? text : text + " ", data);
 }
 
-/// The same bytes under another name; both names must be of one length.
+/// The same bytes under another name of the same length.
 inline std::string relabelled(std::string file, const std::string& from, const std::string& to) {
   for (std::size_t at = 0; (at = file.find(from, at)) != file.npos;)
     file.replace(at, from.size(), to);
@@ -90,7 +90,7 @@ inline json updated(json base, const json& changes) {
   return base;
 }
 
-// H and F cross the edge of a 64-element tile.
+// H and F are just above a group of 64.
 inline const json tiny = {{"model_type", "llama"},
                           {"architectures", {"LlamaForCausalLM"}},
                           {"vocab_size", 7},

@@ -1,0 +1,169 @@
+// Small models of random weights, and tokens to run them on.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/half.h"
+
+namespace naive {
+
+using tda::FfnMode;
+using tda::LayerWeights;
+using tda::Matrix;
+using tda::Model;
+using tda::ModelConfig;
+using tda::Step;
+using tda::Token;
+using tda::WeightFormat;
+using Vector = std::vector<double>;
+
+inline std::vector<double> values(const Matrix& m, std::int64_t row) {
+  std::vector<float> out(m.cols);
+  tda::read_row(m, row, 0, m.cols, out.data());
+  return {out.begin(), out.end()};
+}
+
+/// No size is a multiple of a vector's, on purpose.
+inline ModelConfig small_config() {
+  ModelConfig c;
+  c.vocab_size = 101;
+  c.hidden_size = 66;
+  c.intermediate_size = 37;
+  c.num_layers = 2;
+  c.num_heads = 4;
+  c.num_kv_heads = 2;
+  c.head_dim = 10;
+  c.rms_norm_eps = 0.05;  // large, so that it matters
+  return c;
+}
+
+inline std::vector<Token> random_tokens(std::int64_t count, std::int64_t vocab_size) {
+  std::vector<Token> tokens(count);
+  std::uint32_t state = 12345;
+  for (Token& token : tokens) {
+    state = state * 1664525 + 1013904223;
+    token = static_cast<Token>(state / 65536 % vocab_size);
+  }
+  return tokens;
+}
+
+inline Step step_of(tda::Tokens tokens, std::int64_t position, FfnMode ffn = FfnMode::dense) {
+  return {tokens, position, position + static_cast<std::int64_t>(tokens.size()), ffn};
+}
+
+/// A model of the config's shape, with random weights scaled so that activations stay about 1.
+class RandomModel {
+ public:
+  RandomModel(ModelConfig config, WeightFormat format, unsigned seed) : random_(seed) {
+    config.sliding_window.resize(config.num_layers);
+    auto model = std::make_shared<Model>();
+    model->format = format;
+    model->embedding = matrix(format, config.vocab_size, config.hidden_size, 1.0);
+    model->head = config.tied_embeddings ? model->embedding
+                                         : matrix(format, config.vocab_size, config.hidden_size, 0);
+    model->final_norm = vector(config.hidden_size, 1, 0.2);
+    for (std::int64_t l = 0; l < config.num_layers; ++l) {
+      LayerWeights w;
+      const std::int64_t qkv = config.q_size() + 2 * config.kv_size();
+      w.attention_norm = vector(config.hidden_size, 1, 0.2);
+      w.qkv = matrix(format, qkv, config.hidden_size, 0);
+      if (config.qkv_bias) w.qkv_bias = vector(qkv, 0, 0.5);
+      if (config.qk_norm) w.q_norm = vector(config.head_dim, 1, 0.3);
+      if (config.qk_norm) w.k_norm = vector(config.head_dim, 1, 0.3);
+      w.output = matrix(format, config.hidden_size, config.q_size(), 0);
+      if (config.output_bias) w.output_bias = vector(config.hidden_size, 0, 0.5);
+      w.ffn_norm = vector(config.hidden_size, 1, 0.2);
+      w.gate = matrix(format, config.intermediate_size, config.hidden_size, 0);
+      w.up = matrix(format, config.intermediate_size, config.hidden_size, 0);
+      w.down = matrix(format, config.intermediate_size, config.hidden_size,
+                      2 / std::sqrt(static_cast<double>(config.intermediate_size)));
+      if (format == WeightFormat::int8) add_outliers(w, {0, config.intermediate_size / 2});
+      std::vector<float> lengths;
+      for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
+        const Vector row = values(w.down, j);
+        lengths.push_back(std::sqrt(std::inner_product(row.begin(), row.end(), row.begin(), 0.0)));
+      }
+      w.down_lengths = keep(lengths);
+      model->layers.push_back(w);
+    }
+    model->config = std::move(config);
+    model_ = std::move(model);
+  }
+
+  std::shared_ptr<const Model> get() const { return model_; }
+
+  /// Fills a row with NaN.
+  static void poison(const Matrix& m, std::int64_t row) {
+    std::memset(const_cast<std::byte*>(m.row(row)), 0xff, m.row_bytes());
+  }
+
+ private:
+  std::span<float> keep(const std::vector<float>& data) {
+    const std::size_t size = (data.size() * 4 + 63) / 64 * 64;
+    const std::shared_ptr<void> memory(std::aligned_alloc(64, size), std::free);
+    std::memcpy(memory.get(), data.data(), data.size() * 4);
+    memory_.push_back(memory);
+    return {static_cast<float*>(memory.get()), data.size()};
+  }
+  std::span<const float> vector(std::int64_t n, double mean, double deviation) {
+    std::vector<float> data(n);
+    std::normal_distribution<double> normal(mean, deviation);
+    for (float& v : data) v = static_cast<float>(normal(random_));
+    return keep(data);
+  }
+  /// deviation: 0 means 1 / sqrt(cols)
+  Matrix matrix(WeightFormat format, std::int64_t rows, std::int64_t cols, double deviation) {
+    if (deviation == 0) deviation = 1 / std::sqrt(static_cast<double>(cols));
+    const std::span<const float> data = vector(rows * cols, 0, deviation);
+    Matrix m{format, rows, cols, reinterpret_cast<const std::byte*>(data.data())};
+    if (format == WeightFormat::int8) {
+      m.data =
+          reinterpret_cast<std::byte*>(keep(std::vector<float>(rows * m.row_bytes() / 4)).data());
+      m.low = reinterpret_cast<std::byte*>(
+          keep(std::vector<float>(rows * m.low_row_bytes() / 4)).data());
+      for (std::int64_t r = 0; r < rows; ++r)
+        tda::quantize_int8(data.data() + r * cols, cols, const_cast<std::byte*>(m.row(r)),
+                           const_cast<std::byte*>(m.low_row(r)));
+    }
+    if (format == WeightFormat::bf16) {  // in place, front to back
+      auto* halves = reinterpret_cast<std::byte*>(const_cast<float*>(data.data()));
+      for (std::size_t i = 0; i < data.size(); ++i) {
+        const std::uint16_t half = tda::f32_to_bf16(data[i]);
+        std::memcpy(halves + 2 * i, &half, 2);
+      }
+    }
+    return m;
+  }
+
+  /// Gives each of these neurons' down rows an outlier, which is stored apart.
+  void add_outliers(LayerWeights& w, const std::vector<std::int64_t>& neurons) {
+    Matrix& m = w.down;
+    const std::vector<float> none(2 * m.rows);
+    auto* const outliers = reinterpret_cast<tda::Outlier*>(keep(none).data());
+    for (const std::int64_t j : neurons) {
+      std::vector<float> row(m.cols);
+      tda::read_row(m, j, 0, m.cols, row.data());
+      const std::int64_t column = (j + 37) % m.cols;
+      row[column] = 0;
+      tda::quantize_int8(row.data(), m.cols, const_cast<std::byte*>(m.row(j)),
+                         const_cast<std::byte*>(m.low_row(j)));
+      outliers[j] = {static_cast<std::int32_t>(column), j % 2 == 0 ? 9.0f : -9.0f};
+      w.outlier_neurons.push_back(static_cast<std::int32_t>(j));
+    }
+    m.outliers = outliers;
+  }
+
+  std::mt19937 random_;
+  std::vector<std::shared_ptr<void>> memory_;
+  std::shared_ptr<const Model> model_;
+};
+
+}  // namespace naive
