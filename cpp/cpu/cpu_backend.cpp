@@ -5,9 +5,9 @@
 #include <numeric>
 
 #include "backend/rope.h"
-#include "cpu/isa.h"
 
 namespace tda {
+
 std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, int threads) {
   return std::make_unique<CpuBackend>(std::move(model), threads);
 }

@@ -13,6 +13,7 @@
 #include "backend/backend.h"
 #include "base/buffer.h"
 #include "base/thread_pool.h"
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 
 namespace tda {
@@ -134,17 +135,11 @@ class CpuBackend final : public Backend {
   Layout layout_of(std::int64_t tokens) const;
   static Layout layout_of(std::int64_t tokens, std::int64_t width);
   void angles(CpuState&) const;
-  const RowKernels& rows(WeightFormat format) const {
-    return kernels_.rows[static_cast<int>(format) - 1];
-  }
-  const PanelKernels& panels(WeightFormat format) const {
-    return kernels_.panels[static_cast<int>(format) - 1];
-  }
-  const CacheKernels& caches(KvFormat format) const {
-    return kernels_.caches[static_cast<int>(format) - 1];
-  }
+  const RowKernels& rows(WeightFormat format) const { return row_kernels(kernels_, format); }
+  const PanelKernels& panels(WeightFormat format) const { return panel_kernels(kernels_, format); }
+  const CacheKernels& caches(KvFormat format) const { return cache_kernels(kernels_, format); }
   const PanelKernels& panels(KvFormat format) const {
-    return kernels_.cache_panels[static_cast<int>(format) - 1];
+    return cache_panel_kernels(kernels_, format);
   }
   /// RowKernels::prepare of x: [n]; valid until the next call.
   const void* prepare(CpuState&, WeightFormat, const float* x, std::int64_t n) const;

@@ -1,3 +1,4 @@
+// The CPU backend against the model in doubles (naive.h).
 #include <tda/error.h>
 
 #include <algorithm>
@@ -11,30 +12,25 @@
 #include "check.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/isa.h"
+#include "kernel_tests.h"
 #include "model/forward.h"
 #include "naive.h"
 
 using namespace tda;
 using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
 
-// Sanitizers by default end the process where the system would say that there is no such memory.
+// By default sanitizers abort on allocations that the system would refuse.
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace {
-
-/// Sets TDA_CPU_ISA while it lives.
-struct ForcedIsa {
-  explicit ForcedIsa(const std::string& name) { setenv("TDA_CPU_ISA", name.c_str(), 1); }
-  ~ForcedIsa() { unsetenv("TDA_CPU_ISA"); }
-};
 
 std::vector<float> run(const Backend& backend, State& state, const Step& step, std::int64_t rows) {
   const auto logits = forward(backend, state, step, rows);
   return {logits.begin(), logits.end()};
 }
 
-/// Logits of every position, [T, V], the tokens taken in steps of the given sizes.
+/// Logits of every position, [T, V], from steps of the given sizes.
 std::vector<float> all_logits(const Backend& backend, Tokens tokens,
                               const std::vector<std::int64_t>& steps, KvFormat kv) {
   const auto state = backend.new_state(static_cast<std::int64_t>(tokens.size()), kv);
@@ -56,8 +52,8 @@ double largest_difference(std::span<const float> a, std::span<const float> b) {
   return largest;
 }
 
-/// Vectors in panels against [T][n].
-/// Of each token, in ascending order.
+/// The largest difference of each token between vectors in panels and `expected`, [T][n], in
+/// ascending order.
 std::vector<double> differences(const Buffer<float>& panels, const Layout& layout, std::int64_t n,
                                 const std::vector<naive::Vector>& expected) {
   std::vector<double> all(layout.tokens);
@@ -71,8 +67,8 @@ std::vector<double> differences(const Buffer<float>& panels, const Layout& layou
   return all;
 }
 
-/// Runs the step verb by verb on both sides and compares after each: all tokens, and, in the first
-/// layer of a first step, half of them more closely.
+/// Runs the step verb by verb on both sides and compares after each: all tokens within `tolerance`
+/// and, in the first layer of a first step, half of them within `of_half`.
 void check_verbs(const Backend& backend, State& s, naive::Session& session, const Step& step,
                  double tolerance, double of_half = INFINITY) {
   const ModelConfig& c = backend.model().config;
@@ -181,9 +177,9 @@ TEST(verbs_match_doubles) {
       const auto tokens = random_tokens(total, c.config.vocab_size);
       const auto state = backend->new_state(total, c.kv);
       naive::Session session(model.get(), c.kv);
-      session.rounds = table->panels[1].prepare;
-      // A value near the middle between two bf16 may become either: values are below 8, where
-      // they are 1/32 apart. So one token in many is far off, and then those that look at it.
+      session.rounds = panel_kernels(*table, WeightFormat::bf16).prepare;
+      // A value near the middle of two bf16 numbers may be rounded to either; below 8 these are
+      // 1/32 apart. So a few tokens are far off, and then those that attend to them.
       const bool rounds = c.format == WeightFormat::bf16 && session.rounds;
       const double tolerance = rounds ? 1.0 / 32 : c.kv != KvFormat::f32 ? 1e-2 : 1e-4;
       const double of_half = c.kv == KvFormat::f32 ? 1e-5 : INFINITY;
@@ -216,7 +212,7 @@ TEST(masked_steps_match_doubles) {
     const auto backend = make_cpu_backend(model.get(), 2);
     const auto state = backend->new_state(32, KvFormat::f32);
     naive::Session session(model.get(), KvFormat::f32);
-    session.rounds = choose_kernels().panels[1].prepare;
+    session.rounds = panel_kernels(choose_kernels(), WeightFormat::bf16).prepare;
     const double tolerance = session.rounds ? 1e-2 : 1e-4;
     for (std::int64_t l = 0; l < config.num_layers; ++l) {
       std::vector<std::int32_t> mask;
@@ -304,8 +300,9 @@ TEST(prefill_agrees_with_decode) {
     const RandomModel model(config, format, 6);
     const auto backend = make_cpu_backend(model.get(), 2);
     const auto tokens = random_tokens(140, config.vocab_size);
-    // Where prefill rounds tokens to bf16, each product's terms move by at most 1/256.
-    const bool rounds = format == WeightFormat::bf16 && choose_kernels().panels[1].prepare;
+    // If prefill rounds tokens to bf16, each term of a product changes by at most 1/256.
+    const bool rounds =
+        format == WeightFormat::bf16 && panel_kernels(choose_kernels(), WeightFormat::bf16).prepare;
     const double tolerance = rounds ? 0.1 : 1e-4;
     const auto at_once = all_logits(*backend, tokens, {140}, KvFormat::f32);
     const auto in_parts = all_logits(*backend, tokens, {3, 64, 1, 72}, KvFormat::f32);

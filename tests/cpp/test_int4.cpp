@@ -4,12 +4,11 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
-#include <random>
 #include <vector>
 
-#include "aligned.h"
 #include "check.h"
 #include "cpu/isa.h"
+#include "kernel_tests.h"
 #include "naive.h"
 
 using namespace tda;
@@ -18,14 +17,6 @@ namespace {
 
 constexpr std::int64_t kSixteen = 16;
 constexpr std::int64_t kLengths[] = {1, 15, 16, 17, 64, 65, 130, 576, 1100};
-
-std::vector<float> random_floats(std::int64_t count, float deviation = 1) {
-  static std::mt19937 random(1);
-  std::normal_distribution<float> normal(0, deviation);
-  std::vector<float> values(count);
-  for (float& v : values) v = normal(random);
-  return values;
-}
 
 /// An int4 matrix, rows `gap` bytes apart, and its values.
 struct Stored {
@@ -64,7 +55,7 @@ struct Stored {
   }
 };
 
-/// What the kernels make of x: groups of 16 rounded to multiples of their largest value / 127.
+/// x as kernels quantise it: groups of 16 rounded to multiples of their largest value / 127.
 std::vector<double> rounded(const std::vector<float>& x) {
   std::vector<double> out;
   for (std::size_t g = 0; g < x.size(); g += kSixteen) {
@@ -77,23 +68,13 @@ std::vector<double> rounded(const std::vector<float>& x) {
   return out;
 }
 
-AlignedBytes prepared(const RowKernels& kernels, const std::vector<float>& x) {
-  const auto n = static_cast<std::int64_t>(x.size());
-  AlignedBytes out(kernels.prepared_bytes(n));
-  kernels.prepare(x.data(), n, out.data());
-  return out;
-}
-
+/// body(kernels, those of int4 rows) for each instruction set.
 template <class Body>
-void for_all_kernels(const Body& body) {
-  for (const Kernels* table : available_kernels()) {
-    const int before = check::failures;
-    body(*table, table->rows[3]);
-    if (check::failures > before) std::printf("  in: %s\n", table->name);
-  }
+void for_all_int4_kernels(const Body& body) {
+  for_all_kernels([&](const Kernels& all) { body(all, row_kernels(all, WeightFormat::int4)); });
 }
 
-/// Neurons of random weights, an input, and what they make of it.
+/// Random neurons, an input, and their gates and h for it.
 struct Layer {
   static constexpr std::int64_t kNeurons = 70;
   std::int64_t n;
@@ -121,9 +102,9 @@ struct Layer {
   std::int64_t count() const { return std::ssize(ids); }
   std::int64_t room() const { return groups_of(n) * kGroup; }
 
-  /// Checks h and y of the first `some` neurons, of which only those with used[i] take part. If a
-  /// kernel rounds h times a row's scales to bytes, of 1/127 of its batch's largest h times row's
-  /// step, a code of 8 at most moves the sum by half of such a step.
+  /// Checks h and y of the first `some` neurons, of which those with used[i] count. If the kernel
+  /// quantises h * scale to bytes, in units of 1/127 of the batch's largest |h * row's step|, each
+  /// product with a code, at most 8, is off by at most 8 * half a unit.
   void check(const std::vector<float>& got_h, const std::vector<float>& got_y, std::int64_t some,
              const std::vector<bool>& used, bool rounds) const {
     std::vector<double> y(n), batch;
@@ -177,8 +158,8 @@ TEST(int4_groups_beat_their_largest_value_over_8) {
         std::vector<float> plain;
         for (std::int64_t i = g; i < g + count; ++i)
           plain.push_back(step * std::clamp(std::nearbyint(values[i] / step), -8.0f, 7.0f));
-        // The search has this step among its own but for the rounding of scales to 8 bits, which
-        // moves a value by at most 8 half-units of the row's step.
+        // The search tries this step, too, but for the rounding of scales to 8 bits, which changes
+        // a value by at most 8 * half a unit of the row's step.
         const double scale_error = 8 * 0.5 * 1.1 / 127 / 8 * 4.5 * deviation;
         const double bound = std::sqrt(squared_error(&values[g], plain.data(), count)) +
                              std::sqrt(count) * scale_error;
@@ -191,7 +172,7 @@ TEST(int4_keeps_values_on_its_grid) {
   std::vector<float> values;
   for (const float scale : {127.0f, -3.0f, 60.0f, 1.0f, 0.0f})
     for (int code = -8; code < 8; ++code) values.push_back(scale * static_cast<float>(code));
-  // A row's step is its own choice, so the scales are kept to their 8 bits alone.
+  // The row's step is chosen freely, so scales are only accurate to 8 bits.
   const Stored stored(1, std::ssize(values), values);
   const double step = 127 * 1.1 / 127;
   for (std::size_t i = 0; i < values.size(); ++i)
@@ -200,7 +181,7 @@ TEST(int4_keeps_values_on_its_grid) {
     CHECK(stored.values[i] == 0);
 }
 
-TEST(int4_values_of_a_scale_share_bytes) {  // the engine folder's layout, written out
+TEST(int4_values_of_a_scale_share_bytes) {  // the layout in engine folders, spelt out
   std::vector<std::byte> zeros(int4_row_bytes(kGroup)), row(zeros.size());
   std::vector<float> values(kGroup, 0.0f);
   quantize_int4(values.data(), kGroup, zeros.data());
@@ -217,7 +198,7 @@ TEST(int4_values_of_a_scale_share_bytes) {  // the engine folder's layout, writt
 }
 
 TEST(int4_rows_are_loaded) {
-  for_all_kernels([](const Kernels&, const RowKernels& kernels) {
+  for_all_int4_kernels([](const Kernels&, const RowKernels& kernels) {
     for (const std::int64_t n : kLengths) {
       const Stored stored(2, n);
       std::vector<float> out(2 * n + 1, 7);
@@ -231,7 +212,7 @@ TEST(int4_rows_are_loaded) {
 }
 
 TEST(int4_dot_matches_doubles) {
-  for_all_kernels([](const Kernels&, const RowKernels& kernels) {
+  for_all_int4_kernels([](const Kernels&, const RowKernels& kernels) {
     for (const std::int64_t n : kLengths) {
       const std::int64_t rows = 1 + n % 20;
       const Stored w(rows, n);
@@ -251,24 +232,25 @@ TEST(int4_dot_matches_doubles) {
   });
 }
 
-TEST(int4_neurons_match_doubles) {
-  for_all_kernels([](const Kernels& table, const RowKernels& kernels) {
+TEST(int4_ffn_fused_matches_doubles) {
+  for_all_int4_kernels([](const Kernels& table, const RowKernels& kernels) {
     for (const std::int64_t n : {45, 130, 576}) {
       const Layer layer(n);
       const auto p = prepared(kernels, layer.x);
       for (const std::int64_t count : {std::int64_t{1}, std::int64_t{17}, layer.count()}) {
         std::vector<float> h(count + 1, 3), y(layer.room() + 1, 3);
         kernels.ffn_fused(layer.rows(), Activation::silu,
-                        {layer.ids.data(), count, layer.count() - count}, p.data(), h.data(),
-                        y.data());
-        layer.check(h, y, count, std::vector<bool>(count, true), table.panels[3].prepare);
+                          {layer.ids.data(), count, layer.count() - count}, p.data(), h.data(),
+                          y.data());
+        layer.check(h, y, count, std::vector<bool>(count, true),
+                    panel_kernels(table, WeightFormat::int4).prepare);
       }
     }
   });
 }
 
-TEST(int4_selects_like_doubles) {
-  for_all_kernels([](const Kernels& table, const RowKernels& kernels) {
+TEST(int4_ffn_selected_matches_doubles) {
+  for_all_int4_kernels([](const Kernels& table, const RowKernels& kernels) {
     for (const std::int64_t n : {45, 576})
       for (const bool by_gate : {false, true}) {
         const Layer layer(n);
@@ -291,23 +273,23 @@ TEST(int4_selects_like_doubles) {
           CHECK(counts.exact == count - dropped && counts.coarse == 0);
           std::vector<bool> used;
           for (const double estimate : estimates) used.push_back(estimate >= threshold);
-          layer.check(h, y, count, used, table.panels[3].prepare);
+          layer.check(h, y, count, used, panel_kernels(table, WeightFormat::int4).prepare);
         }
       }
   });
 }
 
 TEST(int4_selection_with_thresholds_of_zero_is_dense_to_the_bit) {
-  for_all_kernels([](const Kernels&, const RowKernels& kernels) {
+  for_all_int4_kernels([](const Kernels&, const RowKernels& kernels) {
     const Layer layer(130);
     const std::int64_t count = layer.count();
     const auto p = prepared(kernels, layer.x);
     std::vector<float> h(count), y(layer.room()), dense_h(count), dense_y(layer.room());
     kernels.ffn_fused(layer.rows(), Activation::silu, {layer.ids.data(), count}, p.data(),
-                    dense_h.data(), dense_y.data());
+                      dense_h.data(), dense_y.data());
     for (const bool by_gate : {false, true}) {
       kernels.ffn_selected(layer.rows(), Activation::silu, {0, 0, by_gate, layer.lengths.data()},
-                       {layer.ids.data(), count}, p.data(), h.data(), y.data());
+                           {layer.ids.data(), count}, p.data(), h.data(), y.data());
       CHECK(h == dense_h);
       CHECK(y == dense_y);
     }
@@ -315,8 +297,8 @@ TEST(int4_selection_with_thresholds_of_zero_is_dense_to_the_bit) {
 }
 
 TEST(int4_multiplies_panels) {
-  for_all_kernels([](const Kernels& kernels, const RowKernels&) {
-    const PanelKernels& panels = kernels.panels[3];
+  for_all_int4_kernels([](const Kernels& kernels, const RowKernels&) {
+    const PanelKernels& panels = panel_kernels(kernels, WeightFormat::int4);
     const std::int64_t width = kernels.panel;
     for (const std::int64_t rows : {1, 15, 49})
       for (const std::int64_t n : {17, 64, 300}) {
@@ -331,10 +313,10 @@ TEST(int4_multiplies_panels) {
         panels.multiply(w.rows(), rows, in, {c.data(), rows * width}, 1, false);
         panels.multiply_transposed(w.rows(), rows, 0, n, {d.data(), rows * width},
                                    {e.data(), n * width}, 1);
-        // Rounding to bf16 moves a product by at most 1/127 of it. Rounding to bytes moves each
-        // factor by at most max / 254 of its part of 16; where it is next to the rows, the weights'
-        // scales are in it.
-        const bool as_bf16 = panels.prepare && panels.prepare == kernels.panels[1].prepare;
+        // Rounding to bf16 changes a product by at most 1/127. Quantising to bytes changes a value
+        // by at most 1/254 of the largest of its 16; transposed, it includes the weights' scales.
+        const bool as_bf16 =
+            panels.prepare && panels.prepare == panel_kernels(kernels, WeightFormat::bf16).prepare;
         const auto half_step = [&](std::int64_t count, std::int64_t i, const auto& value) {
           double largest = 0;
           for (std::int64_t j = i / 16 * 16; j < std::min(count, i / 16 * 16 + 16); ++j)

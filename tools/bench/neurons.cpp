@@ -1,6 +1,6 @@
-// What rows of weights cost: reading alone, and, on one core, the decode kernels of feed-forward
-// layers. `make build` builds it: build/bench_neurons MODEL ..., checkpoints whose layers together
-// are larger than the caches. Prints tables in Markdown; each figure is the best of some passes.
+// Measures how fast rows of weights are read, and, on one core, the decode kernels of feed-forward
+// layers: build/bench_neurons MODEL ..., built by `make build`. The models' layers must exceed the
+// caches. Prints Markdown tables; each figure is the best of several passes.
 #include <tda/error.h>
 
 #include <algorithm>
@@ -17,22 +17,22 @@
 #include <thread>
 #include <vector>
 
-#include "checkpoint/checkpoint.h"
 #include "base/buffer.h"
+#include "checkpoint/checkpoint.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/isa.h"
-#include "weights/model.h"
 #include "sparsity/sparsity.h"
+#include "weights/model.h"
 
 using namespace tda;
 
 namespace {
 
-constexpr std::int64_t kMemory = 256 << 20;  // bytes of what is read "from memory"
+constexpr std::int64_t kMemory = 256 << 20;  // bytes, more than the caches hold
 constexpr std::int64_t kCall = 192;          // neurons of one kernel call
-constexpr std::int64_t kCached = 96;         // neurons that the second-level cache holds
+constexpr std::int64_t kCached = 96;         // neurons that L2 holds
 
-/// Seconds of the fastest of `passes` calls.
+/// Seconds of the fastest of `passes` calls of pass().
 double fastest(int passes, const std::function<void()>& pass) {
   double best = 1e9;
   for (int i = 0; i < passes; ++i) {
@@ -44,7 +44,7 @@ double fastest(int passes, const std::function<void()>& pass) {
   return best;
 }
 
-/// Ascending ids below `count`, each with this probability.
+/// Ascending ids below `count`, each included with probability `share`.
 std::vector<std::int32_t> some_of(std::int64_t count, double share) {
   std::mt19937 random(1);
   std::bernoulli_distribution taken(share);
@@ -56,11 +56,10 @@ std::vector<std::int32_t> some_of(std::int64_t count, double share) {
 
 // ---- reading alone ------------------------------------------------------------------------------
 
-enum class Ask { nothing, in_order, fourth_first };
+enum class Prefetch { none, in_order, fourth_first };
 
-/// Reads rows, four cache lines at a time, and meanwhile asks for those of the row `ahead` places
-/// on.
-template <Ask kAsk>
+/// Reads rows, four cache lines at a time, and prefetches those of the row `ahead` further on.
+template <Prefetch kPrefetch>
 std::uint64_t read_rows(const std::byte* data, std::int64_t row_bytes,
                         std::span<const std::int32_t> ids, std::size_t ahead) {
   std::uint64_t sums[8] = {};
@@ -69,8 +68,8 @@ std::uint64_t read_rows(const std::byte* data, std::int64_t row_bytes,
     const std::byte* const later = data + ids[i + ahead] * row_bytes;
     for (std::int64_t four = 0; four < row_bytes; four += 256)
       for (std::int64_t k = 0; k < 4; ++k) {
-        const std::int64_t at = four + 64 * (kAsk == Ask::fourth_first ? (k + 3) % 4 : k);
-        if (kAsk != Ask::nothing) __builtin_prefetch(later + at, 0, 2);
+        const std::int64_t at = four + 64 * (kPrefetch == Prefetch::fourth_first ? (k + 3) % 4 : k);
+        if (kPrefetch != Prefetch::none) __builtin_prefetch(later + at, 0, 2);
         std::uint64_t line[8];
         std::memcpy(line, row + at, 64);
         for (int j = 0; j < 8; ++j) sums[j] ^= line[j];
@@ -81,7 +80,7 @@ std::uint64_t read_rows(const std::byte* data, std::int64_t row_bytes,
   return all;
 }
 
-/// GB/s of threads that share the rows, the best of all ways to ask.
+/// GB/s of threads that split the rows between them, with the best way to prefetch.
 double reading_speed(const std::byte* data, std::int64_t row_bytes,
                      const std::vector<std::int32_t>& ids, std::size_t threads) {
   std::atomic<std::uint64_t> sum = 0;
@@ -95,10 +94,10 @@ double reading_speed(const std::byte* data, std::int64_t row_bytes,
         });
     });
   };
-  double best = seconds(read_rows<Ask::nothing>, 0);
+  double best = seconds(read_rows<Prefetch::none>, 0);
   for (const std::size_t ahead : {1, 2, 4, 8, 16})
-    best = std::min({best, seconds(read_rows<Ask::in_order>, ahead),
-                     seconds(read_rows<Ask::fourth_first>, ahead)});
+    best = std::min({best, seconds(read_rows<Prefetch::in_order>, ahead),
+                     seconds(read_rows<Prefetch::fourth_first>, ahead)});
   return static_cast<double>(std::ssize(ids) * row_bytes) / best / 1e9;
 }
 
@@ -121,8 +120,8 @@ void print_reading() {
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-/// Which neurons of each layer: at most so many, a share of them (a mask); and, if `exact` is less
-/// than 1, shares of these that a token's thresholds make exact and coarse.
+/// The neurons of each layer: a share (a mask) of the first `most`, and, if `exact` is less than 1,
+/// the shares of these that a token's thresholds make exact and coarse.
 struct Setting {
   std::int64_t most;
   double share = 1, exact = 1, coarse = 0;
@@ -131,7 +130,7 @@ struct Setting {
 /// Nanoseconds per neuron of the setting, over the feed-forward of all layers.
 double kernel_time(const Model& model, const Setting& setting) {
   const std::int64_t hidden = model.config.hidden_size;
-  const RowKernels& kernels = choose_kernels().rows[static_cast<int>(model.format) - 1];
+  const RowKernels& kernels = row_kernels(choose_kernels(), model.format);
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
   std::vector<float> x(hidden), y(hidden + 64);
