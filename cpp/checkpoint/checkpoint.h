@@ -49,7 +49,7 @@ struct PackedWeights {
   static constexpr const char* kKey = "tdaengine";  // in config.json
   static constexpr const char* kTensor = "arena";
   static constexpr std::int64_t kLayout =
-      5;  // changes with every byte that load.cpp would place elsewhere
+      5;  // changes with every byte that layout.cpp would place elsewhere
   static constexpr std::int64_t kAlignment = 4096;  // of the data in the file: a page
   WeightFormat format = WeightFormat::automatic;    // anything but automatic
   std::string fingerprint;                          // of the checkpoint they were made of,

@@ -22,7 +22,7 @@ struct Bf16cRow {
 
   // Values stored apart. Their number and columns come from a file, so they are limited to the row:
   // a corrupt file must not cause access out of bounds.
-  int64_t apart() const { return min(row[15], apart_of(n)); }
+  int64_t apart() const { return min(row[15], bf16c_exceptions(n)); }
   int64_t column(int64_t i) const { return min(half(16 + 4 * i), n - 1); }
   std::uint16_t bits(int64_t i) const { return half(18 + 4 * i); }
   float value(int64_t i) const { return bf16_to_f32(bits(i)); }

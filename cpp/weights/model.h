@@ -17,8 +17,8 @@ namespace tda {
 
 class Checkpoint;
 
-/// A value of a row that is kept apart, exactly; in the row itself 0 stands in its place. A value
-/// of 0: the row has none.
+/// A row's largest value, stored exactly beside it, with 0 in the row itself. A value of 0 means
+/// that the row has no outlier.
 struct Outlier {
   std::int32_t column;
   float value;
@@ -32,8 +32,8 @@ struct Matrix {
   std::int64_t cols = 0;
   const std::byte* data = nullptr;    // int8: the high plane
   const std::byte* low = nullptr;     // int8: the low plane; else null
-  std::int64_t gap = 0;               // bytes between the end of a row of data and the next one,
-  std::int64_t low_gap = 0;           // and of low: other matrices' rows; int8 and int4 only
+  std::int64_t gap = 0;               // bytes of other matrices between two rows of data, and
+  std::int64_t low_gap = 0;           // of low; int8 and int4 only
   const Outlier* outliers = nullptr;  // [rows]; null: no row has one
 
   std::int64_t row_bytes() const {  // of data
@@ -74,12 +74,12 @@ struct LayerWeights {
   Matrix output;                          // [H, q_size]
   std::span<const float> output_bias;     // [H]
   std::span<const float> ffn_norm;        // [H]
-  // Neuron-major: row j of each of the three is all that neuron j needs. What is read at one time
-  // lies side by side: in int8 the high planes of gate and up, their low planes, and both planes of
-  // down; in int4 gate and up.
+  // Neuron-major: row j of each of the three is all that neuron j needs. Rows read together are
+  // interleaved: in int8 the high planes of gate and up, their low planes, and both planes of down;
+  // in int4 gate and up.
   Matrix gate, up, down;                      // [F, H]; down is W_down transposed
   std::span<const float> down_lengths;        // [F] ||W_down[:,j]||_2
-  std::vector<std::int32_t> outlier_neurons;  // whose down rows have an outlier, ascending
+  std::vector<std::int32_t> outlier_neurons;  // those whose down row has an outlier, ascending
 };
 
 struct Model {
@@ -87,7 +87,7 @@ struct Model {
   std::string name;         // the checkpoint's folder name
   std::string fingerprint;  // of the checkpoint's tensors, whatever the weight format here
   WeightFormat format = WeightFormat::bf16;
-  std::int64_t parameters = 0;          // numbers in the checkpoint
+  std::int64_t parameters = 0;          // how many, in the checkpoint
   Matrix embedding;                     // [V, H]
   Matrix head;                          // [V, H]; the embedding itself when tied
   std::span<const float> final_norm;    // [H]
@@ -102,9 +102,9 @@ struct Model {
   }
 };
 
-/// Packs a checkpoint into engine layout, or maps it if it is packed. Throws CheckpointError for
+/// Converts a checkpoint to engine layout, or maps it if it is packed. Throws CheckpointError for
 /// missing tensors, wrong shapes and values that are not finite, OptionError if packed weights have
-/// another format than asked for. `progress` counts the bytes packed.
+/// another format than requested. `progress` counts bytes written.
 std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
                                         int threads, const Progress& progress = {});
 

@@ -1,4 +1,4 @@
-// Writes engine folders: the arena as it lies in memory, and what it is.
+// Writes engine folders: the arena as it is in memory, and a config.json that describes it.
 #include <tda/engine.h>
 
 #include <nlohmann/json.hpp>
@@ -18,7 +18,7 @@ void write_weights(const Model& model, const fs::path& path) {
   const json arena = {
       {"dtype", "U8"}, {"shape", {model.weight_bytes}}, {"data_offsets", {0, model.weight_bytes}}};
   std::string header = json{{PackedWeights::kTensor, arena}}.dump();
-  // So that the data begins at a multiple of kAlignment, after 8 bytes of length and the header.
+  // Pads the header so that the data starts at a multiple of kAlignment. 8: the length before it.
   while ((8 + header.size()) % PackedWeights::kAlignment != 0) header += ' ';
   const std::uint64_t length = header.size();
   write_file_atomically(path, {{reinterpret_cast<const char*>(&length), 8},
@@ -47,7 +47,7 @@ void pack_checkpoint(const fs::path& source, const fs::path& destination, Weight
       throw OptionError(destination.string() + ": found " + name + ", expected a folder without");
   const auto model = load_model(Checkpoint(source), weights, threads, progress);
   write_weights(*model, destination / "model.safetensors");
-  // Last: before it the folder is none.
+  // Last, because config.json makes the folder an engine folder.
   write_config(*model, read_json_object(source / "config.json"), destination / "config.json");
 }
 

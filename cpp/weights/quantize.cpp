@@ -14,7 +14,7 @@ namespace tda {
 namespace {
 
 constexpr int kMostScale = 127;
-constexpr int kLeast = -128, kLargest = 119;  // int8's codes: signed bytes of two nibbles less 8
+constexpr int kLeast = -128, kLargest = 119;  // int8 codes: two nibbles, each less 8
 constexpr int kOffset = 136;                  // 16 * 8 + 8
 constexpr std::int64_t kInt8Group = kGroup / kInt8Scales, kInt4Group = kGroup / kInt4Scales;
 
@@ -24,7 +24,7 @@ float largest_of(const float* values, std::int64_t count) {
   return largest;
 }
 
-/// Where a row's scales and step stand behind its nibbles.
+/// A row's scales and step, which follow its nibbles.
 struct Scales {
   std::byte* scales;
   std::byte* step;
@@ -39,9 +39,9 @@ struct Scales {
   }
 };
 
-/// The scale nearest to zero that reaches the values: its sign gives their larger side the 128
-/// codes, the other one 119.
-float reaching_scale(std::span<const float> values) {
+/// The scale nearest to zero that puts all values within the codes. Its sign assigns the larger
+/// side of the values to the 128 negative codes, the other to the 119 positive ones.
+float covering_scale(std::span<const float> values) {
   float least = 0, largest = 0;
   for (const float v : values) {
     least = std::min(least, v);
@@ -62,17 +62,17 @@ void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std:
     first = std::min(first, cols);
     return std::span(values + first, values + std::min(first + kInt8Group, cols));
   };
-  // A tiny row's step must not vanish.
+  // The minimum keeps a tiny row's step from underflowing to 0.
   float most = std::numeric_limits<float>::denorm_min() * kMostScale;
   for (std::int64_t i = 0; i < cols; i += kInt8Group)
-    most = std::max(most, std::abs(reaching_scale(part_of(i))));
+    most = std::max(most, std::abs(covering_scale(part_of(i))));
   const float step = most / kMostScale;
   std::memcpy(scales.step, &step, 4);
   for (std::int64_t g = 0; g < groups; ++g) {
     int codes[kGroup];
     for (std::int64_t part = 0; part < kInt8Scales; ++part) {
       const std::span<const float> in = part_of(g * kGroup + part * kInt8Group);
-      const float wanted = reaching_scale(in) / step;
+      const float wanted = covering_scale(in) / step;
       const float away = std::copysign(std::ceil(std::abs(wanted)), wanted);
       const int scale = std::clamp(static_cast<int>(away), -kMostScale, kMostScale);
       scales.scales[g * kInt8Scales + part] = static_cast<std::byte>(scale);
@@ -106,38 +106,62 @@ void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t c
 
 namespace {
 
-/// Squared error of a group of kInt4Group values as multiples of `scale`, and their codes.
-float round_group(const float* values, float scale, std::uint8_t* codes) {
-  const float inverse = scale != 0 ? 1 / scale : 0;
-  float error = 0;
-  for (std::int64_t i = 0; i < kInt4Group; ++i) {
-    const float code = std::clamp(std::nearbyint(values[i] * inverse), -8.0f, 7.0f);
-    const float difference = values[i] - code * scale;
-    error += difference * difference;
-    codes[i] = static_cast<std::uint8_t>(static_cast<int>(code) + 8);
-  }
-  return error;
+/// The int4 code, less 8, of a value: the nearest multiple of the scale. Adding and subtracting 1.5
+/// * 2^23 rounds to the nearest integer, ties to even, and unlike std::nearbyint it vectorises on
+/// every machine.
+float int4_code(float value, float inverse_scale) {
+  constexpr float kShift = 3 << 22;
+  const float code = value * inverse_scale + kShift - kShift;
+  const float above = code < -8 ? -8 : code;
+  return above > 7 ? 7 : above;
 }
 
-/// The best scale for a group of values in steps, and their codes.
-std::int8_t choose_scale(const float* values, std::uint8_t* codes) {
-  const float most = largest_of(values, kInt4Group);
-  float least = round_group(values, 0, codes);
-  int best = 0, last = 0;
-  for (int percent = 70; percent <= 110; percent += 2) {
-    const int scale = std::min(
-        kMostScale, static_cast<int>(std::lround(most * static_cast<float>(percent) / 800)));
-    if (scale == last) continue;
-    last = scale;
-    for (const int signed_scale : {scale, -scale}) {
-      std::uint8_t tried[kInt4Group];
-      const float error = round_group(values, static_cast<float>(signed_scale), tried);
-      if (error >= least) continue;
-      least = error;
-      best = signed_scale;
-      std::copy_n(tried, kInt4Group, codes);
+/// The scales tried for a group: those that put its largest value at 70% to 110% of code 8, with
+/// either sign, without repeats.
+struct ScaleCandidates {
+  static constexpr int kMost = 2 * 21;
+  int count = 0;
+  float scales[kMost], inverses[kMost];
+
+  explicit ScaleCandidates(float largest) {
+    int last = 0;
+    for (int percent = 70; percent <= 110; percent += 2) {
+      const int scale = std::min(
+          kMostScale, static_cast<int>(std::lround(largest * static_cast<float>(percent) / 800)));
+      if (scale == last) continue;
+      last = scale;
+      for (const int signed_scale : {scale, -scale}) {
+        scales[count] = static_cast<float>(signed_scale);
+        inverses[count] = 1 / scales[count];
+        ++count;
+      }
     }
   }
+};
+
+/// The scale of least squared error for a group of kInt4Group values in steps, and their codes.
+std::int8_t choose_scale(const float* values, std::uint8_t* codes) {
+  const ScaleCandidates tried(largest_of(values, kInt4Group));
+  float errors[ScaleCandidates::kMost] = {};
+  float least = 0;  // of scale 0
+  for (std::int64_t i = 0; i < kInt4Group; ++i) {
+    // Candidates are the inner loop so that it vectorises and each sum keeps its order.
+    for (int c = 0; c < tried.count; ++c) {
+      const float difference =
+          values[i] - int4_code(values[i], tried.inverses[c]) * tried.scales[c];
+      errors[c] += difference * difference;
+    }
+    least += values[i] * values[i];
+  }
+  float best = 0, inverse = 0;
+  for (int c = 0; c < tried.count; ++c) {
+    if (errors[c] >= least) continue;
+    least = errors[c];
+    best = tried.scales[c];
+    inverse = tried.inverses[c];
+  }
+  for (std::int64_t i = 0; i < kInt4Group; ++i)
+    codes[i] = static_cast<std::uint8_t>(static_cast<int>(int4_code(values[i], inverse)) + 8);
   return static_cast<std::int8_t>(best);
 }
 
@@ -148,7 +172,7 @@ void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
   std::memset(row, 0, static_cast<std::size_t>(int4_row_bytes(cols)));
   const Scales scales(row, cols, kInt4Scales);
   const float largest = largest_of(values, cols);
-  // The largest scale brings the row's largest value to a tenth within the codes' end.
+  // With the largest scale, the row's largest value is code 8 / 1.1.
   constexpr float kLargestInSteps = 8 * kMostScale / 1.1f;
   const float step = largest / kLargestInSteps;
   std::memcpy(scales.step, &step, 4);
@@ -181,18 +205,18 @@ void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first
 
 namespace {
 
-/// How a row begins.
+/// The start of a row.
 struct Head {
   std::uint8_t uppers[15], count;
 };
-struct Apart {
+struct Exception {
   std::uint16_t column, value;
 };
-static_assert(sizeof(Head) == 16 && sizeof(Apart) == 4);
+static_assert(sizeof(Head) == 16 && sizeof(Exception) == 4);
 
 constexpr int kZero = 15;  // the code of the upper byte 0
 
-/// The most frequent upper bytes other than 0; of those as frequent the smaller ones.
+/// The most frequent upper bytes other than 0; the smaller one first if equally frequent.
 void choose_uppers(const std::vector<std::uint16_t>& values, Head& head) {
   std::int64_t counts[256] = {};
   for (const std::uint16_t v : values) ++counts[v >> 8];
@@ -220,9 +244,10 @@ bool compress_bf16(const std::uint16_t* values, std::int64_t cols, std::byte* ro
   for (std::int64_t i = 0; i < std::ssize(in); ++i) {
     std::uint16_t value = in[i];
     if (codes[value >> 8] < 0) {
-      if (head.count == apart_of(cols) || i > 0xffff) return false;
-      const Apart apart = {static_cast<std::uint16_t>(i), value};
-      std::memcpy(row + sizeof head + head.count++ * sizeof apart, &apart, sizeof apart);
+      if (head.count == bf16c_exceptions(cols) || i > 0xffff) return false;
+      const Exception exception = {static_cast<std::uint16_t>(i), value};
+      std::memcpy(row + sizeof head + head.count++ * sizeof exception, &exception,
+                  sizeof exception);
       value = 0;
     }
     std::byte* const group = row + bf16c_head_bytes(cols) + i / kGroup * kBf16cGroupBytes;
@@ -246,12 +271,12 @@ void expand_bf16(const std::byte* row, std::int64_t cols, std::int64_t first, st
     const int upper = code == kZero ? 0 : head.uppers[code];
     out[i] = bf16_to_f32(static_cast<std::uint16_t>(upper << 8 | static_cast<int>(group[place])));
   }
-  // A file may say anything.
-  for (std::int64_t i = 0; i < std::min<std::int64_t>(head.count, apart_of(cols)); ++i) {
-    Apart apart;
-    std::memcpy(&apart, row + sizeof head + i * sizeof apart, sizeof apart);
-    const std::int64_t at = apart.column - first;
-    if (at >= 0 && at < count) out[at] = bf16_to_f32(apart.value);
+  // The count comes from a file and may be too large.
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(head.count, bf16c_exceptions(cols)); ++i) {
+    Exception exception;
+    std::memcpy(&exception, row + sizeof head + i * sizeof exception, sizeof exception);
+    const std::int64_t at = exception.column - first;
+    if (at >= 0 && at < count) out[at] = bf16_to_f32(exception.value);
   }
 }
 

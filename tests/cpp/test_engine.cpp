@@ -400,7 +400,7 @@ TEST(memory_that_runs_out_is_an_error) {
                         .rlim_max = before.rlim_max};
   ::setrlimit(RLIMIT_AS, &tight);
   CHECK_THROWS(tda::Engine(large.folder.path, {.threads = 1}), tda::DeviceError,
-               "no memory for the weights");
+               "out of memory: the weights need");
   ::setrlimit(RLIMIT_AS, &before);
   CHECK(tda::Engine(large.folder.path, {.threads = 1}).parameters() ==
         6 * (1 << 22) + 3 * 6 + 7 * 36);

@@ -2,14 +2,16 @@
 #include <tda/error.h>
 #include <tda/types.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <random>
 
+#include "base/half.h"
 #include "check.h"
 #include "checkpoint/checkpoint.h"
 #include "fixtures.h"
-#include "base/half.h"
 #include "weights/model.h"
 
 namespace {
@@ -189,7 +191,7 @@ TEST(load_measures_down_rows_as_stored) {
         1.005859375f);
 }
 
-TEST(load_keeps_outliers_of_down_rows_apart) {
+TEST(load_stores_outliers_of_down_rows_exactly) {
   Tensors tensors = tensors_of(tiny);
   Tensor& down = tensors.at("model.layers.1.mlp.down_proj.weight");  // [hidden, neurons]
   const std::int64_t neurons = down.shape[1];
@@ -201,7 +203,7 @@ TEST(load_keeps_outliers_of_down_rows_apart) {
   value(4, 3) = 0.079f;  // less than 8 times the others
   value(6, 1) = 0.9f, value(6, 3) = 0.2f;
   for (std::int64_t c = 0; c < down.shape[0]; ++c) value(7, c) = 0;
-  value(7, 1) = 0.9f;  // its neighbours need no codes
+  value(7, 1) = 0.9f;  // the rest of its group is 0 and needs no codes
   Folder folder;
   write_model(folder, tiny, tensors, "F32");
   const tda::Checkpoint checkpoint(folder.path);
@@ -212,7 +214,7 @@ TEST(load_keeps_outliers_of_down_rows_apart) {
     std::vector<float> row(down.shape[0]);
     tda::read_row(model->layers[1].down, 2, 0, std::ssize(row), row.data());
     CHECK(row[3] == -0.9f);
-    CHECK(std::abs(row[0] - 0.01f) < 0.001f);  // of 0.9 in 128 or 8 codes nothing would be left
+    CHECK(std::abs(row[0] - 0.01f) < 0.001f);  // a scale for 0.9 would round it to 0
     const float length = std::sqrt(0.81f + 0.0001f * static_cast<float>(down.shape[0] - 1));
     CHECK(std::abs(model->layers[1].down_lengths[2] - length) < 1e-3f);
   }
@@ -296,21 +298,82 @@ TEST(load_compresses_bf16_or_says_where_that_is_not_possible) {
   const std::string down = "model.layers.1.mlp.down_proj.weight";
   with_uppers(gate, 14, 1);
   with_uppers(down, 14, tensors.at(down).shape[1]);
-  for (const int i : {7, 20, 71})  // apart
+  for (const int i : {7, 20, 71})  // exceptions
     tensors.at(gate).values[i] = tensors.at(down).values[i * tensors.at(down).shape[1]] = 1e-30f;
   expect_same();
   with_uppers(gate, 72, 1);
   CHECK_THROWS(load(WeightFormat::bf16c), CheckpointError,
                gate +
-                   "\" has more values that bf16c has no code for than fit beside row 0, "
-                   "expected at most 3; use bf16");
+                   "\": row 0 has more than 3 values whose upper byte is not among its 15 most "
+                   "frequent ones, the most that bf16c can store; use bf16");
   with_uppers(gate, 14, 1);
   with_uppers(down, 72, tensors.at(down).shape[1]);
-  CHECK_THROWS(load(WeightFormat::bf16c), CheckpointError, "than fit beside column 0, ");
+  CHECK_THROWS(load(WeightFormat::bf16c), CheckpointError, "\": column 0 has more than 3 values ");
 }
 
-/// Sizes that a config may have, but not with these few tensors: refused before memory is asked
-/// for.
+/// int4 as its format comment defines it: every scale tried in turn on the whole group, one value
+/// after the other.
+std::vector<std::byte> plain_int4(const Values& values) {
+  constexpr int kSixteen = 16;
+  const auto cols = std::ssize(values);
+  float largest = 0;
+  for (const float v : values) largest = std::max(largest, std::abs(v));
+  constexpr float kLargestInSteps = 8 * 127 / 1.1f;
+  const float step = largest / kLargestInSteps;
+  std::vector<std::byte> row(tda::int4_row_bytes(cols));
+  std::byte* const scales = row.data() + tda::low_row_bytes(cols);
+  std::memcpy(scales + tda::groups_of(cols) * tda::kInt4Scales, &step, 4);
+  for (std::int64_t g = 0; g < tda::groups_of(cols) * tda::kInt4Scales; ++g) {
+    float in[kSixteen] = {}, most = 0;
+    for (int i = 0; i < kSixteen && g * kSixteen + i < cols && largest > 0; ++i)
+      in[i] = values[g * kSixteen + i] / largest * kLargestInSteps;
+    for (const float v : in) most = std::max(most, std::abs(v));
+    std::vector<int> tried{0};
+    for (int percent = 70; percent <= 110; percent += 2) {
+      const int scale = std::min(127, int(std::lround(most * float(percent) / 800)));
+      tried.insert(tried.end(), {scale, -scale});
+    }
+    float least = INFINITY;
+    for (const int scale : tried) {
+      float error = 0;
+      int codes[kSixteen];
+      for (int i = 0; i < kSixteen; ++i) {
+        const float inverse = scale ? 1 / float(scale) : 0;
+        const float code = std::clamp(std::nearbyint(in[i] * inverse), -8.0f, 7.0f);
+        codes[i] = int(code) + 8;
+        error += (in[i] - code * float(scale)) * (in[i] - code * float(scale));
+      }
+      if (error >= least) continue;
+      least = error;
+      scales[g] = std::byte(scale);
+      for (int i = 0; i < 8; ++i) row[g * 8 + i] = std::byte(codes[i] | codes[8 + i] << 4);
+    }
+  }
+  return row;
+}
+
+TEST(int4_has_the_bytes_of_the_plain_search) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  for (const std::int64_t cols : {1, 15, 16, 17, 64, 65, 576, 1100})
+    for (const float size : {0.0f, 1e-40f, 1e-6f, 0.02f, 1.0f, 1e30f})
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        Values values(cols);
+        for (float& v : values) v = normal(random) * size;
+        if (repeat % 4 == 1) values[random() % cols] *= 50;  // most groups have few distinct scales
+        if (repeat % 4 == 2)                                 // many ties between codes and scales
+          for (float& v : values) v = std::round(v / size * 4) * size;
+        if (repeat % 4 == 3)  // groups of zeros
+          for (std::int64_t i = 0; i < cols / 2; ++i) values[i] = 0;
+        for (float& v : values)
+          if (!std::isfinite(v)) v = 0;
+        std::vector<std::byte> row(tda::int4_row_bytes(cols), std::byte{0xff});
+        tda::quantize_int4(values.data(), cols, row.data());
+        CHECK(row == plain_int4(values));
+      }
+}
+
+/// A config's sizes that the tensors do not have are refused before memory is allocated.
 TEST(load_refuses_sizes_beyond_the_files) {
   const Tensors tensors = tensors_of(tiny);
   const std::int64_t most = 1 << 22;
@@ -333,7 +396,7 @@ TEST(load_refuses_sizes_beyond_the_files) {
   }
 }
 
-/// The error comes out of the threads that read, rows and transposed alike.
+/// The error is thrown in a worker thread, by plain and by transposed copies.
 TEST(load_refuses_files_cut_short_meanwhile) {
   const Tensors tensors = tensors_of(tiny);
   for (const int threads : {1, 3}) {

@@ -1,0 +1,206 @@
+#include "weights/copy.h"
+
+#include <tda/error.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <utility>
+
+#include "base/buffer.h"
+#include "base/half.h"
+
+namespace tda {
+namespace {
+
+// Columns transposed at a time, in elements. A tile of f32 is 16 KiB, half an L1 data cache.
+constexpr std::int64_t kTile = 64;
+
+std::int64_t element_bytes(const TensorView& tensor) { return tensor.dtype == DType::f32 ? 4 : 2; }
+
+/// Reads by memcpy because `data` may have any alignment.
+void to_f32(DType dtype, const std::byte* data, std::int64_t count, float* out) {
+  if (dtype == DType::f32) {
+    std::memcpy(out, data, static_cast<std::size_t>(4 * count));
+    return;
+  }
+  const auto half = [data](std::int64_t i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, data + 2 * i, 2);
+    return bits;
+  };
+  if (dtype == DType::f16)
+    for (std::int64_t i = 0; i < count; ++i) out[i] = f16_to_f32(half(i));
+  else
+    for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
+}
+
+/// Removes a row's largest value if it is so much larger than the rest of its group that the
+/// group's scale would leave the others few codes or none. A few neurons have such a value: they
+/// write and cancel the residual stream's massive activations, and rounding it costs as much as all
+/// other rounding of the model together (tools/bench/RESULTS-cpu.md).
+Outlier take_outlier(float* values, std::int64_t cols) {
+  constexpr float kRatio = 8;
+  constexpr std::int64_t kScaleGroup = kGroup / kInt8Scales;
+  const auto size = [](float a, float b) { return std::abs(a) < std::abs(b); };
+  float* const largest = std::max_element(values, values + cols, size);
+  const std::int64_t column = largest - values, first = column / kScaleGroup * kScaleGroup;
+  float* const end = values + std::min(first + kScaleGroup, cols);
+  const float value = std::exchange(*largest, 0.0f);
+  const float next = std::abs(*std::max_element(values + first, end, size));
+  if (next > 0 && std::isfinite(value) && std::abs(value) > kRatio * next)
+    return {static_cast<std::int32_t>(column), value};
+  *largest = value;
+  return {0, 0.0f};
+}
+
+enum class Stored { ok, not_finite, not_compressible };
+
+/// Stores a row in the target's format. Overwrites `values`.
+Stored store_row(const Matrix& target, std::int64_t row, float* values) {
+  if (target.outliers)
+    const_cast<Outlier&>(target.outliers[row]) = take_outlier(values, target.cols);
+  auto* const data = const_cast<std::byte*>(target.row(row));
+  const std::int64_t cols = target.cols;
+  std::uint32_t overflow = 0;  // an exponent of all ones (NaN, infinity) carries into the top bit
+  const auto check = [&](float value) {
+    overflow |= (std::bit_cast<std::uint32_t>(value) & 0x7fffffffu) + 0x00800000u;
+  };
+  const bool as_bf16 = target.format == WeightFormat::bf16 || target.format == WeightFormat::bf16c;
+  std::vector<std::uint16_t> halves(target.format == WeightFormat::bf16c ? cols : 0);
+  auto* const rounded = halves.empty() ? reinterpret_cast<std::uint16_t*>(data) : halves.data();
+  for (std::int64_t i = 0; i < cols; ++i) {
+    if (as_bf16) rounded[i] = f32_to_bf16(values[i]);
+    check(as_bf16 ? bf16_to_f32(rounded[i]) : values[i]);
+  }
+  if ((overflow & 0x80000000u) != 0) return Stored::not_finite;
+  switch (target.format) {
+    case WeightFormat::f32:
+      std::memcpy(data, values, static_cast<std::size_t>(4 * cols));
+      break;
+    case WeightFormat::bf16c:
+      if (!compress_bf16(rounded, cols, data)) return Stored::not_compressible;
+      break;
+    case WeightFormat::int4:
+      quantize_int4(values, cols, data);
+      break;
+    case WeightFormat::int8:
+      quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
+      break;
+    default:
+      break;
+  }
+  return Stored::ok;
+}
+
+/// The same for a copy. Throws CheckpointError naming the tensor.
+void store_row(const Copy& copy, std::int64_t row, float* values) {
+  const Stored stored = store_row(copy.target, row, values);
+  if (stored == Stored::ok) return;
+  const std::string tensor = copy.source->file->name() + ": tensor \"" + copy.source->name + "\"";
+  if (stored == Stored::not_finite)
+    throw CheckpointError(tensor + " holds NaN or infinity as " +
+                          std::string(name_of(copy.target.format)) +
+                          ", expected finite values only");
+  throw CheckpointError(tensor + ": " + (copy.transposed ? "column " : "row ") +
+                        std::to_string(row) + " has more than " +
+                        std::to_string(bf16c_exceptions(copy.target.cols)) +
+                        " values whose upper byte is not among its 15 most frequent ones, the "
+                        "most that bf16c can store; use bf16");
+}
+
+void copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
+  const std::int64_t cols = copy.target.cols, row_bytes = cols * element_bytes(*copy.source);
+  std::vector<std::byte> data((end - begin) * row_bytes);
+  copy.source->read(begin * row_bytes, std::ssize(data), data.data());
+  std::vector<float> values(cols);
+  for (std::int64_t r = begin; r < end; ++r) {
+    to_f32(copy.source->dtype, data.data() + (r - begin) * row_bytes, cols, values.data());
+    store_row(copy, r, values.data());
+  }
+}
+
+/// Writes target rows [begin, end), at most kTile of them, which are columns of the source. Reads
+/// kTile elements of each source row at a time, so that both sides move whole cache lines. data:
+/// all of the source
+void copy_transposed(const Copy& copy, const std::byte* data, std::int64_t begin,
+                     std::int64_t end) {
+  const Matrix& target = copy.target;
+  const std::int64_t size = element_bytes(*copy.source);
+  std::vector<float> rows((end - begin) * target.cols);
+  float column[kTile];
+  for (std::int64_t c = 0; c < target.cols; ++c) {
+    to_f32(copy.source->dtype, data + (c * target.rows + begin) * size, end - begin, column);
+    for (std::int64_t r = begin; r < end; ++r)
+      rows[(r - begin) * target.cols + c] = column[r - begin];
+  }
+  for (std::int64_t r = begin; r < end; ++r) {
+    float* const row = rows.data() + (r - begin) * target.cols;
+    store_row(copy, r, row);
+    read_row(target, r, 0, target.cols, row);  // with the format's rounding
+    double squares = 0;
+    for (std::int64_t i = 0; i < target.cols; ++i) squares += double{row[i]} * row[i];
+    copy.lengths[r] = static_cast<float>(std::sqrt(squares));
+  }
+}
+
+/// Runs body(begin, end) over [0, n) in parts of `step` on the pool. Calls report(end) from time to
+/// time, when everything before `end` is done. Rethrows the error of the first part that failed.
+template <class Body, class Report>
+void in_parts(ThreadPool& pool, std::int64_t n, std::int64_t step, const Body& body,
+              const Report& report) {
+  const std::int64_t portion = 16 * pool.threads();  // parts between reports
+  std::vector<std::exception_ptr> errors(portion);
+  for (std::int64_t first = 0; first < n; first += portion * step) {
+    const std::int64_t last = std::min(first + portion * step, n);
+    pool.run((last - first + step - 1) / step, [&](std::int64_t i, int) {
+      try {
+        const std::int64_t begin = first + i * step;
+        body(begin, std::min(begin + step, last));
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    });
+    for (const std::exception_ptr& error : errors)
+      if (error) std::rethrow_exception(error);
+    report(last);
+  }
+}
+
+}  // namespace
+
+void run_copies(const std::vector<Copy>& copies, ThreadPool& pool, const Progress& progress) {
+  constexpr std::int64_t kPartElements = 1 << 18;
+  std::int64_t done = 0, total = 0;
+  for (const Copy& copy : copies) total += copy.target.bytes();
+  Buffer<std::byte> whole;  // the source of a transposed copy
+  for (const Copy& copy : copies) {
+    const TensorView& source = *copy.source;
+    const Matrix& target = copy.target;
+    const auto report = [&](std::int64_t rows) {
+      if (progress) progress(done + target.bytes() / target.rows * rows, total);
+    };
+    if (copy.transposed) {
+      std::byte* const data = whole.reserve(source.bytes, "a tensor to transpose");
+      const auto read = [&](std::int64_t begin, std::int64_t end) {
+        source.read(begin, end - begin, data + begin);
+      };
+      in_parts(pool, source.bytes, kPartElements, read, [](std::int64_t) {});
+      const auto body = [&](std::int64_t begin, std::int64_t end) {
+        copy_transposed(copy, data, begin, end);
+      };
+      in_parts(pool, target.rows, kTile, body, report);
+    } else {
+      const auto body = [&](std::int64_t begin, std::int64_t end) { copy_rows(copy, begin, end); };
+      // A few parts per thread, or small matrices would leave threads idle.
+      const std::int64_t rows =
+          std::min(kPartElements / target.cols, target.rows / (4 * pool.threads()));
+      in_parts(pool, target.rows, std::max<std::int64_t>(1, rows), body, report);
+    }
+    done += target.bytes();
+  }
+}
+
+}  // namespace tda

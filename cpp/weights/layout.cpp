@@ -1,0 +1,172 @@
+#include "weights/layout.h"
+
+#include <tda/error.h>
+
+#include <algorithm>
+
+namespace tda {
+namespace {
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+}  // namespace
+
+/// A size that overflows can only occur while measuring: no memory is ever allocated for it.
+std::byte* Layout::allocate(Size count, std::int64_t each) {
+  const Size offset = used_, end = offset + count * each;
+  used_ = end.rounded_up(64);
+  if (!memory_) return nullptr;
+  // Clears the padding, so that an engine folder's bytes depend on the checkpoint alone.
+  if (!checkpoint_.packed()) std::fill(memory_ + end.value(), memory_ + used_.value(), std::byte{});
+  return memory_ + offset.value();
+}
+
+void Layout::allocate(Matrix& matrix) {
+  matrix.data = allocate(matrix.rows, matrix.row_bytes());
+  if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows, matrix.low_row_bytes());
+}
+
+/// The FFN matrices, [F, H] each; int8 and int4 rows are interleaved (see LayerWeights).
+void Layout::allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden) {
+  for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
+  if (format_ == WeightFormat::int8) {
+    // Records start on a cache line, so that reading one fetches no line of its neighbour.
+    allocate_records({{w.gate}, {w.up}}, neurons, 64);
+    allocate_records({{w.gate, true}, {w.up, true}}, neurons, 64);
+    allocate_records({{w.down}, {w.down, true}}, neurons, 64);
+  } else if (format_ == WeightFormat::int4) {
+    allocate_records({{w.gate}, {w.up}}, neurons, 1);
+    allocate_records({{w.down}}, neurons, 1);
+  } else {
+    for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
+    return;
+  }
+  w.down.outliers = reinterpret_cast<const Outlier*>(allocate(neurons, sizeof(Outlier)));
+}
+
+/// Interleaves the planes: record r holds row r of each, every row padded to `alignment`.
+void Layout::allocate_records(std::initializer_list<Plane> planes, std::int64_t rows,
+                              std::int64_t alignment) {
+  std::int64_t record = 0;
+  for (const Plane& p : planes) record += round_up(p.bytes(), alignment);
+  std::byte* at = allocate(rows, record);
+  for (const Plane& p : planes) {
+    (p.low ? p.matrix.low : p.matrix.data) = at;
+    (p.low ? p.matrix.low_gap : p.matrix.gap) = record - p.bytes();
+    if (!memory_) continue;
+    const std::int64_t padded = round_up(p.bytes(), alignment);
+    if (!checkpoint_.packed() && padded > p.bytes())
+      for (std::int64_t r = 0; r < rows; ++r)
+        std::fill(at + r * record + p.bytes(), at + r * record + padded, std::byte{});
+    at += padded;
+  }
+}
+
+void Layout::fill(const Matrix& target, const std::string& name) {
+  if (checkpoint_.packed()) return;
+  const TensorView& source = checkpoint_.tensor(name, {target.rows, target.cols});
+  if (memory_) copies_.push_back({&source, target, false, nullptr});
+}
+
+void Layout::fill_transposed(const Matrix& target, const std::string& name, float* row_lengths) {
+  if (checkpoint_.packed()) return;
+  const TensorView& source = checkpoint_.tensor(name, {target.cols, target.rows});
+  if (memory_) copies_.push_back({&source, target, true, row_lengths});
+}
+
+Matrix Layout::matrix(WeightFormat format, const std::vector<std::string>& names,
+                      const std::vector<std::int64_t>& rows, std::int64_t cols) {
+  Matrix result{format, 0, cols};
+  for (std::int64_t n : rows) result.rows += n;
+  allocate(result);
+  std::int64_t row = 0;
+  for (std::size_t i = 0; i < names.size(); row += rows[i++]) {
+    Matrix part = result;
+    part.rows = rows[i];
+    if (memory_) {  // without memory no row has an address
+      part.data = result.row(row);
+      part.low = result.low_row(row);
+    }
+    fill(part, names[i]);
+  }
+  return result;
+}
+
+std::span<const float> Layout::vector(const std::vector<std::string>& names,
+                                      const std::vector<std::int64_t>& sizes) {
+  std::int64_t total = 0;
+  for (std::int64_t n : sizes) total += n;
+  float* const data = floats(total);
+  float* next = data;
+  for (std::size_t i = 0; i < names.size() && !checkpoint_.packed(); ++i) {
+    const TensorView& source = checkpoint_.tensor(names[i], {sizes[i]});
+    if (!memory_) continue;
+    const auto* bytes = reinterpret_cast<const std::byte*>(next);
+    copies_.push_back({&source, {WeightFormat::f32, 1, sizes[i], bytes}, false, nullptr});
+    next += sizes[i];
+  }
+  return {data, data ? static_cast<std::size_t>(total) : 0};
+}
+
+LayerWeights Layout::layer(const std::string& prefix) {
+  const ModelConfig& config = checkpoint_.config();
+  const std::int64_t hidden = config.hidden_size, neurons = config.intermediate_size;
+  const std::string attention = prefix + "self_attn.", ffn = prefix + "mlp.";
+  const auto qkv = [&](const char* kind) {
+    return std::vector{attention + "q_proj." + kind, attention + "k_proj." + kind,
+                       attention + "v_proj." + kind};
+  };
+  const std::vector qkv_rows{config.q_size(), config.kv_size(), config.kv_size()};
+
+  LayerWeights w;
+  w.attention_norm = vector(prefix + "input_layernorm.weight", hidden);
+  w.qkv = matrix(qkv("weight"), qkv_rows, hidden);
+  if (config.qkv_bias) w.qkv_bias = vector(qkv("bias"), qkv_rows);
+  if (config.qk_norm) {
+    w.q_norm = vector(attention + "q_norm.weight", config.head_dim);
+    w.k_norm = vector(attention + "k_norm.weight", config.head_dim);
+  }
+  w.output = matrix(attention + "o_proj.weight", hidden, config.q_size());
+  if (config.output_bias) w.output_bias = vector(attention + "o_proj.bias", hidden);
+  w.ffn_norm = vector(prefix + "post_attention_layernorm.weight", hidden);
+  float* const lengths = floats(neurons);
+  allocate_neurons(w, neurons, hidden);
+  fill(w.gate, ffn + "gate_proj.weight");
+  fill(w.up, ffn + "up_proj.weight");
+  fill_transposed(w.down, ffn + "down_proj.weight", lengths);
+  w.down_lengths = {lengths, lengths ? static_cast<std::size_t>(neurons) : 0};
+  return w;
+}
+
+Model Layout::model() {
+  const ModelConfig& config = checkpoint_.config();
+  Model model;
+  model.config = config;
+  model.name = checkpoint_.name();
+  model.fingerprint = checkpoint_.fingerprint();
+  model.format = format_;
+  model.parameters = checkpoint_.parameters();
+  // The vocabulary's rows stay at 8 bits: at 4 they lose more quality than the saved bytes are
+  // worth (tools/bench).
+  const WeightFormat outer = format_ == WeightFormat::int4 ? WeightFormat::int8 : format_;
+  const auto vocabulary = [&](const char* name) {
+    return matrix(outer, {name}, {config.vocab_size}, config.hidden_size);
+  };
+  model.embedding = vocabulary("model.embed_tokens.weight");
+  for (std::int64_t i = 0; i < config.num_layers; ++i)
+    model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
+  const std::string beyond =
+      "model.layers." + std::to_string(config.num_layers) + ".input_layernorm.weight";
+  if (checkpoint_.contains(beyond))
+    throw CheckpointError("checkpoint " + checkpoint_.name() + ": num_hidden_layers is " +
+                          std::to_string(config.num_layers) +
+                          ", expected more: there is a tensor \"" + beyond + "\"");
+  model.final_norm = vector("model.norm.weight", config.hidden_size);
+  model.head = config.tied_embeddings ? model.embedding : vocabulary("lm_head.weight");
+  model.weight_bytes = used_.value();
+  return model;
+}
+
+}  // namespace tda

@@ -1,0 +1,71 @@
+// Where each weight lies in a model's arena.
+#pragma once
+
+#include <initializer_list>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/size.h"
+#include "checkpoint/checkpoint.h"
+#include "weights/copy.h"
+#include "weights/model.h"
+
+namespace tda {
+
+/// Places a model's weights in one arena, in the order in which a forward pass reads them. Without
+/// memory it only measures. With memory it also lists the copies that fill it, unless the
+/// checkpoint is packed and the memory holds the weights already.
+class Layout {
+ public:
+  Layout(const Checkpoint& checkpoint, WeightFormat format, std::byte* memory)
+      : checkpoint_(checkpoint), format_(format), memory_(memory) {}
+
+  Model model();
+  Size bytes() const { return used_; }
+  const std::vector<Copy>& copies() const { return copies_; }
+
+ private:
+  /// Some matrices' rows of one plane, to be interleaved with others'.
+  struct Plane {
+    Matrix& matrix;
+    bool low = false;
+    std::int64_t bytes() const { return low ? matrix.low_row_bytes() : matrix.row_bytes(); }
+  };
+
+  std::byte* allocate(Size count, std::int64_t each);
+  void allocate(Matrix& matrix);
+  void allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden);
+  void allocate_records(std::initializer_list<Plane> planes, std::int64_t rows,
+                        std::int64_t alignment);
+  float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count, 4)); }
+
+  void fill(const Matrix& target, const std::string& name);
+  void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths);
+
+  /// One matrix of the tensors' rows, one tensor after the other. rows: of each tensor
+  Matrix matrix(WeightFormat format, const std::vector<std::string>& names,
+                const std::vector<std::int64_t>& rows, std::int64_t cols);
+  Matrix matrix(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
+                std::int64_t cols) {
+    return matrix(format_, names, rows, cols);
+  }
+  Matrix matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
+    return matrix(std::vector{name}, {rows}, cols);
+  }
+  /// The tensors' values one after the other, as f32. sizes: of each tensor
+  std::span<const float> vector(const std::vector<std::string>& names,
+                                const std::vector<std::int64_t>& sizes);
+  std::span<const float> vector(const std::string& name, std::int64_t size) {
+    return vector(std::vector{name}, {size});
+  }
+  LayerWeights layer(const std::string& prefix);
+
+  const Checkpoint& checkpoint_;
+  const WeightFormat format_;
+  std::byte* const memory_;
+  Size used_ = 0;
+  std::vector<Copy> copies_;
+};
+
+}  // namespace tda
