@@ -50,10 +50,10 @@ class Hash {
   std::uint64_t state_ = 0xcbf29ce484222325;
 };
 
-/// Samples: telling models apart must not cost reading them. A few bytes of every tensor differ
-/// between any two models that were trained apart.
+/// Hashes samples, so that a fingerprint does not require reading the whole model. A few bytes of
+/// every tensor are enough: they differ between any two separately trained models.
 void add_samples(Hash& hash, const TensorView& tensor) {
-  constexpr std::int64_t pieces = 16, piece = 64;  // bytes
+  constexpr std::int64_t pieces = 16, piece = 64;  // 16 samples of 64 bytes
   std::byte sample[pieces * piece];
   const auto add = [&](std::int64_t first, std::int64_t count) {
     tensor.read(first, count, sample);
@@ -113,7 +113,7 @@ Checkpoint::Checkpoint(const fs::path& folder) {
     TensorMap tensors = read_safetensors(folder / name);
     if (!tensors.empty()) tensors.begin()->second.file->prefetch();
     tensors_.merge(tensors);
-    if (!tensors.empty()) {  // what stays behind is there already
+    if (!tensors.empty()) {  // merge() leaves the names that are already there
       const auto& [tensor, view] = *tensors.begin();
       throw CheckpointError(view.file->name() + ": tensor " + describe(tensor) + " is also in " +
                             tensors_.at(tensor).file->name() + ", expected in one file");
@@ -138,7 +138,7 @@ Checkpoint::Checkpoint(const fs::path& folder) {
     for (std::int64_t size : view.shape) count = count * size;
     parameters = parameters + count;
   }
-  parameters_ = parameters.value();  // no more than the files have bits
+  parameters_ = parameters.value();  // cannot overflow: bounded by the files' sizes
   fingerprint_ = hash.hex();
 }
 

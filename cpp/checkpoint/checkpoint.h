@@ -20,14 +20,14 @@ namespace tda {
 
 enum class DType { f32, f16, bf16, other };
 
-/// A tensor of a safetensors file, which is read piece by piece: a checkpoint's files may be
-/// replaced or cut short at any time, and then reading, not the process, fails.
+/// A tensor of a safetensors file. Its data is read in pieces instead of mapped, so that a file
+/// that is replaced or truncated meanwhile makes a read fail and does not end the process.
 struct TensorView {
   std::string name;
   DType dtype = DType::other;
   std::string dtype_name;  // as the file spells it, e.g. "BF16"
   std::vector<std::int64_t> shape;
-  std::int64_t begin = 0;  // where its data is in the file, at any alignment
+  std::int64_t begin = 0;  // offset of its data in the file, not aligned
   std::int64_t bytes = 0;
   std::shared_ptr<const File> file;
 
@@ -43,28 +43,29 @@ using TensorMap = std::map<std::string, TensorView, std::less<>>;
 /// overlap, no holes, bytes equal to shape times dtype. Throws CheckpointError.
 TensorMap read_safetensors(const std::filesystem::path& path);
 
-/// Weights that pack_checkpoint has brought into engine layout: one tensor of bytes, which is used
-/// in place. config.json says what they are.
+/// Weights in engine layout, as pack_checkpoint writes them: one tensor of bytes, used in place.
+/// config.json describes it.
 struct PackedWeights {
   static constexpr const char* kKey = "tdaengine";  // in config.json
   static constexpr const char* kTensor = "arena";
   static constexpr std::int64_t kLayout =
-      5;  // changes with every byte that layout.cpp would place elsewhere
+      5;  // increment when layout.cpp or a weight format changes any byte
   static constexpr std::int64_t kAlignment = 4096;  // of the data in the file: a page
   WeightFormat format = WeightFormat::automatic;    // anything but automatic
-  std::string fingerprint;                          // of the checkpoint they were made of,
-  std::int64_t parameters = 0;                      // and its numbers
+  std::string fingerprint;                          // of the checkpoint they were made from
+  std::int64_t parameters = 0;                      // in that checkpoint
   TensorView arena;
-  /// Its bytes, in the file's pages. Whoever shortens the file now ends the process (see
-  /// File::map): an engine folder is replaced by renaming, as pack_checkpoint does, never written.
+  /// The arena, mapped from the file. Truncating the file while it is mapped ends the process (see
+  /// File::map), so an engine folder is replaced by renaming, as pack_checkpoint does, never
+  /// written in place.
   std::shared_ptr<const std::byte> data;
 };
 
-/// Nothing if config.json does not make the folder an engine folder. Throws CheckpointError.
+/// nullopt if config.json does not describe an engine folder. Throws CheckpointError.
 std::optional<PackedWeights> read_packed(const std::filesystem::path& folder);
 
-/// Tensor name -> shard, as model.safetensors.index.json states it in `index`, its content. A shard
-/// is a plain file name in the same folder. Throws CheckpointError.
+/// Tensor name -> shard, from the content of model.safetensors.index.json. A shard is a plain file
+/// name in the same folder. Throws CheckpointError.
 std::map<std::string, std::string> parse_weight_map(const nlohmann::json& index,
                                                     const std::string& file);
 
@@ -76,11 +77,11 @@ class Checkpoint {
 
   const ModelConfig& config() const { return config_; }
   const std::string& name() const { return name_; }
-  /// 16 hex digits over names, dtypes, shapes and samples of the data of all tensors; of packed
-  /// weights what those had that they were made of.
+  /// 16 hex digits: a hash of all tensors' names, dtypes, shapes and samples of their data. Packed
+  /// weights have the fingerprint of the checkpoint they were made from.
   const std::string& fingerprint() const { return fingerprint_; }
 
-  /// How many numbers all tensors hold.
+  /// Total number of elements.
   std::int64_t parameters() const { return parameters_; }
 
   bool contains(std::string_view tensor) const;
@@ -103,7 +104,7 @@ class Checkpoint {
 /// config.json (and generation_config.json, which may be absent) of `folder`, checked for every
 /// field the engine relies on. Throws CheckpointError naming file, key, found and expected.
 ModelConfig read_config(const std::filesystem::path& folder);
-/// The same of the files' contents; `generation` may be null.
+/// The same for the files' contents; `generation` may be null.
 ModelConfig parse_config(const nlohmann::json& config, const nlohmann::json* generation,
                          const std::filesystem::path& folder);
 

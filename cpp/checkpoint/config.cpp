@@ -15,8 +15,8 @@ namespace {
 
 using nlohmann::json;
 
-// Far beyond any real model, and small enough that no size in bytes overflows 63 bits: a matrix
-// has at most 2^22 x 2^22 x 4 bytes, a layer seven of them.
+// Larger than any real model, but small enough that no size in bytes overflows 63 bits: a matrix
+// has at most 2^22 x 2^22 x 4 bytes, and a layer seven matrices.
 constexpr std::int64_t max_size = std::int64_t{1} << 22;
 constexpr std::int64_t max_layers = std::int64_t{1} << 12;
 constexpr std::int64_t max_positions = std::int64_t{1} << 24;
@@ -24,7 +24,7 @@ constexpr std::int64_t max_window = std::numeric_limits<std::int32_t>::max();
 
 constexpr double any_number = std::numeric_limits<double>::lowest();
 
-/// A JSON object of a configuration file, read key by key with checks.
+/// A JSON object of a configuration file, with checked access to its keys.
 class Object {
  public:
   Object(const json& object, std::string file, std::string prefix = "")
@@ -44,7 +44,7 @@ class Object {
   /// Present and not null.
   bool has(const std::string& key) const { return find(key) && !find(key)->is_null(); }
 
-  /// Nothing if absent; null is an error.
+  /// nullopt if absent; null is an error.
   std::optional<std::int64_t> integer(const std::string& key, std::int64_t least,
                                       std::int64_t most) const {
     const json* value = find(key);
@@ -52,7 +52,7 @@ class Object {
     return checked_integer(key, *value, least, most);
   }
 
-  /// Nothing if absent or null; else greater than `bound`.
+  /// nullopt if absent or null; must be greater than `bound`.
   std::optional<double> number(const std::string& key, double bound) const {
     if (!has(key)) return std::nullopt;
     const json& value = *find(key);
@@ -73,7 +73,7 @@ class Object {
     return value ? value->get<bool>() : absent;
   }
 
-  /// Nothing if absent or null.
+  /// nullopt if absent or null.
   std::optional<std::string> text(const std::string& key) const {
     if (!has(key)) return std::nullopt;
     if (!find(key)->is_string()) fail(key, "a string");
@@ -95,7 +95,7 @@ class Object {
       append(value);
   }
 
-  /// The object under `key`, nothing if absent, null or empty.
+  /// The object under `key`; nullopt if absent, null or empty.
   std::optional<Object> object(const std::string& key) const {
     if (!has(key)) return std::nullopt;
     const json& value = *find(key);
@@ -104,7 +104,7 @@ class Object {
     return Object(value, file_, prefix_ + key + ".");
   }
 
-  /// Refuses entries that are objects themselves.
+  /// Rejects entries that are objects.
   void expect_flat(const char* expected) const {
     for (const auto& [key, value] : object_->items())
       if (value.is_object())
@@ -130,7 +130,7 @@ class Object {
   std::string prefix_;
 };
 
-/// What transformers assumes where config.json is silent.
+/// What transformers assumes for keys that config.json does not have.
 struct Family {
   const char* model_type;
   const char* architecture;
@@ -180,7 +180,7 @@ Activation read_activation(const Object& config) {
   config.fail("hidden_act", "silu, gelu, gelu_pytorch_tanh, relu or a synonym of these");
 }
 
-/// The factor on cos and sin that the YaRN paper proposes, unless the file gives one.
+/// The factor on cos and sin: the file's, or else the YaRN paper's.
 double yarn_attention_factor(const Object& rope, double factor) {
   const auto stretched = [factor](double scale) {
     return factor <= 1 ? 1.0 : 0.1 * scale * std::log(factor) + 1.0;
@@ -214,8 +214,8 @@ void read_llama3(const Object& rope, RopeConfig& result) {
     rope.fail("high_freq_factor", "more than low_freq_factor");
 }
 
-/// Two spellings: rope_theta and rope_scaling beside the other keys (transformers 4), or both
-/// within rope_parameters (5). Where a file has more than one, rope_scaling wins, but for theta.
+/// Two spellings: top-level rope_theta and rope_scaling (transformers 4), or rope_parameters with
+/// both in it (transformers 5). If a file has both, rope_scaling wins except for theta.
 RopeConfig read_rope(const Object& config, std::int64_t max_position) {
   static const json nothing = json::object();
   std::optional<Object> given = config.object("rope_scaling");
@@ -255,13 +255,13 @@ RopeConfig read_rope(const Object& config, std::int64_t max_position) {
   } else if (type != "default") {
     rope.fail(type_key, "default, linear, dynamic, llama3 or yarn");
   }
-  // Beyond these the frequencies would not be finite as f32.
+  // Outside this range the frequencies would not be finite in f32.
   if (!(result.factor >= 1e-3 && result.factor <= 1e6))
     rope.fail("factor", "a number from 0.001 to 1000000");
   return result;
 }
 
-/// The window of each layer, [L]. Only Qwen may mix layers of both kinds.
+/// The window of each layer, [L]. Only Qwen can have layers with and without one.
 std::vector<std::int64_t> read_sliding_window(const Object& config, const ModelConfig& model) {
   const bool qwen = model.model_type == "qwen2" || model.model_type == "qwen3";
   const bool used = qwen ? config.flag("use_sliding_window", false) : model.model_type == "mistral";
@@ -333,7 +333,7 @@ void refuse_unsupported(const Object& config) {
     config.fail("mlp_bias", "false: biases in the feed-forward layers are not supported");
 }
 
-/// Ids that end a text. The family's default holds only if neither file says anything.
+/// The ids that end a text; the family's default only if neither file has any.
 std::vector<Token> read_eos(const Object& config, const std::optional<Object>& generation,
                             const Family& family, std::int64_t vocab_size) {
   std::vector<Token> result;

@@ -1,4 +1,4 @@
-// Engine folders: config.json says what the weights are, model.safetensors holds them.
+// Engine folders: config.json describes the weights in model.safetensors.
 #include <tda/error.h>
 
 #include <cstdint>
@@ -29,7 +29,7 @@ class Description {
     WeightFormat format = WeightFormat::automatic;
     try {
       format = parse_weight_format(text("weights"));
-    } catch (const OptionError&) {  // stays automatic, which no file holds
+    } catch (const OptionError&) {  // stays automatic, which is rejected below
     }
     if (format == WeightFormat::automatic) fail("weights", "a format that this version knows");
     return format;
@@ -74,7 +74,7 @@ class Description {
   const json& object_;
 };
 
-/// Checks all but the number of bytes, which load_model knows.
+/// Checks everything except the number of bytes, which load_model computes.
 TensorView find_arena(const TensorMap& tensors, const std::string& file) {
   const auto expect = [&](bool good, const std::string& found, const std::string& expected) {
     if (!good) throw CheckpointError(file + ": " + found + ", expected " + expected);
@@ -101,7 +101,7 @@ std::optional<PackedWeights> read_packed(const std::filesystem::path& folder) {
   const auto found = config.find(PackedWeights::kKey);
   if (found == config.end()) return std::nullopt;
   const Description description(file, *found);
-  description.layout();  // before what another layout may have other rules for
+  description.layout();  // first: other layouts may have other rules for the rest
   PackedWeights packed;
   packed.format = description.format();
   packed.fingerprint = description.fingerprint();

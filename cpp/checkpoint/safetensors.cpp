@@ -38,7 +38,7 @@ constexpr DTypeInfo dtypes[] = {
     {"F6_E3M2", DType::other, 6},     {"F4", DType::other, 4},
 };
 
-/// Reads one tensor's entry of the header. `data_bytes`: what follows the header.
+/// Reads one tensor's entry in the header. data_bytes: the size of the data after the header.
 class EntryReader {
  public:
   EntryReader(const std::shared_ptr<const File>& file, const std::string& name, const json& entry)
@@ -46,7 +46,7 @@ class EntryReader {
     if (!entry.is_object()) fail("entry is " + describe(entry) + ", expected an object");
   }
 
-  /// The data of all tensors is [data, data + data_bytes) of the file.
+  /// All tensors' data is in [data, data + data_bytes) of the file.
   TensorView read(std::int64_t data, std::int64_t data_bytes) const {
     const DTypeInfo& info = dtype();
     TensorView view;
@@ -132,7 +132,7 @@ void check_metadata(const std::string& file, const json& metadata) {
                           ", expected an object of strings");
 }
 
-/// The tensors must tile the data: each byte belongs to exactly one.
+/// Checks that each byte of the data belongs to exactly one tensor.
 void check_tiling(const std::string& file, std::int64_t data, std::int64_t data_bytes,
                   const TensorMap& tensors) {
   std::vector<const TensorView*> ordered;

@@ -11,9 +11,9 @@
 namespace tda {
 namespace {
 
-constexpr std::int64_t kTexts = 4;           // that harm is measured on,
-constexpr std::int64_t kDecodedTokens = 32;  // and so many tokens of each, after its first half
-constexpr double kProbe = 0.3;               // share of neurons that stay while a layer is probed
+constexpr std::int64_t kTexts = 4;           // on which harm is measured
+constexpr std::int64_t kDecodedTokens = 32;  // of each, after its first half
+constexpr double kProbe = 0.3;               // share of neurons kept while a layer is probed
 constexpr float kNever = std::numeric_limits<float>::infinity();
 
 /// Natural logarithms of softmax(logits).
@@ -43,7 +43,7 @@ double squares_below(std::span<const float> values, float threshold) {
 
 }  // namespace
 
-/// One text, decoded over and over from the same place.
+/// Decodes the second half of one text again and again, each time with one layer changed.
 class HarmProbe {
  public:
   HarmProbe(const std::shared_ptr<const Runtime>& runtime, std::span<const Token> text)
@@ -99,11 +99,11 @@ std::vector<LayerHarm> measure_harm(const std::shared_ptr<const Runtime>& runtim
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::vector<float>& sizes = contributions[layer];
     const double sampled = static_cast<double>(sizes.size()) / config.intermediate_size;
-    // The mean over all texts of what a change by 1 (per token, squared) does.
+    // Mean harm over all texts of a squared change of 1 per token.
     const auto harm_of = [&](const TokenThresholds& thresholds, double squares) {
       double sum = 0;
       for (HarmProbe& probe : probes) sum += probe.harm(layer, thresholds);
-      // No less than what cannot be told from nothing: a layer without effect is the first to go.
+      // The minimum is below what can be measured: a layer without effect is cut first.
       return std::max(sum / tokens, 1e-12) / std::max(squares / sampled, 1e-30);
     };
     std::vector<float> sorted = sizes;
@@ -130,8 +130,8 @@ Spent spend(const Model& model, const std::vector<LayerHarm>& harm,
         return saved > 0 ? static_cast<float>(std::sqrt(lambda * cost / saved)) : kNever;
       };
       TokenThresholds t;
-      // Whether a neuron is worth more than nothing at 4 bits, and whether 8 are worth more yet;
-      // where the second comes first (or there are no planes), 4 bits are never the best choice.
+      // Where 4 bits become worth their bytes, and where 8 bits do. If the second is not above the
+      // first (or there are no planes), 4 bits are never the best choice.
       t.coarse = threshold(high, dropped - coarse);
       t.exact = low > 0 ? threshold(3 * low, coarse) : t.coarse;
       if (t.exact <= t.coarse) t.exact = t.coarse = threshold(high + 3 * low, dropped);
@@ -149,7 +149,7 @@ Spent spend(const Model& model, const std::vector<LayerHarm>& harm,
     return std::accumulate(spent.bytes.begin(), spent.bytes.end(), 0.0) /
            static_cast<double>(layers);
   };
-  double low = 1e-30, high = 1e30;  // lambda: at the first all is read, at the second nothing
+  double low = 1e-30, high = 1e30;  // lambda: the first reads everything, the second nothing
   if (mean(at(high)) > bytes) {
     throw OptionError("bytes " + text_of(bytes) + ": expected at least " + text_of(mean(at(high))) +
                       ", which the estimates alone read");

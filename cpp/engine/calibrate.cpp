@@ -34,7 +34,7 @@ void CalibrateOptions::validate() const {
 
 namespace {
 
-/// Texts that the model writes itself at temperature 1, starting from its beginning-of-text token.
+/// Texts sampled from the model itself at temperature 1, starting from its BOS token.
 std::vector<std::vector<Token>> write_texts(const Engine& engine, const CalibrateOptions& options) {
   const ModelConfig& config = engine.config();
   if (!config.bos_token && config.eos_tokens.empty()) {
@@ -84,7 +84,7 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
   const Spent spent = spend(model, measure_harm(runtime, texts, contributions, progress),
                             contributions, *options.bytes);
   for (std::int64_t layer = 0; layer < layers; ++layer) {
-    // What no contribution reaches is as good as infinity, and can be written as JSON.
+    // JSON has no infinity; the largest float is as unreachable.
     const auto finite = [](float v) { return std::min(v, std::numeric_limits<float>::max()); };
     result.values[layer] = finite(spent.thresholds[layer].exact);
     if (model.layers[layer].gate.low)

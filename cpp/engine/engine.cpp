@@ -18,8 +18,8 @@ Device preferred_device() {
   }
 }
 
-/// cpu or cuda. What CUDA cannot take yet, `automatic` leaves to the CPU; for the rest it is what
-/// the environment variable TDA_DEVICE says, else CUDA if there is any.
+/// cpu or cuda. `automatic` is the CPU for what CUDA does not support; otherwise the environment
+/// variable TDA_DEVICE decides, and without it CUDA is used if present.
 Device device_of(const EngineOptions& options, WeightFormat weights) {
   if (options.device != Device::automatic) return options.device;
   const Device preferred = preferred_device();
@@ -71,7 +71,7 @@ Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                          const std::optional<TdaOptions>& tda) const {
   options.validate();
   check_tokens(config(), prompt);
-  // Subtraction, since the sum could overflow.
+  // A subtraction, because the sum could overflow.
   if (options.max_new_tokens > max_context() - std::ssize(prompt)) {
     throw ContextOverflow("prompt of " + std::to_string(prompt.size()) +
                           " tokens and max_new_tokens " + std::to_string(options.max_new_tokens) +

@@ -7,14 +7,14 @@
 
 namespace tda {
 
-/// Of something that one thread at a time may use; moving is such a use.
+/// A flag of an object that only one thread may use at a time; moving the object counts as a use.
 struct UseFlag {
   UseFlag() = default;
   UseFlag(UseFlag&&) noexcept {}
   std::atomic_flag is_set;
 };
 
-/// Sets the flag for as long as it lives, and tells a second thread.
+/// Holds the flag while it lives. Throws if another thread holds it.
 class InUse {
  public:
   InUse(UseFlag& flag, const char* what) : flag_(flag.is_set) {

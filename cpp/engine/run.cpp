@@ -5,8 +5,8 @@
 namespace tda {
 namespace {
 
-/// On how many tokens of a prompt the thresholds of TdaOptions::error are searched, which costs
-/// about as much as the down projection of so many tokens.
+/// How many of the prompt's tokens the search for TdaOptions::error uses. It costs about as much as
+/// one down projection of these tokens.
 constexpr std::int64_t kPromptSamples = 64;
 
 bool needs_samples(const TdaOptions& tda) {

@@ -10,22 +10,22 @@
 
 namespace tda {
 
-/// A prompt and the tokens that follow it, timed: what generation and scoring have in common.
+/// A prompt and the tokens after it, with timings. Used by generation and scoring.
 class Run {
  public:
-  /// `capacity`: tokens of prompt and continuation together.
+  /// capacity: of prompt and continuation together, in tokens.
   Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
       const std::optional<TdaOptions>& tda);
 
-  /// Runs the prompt dense, then makes the masks; logits [V] of its last token.
+  /// Runs the prompt dense, then makes the masks. Returns the logits [V] of its last token.
   std::span<const float> prefill();
-  /// Appends a token through the masks; its logits [V].
+  /// Decodes a token with the masks. Returns its logits [V].
   std::span<const float> decode(Token token);
-  /// The same; the token that draw() takes next.
+  /// The same, but returns the token that draw() takes next.
   Token decode_and_draw(Token token, double temperature, double u);
-  /// All fields but new_tokens.
+  /// All fields except new_tokens.
   GenerationStats stats() const;
-  /// Work under way ends with Cancelled after `stop` was requested.
+  /// A running step throws Cancelled once `stop` is requested.
   void listen(std::stop_token stop) { session_.stop = std::move(stop); }
   const ModelConfig& config() const { return session_.runtime->config(); }
 

@@ -1,4 +1,4 @@
-// What all sessions of one engine share: the model on its backend, and the right to compute.
+// Shared by all sessions of an engine: the backend with its model, and the lock for computing.
 #pragma once
 
 #include <tda/engine.h>
@@ -28,7 +28,7 @@ class Runtime {
   const KvFormat kv;
   const std::int64_t max_context;
   const std::function<void()> before_step;  // see EngineOptions; may be empty
-  mutable ForkSafeMutex computing;          // held for the length of one step
+  mutable ForkSafeMutex computing;          // held during a step
 };
 
 /// Throws OptionError if tokens is empty or an id is outside the vocabulary.

@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 void GenerateOptions::validate() const {
-  // Written so that NaN fails each of them.
+  // Written so that NaN fails each check.
   if (max_new_tokens < 1) reject("max_new_tokens", std::to_string(max_new_tokens), "1 or more");
   if (!(temperature >= 0 && std::isfinite(temperature))) {
     reject("temperature", text_of(temperature), "a finite number, 0 (greedy) or more");
@@ -49,7 +49,7 @@ void Sampler::remember(Token token) {
   is_seen_[id] = true;
 }
 
-/// Top-k, top-p and min-p need the candidates sorted, the penalty what came before.
+/// Top-k, top-p and min-p need sorted candidates, the penalty needs the history.
 bool Sampler::only_draws() const {
   const bool all = options_.top_k == 0 && options_.top_p == 1 && options_.min_p == 0;
   return options_.repetition_penalty == 1.0 && (options_.temperature == 0 || all);
@@ -57,12 +57,12 @@ bool Sampler::only_draws() const {
 
 Token Sampler::sample(std::span<const float> logits) {
   if (only_draws()) return draw(logits, options_.temperature, uniform());
-  argmax(logits);  // for its check
+  argmax(logits);  // throws if they are not finite
   candidates_.resize(logits.size());
   for (std::size_t i = 0; i < logits.size(); ++i) {
     candidates_[i] = {static_cast<Token>(i), logits[i]};
   }
-  // Keskar et al., arXiv 1909.05858: a seen token's logit is made worse by the factor.
+  // Keskar et al., arXiv 1909.05858: the factor lowers the logit of a token seen before.
   const auto penalty = static_cast<float>(options_.repetition_penalty);
   for (const Token token : seen_) {
     float& logit = candidates_[token].logit;
@@ -73,7 +73,7 @@ Token Sampler::sample(std::span<const float> logits) {
   return token;
 }
 
-/// Moves the `count` best candidates to the front, best first; of equal logits the lower id.
+/// Moves the `count` best candidates to the front, best first; of equal logits the lower id first.
 void Sampler::sort_best(std::size_t count) {
   const auto better = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;

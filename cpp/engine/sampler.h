@@ -13,14 +13,14 @@ namespace tda {
 
 class Sampler {
  public:
-  /// `options` are valid. `prompt` counts for the repetition penalty.
+  /// options: already validated. prompt: its tokens count for the repetition penalty.
   Sampler(const GenerateOptions& options, Tokens prompt);
 
   /// Chooses and remembers a token. logits: [V]. Throws Error if they are not finite.
   Token sample(std::span<const float> logits);
-  /// Whether `sample` is but draw(logits, temperature, uniform()).
+  /// Whether sample() is the same as draw(logits, temperature, uniform()).
   bool only_draws() const;
-  /// The next of the seed's numbers, in [0, 1).
+  /// The next random number, in [0, 1).
   double uniform() { return static_cast<double>(random_() >> 11) * 0x1p-53; }
 
  private:

@@ -38,8 +38,8 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
   state = backend.new_state(capacity, runtime->kv);
 }
 
-/// Splits a step into as many as the backend's largest step demands. Returns the logits of the last
-/// `rows` tokens, or appends those of every token to `all`.
+/// Runs tokens in steps of at most the backend's largest. Returns the logits of the last `rows`
+/// tokens, or appends those of every token to `all`.
 std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vector<float>* all) {
   const Tokens tokens = step.tokens;
   const std::span<const std::int64_t> samples = step.samples;
@@ -77,7 +77,7 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   const ModelConfig& config = runtime->config();
   check_tokens(config, tokens);
   const auto total = std::ssize(tokens);
-  // Sample k is the token in the middle of the k-th of as many equal parts.
+  // Sample k is the token in the middle of the k-th of equal parts.
   std::vector<std::int64_t> sampled(std::min(sample_tokens, total));
   const auto count = std::ssize(sampled);
   for (std::int64_t k = 0; k < count; ++k) sampled[k] = (2 * k + 1) * total / (2 * count);
@@ -96,7 +96,7 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   const std::span<const float> logits = run(step, rows);
   prefill_head_bytes_ += backend.head_bytes(*state) - head_before;
   const std::lock_guard lock(runtime->computing);
-  for (std::int64_t l = 0; l < config.num_layers; ++l)  // so that reads() is what it was
+  for (std::int64_t l = 0; l < config.num_layers; ++l)  // keeps reads() unchanged
     prefill_reads_[l] = backend.ffn_reads(*state, l) - decoded[l];
   return logits;
 }

@@ -1,4 +1,4 @@
-// Session's inside, which Generation, score and calibrate use as well.
+// The implementation of Session, also used by Generation, score and calibrate.
 #pragma once
 
 #include <tda/engine.h>
@@ -16,7 +16,7 @@
 
 namespace tda {
 
-/// Ends a step whose generation was cancelled; never leaves the library.
+/// Thrown by a step whose generation was cancelled; caught inside the library.
 struct Cancelled {};
 
 struct Session::Impl {
@@ -27,9 +27,9 @@ struct Session::Impl {
   std::span<const float> prefill(Tokens tokens, FfnMode mode, std::int64_t rows = 1);
   /// Logits [T, V] of all tokens.
   std::vector<float> all_logits(Tokens tokens);
-  /// Logits [V], unless `rows` is 0.
+  /// Logits [V], or none if `rows` is 0.
   std::span<const float> decode(Token token, std::int64_t rows = 1);
-  /// decode, then the token that draw() takes.
+  /// decode(), then the token that draw() takes.
   Token decode_and_draw(Token token, double temperature, double u);
   std::vector<float> statistic(std::int64_t layer) const;
   /// [T, F] of the last prefill: h (or act(gate), see Estimate) of its sampled tokens.
@@ -40,8 +40,7 @@ struct Session::Impl {
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
   std::vector<FfnReads> reads() const;  // [L] by decoded tokens
   std::int64_t ffn_bytes() const;
-  /// Fills the fields about decoding that are known here; seconds and token counts are the
-  /// caller's.
+  /// Fills the fields about decoding, except seconds and token counts, which the caller knows.
   void add_to(GenerationStats& stats) const;
 
   std::shared_ptr<const Runtime> runtime;
@@ -50,7 +49,7 @@ struct Session::Impl {
   std::int64_t capacity;
   std::int64_t sample_tokens;
   std::int64_t position = 0;
-  std::stop_token stop;  // asked before every step
+  std::stop_token stop;  // checked before every step
   UseFlag in_use;
   FfnMode decode_mode = FfnMode::dense;
   Estimate estimate = Estimate::contribution;  // of prefills to come
@@ -65,18 +64,18 @@ struct Session::Impl {
   void mask_from_statistic();
   void refresh();
 
-  std::vector<float> thresholds_;  // [L]; empty if the masks go by active_
+  std::vector<float> thresholds_;  // [L]; empty if masks are made by active_
   double active_ = 1;
   bool compact_ = false;
-  std::int64_t samples_ = 0;  // tokens sampled of the last prefill
+  std::int64_t samples_ = 0;  // tokens sampled in the last prefill
   std::int64_t refresh_every_ = 0;
   std::vector<Token> recent_;  // decoded since the masks were made
   std::int64_t refresh_bytes_ = 0;
   float head_ = 0;                       // Step::head of decoded tokens
-  std::int64_t prefill_head_bytes_ = 0;  // of what the backend counts
+  std::int64_t prefill_head_bytes_ = 0;  // the backend's count after prefill
   std::int64_t decoded_ = 0;
   std::int64_t kv_bytes_ = 0;            // read while decoding
-  std::vector<FfnReads> prefill_reads_;  // [L] of what the backend counts
+  std::vector<FfnReads> prefill_reads_;  // [L] the backend's count after prefill
 };
 
 }  // namespace tda

@@ -1,5 +1,5 @@
 // The model, on one page: a pre-norm decoder of attention and gated feed-forward layers. Prefill
-// (T tokens) and decode (1 token) take the same way; a backend knows what is fast for which T.
+// (T tokens) and decode (1 token) share this code; the backend chooses what is fast for which T.
 #include "model/forward.h"
 
 namespace tda {

@@ -14,7 +14,7 @@ namespace tda {
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens) {
   std::vector<float> scores(sums.size());
   for (std::size_t j = 0; j < sums.size(); ++j) {
-    // A score that is not a number would be neither above nor below any threshold.
+    // NaN would be neither above nor below any threshold.
     if (!std::isfinite(sums[j])) {
       throw Error("the statistic of feed-forward neuron " + std::to_string(j) + " is " +
                   std::to_string(sums[j]) + ", expected a finite number: its activations overflow");
@@ -53,7 +53,7 @@ std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double a
 TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {
   const auto smallest_of_top = [&](double share) {
     const auto count = std::llround(share * static_cast<double>(estimates.size()));
-    if (count >= std::ssize(estimates)) return 0.0f;  // all, whatever comes
+    if (count >= std::ssize(estimates)) return 0.0f;  // everything passes
     if (count < 1) return std::numeric_limits<float>::infinity();
     const auto nth = estimates.begin() + (count - 1);
     std::nth_element(estimates.begin(), nth, estimates.end(), std::greater<>());

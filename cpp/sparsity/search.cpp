@@ -9,17 +9,17 @@
 namespace tda {
 namespace {
 
-// Tokens that share each conversion of a down row to f32.
+// Tokens that share one conversion of a down row to f32.
 constexpr std::int64_t kTokens = 32;
-// Columns of the sums worked on at a time: small enough for the L1 cache.
+// Columns of the sums computed at a time: small enough for the L1 cache.
 constexpr std::int64_t kColumns = 192;
-// Contributions added up before they join the long sum.
+// Contributions added to each other before they are added to the running sum.
 constexpr std::int64_t kTerms = 8;
 
 using Ids = std::span<const std::int32_t>;
 
-/// sum over i < n of weights[i] * column[i * kColumns], as a tree: short chains of additions are
-/// faster and more exact than one long one.
+/// sum over i < n of weights[i] * column[i * kColumns], as a tree: faster and
+/// more accurate than one long chain of additions.
 template <std::int64_t n>
 float pairwise_dot(const float* weights, const float* column) {
   if constexpr (n == 1) {
@@ -40,7 +40,7 @@ void add_contributions(Ids neurons, const float* h, std::int64_t tokens, const M
                        float* sums) {
   const auto count = static_cast<std::int64_t>(neurons.size());
   const std::int64_t padded = (count + kTerms - 1) / kTerms * kTerms;
-  std::vector<float> weights(tokens * padded);  // h of the neurons; 0 fills up the last group
+  std::vector<float> weights(tokens * padded);  // h of the neurons, zero-padded to whole groups
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t i = 0; i < count; ++i) {
       weights[t * padded + i] = h[t * down.rows + neurons[i]];
@@ -61,7 +61,7 @@ void add_contributions(Ids neurons, const float* h, std::int64_t tokens, const M
   }
 }
 
-/// Lengths of the rows of sums [n, width], to out [n].
+/// out[t] = the L2 norm of row t. sums: [n, width]; out: [n]
 void row_lengths(const float* sums, std::int64_t n, std::int64_t width, double* out) {
   for (std::int64_t t = 0; t < n; ++t) {
     const float* row = sums + t * width;
@@ -71,9 +71,9 @@ void row_lengths(const float* sums, std::int64_t n, std::int64_t width, double* 
   }
 }
 
-/// For every token the sum of the contributions that a threshold drops. A trial starts from the
-/// last accepted, lower threshold and adds only the neurons between the two, so that all trials of
-/// a bisection together cost about as much as one down projection of the tokens.
+/// For every token, the sum of the contributions that a threshold drops. A trial starts from the
+/// last accepted (lower) threshold and adds only the neurons between the two, so that a whole
+/// bisection costs about one down projection of the tokens.
 class DroppedSums {
  public:
   DroppedSums(std::span<const FfnSample> samples, const Matrix& down)
@@ -97,7 +97,8 @@ class DroppedSums {
     ffn_lengths_.resize(tokens);
   }
 
-  /// Mean over all tokens of ||dropped|| / ||FFN|| at a threshold not below the accepted one.
+  /// Mean over all tokens of ||dropped|| / ||FFN|| at a threshold, which is at least the accepted
+  /// one.
   double cett(float threshold) {
     trial_ = accepted_;
     for (const Block& block : blocks_) measure(block, threshold);
@@ -109,7 +110,7 @@ class DroppedSums {
     return sum / static_cast<double>(lengths_.size());
   }
 
-  /// Later trials start from the last one, which had this threshold.
+  /// Makes the last trial, which had this threshold, the start of later ones.
   void accept(float threshold) {
     accepted_threshold_ = threshold;
     accepted_.swap(trial_);
@@ -151,9 +152,9 @@ class DroppedSums {
   std::vector<std::vector<std::int32_t>> orders_;  // [samples][F] neurons by ascending score
   std::vector<Block> blocks_;
   std::vector<float> accepted_, trial_;        // [tokens, H]
-  std::vector<double> lengths_, ffn_lengths_;  // [tokens] of the rows of trial_ and of FFN(x)
+  std::vector<double> lengths_, ffn_lengths_;  // [tokens] norms of the rows of trial_ and of FFN(x)
   float accepted_threshold_ = 0;
-  bool ffn_known_ = false;  // since the first trial, which adds up all neurons anyway
+  bool ffn_known_ = false;  // set by the first trial, which sums all neurons anyway
 };
 
 /// The distinct scores of all samples, ascending.
@@ -196,7 +197,7 @@ ThresholdSearch search_threshold(std::span<const FfnSample> samples, const Matri
 
 ThresholdSearch search_token_threshold(std::span<const float> h, std::span<const float> estimates,
                                        const Matrix& down, double target) {
-  // To the search every token is a text of its own.
+  // Every token is a sample of its own.
   const std::int64_t neurons = down.rows, tokens = std::ssize(h) / neurons;
   std::vector<FfnSample> samples(tokens);
   for (std::int64_t t = 0; t < tokens; ++t) {

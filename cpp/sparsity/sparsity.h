@@ -1,4 +1,4 @@
-// TDA's arithmetic: statistics -> thresholds -> masks. Pure functions on host memory; the method is
+// TDA's arithmetic: statistics -> thresholds -> masks. Pure functions on host memory. The method is
 // described in <tda/sparsity.h>.
 #pragma once
 
@@ -25,17 +25,18 @@ std::int64_t share_count(double active, std::int64_t neurons);
 /// lower id stays.
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
 
-/// Thresholds that the shares `exact` and then `coarse` of all estimates reach, 0 < exact <= 1,
-/// 0 <= coarse <= 1 - exact. `estimates`: any number, in any order, not negative; is reordered.
+/// The thresholds at or above which the share `exact` of all estimates lies, and the share exact +
+/// coarse. 0 < exact <= 1, 0 <= coarse <= 1 - exact. estimates: not negative, in any order; gets
+/// reordered.
 struct TokenThresholdPair {
   float exact = 0, coarse = 0;
 };
 TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse);
 
-/// One calibration text (or prompt) as seen by one layer.
+/// What one layer computed for a calibration text or prompt.
 struct FfnSample {
   std::vector<float> scores;  // [F] R over the whole text
-  std::vector<float> h;       // [T, F] of the tokens that CETT is measured on
+  std::vector<float> h;       // [T, F] of the tokens on which CETT is measured
 };
 
 /// Mean over all tokens of all samples of
@@ -45,17 +46,16 @@ double cett(std::span<const FfnSample> samples, const Matrix& down, float thresh
 
 struct ThresholdSearch {
   float threshold = 0;  // 0 keeps every neuron
-  double error = 0;     // cett at the threshold, verified
+  double error = 0;     // cett at the threshold
 };
 
-/// The largest threshold that bisection over the samples' pooled scores finds with
-/// cett <= target, 0 <= target < 1. CETT need not be monotone in the threshold: the result is
-/// verified, the next larger score exceeds the target, and target 0 gives threshold 0.
+/// Bisection over the samples' pooled scores for the largest threshold with cett <= target, 0 <=
+/// target < 1. CETT need not be monotone in the threshold: the result's own CETT was computed and
+/// meets the target, the next larger score's exceeds it. Target 0 gives threshold 0.
 ThresholdSearch search_threshold(std::span<const FfnSample> samples, const Matrix& down,
                                  double target);
 
-/// The same for thresholds on single contributions: estimates [T, F] decide token by token.
-/// h: [T, F].
+/// The same for a threshold on each token's own estimates. h, estimates: [T, F].
 ThresholdSearch search_token_threshold(std::span<const float> h, std::span<const float> estimates,
                                        const Matrix& down, double target);
 

@@ -49,7 +49,7 @@ void Bpe::read_merges(const Field& merges) {
       if (pair.size() != 2) merge.fail("two tokens");
       left = pair[0].text();
       right = pair[1].text();
-    } else {  // the older form: "left right"
+    } else {  // the older format: "left right"
       const std::string& text = merge.text();
       if (text.starts_with("#version")) continue;
       const std::size_t space = text.find(' ');
@@ -91,7 +91,7 @@ void Bpe::encode(std::string_view word, std::vector<Token>& ids) const {
     if (const std::optional<Token> whole = find(word)) return ids.push_back(*whole);
   std::vector<Symbol> symbols;
   symbols.reserve(word.size());
-  std::optional<Symbol> unknown;  // may yet grow
+  std::optional<Symbol> unknown;  // a run of unknown characters, not finished
   const auto finish_unknown = [&] {
     if (unknown) symbols.push_back(*std::exchange(unknown, std::nullopt));
   };
@@ -103,8 +103,8 @@ void Bpe::encode(std::string_view word, std::vector<Token>& ids) const {
       finish_unknown();
       symbols.push_back({*id, at, size});
     } else if (byte_fallback_ && append_bytes(character, at, symbols)) {
-      // Where bytes are missing from the vocabulary, an unknown token before these comes behind
-      // them. That is how `tokenizers` does it.
+      // If the vocabulary lacks bytes, `tokenizers` puts a pending unknown token after these
+      // tokens instead of before them. So do we.
     } else if (unknown_) {
       if (!fuse_unknown_) finish_unknown();
       if (unknown)

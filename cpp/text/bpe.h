@@ -1,4 +1,4 @@
-// The model of a tokenizer.json: a word becomes tokens by byte pair encoding.
+// The BPE model of a tokenizer.json: splits a word into tokens.
 #pragma once
 
 #include <tda/types.h>
@@ -23,7 +23,7 @@ class Bpe {
 
   std::int64_t size() const { return static_cast<std::int64_t>(vocabulary_.size()); }
   std::optional<Token> find(std::string_view token) const;
-  /// Ids to tokens, in no order.
+  /// Ids to tokens, unordered.
   const std::unordered_map<Token, std::string>& tokens() const { return tokens_; }
 
   void encode(std::string_view word, std::vector<Token>& ids) const;
@@ -37,7 +37,7 @@ class Bpe {
   };
   void read_vocabulary(const Field& vocab);
   void read_merges(const Field& merges);
-  /// The tokens of a character that is none itself, by its bytes; false if one is missing.
+  /// Encodes a character that is not a token as the tokens of its bytes; false if one is missing.
   bool append_bytes(std::string_view character, std::uint32_t begin,
                     std::vector<Symbol>& symbols) const;
 

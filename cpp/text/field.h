@@ -1,4 +1,4 @@
-// A value of a tokenizer's JSON file, which knows its place there for messages.
+// A value in a tokenizer's JSON file, with its path for error messages.
 #pragma once
 
 #include <tda/error.h>
@@ -18,7 +18,7 @@ namespace tda {
 
 class Field {
  public:
-  /// Ids beyond any real vocabulary are damage, and would make tables of that size.
+  /// Larger ids than any real vocabulary has mean a damaged file, and would need huge tables.
   static constexpr std::int64_t max_tokens = std::int64_t{1} << 22;
 
   Field(const nlohmann::json* value, std::string file, std::string path = "")
@@ -39,7 +39,7 @@ class Field {
     if (!value_ || !value_->is_object()) fail("an object");
     return *value_;
   }
-  /// A member of an object, perhaps missing.
+  /// A member of an object, possibly missing.
   Field operator[](const std::string& key) const {
     const auto found = object().find(key);
     return {found == value_->end() ? nullptr : &*found, file_, path_of(key)};
@@ -72,7 +72,7 @@ class Field {
   }
 
  private:
-  /// Keys may come from the file: short, plain text, then, like all that a message quotes.
+  /// Keys may come from the file, so messages show them short and as plain text.
   std::string path_of(const std::string& key) const {
     constexpr const char* plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_0123456789";
     if (key.size() > 40 || key.find_first_not_of(plain) != key.npos)

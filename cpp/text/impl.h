@@ -1,4 +1,4 @@
-// What the two kinds of tokenizer have in common.
+// The interface of both kinds of tokenizer.
 #pragma once
 
 #include <tda/tokenizer.h>
@@ -22,26 +22,26 @@ struct Tokenizer::Impl {
   /// ids: 0 <= id < vocab_size. Nothing is skipped.
   virtual std::string decode(Tokens ids) const = 0;
 
-  std::int64_t vocab_size = 0;   // ids without a token of their own have no text
-  std::set<Token> special = {};  // without text where special tokens are skipped
-  std::set<Token> bytes = {};    // tokens that stand for one byte each, written <0x0A>
+  std::int64_t vocab_size = 0;   // ids without a token decode to nothing
+  std::set<Token> special = {};  // not shown if special tokens are skipped
+  std::set<Token> bytes = {};    // tokens for one byte each, written <0x0A>
 
-  /// Ids to decode others behind, where they are not the first, and the bytes of their own text.
+  /// Ids to put before others when decoding from the middle of a text, and the size of their text.
   std::vector<Token> anchor = {};
   std::size_t anchor_size = 0;
 };
 
-/// tokenizer_config.json, completed by special_tokens_map.json.
+/// tokenizer_config.json, with special_tokens_map.json for what it lacks.
 class TokenizerSettings {
  public:
-  /// Contents of the files, null where there is none.
+  /// The files' contents; null if a file is absent.
   TokenizerSettings(const std::string* special_tokens_map, const std::string* tokenizer_config,
                     const std::string& name);
 
   Field operator[](const std::string& key) const;
-  /// Whether a setting says if token `kind`, "bos" or "eos", stands around every text.
+  /// Whether a setting decides if token `kind`, "bos" or "eos", is added to every text.
   bool decides(const std::string& kind) const;
-  /// If so, the token's text; `or_else` where no setting names it.
+  /// If so, the token's text; `or_else` if no setting names it.
   std::optional<std::string> around(const std::string& kind, bool by_default,
                                     const std::optional<std::string>& or_else) const;
   [[noreturn]] void fail_unknown(const std::string& kind, const std::string& token) const;

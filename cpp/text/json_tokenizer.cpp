@@ -1,5 +1,5 @@
-// tokenizer.json: added tokens are cut out of the text, the rest is normalized, cut into words and
-// encoded by BPE.
+// tokenizer.json: added tokens are split off first; the rest of the text is normalized, split into
+// words and encoded by BPE.
 #include <algorithm>
 #include <limits>
 #include <unordered_map>
@@ -15,21 +15,21 @@ namespace tda {
 namespace {
 
 struct AddedToken {
-  std::string text;  // as decoded
+  std::string text;  // decoded form
   bool single_word, strips_left, strips_right;
 };
 
-/// Tokens that are found in a text before the model sees it.
+/// Tokens that are matched in the text before BPE runs.
 class AddedTokens {
  public:
-  /// Gives each the id that the model knows it under, or else the next free one.
+  /// Each gets the id that the model's vocabulary has for it, or else the next free one.
   AddedTokens(const Field& entries, const Bpe& model, const std::vector<Normalizer>& normalizers) {
     if (entries.is_absent()) return;
     std::int64_t next = model.size();
     for (const Field& entry : entries.elements()) {
       const std::string& content = entry["content"].text();
       if (content.empty()) continue;
-      entry["id"].id();  // has no say, but must be there
+      entry["id"].id();  // must be present, but is not used
       std::optional<Token> id = find(content);
       if (!id) id = model.find(content);
       if (!id) {
@@ -48,7 +48,7 @@ class AddedTokens {
   const std::unordered_map<std::string, Token>& ids() const { return ids_; }
   const std::set<Token>& special() const { return special_; }
 
-  /// Cuts the tokens out, `normalized` those that are to be found in normalized text.
+  /// Splits the tokens off. normalized: those to be matched in normalized text.
   void extract(Pieces& pieces, bool normalized) const {
     Pieces result;
     for (Piece& piece : pieces) {
@@ -82,7 +82,7 @@ class AddedTokens {
 
   void extract(const Piece& piece, const Trie& trie, Pieces& result) const {
     const std::string_view text = piece.text;
-    std::size_t done = 0;  // what stands before it is in the result
+    std::size_t done = 0;  // text before this is in the result
     const auto append = [&](std::size_t begin, std::size_t end, std::optional<Token> token) {
       result.push_back(
           {std::string(text.substr(begin, end - begin)), token, piece.is_start && begin == 0});
@@ -94,7 +94,7 @@ class AddedTokens {
       if (token.strips_left) {
         while (begin > 0 && unicode::is_space(unicode::read_before(text, begin).code))
           begin -= unicode::read_before(text, begin).size;
-        begin = std::max(begin, done);  // the token before may have taken them
+        begin = std::max(begin, done);  // the previous token may have stripped the same spaces
       }
       while (token.strips_right && end < text.size() &&
              unicode::is_space(unicode::read(text, end).code))
@@ -132,7 +132,7 @@ class JsonTokenizer final : public Tokenizer::Impl {
     special = added_.special();
     for (const auto& [id, token] : model_.tokens()) note(id, token);
     for (const auto& [token, id] : added_.ids()) note(id, token);
-    // tokenizer_config.json overrules what tokenizer.json puts around a text.
+    // tokenizer_config.json overrides the special tokens that tokenizer.json adds around a text.
     if (settings.decides("bos") || settings.decides("eos")) {
       before_ = around(settings, "bos");
       after_ = around(settings, "eos");

@@ -1,4 +1,4 @@
-// Byte pair encoding's loop: of all neighbours that may merge, the best, until none may.
+// The loop of byte pair encoding: merges the best pair of neighbours until no pair can merge.
 #pragma once
 
 #include <tda/types.h>
@@ -16,12 +16,12 @@ namespace tda {
 struct Symbol {
   Token id;
   std::uint32_t begin;  // in the text, in bytes
-  std::uint32_t size;   // 0: merged into the one before it
+  std::uint32_t size;   // 0: merged into the symbol before it
   bool frozen = false;  // never merges
 };
 
 struct Merge {
-  double rank;  // the lowest merges first, of equals the leftmost
+  double rank;  // the lowest rank merges first, and of equal ranks the leftmost
   Token id;     // of the merged symbol
 };
 
@@ -32,7 +32,7 @@ void merge_symbols(std::vector<Symbol>& symbols, MergeOf merge_of) {
   struct Candidate {
     double rank;
     std::uint32_t left, right;  // indices
-    std::uint32_t size;         // of both, when found: either has grown or gone if it differs now
+    std::uint32_t size;         // of both when found; differs once either has changed
     Token id;
     bool operator>(const Candidate& other) const {
       return std::tie(rank, left) > std::tie(other.rank, other.left);

@@ -36,7 +36,7 @@ void SentencePiece::index() {
     Piece& piece = pieces_[i];
     const Token id = static_cast<Token>(i);
     const std::string name = "piece " + std::to_string(i);
-    // Some conversions leave a zero byte beside <0x00>; it can't be found in texts.
+    // Some conversions have a zero byte besides <0x00>; texts cannot contain it.
     if (byte_fallback_ && piece.text == std::string_view("\0", 1)) piece.kind = Kind::unused;
     if (piece.text.empty() || piece.text.size() >= 8000)
       fail(name + " has " + std::to_string(piece.text.size()) + " bytes, expected 1 to 7999");
@@ -110,7 +110,7 @@ std::vector<SentencePiece::Part> SentencePiece::encode_bpe(std::string_view text
     symbols.push_back(
         {-1, static_cast<std::uint32_t>(at), static_cast<std::uint32_t>(size), is_user_defined});
   }
-  // Unused pieces may be steps on the way, and are taken apart in the end.
+  // Unused pieces may occur as intermediate merges; they are split up again at the end.
   std::unordered_map<std::string_view, std::pair<std::string_view, std::string_view>> parts_of;
   merge_symbols(symbols, [&](const Symbol& left, const Symbol& right) -> std::optional<Merge> {
     const auto found = ids_.find(text.substr(left.begin, left.size + right.size));
@@ -135,13 +135,13 @@ std::vector<SentencePiece::Part> SentencePiece::encode_bpe(std::string_view text
   return result;
 }
 
-/// The most likely way to put the text together (Viterbi), in the library's single precision.
+/// The most likely segmentation (Viterbi), in single precision as in the library.
 std::vector<SentencePiece::Part> SentencePiece::encode_unigram(std::string_view text) const {
   constexpr std::size_t none = std::string_view::npos;
   constexpr float limit = 100000;
-  struct Best {  // of all that end here
+  struct Best {  // the best segmentation that ends here
     float score = 0;
-    std::size_t begin = none;  // of the last part
+    std::size_t begin = none;  // of its last piece
     std::optional<Token> id = {};
   };
   std::vector<Best> best(text.size() + 1);
@@ -154,7 +154,7 @@ std::vector<SentencePiece::Part> SentencePiece::encode_unigram(std::string_view 
   };
   for (std::size_t at = 0, size; at < text.size(); at += size) {
     size = unicode::read(text, at).size;
-    if (std::abs(best[at].score) > limit) {  // sums so large would lose precision
+    if (std::abs(best[at].score) > limit) {  // larger sums would lose precision
       const float offset = best[at].score;
       for (std::size_t i = at; i <= reached; ++i)
         if (i == at || best[i].begin != none) best[i].score -= offset;
@@ -164,7 +164,7 @@ std::vector<SentencePiece::Part> SentencePiece::encode_unigram(std::string_view 
     trie_.visit(text, at, [&](const Trie::Match& match) {
       const Piece& found = piece(match.value);
       if (found.kind == Kind::unused) return;
-      // A user-defined piece beats what else covers it.
+      // A user-defined piece beats all others that cover it.
       const float own = found.kind == Kind::user_defined
                             ? static_cast<float>(0.1 * static_cast<double>(match.size - 1))
                             : found.score;
@@ -188,7 +188,7 @@ void SentencePiece::encode(std::string_view text, std::vector<Token>& ids) const
       ids.push_back(*part.id);
     else if (byte_fallback_)
       for (char c : part.text) ids.push_back(byte_ids_[static_cast<unsigned char>(c)]);
-    else if (!after_unknown)  // a run of them is one token
+    else if (!after_unknown)  // a run of unknown characters is one token
       ids.push_back(unknown_);
     after_unknown = !part.id;
   }
@@ -199,14 +199,14 @@ std::string SentencePiece::decode(Tokens ids) const {
   const auto finish_bytes = [&] {
     for (std::size_t at = 0; at < bytes.size();) {
       const unicode::Sequence sequence = unicode::next_sequence(bytes, at);
-      // One U+FFFD for every byte that is not text.
+      // One U+FFFD for every invalid byte.
       result +=
           sequence.valid ? std::string_view(bytes).substr(at, sequence.size) : unicode::replacement;
       at += sequence.valid ? sequence.size : 1;
     }
     bytes.clear();
   };
-  bool is_first = true;  // the space that encode puts before a text is still to come
+  bool is_first = true;  // the space that encode() adds before a text has not been seen yet
   for (Token id : ids) {
     const Piece& own = piece(id);
     if (own.kind == Kind::byte) {
@@ -220,7 +220,7 @@ std::string SentencePiece::decode(Tokens ids) const {
     bool had_space = false;
     if (is_first && (add_prefix_ || remove_spaces_) && text.starts_with(mark)) {
       text.remove_prefix(mark.size());
-      had_space = !remove_spaces_;  // or else all spaces at the beginning go
+      had_space = !remove_spaces_;  // with remove_spaces_, all leading spaces are dropped
     }
     result += own.kind == Kind::unknown ? unknown_text_ : replace_all(text, mark, " ");
     if (had_space || !result.empty()) is_first = false;

@@ -1,5 +1,5 @@
-// The model of a tokenizer.model: SentencePiece's BPE and unigram, as its own library encodes and
-// decodes (https://github.com/google/sentencepiece).
+// The model of a tokenizer.model: BPE and unigram with the results of the sentencepiece library
+// (https://github.com/google/sentencepiece).
 #pragma once
 
 #include <tda/types.h>
@@ -25,7 +25,7 @@ class SentencePiece {
     Kind kind = Kind::normal;
   };
 
-  /// content: of the file, a protocol buffer. Throws CheckpointError.
+  /// content: the file's bytes, a protocol buffer. Throws CheckpointError.
   SentencePiece(std::string_view content, const std::string& file);
 
   const std::vector<Piece>& pieces() const { return pieces_; }
@@ -35,7 +35,7 @@ class SentencePiece {
   std::string decode(Tokens ids) const;
 
  private:
-  /// A stretch of the normalized text, and its piece: nothing if it is unknown.
+  /// A part of the normalized text and its piece; nullopt if it is unknown.
   struct Part {
     std::string_view text;
     std::optional<Token> id;
@@ -50,7 +50,7 @@ class SentencePiece {
 
   const Piece& piece(Token id) const { return pieces_[static_cast<std::size_t>(id)]; }
   std::string normalize(std::string_view text) const;
-  /// The longest user-defined piece that the text has at `at`, or else its next character.
+  /// The longest user-defined piece at `at`, or else the next character.
   std::size_t symbol_size(std::string_view text, std::size_t at, bool& is_user_defined) const;
   std::vector<Part> encode_bpe(std::string_view text) const;
   std::vector<Part> encode_unigram(std::string_view text) const;
@@ -59,18 +59,18 @@ class SentencePiece {
   std::vector<Piece> pieces_;
   bool is_bpe_ = false;
   bool byte_fallback_ = false;
-  bool add_prefix_ = true;                 // a space before the text,
-  bool prefix_at_end_ = false;             // or behind it
-  bool remove_spaces_ = true;              // but one between words
-  bool escape_spaces_ = true;              // a space is ▁ in pieces
-  std::string unknown_text_ = " \u2047 ";  // what unknown pieces are decoded as
+  bool add_prefix_ = true;                 // adds a space before the text
+  bool prefix_at_end_ = false;             // adds it after the text instead
+  bool remove_spaces_ = true;              // except one between words
+  bool escape_spaces_ = true;              // writes a space as ▁ in pieces
+  std::string unknown_text_ = " \u2047 ";  // the decoded text of unknown pieces
   std::string bos_text_ = "<s>";
 
-  std::unordered_map<std::string_view, Token> ids_;  // of pieces a text may contain
+  std::unordered_map<std::string_view, Token> ids_;  // of the pieces that a text can contain
   Trie trie_;                                        // the same, for unigram
   Trie user_defined_;
   std::array<Token, 256> byte_ids_ = {};
-  Token unknown_ = -1;  // none: byte_fallback_ is set
+  Token unknown_ = -1;  // -1: there is none, and byte_fallback_ is set
   float unknown_score_ = 0;
 };
 

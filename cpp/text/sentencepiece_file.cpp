@@ -1,5 +1,4 @@
-// Reading a tokenizer.model: the protocol buffer of sentencepiece_model.proto, as far as encoding
-// and decoding depend on it.
+// Reads a tokenizer.model: the fields of sentencepiece_model.proto that encoding and decoding need.
 #include <tda/error.h>
 
 #include <bit>
@@ -14,12 +13,12 @@ namespace {
 
 enum class Wire { varint = 0, eight_bytes = 1, bytes = 2, four_bytes = 5 };
 
-/// The fields of one message, in order. `what`: for messages.
+/// Iterates over the fields of one message. what: its name in error messages.
 class Message {
  public:
   Message(std::string_view content, std::string what) : rest_(content), what_(std::move(what)) {}
 
-  /// Moves on to the next field; false at the end.
+  /// Advances to the next field; false at the end.
   bool next() {
     if (rest_.empty()) return false;
     const std::uint64_t key = varint();
@@ -154,7 +153,7 @@ void SentencePiece::read_trainer(std::string_view message) {
         bos_text_ = fields.bytes().empty() ? "<s>" : fields.bytes();
         break;
       default:
-        break;  // how the model was trained
+        break;  // the trainer's settings
     }
 }
 

@@ -1,6 +1,6 @@
-// tokenizer.model by the conventions of Llama 2: <s> goes before every text, and a space before
-// every stretch of text between special tokens; with "legacy": false in tokenizer_config.json only
-// before the text as a whole.
+// tokenizer.model with the conventions of Llama 2: adds <s> before every text, and a space before
+// every run of text between special tokens; with "legacy": false in tokenizer_config.json, a space
+// only at the start of the whole text.
 #include <algorithm>
 #include <charconv>
 #include <utility>
@@ -12,7 +12,7 @@
 namespace tda {
 namespace {
 
-// A private use character: it is in no vocabulary, so nothing merges with it.
+// A private use character. No vocabulary has it, so nothing merges with it.
 constexpr std::string_view separator = "\uE000";
 
 class SentencePieceTokenizer final : public Tokenizer::Impl {
@@ -68,8 +68,7 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
         ++at;
         continue;
       }
-      // The model strips a space from the front of what it decodes, so that all but the first run
-      // stand behind the anchor.
+      // Decoding strips a leading space, so every run except the first is decoded after the anchor.
       std::vector<Token> run;
       const auto append = [&](Token id) {
         if (static_cast<std::size_t>(id) < model_.pieces().size()) run.push_back(id);
@@ -131,7 +130,7 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
   SentencePiece model_;
   bool legacy_;
   std::size_t separator_ids_ = 0;
-  // Tokens that a text may spell out, which SentencePiece itself does not look for.
+  // Tokens that may occur literally in a text, which SentencePiece itself does not match.
   std::map<Token, std::string> spelled_;
   std::map<std::string, Token> spelled_ids_;
   Trie splitter_;

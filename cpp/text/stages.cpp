@@ -9,7 +9,7 @@
 namespace tda {
 namespace {
 
-/// Reads a stage, or each of a Sequence of them; `parts` is what the file calls the sequence's.
+/// Reads a stage, or each stage of a Sequence. parts: the key of the sequence's list.
 template <class Stage, class Read>
 void read_sequence(const Field& stage, const char* parts, Read read, std::vector<Stage>& result,
                    int depth = 0) {
@@ -84,7 +84,8 @@ PreTokenizer read_byte_level(const Field& stage) {
   };
 }
 
-/// Whether Metaspace puts its mark before "always" every piece, the "first" alone, or "never".
+/// Metaspace's prepend_scheme: its mark goes before every piece ("always"), the "first", or
+/// "never".
 std::string read_scheme(const Field& stage) {
   const Field scheme = stage["prepend_scheme"];
   std::string result = scheme.is_absent() ? "always" : scheme.text();
@@ -124,9 +125,9 @@ PreTokenizer read_pre_tokenizer(const Field& stage) {
   stage["type"].fail("Sequence, ByteLevel, Digits, Metaspace or Split");
 }
 
-/// TemplateProcessing: what stands around a text.
+/// TemplateProcessing: the tokens around a text.
 PostProcessor read_template(const Field& stage, std::int64_t vocab_size) {
-  std::vector<std::optional<std::vector<Token>>> parts;  // nothing: the text itself
+  std::vector<std::optional<std::vector<Token>>> parts;  // nullopt: the text itself
   for (const Field& part : stage["single"].elements()) {
     if (const Field sequence = part["Sequence"]; !sequence.is_absent()) {
       if (sequence["id"].text() != "A") sequence["id"].fail("\"A\"");
@@ -152,12 +153,12 @@ PostProcessor read_template(const Field& stage, std::int64_t vocab_size) {
 
 PostProcessor read_post_processor(const Field& stage, std::int64_t vocab_size) {
   const std::string& type = stage["type"].text();
-  if (type == "ByteLevel") return [](std::vector<Token>&, bool) {};  // moves offsets only
+  if (type == "ByteLevel") return [](std::vector<Token>&, bool) {};  // only changes offsets
   if (type == "TemplateProcessing") return read_template(stage, vocab_size);
   stage["type"].fail("Sequence, ByteLevel or TemplateProcessing");
 }
 
-/// Runs of byte tokens are text if they are UTF-8 as a whole, or else one U+FFFD each.
+/// A run of byte tokens becomes text if it is valid UTF-8 as a whole, else one U+FFFD per byte.
 void decode_bytes(std::vector<std::string>& tokens) {
   std::vector<std::string> result;
   std::string bytes;
@@ -199,7 +200,7 @@ Decoder read_metaspace_decoder(const Field& stage) {
 Decoder read_strip(const Field& stage) {
   const std::string content = read_character(stage["content"]);
   const std::int64_t start = stage["start"].count(1 << 20);
-  // A stream could not tell the end of a text from that of a piece.
+  // While streaming, the end of a piece cannot be told from the end of the text.
   if (stage["stop"].count(1 << 20) != 0) stage["stop"].fail("0");
   return [=](std::vector<std::string>& tokens) {
     for (std::string& token : tokens) {
@@ -231,7 +232,7 @@ Decoder read_decoder(const Field& stage) {
   stage["type"].fail("Sequence, ByteLevel, ByteFallback, Fuse, Metaspace, Replace or Strip");
 }
 
-/// Bytes that print stand for themselves, the others, in order, for U+0100 and on.
+/// Printable bytes map to themselves, the others in order to U+0100 and up.
 struct ByteAlphabet {
   std::array<std::string, 256> characters;
   std::array<int, 0x144> bytes;  // -1: none

@@ -14,11 +14,11 @@
 
 namespace tda {
 
-/// A stretch of the text on its way to tokens.
+/// A part of the text while it is being tokenized.
 struct Piece {
   std::string text;
-  std::optional<Token> token = {};  // it is this one already, and passes all stages as it is
-  bool is_start = false;            // of the whole text
+  std::optional<Token> token = {};  // set: already this token, and unchanged by later stages
+  bool is_start = false;            // whether the whole text starts here
 };
 using Pieces = std::vector<Piece>;
 
@@ -27,15 +27,15 @@ using PreTokenizer = std::function<void(Pieces&)>;
 using PostProcessor = std::function<void(std::vector<Token>& ids, bool add_special_tokens)>;
 using Decoder = std::function<void(std::vector<std::string>& tokens)>;
 
-// Absent stages give no functions, and no decoder joins tokens with spaces between them. Throw
-// CheckpointError for what is not supported, and for ids that are not in the vocabulary.
+// An absent stage gives no functions; without a decoder, tokens are joined by spaces. These throw
+// CheckpointError for what is not supported and for ids that are not in the vocabulary.
 std::vector<Normalizer> read_normalizers(const Field&);
 std::vector<PreTokenizer> read_pre_tokenizers(const Field&);
 std::vector<PostProcessor> read_post_processors(const Field&, std::int64_t vocab_size);
 std::vector<Decoder> read_decoders(const Field&);
 
-/// Calls cut(text, at) for the size of the part that begins there, and replaces every piece but
-/// tokens by its parts.
+/// Splits every piece that is not a token yet. cut(text, at): the size of the part that starts
+/// there.
 template <class Cut>
 void split_pieces(Pieces& pieces, Cut cut) {
   Pieces result;
@@ -54,10 +54,10 @@ void split_pieces(Pieces& pieces, Cut cut) {
 
 /// The byte-level alphabet: a printable character for every byte.
 std::string to_byte_level(std::string_view bytes);
-/// The inverse; nothing if some character is none of the alphabet.
+/// The inverse; nullopt if a character is not in the alphabet.
 std::optional<std::string> from_byte_level(std::string_view text);
 
-/// The byte that a token <0x0A> stands for, nothing for others.
+/// The byte of a token of the form <0x0A>; nullopt for others.
 std::optional<char> byte_of(std::string_view token);
 
 std::string replace_all(std::string_view text, std::string_view from, std::string_view to);

@@ -1,4 +1,4 @@
-// The public Tokenizer: which files make it, checks of what goes in, and streaming.
+// The public Tokenizer: choice of files, checks of arguments, streaming.
 #include <tda/tokenizer.h>
 
 #include <algorithm>
@@ -145,12 +145,12 @@ std::string TextStream::push(Token token) {
                       std::to_string(tokenizer_->vocab_size - 1));
   if (tokenizer_->special.contains(token)) return {};
   pending_.push_back(token);
-  // A run of byte tokens is text or not as a whole.
+  // A run of byte tokens is decoded as a whole.
   if (pending_.size() < try_at_ || tokenizer_->bytes.contains(token)) return {};
   std::string text = decode();
   if (text.empty() || text.ends_with(unicode::replacement)) {
-    // A sequence is complete after 4 bytes. Beyond that this is no text at all; looking at doubled
-    // lengths only keeps the cost linear.
+    // A UTF-8 sequence has at most 4 bytes, so a longer run is not text. Trying it again only at
+    // doubled lengths keeps the cost linear.
     const std::size_t length = pending_.size();
     try_at_ = length < 4 ? length + 1 : 2 * length;
     return {};
@@ -166,8 +166,8 @@ std::string TextStream::flush() {
 }
 
 std::string TextStream::decode() const {
-  // Tokenizers strip a space from the front of a text, hence the anchor from the second piece on;
-  // nothing else in front of a token changes its text.
+  // Tokenizers strip a leading space from a text, so pieces after the first are decoded behind an
+  // anchor. A token's text depends on nothing else before it.
   if (is_first_) return tokenizer_->decode(pending_);
   std::vector<Token> ids = tokenizer_->anchor;
   ids.insert(ids.end(), pending_.begin(), pending_.end());

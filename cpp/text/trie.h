@@ -1,4 +1,4 @@
-// Strings with values, found as the beginnings of a text.
+// A set of strings with values, to find those that a text starts with.
 #pragma once
 
 #include <tda/types.h>
@@ -20,7 +20,7 @@ class Trie {
     Token value;
   };
 
-  /// key: not empty; one that is there already gets the new value.
+  /// Adds a key (not empty), or replaces its value.
   void add(std::string_view key, Token value) {
     std::uint32_t node = 0;
     for (char c : key) {
@@ -38,7 +38,7 @@ class Trie {
     return found;
   }
 
-  /// Calls visitor(Match) for every key that the text has at `begin`, the shortest first.
+  /// Calls visitor(Match) for every key at `begin` in the text, shortest first.
   template <class Visitor>
   void visit(std::string_view text, std::size_t begin, Visitor visitor) const {
     std::uint32_t node = 0;
@@ -50,7 +50,7 @@ class Trie {
     }
   }
 
-  /// The first place at or after `begin` where there are keys, and the longest of them.
+  /// The longest key at the first position from `begin` on that has any.
   std::optional<Match> find(std::string_view text, std::size_t begin) const {
     if (edges_.empty()) return std::nullopt;
     std::optional<Match> longest;

@@ -16,7 +16,7 @@ unsigned byte_at(std::string_view bytes, std::size_t at) {
   return static_cast<unsigned char>(bytes[at]);
 }
 
-/// The value of the last run that begins at or before `code`.
+/// The value of the last run that starts at or before `code`.
 std::uint8_t look_up(std::span<const std::uint32_t> runs, char32_t code) {
   const auto after =
       std::upper_bound(runs.begin(), runs.end(), static_cast<std::uint32_t>(code) << 8 | 0xff);
@@ -32,7 +32,7 @@ std::uint64_t key_of(Pair pair) {
   return static_cast<std::uint64_t>(pair.first) << 32 | static_cast<std::uint64_t>(pair.second);
 }
 
-/// The canonical mappings, by both their sides.
+/// The canonical mappings, in both directions.
 struct Mappings {
   std::unordered_map<char32_t, Pair> decompositions;
   std::unordered_map<std::uint64_t, char32_t> compositions;
@@ -57,7 +57,7 @@ const Mappings& mappings() {
   return result;
 }
 
-// Hangul syllables are leading, vowel and trailing jamo by arithmetic (Unicode, section 3.12).
+// Hangul syllables are composed of jamo by arithmetic (Unicode, section 3.12).
 constexpr char32_t syllables = 0xAC00, leading = 0x1100, vowels = 0x1161, trailing = 0x11A7;
 constexpr char32_t leading_count = 19, vowel_count = 21, trailing_count = 28;
 constexpr char32_t block = vowel_count * trailing_count;
@@ -92,7 +92,7 @@ struct Decomposed {
   std::uint8_t combining_class;
 };
 
-/// Canonical order: between characters of class 0, by class.
+/// Canonical ordering: sorts runs of characters between those of class 0 by class.
 std::vector<Decomposed> decompose(std::string_view text) {
   std::vector<char32_t> codes;
   for (std::size_t at = 0; at < text.size();) {
@@ -204,7 +204,7 @@ bool is_word(char32_t code) {
   return code == 0x200C || code == 0x200D ||    // joiners
          (code >= 0x24B6 && code <= 0x24E9) ||  // letters in circles
          (code >= 0x1F130 && code <= 0x1F149) || (code >= 0x1F150 && code <= 0x1F169) ||
-         (code >= 0x1F170 && code <= 0x1F189);  // and in squares
+         (code >= 0x1F170 && code <= 0x1F189);  // letters in squares
 }
 
 std::string nfc(std::string_view text) {
@@ -212,8 +212,8 @@ std::string nfc(std::string_view text) {
   const auto is_ascii = [](char c) { return static_cast<unsigned char>(c) < 0x80; };
   if (std::all_of(text.begin(), text.end(), is_ascii)) return std::string(text);
   std::vector<Decomposed> characters = decompose(text);
-  // Each character joins the last starter (class 0) if nothing between the two blocks it: that is,
-  // if the one before it was absorbed, or is of a lower class.
+  // A character composes with the last starter (class 0) if nothing between the two blocks it: the
+  // character before it was absorbed, or has a lower class.
   std::vector<Decomposed> composed;
   std::size_t starter = 0;
   bool has_starter = false;

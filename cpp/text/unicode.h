@@ -1,4 +1,4 @@
-// What the tokenizers need to know of Unicode: UTF-8, categories, whitespace, NFC.
+// The parts of Unicode that tokenizers need: UTF-8, categories, whitespace, NFC.
 #pragma once
 
 #include <cstddef>
@@ -10,15 +10,15 @@ namespace tda::unicode {
 
 inline constexpr std::string_view replacement = "\uFFFD";
 
-/// The bytes from `at` on: a whole character, or else as many as the start of one has in common
-/// with them, at least 1: what decoders show as one U+FFFD.
+/// The bytes at `at` that form a character, or, if invalid, that decoders replace by one U+FFFD:
+/// the longest start of a character, at least 1 byte.
 struct Sequence {
   std::size_t size;
   bool valid;
 };
 Sequence next_sequence(std::string_view bytes, std::size_t at);
 
-/// Where the first byte stands that is no UTF-8, or npos.
+/// The position of the first byte that is not valid UTF-8, or npos.
 std::size_t find_invalid(std::string_view bytes);
 /// Every invalid sequence replaced by U+FFFD.
 std::string replace_invalid(std::string_view bytes);
@@ -27,7 +27,7 @@ struct Character {
   char32_t code;
   std::size_t size;  // in bytes
 };
-/// The character at `at`, before the end of a text that is valid UTF-8.
+/// The character at `at`, which is before the end of a valid UTF-8 text.
 Character read(std::string_view text, std::size_t at);
 /// The character that ends before `at` > 0.
 Character read_before(std::string_view text, std::size_t at);

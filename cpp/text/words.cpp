@@ -13,8 +13,8 @@ using unicode::is_letter;
 using unicode::is_number;
 using unicode::is_space;
 
-// The patterns, as they stand in files. Alternatives are tried in order at one place; what none
-// matches can't be: the last ones take every character.
+// The patterns as files have them. Alternatives are tried in order at each position; the last ones
+// match every character, so that one always matches.
 constexpr std::string_view gpt2 =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 constexpr std::string_view llama3 =
@@ -37,7 +37,7 @@ bool is_prefix(char32_t c) {
   return !is_newline(c) && !is_letter(category(c)) && !is_number(category(c));
 }
 
-/// A place in the text that moves on while things match.
+/// A position in the text that advances over matches.
 class Scanner {
  public:
   Scanner(std::string_view text, std::size_t at) : text_(text), at_(at) {}
@@ -54,7 +54,7 @@ class Scanner {
     at_ += character.size;
     return true;
   }
-  /// At most `most`; how many.
+  /// Advances over at most `most` of them; returns how many.
   template <class Matches>
   int skip(Matches matches, int most = -1) {
     int count = 0;
@@ -86,7 +86,7 @@ std::size_t contraction(std::string_view text, std::size_t at, bool any_case) {
   return any_case && text.substr(at + 1).starts_with("ſ") ? 3 : 0;
 }
 
-/// \s+(?!\S)|\s+ : a run of spaces, but its last one belongs to the word behind it.
+/// \s+(?!\S)|\s+ : a run of spaces, without its last one if a word follows.
 std::size_t spaces(std::string_view text, std::size_t at) {
   Scanner scanner(text, at);
   const int count = scanner.skip(is_space);
@@ -103,7 +103,7 @@ std::size_t lines(std::string_view text, std::size_t at) {
   return end - at;
 }
 
-/// ` ?` and then one or more that match, and then any number of `ends`; 0 if there are none.
+/// ` ?`, then one or more that match, then any number of `ends`; 0 if none match.
 template <class Matches, class Ends>
 std::size_t spaced(std::string_view text, std::size_t at, Matches matches, Ends ends) {
   Scanner scanner(text, at);
@@ -115,7 +115,7 @@ std::size_t spaced(std::string_view text, std::size_t at, Matches matches, Ends 
 
 bool nothing(char32_t) { return false; }
 
-/// What Llama 3, Qwen 2 and Mistral have in common after their letters.
+/// The common end of the patterns of Llama 3, Qwen 2 and Mistral, after their letters.
 template <class Ends>
 std::size_t rest(std::string_view text, std::size_t at, int digits, Ends ends) {
   Scanner scanner(text, at);
@@ -144,8 +144,8 @@ bool is_tail(char32_t code) {
   return c == Category::lower || c == Category::letter || c == Category::mark;
 }
 
-/// [heads]*[tails]+, where many characters are both: the heads take all they can, and give back
-/// only if no tail is left; 0 if there is none at all.
+/// [heads]*[tails]+, where many characters are both: heads are greedy and give back only if no tail
+/// is left; 0 if there is no tail.
 std::size_t camel(std::string_view text, std::size_t at) {
   Scanner scanner(text, at);
   scanner.skip(is_head);

@@ -1,5 +1,5 @@
-// Where a text is cut into words: the regular expressions that occur in the LLaMA family, each
-// matched by hand. Every function gives the length of the first word of a text that is not empty.
+// Splits a text into words: hand-written matchers for the regular expressions of the LLaMA family.
+// Every function returns the length of the first word of a text that is not empty.
 #pragma once
 
 #include <cstddef>
@@ -8,15 +8,15 @@
 
 namespace tda {
 
-/// Size in bytes of the word that begins at `at`, > 0.
+/// Size in bytes of the word that starts at `at`, > 0.
 using WordSize = std::size_t (*)(std::string_view text, std::size_t at);
 
-/// The cut that a regular expression stands for, or null.
+/// The matcher of a regular expression, or null if there is none.
 WordSize find_words(std::string_view pattern);
-/// For messages: what find_words knows.
+/// The names that find_words knows, for messages.
 std::string known_patterns();
 
-/// GPT-2's, which the byte-level pre-tokenizer has built in.
+/// GPT-2's pattern, which the byte-level pre-tokenizer has built in.
 std::size_t gpt2_word(std::string_view text, std::size_t at);
 
 }  // namespace tda
