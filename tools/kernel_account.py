@@ -1,7 +1,7 @@
-"""What the CUDA kernels take, from the compiler: registers, spills, blocks that fit on a processor.
+"""Resource usage of the CUDA kernels as reported by nvcc: registers, spills, blocks per processor.
 
-Compiles every kernel for sm_80 and sm_90, fails if one spills registers to memory, and compares
-with the table in cuda/README.md: --write renews it.
+Compiles every kernel for sm_80 and sm_90, fails if one spills registers, and compares with the
+table in cuda/README.md, which --write updates.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ BEGIN, END = "<!-- by tools/kernel_account.py -->", "<!-- end -->"
 SOURCES = sorted(
     path.name for path in (ROOT / "cuda").glob("*.cu") if "_kernel" in path.read_text()
 )
-# Of a processor: shared memory that blocks may take, in bytes.
+# Shared memory per multiprocessor that blocks may use, in bytes.
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
-# The shape at which shared memory and blocks are stated: Llama-2-7B on 132 processors.
+# The shape for which shared memory and blocks are given: Llama-2-7B on 132 multiprocessors.
 HIDDEN, NEURONS, HEAD_DIM, PROCESSORS = 4096, 11008, 128, 132
 GROUPS = max(1, min(64, 2 * PROCESSORS // (HIDDEN // 256)))
 
@@ -36,7 +36,7 @@ def attend_shared(heads: int) -> int:
 
 
 def launch(kernel: str) -> tuple[int, int]:
-    """Threads of a block and its shared memory in bytes, as the launches in cuda/*.cu have them."""
+    """Threads per block and shared memory in bytes, as launched in cuda/*.cu."""
     name, _, arguments = kernel.partition("<")
     arguments = arguments.rstrip(">").split(", ")
     vector = 4 * (HIDDEN + 8)
@@ -104,7 +104,7 @@ def plain(mangled: str) -> str:
 
 
 def usage(log: str) -> dict[str, tuple[int, int]]:
-    """Per kernel its registers and the bytes it spills or keeps on a stack."""
+    """Per kernel: registers, and bytes spilled or on a stack."""
     found = {}
     for part in log.split("Compiling entry function '")[1:]:
         mangled = part.partition("'")[0]
@@ -141,7 +141,7 @@ def table(kernels: dict[int, dict[str, tuple[int, int]]], version: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="renew the table in cuda/README.md")
+    parser.add_argument("--write", action="store_true", help="update the table in cuda/README.md")
     args = parser.parse_args()
     nvcc = find_nvcc()
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -161,13 +161,13 @@ def main() -> None:
         if spilled
     ]
     if spilling:
-        sys.exit("kernels that spill registers or keep a stack:\n" + "\n".join(spilling))
+        sys.exit("kernels that spill registers or use a stack:\n" + "\n".join(spilling))
     before, _, rest = README.read_text().partition(BEGIN)
     stored, _, after = rest.partition(END)
     if args.write:
         README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
     elif f"nvcc {version};" not in stored:
-        print(f"{README.name}'s table is of another compiler: not compared")
+        print(f"{README.name}'s table is from another compiler version: not compared")
     elif stored.strip() != text:
         sys.exit("cuda/README.md's table is out of date: tools/kernel_account.py --write")
 

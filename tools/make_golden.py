@@ -1,8 +1,8 @@
-"""Writes tests/golden: what transformers, in f32, says that our tests compare with.
+"""Writes tests/golden: transformers' results in f32, with which our tests compare.
 
 usage: make_golden.py [--check]
 
---check makes everything again and compares it with the files instead. Needs torch, transformers
+--check computes everything again and compares it with the files instead. Needs torch, transformers
 and models/SmolLM2-135M-Instruct (see demo_model.py).
 
     inputs.json            written by hand: prompts, a text, strings
@@ -33,12 +33,12 @@ sys.path.insert(0, str(ROOT / "tests" / "python"))
 import tiny  # noqa: E402
 
 PREFILL_POSITIONS = [0, 40, 79]
-PROMPT_TOKENS = 24  # of the tiny text; the rest is decoded
+PROMPT_TOKENS = 24  # of the tiny models' text; the rest is decoded
 DECODE_POSITIONS = [33, 79]
 GREEDY_TOKENS = 64
-SMALLEST_GAP = 1e-3  # below this, identity of tokens would rest on rounding
+SMALLEST_GAP = 1e-3  # below this, rounding could change a greedy token
 TEXT_TOKENS = 300
-TOLERANCE = 1e-4  # in logits, between machines
+TOLERANCE = 1e-4  # in logits, for differences between machines
 
 
 def load(folder: Path):
@@ -127,7 +127,7 @@ def make() -> dict[str, dict | list]:
 def write(path: Path, content: dict | list) -> None:
     if path.suffix == ".npz":
         np.savez_compressed(path, **content)
-    else:  # one entry a line
+    else:  # one entry per line
         lines = ",\n".join(json.dumps(entry) for entry in content)
         path.write_text(f"[\n{lines}\n]\n")
 

@@ -1,5 +1,5 @@
-"""Writes a Hugging Face checkpoint of a real model's shape with random bf16 weights, and no
-tokenizer: what speed is measured on where the real one cannot be had.
+"""Writes a Hugging Face checkpoint of a real model's shape with random bf16 weights and no
+tokenizer, to measure speed where the real model is not available.
 
 usage: random_model.py FOLDER [--shape NAME] [--seed N]
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-STD = 0.02  # of all matrices, small enough that no activation grows large; norms are 1
+STD = 0.02  # of all matrices, small enough to keep activations small; norms are 1
 
 # hidden, FFN, layers, heads, KV heads, vocabulary, tied embeddings, context in tokens, RoPE base
 SHAPES = {
@@ -68,7 +68,7 @@ def shapes_of_tensors(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """The bits, rounded to nearest even; values: f32, finite."""
+    """bf16 bits, rounded to nearest even. values: f32, finite."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
@@ -89,7 +89,7 @@ def write_weights(
     shapes: dict[str, tuple[int, ...]],
     values: Callable[[str, tuple[int, ...]], np.ndarray],
 ) -> int:
-    """values(name, shape): bf16 bits; one tensor in memory at a time. Returns the number of
+    """values(name, shape): bf16 bits. Holds one tensor in memory at a time. Returns the number of
     weights."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -115,7 +115,7 @@ def write_model(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="is made")
+    parser.add_argument("folder", type=Path, help="to create")
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Writes cpp/text/unicode_tables.inc: categories as the tokenizers' patterns ask for them, and NFC.
+"""Writes cpp/text/unicode_tables.inc: the categories that the tokenizers' patterns use, and NFC.
 
 pip install unicodedata2==16.0.0 tokenizers, then: python tools/unicode_tables.py
 
-Categories are those of Unicode 16, as in the regular expressions of `tokenizers`. Its NFC is that
-of an older Unicode: what it leaves alone is left alone here.
+The categories are those of Unicode 16, as in the regular expressions of `tokenizers`. Its NFC has
+an older Unicode version: characters that it does not change are not changed here either.
 """
 
 import textwrap
@@ -36,12 +36,12 @@ def runs(values: Iterable[tuple[int, int]]) -> list[int]:
 
 
 def combining_class(character: str) -> int:
-    """0 if the library does not know the character as a combining one."""
+    """0 if the library does not treat the character as combining."""
     value = unicodedata2.combining(character)
-    after = f"q\u0301{character}"  # class 230 before it,
-    before = f"q{character}\u0334"  # class 1 behind it
+    after = f"q\u0301{character}"  # after a mark of class 230
+    before = f"q{character}\u0334"  # before a mark of class 1
     moves = nfd(after) != after or nfd(before) != before or value in (1, 230)
-    if value in (1, 230):  # those two can't move across themselves
+    if value in (1, 230):  # marks of equal class do not reorder, so these need another probe
         probe = f"q\u0323{character}" if value == 1 else f"q{character}\u0323"
         moves = nfd(probe) != probe
     return value if moves else 0

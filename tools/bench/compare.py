@@ -1,12 +1,11 @@
-"""Prefill and decode speed beside peers, interleaved in one run, with the memory read roof.
+"""Compares prefill and decode speed with peers, interleaved in one run, with the memory bandwidth.
 
 usage: compare.py MODEL_FOLDER [--weights bf16 --weights int8] [--tda error=0.1] [--gguf FILE]...
 
-Peers are transformers, CTranslate2 and, on the GGUF files given (make_gguf.py makes them),
-llama.cpp: whichever is installed. Each runner has a process of its own, which is stopped while
-others are measured, since OpenMP's threads spin on. Every round measures the roof and then all
-runners, one after the other; what is printed are medians over the rounds, and for ratios the median
-of the rounds' ratios.
+Peers are those installed of transformers, CTranslate2 and, with GGUF files (see make_gguf.py),
+llama.cpp. Each runner has its own process, which is suspended while others are measured, because
+OpenMP threads keep spinning. Every round measures the read bandwidth and then all runners in turn.
+Prints medians over the rounds, and for ratios the median of the rounds' ratios.
 """
 
 import argparse
@@ -45,7 +44,7 @@ Measure = Callable[[], Measured]
 
 @dataclass(frozen=True)
 class Task:
-    """What all runners do. prompt, new: in tokens."""
+    """The interface of all runners. prompt, new: in tokens."""
 
     folder: str
     prompt: int
@@ -110,7 +109,7 @@ def ctranslate2_runner(task: Task) -> Measure:
     import torch
 
     class Numbers:
-        """A tokenizer's part in the conversion: every token's text is its id."""
+        """A tokenizer for the converter: every token's text is its id."""
 
         bos_token, eos_token, unk_token = "1", "2", "0"
 
@@ -121,7 +120,7 @@ def ctranslate2_runner(task: Task) -> Measure:
         def load_tokenizer(self, *_: object, **__: object) -> Numbers:
             return Numbers()
 
-    torch.set_num_threads(1)  # it only loads, and would leave threads that spin
+    torch.set_num_threads(1)  # torch only loads here; more threads would keep spinning
     config, prompt = task.config(), [str(i) for i in task.ids()]
     with tempfile.TemporaryDirectory() as folder:
         Converter(task.folder).convert(folder, quantization="int8", force=True)
@@ -151,7 +150,7 @@ def ctranslate2_runner(task: Task) -> Measure:
 def llamacpp_runner(task: Task, file: str) -> Measure:
     import ctypes
 
-    os.environ["OMP_WAIT_POLICY"] = "active"  # OpenMP reads it once; slows CTranslate2 down
+    os.environ["OMP_WAIT_POLICY"] = "active"  # read once by OpenMP; would slow CTranslate2 down
     import llama_cpp as api
     from gguf import GGUFReader
 
@@ -195,7 +194,7 @@ def llamacpp_runner(task: Task, file: str) -> Measure:
 
 
 class Runner:
-    """A runner's process, stopped except while it measures. kind: what it is compared by."""
+    """A runner's process, suspended except while measuring. Runners of one kind are compared."""
 
     def __init__(self, name: str, kind: str | None, make: Callable, *arguments: object) -> None:
         self.name, self.kind, self.is_ours = name, kind, make is tdaengine_runner
@@ -234,7 +233,7 @@ class Runner:
 def serve(pipe: Connection, make: Callable, arguments: tuple) -> None:
     try:
         measure = make(*arguments)
-    except Exception as error:  # whatever a peer raises: it is left out
+    except Exception as error:  # a peer that fails in any way is left out
         pipe.send(f"{type(error).__name__}: {error}")
         return
     pipe.send(None)
@@ -342,7 +341,7 @@ def main() -> None:
             for runner in runners:
                 runner.measure()
     for runner in runners:
-        del runner.rounds[0]  # it warmed up
+        del runner.rounds[0]  # warm-up
     print(f"{Path(args.model).resolve().name}, {args.prompt} prompt + {args.new} new tokens")
     print(f"{machine()}; {os.cpu_count()} CPUs, {args.threads} threads")
     print(f"{versions()}\n")

@@ -1,6 +1,6 @@
-// Decoding on device cuda without a checkpoint, Python or PyTorch: models of known shapes whose
-// layers all have the same random weights, each layer a copy of its own on the device. Dense and
-// under masks, by turns, with the read roof of the same run. Results mean nothing, times do.
+// Measures decoding on a GPU without a checkpoint, Python or PyTorch: models of known shapes with
+// random weights, the same in every layer but with a device copy per layer. Dense and with masks in
+// turn, and the read bandwidth in the same run. Only the times mean anything.
 //   build/bench_decode SHAPE [new tokens 96] [context 32] [rounds 5]     bf16, greedy
 #include <cuda_runtime.h>
 #include <tda/error.h>
@@ -55,10 +55,10 @@ __global__ void read_kernel(const uint4* data, std::size_t count, unsigned* out)
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum ^= words[k].x ^ words[k].y ^ words[k].z ^ words[k].w;
   }
-  if (sum == 1) *out = sum;  // so that it is read at all
+  if (sum == 1) *out = sum;  // keeps the compiler from removing the reads
 }
 
-/// Bytes per second of reading 8 GB, the best of some times.
+/// Bytes per second of reading 8 GB, best of several runs.
 double read_roof() {
   constexpr std::size_t kBytes = std::size_t{8} << 30;
   uint4* data = nullptr;
@@ -124,7 +124,7 @@ std::shared_ptr<const Model> make_model(const Shape& s) {
   return model;
 }
 
-/// The share of the neurons, evenly spread and not side by side.
+/// This share of the neurons, evenly spread.
 std::vector<std::int32_t> spread(std::int64_t neurons, double share) {
   std::vector<std::int32_t> kept;
   for (std::int64_t j = 0; j < neurons; ++j)

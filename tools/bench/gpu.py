@@ -1,10 +1,10 @@
 """Checks and measures device cuda on a machine that has a GPU; tools/bench/gpu.sh runs it.
 
-    gpu.py tiny              a tiny model through everything, quickly: for compute-sanitizer
-    gpu.py check             CUDA against the CPU, and against itself
-    gpu.py bench [SHAPE]...  random weights of these shapes, with the read roof and peers in one run
+    gpu.py tiny              runs every feature on a tiny model: for compute-sanitizer
+    gpu.py check             compares CUDA with the CPU, and repeated runs with each other
+    gpu.py bench [SHAPE]...  random weights of these shapes, with bandwidth and peers in one run
 
---device cpu rehearses it all without a GPU.
+--device cpu tries all this without a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import tiny  # noqa: E402
 from tdaengine import TDA, Engine, GenerateOptions, OptionError  # noqa: E402
 
 SHARES = (0.75, 0.5, 0.25)
-LARGEST = {"f32": 1e-3, "bf16": 0.3}  # differences of logits; their size is 3
+LARGEST = {"f32": 1e-3, "bf16": 0.3}  # allowed differences of logits, which are about 3
 TOKENS, SAME = 64, 100  # tokens compared with the CPU's; generations compared with each other
 
 
@@ -41,8 +41,8 @@ def prompt(engine: Engine, length: int) -> list[int]:
 
 @contextmanager
 def model_folder(shape: str, device: str, seed: int = 1) -> Iterator[tuple[Path, dict]]:
-    """A checkpoint with random weights, and these weights; made on the device, since NumPy would
-    take minutes."""
+    """A checkpoint with random weights, and the weights, which are generated on the device because
+    NumPy would take minutes."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
@@ -91,7 +91,7 @@ def run_tiny(device: str) -> None:
 
 
 def largest_difference(model: Path, device: str, weights: str, tokens: list[int]) -> float:
-    """Of logits, prefilled and decoded."""
+    """The largest difference between logits, prefilled and decoded."""
     rows = []
     for on in (device, "cpu"):
         engine = Engine(model, device=on, weights=weights, max_context=tiny.CONTEXT)
@@ -157,7 +157,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def read_roof(device: str, gigabytes: float) -> float:
-    """Bytes per second of a reduction."""
+    """Bytes per second of a sum over a large tensor."""
     import torch
 
     data = torch.ones(int(gigabytes * 2**30 / 4), device=device)
@@ -166,7 +166,7 @@ def read_roof(device: str, gigabytes: float) -> float:
 
 
 class Bench:
-    """All that is measured at one shape: per name tokens/s of each round, and bytes per token."""
+    """The measurements at one shape: per name tokens/s of each round, and bytes per token."""
 
     def __init__(self, args: argparse.Namespace, deadline: float) -> None:
         self.device, self.new, self.rounds = args.device, args.new, args.rounds
@@ -197,7 +197,7 @@ class Bench:
                         self.speeds.setdefault(name, []).append(speed)
 
     def _gate(self, engine: Engine, peer: object) -> None:
-        """Speed counts only where results agree: both in bf16, on the same weights."""
+        """Speeds are comparable only if the results agree: both in bf16, with the same weights."""
         tokens = prompt(engine, 32)
         ours, theirs = engine.logits(tokens)[-1], peer.logits(tokens)
         difference, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
@@ -225,7 +225,7 @@ class Bench:
                 try:
                     work = peer.decode_loop(context, self.new)
                     measured[name] = self.new / seconds(work, self.device)
-                except Exception as error:  # whatever PyTorch raises: the peer is left out
+                except Exception as error:  # a peer that fails in any way is left out
                     del peers[peer_name]
                     self.notes.append(f"{peer_name} left out: {type(error).__name__}: {error}")
                     continue

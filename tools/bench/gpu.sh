@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All that waits for a GPU, in under 9 minutes, on a bare machine with nvcc, PyTorch, a GPU and no
-# network: builds, runs the suite and compute-sanitizer on device cuda, compares with the CPU,
-# measures beside the read roof and peers. From the repository's root:
-#   tools/bench/gpu.sh --prepare [3.12]   before, with network: wheels for that Python, build/wheels
-#   tools/bench/gpu.sh [SHAPE]...         on the machine; shapes of tools/random_model.py
-#   tools/bench/gpu.sh --rehearse         without a GPU: what .venv holds, on device cpu, tiny shapes
-# Everything lands in $OUT (default build/gpu): logs, and RESULTS-gpu.md for tools/bench. LIMIT: the
-# seconds it may take; BENCH: options of gpu.py bench.
+# All checks and measurements that need a GPU, in under 9 minutes, on a machine with nvcc, PyTorch, a
+# GPU and no network: builds, runs the tests and compute-sanitizer on device cuda, compares with the
+# CPU, measures speed, read bandwidth and peers. From the repository's root:
+#   tools/bench/gpu.sh --prepare [3.12]   first, with network: wheels for that Python, build/wheels
+#   tools/bench/gpu.sh [SHAPE]...         on the GPU machine; shapes of tools/random_model.py
+#   tools/bench/gpu.sh --rehearse         without a GPU: the build in .venv, device cpu, tiny shapes
+# Writes logs and RESULTS-gpu.md to $OUT (default build/gpu). LIMIT: the seconds it may take; BENCH:
+# options for gpu.py bench.
 set -uo pipefail
 out=${OUT:-build/gpu}
-limit=${LIMIT:-540}  # seconds, all in all
+limit=${LIMIT:-540}  # seconds in total
 failed=0
 device=cuda
 mkdir -p "$out"
@@ -28,7 +28,7 @@ step() {  # name, seconds at most, command: its log is $out/name.log
   [ "$result" = ok ] || tail -5 "$out/$name.log" 2>/dev/null
 }
 
-# Build and test requirements; PyTorch and NumPy are the machine's own.
+# Build and test requirements; PyTorch and NumPy are the machine's.
 packages="scikit-build-core nanobind nlohmann_json cmake ninja numpy safetensors tokenizers
           sentencepiece jinja2 tqdm pytest pytest-xdist gguf protobuf"
 case ${1:-} in
@@ -58,7 +58,7 @@ if [ "$device" = cuda ]; then
   step driver 20 bash -c "PATH=\$PATH:/usr/local/cuda/bin; c++ --version; nvcc --version; python3 --version
     nvidia-smi"
   ((failed)) && echo "this needs a GPU; without one: tools/bench/gpu.sh --rehearse" && exit 1
-  # What python3 has, PyTorch above all, is found from the environment, too: python3 may be one.
+  # Make python3's packages, PyTorch above all, visible in the environment; python3 may be one itself.
   step environment 60 bash -c "python3 -m venv build/gpu-venv &&
     python3 -c 'import site; print(*site.getsitepackages(), sep=\"\\n\")' \
       >\$(echo build/gpu-venv/lib/python3*/site-packages)/outer.pth &&
@@ -73,7 +73,7 @@ if [ "$device" = cuda ]; then
     -R '^engine$'
   "$bin/python" -c 'import xdist' 2>"$out/xdist.log" && tests="$tests -n 8"
 fi
-# Nothing here is about time: all at once.
+# None of these measures time, so they run at once.
 checks=()
 step suite-python 150 "$bin/python" -m pytest -q tests/python --device "$device" $tests &
 checks+=($!)
@@ -89,7 +89,7 @@ shape=smollm2-135m
 step check 90 "$bin/python" tools/bench/gpu.py check "$shape" --device "$device" &
 checks+=($!)
 wait "${checks[@]}"
-grep -q failed "$out/steps.md" && failed=1  # what those in the background set is theirs
+grep -q failed "$out/steps.md" && failed=1  # background jobs cannot set our variable
 step bench "$limit" "$bin/python" tools/bench/gpu.py bench $shapes --device "$device" $bench \
   --seconds "$((limit - SECONDS - 30))"
 

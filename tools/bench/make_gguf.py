@@ -1,5 +1,5 @@
-"""Makes GGUF files for llama.cpp out of a Hugging Face checkpoint of plain llama architecture in
-bf16, without a tokenizer: enough to measure speed, and the same weights everywhere.
+"""Converts a bf16 Hugging Face checkpoint of plain llama architecture to GGUF files for llama.cpp,
+without a tokenizer: enough to measure speed with the same weights.
 
 usage: make_gguf.py MODEL_FOLDER FOLDER [--format BF16 --format Q8_0 --format Q4_0]
 
@@ -36,7 +36,7 @@ BLOCK_PARTS = {
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and bits of all tensors, as maps into the files."""
+    """Names and bits of all tensors, mapped from the files."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -93,7 +93,7 @@ def write_bf16(folder: Path, path: Path) -> None:
 
 
 def quantize(source: Path, path: Path, quantization: str) -> None:
-    """As llama-quantize does it by default."""
+    """The same as llama-quantize by default."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback
@@ -117,7 +117,7 @@ def main() -> None:
     made = {name: args.folder / f"{args.model.resolve().name}.{name}.gguf" for name in FORMATS}
     wanted = args.format or FORMATS[:3]
     keep_bf16 = "BF16" in wanted or made["BF16"].exists()
-    write_bf16(args.model, made["BF16"])  # what the others are made from
+    write_bf16(args.model, made["BF16"])  # the others are converted from this one
     for name in wanted:
         if name != "BF16":
             quantize(made["BF16"], made[name], name)

@@ -1,11 +1,10 @@
-"""Time to the first token of a model, and the memory it takes, each in a fresh process.
+"""Measures time to first token and memory use, each in a fresh process.
 
     python tools/bench/startup.py MODEL [--weights int8] [--prompt-tokens 32] [--rounds 5]
 
-Counted from the moment the package is imported, with token ids for a prompt: the tokenizer is not
-loaded. Peak memory is what the process then has more than at that moment. In the end two processes
-hold the model at the same time: what each of them has of its file's pages for itself, and what they
-share.
+Both are counted from after the import of the package. The prompt is token ids, so no tokenizer is
+loaded. Finally two processes hold the model at the same time, and the script prints how much of the
+file's pages each has for itself and how much they share.
 """
 
 import argparse
@@ -95,7 +94,7 @@ def main() -> None:
     for process in both:
         answer(process)
     for process in both:
-        # The first one leaves last: what it shares is then looked at while both are there.
+        # The first process ends last, so that sharing is measured while both hold the model.
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()

@@ -1,4 +1,4 @@
-"""What PyTorch makes of the same weights on the same device, for tools/bench/gpu.py."""
+"""PyTorch runners with the same weights on the same device, for tools/bench/gpu.py."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def layer_step(
     cache: tuple[torch.Tensor, torch.Tensor],
     weights: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
-    """One token through a layer. x: [1, H]; position: [1]; angles: [S, d]; cache: [kv heads, S, d].
-    Same shapes for every layer, so that it is compiled once."""
+    """One layer for one token. x: [1, H]; position: [1]; angles: [S, d]; cache: [kv heads, S, d].
+    Shapes are the same for every layer, so it is compiled once."""
     norm, qkv, output, ffn_norm, gate_up, down = weights
     keys, values = cache
     kv_heads, _, d = keys.shape
@@ -44,11 +44,11 @@ def layer_step(
 
 
 def recorded(step: Callable[[], object], device: str) -> Callable[[], object]:
-    """The step as one CUDA graph; on other devices as it is."""
+    """The step as one CUDA graph; on other devices unchanged."""
     if device != "cuda":
         return step
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # where the step's tensors are being made
+    stream.wait_stream(torch.cuda.current_stream())  # which computes the step's tensors
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -141,7 +141,7 @@ class Compiled:
 
 
 class Products:
-    """Nothing but the matrices times a vector each, by cuBLAS: a floor for what uses it."""
+    """Only the matrix-vector products, by cuBLAS: a lower bound for runners that use it."""
 
     def __init__(self, compiled: Compiled, device: str) -> None:
         self.bytes = compiled.shape.weight_bytes
@@ -165,7 +165,7 @@ class Products:
 
 
 class Transformers:
-    """generate() with a static cache, which it compiles; random weights of its own."""
+    """generate() with a static cache and its own random weights. It compiles the model."""
 
     def __init__(self, config: dict, device: str) -> None:
         from transformers import AutoModelForCausalLM, LlamaConfig
@@ -178,7 +178,7 @@ class Transformers:
     def decode_loop(self, context: int, new: int) -> Callable[[], None]:
         ids = torch.ones((1, context), device=self.device, dtype=torch.int64)
 
-        def loop() -> None:  # the prompt is in the time: small beside the new tokens
+        def loop() -> None:  # includes the prompt, which is short compared with the new tokens
             self.model.generate(
                 ids, max_new_tokens=new, min_new_tokens=new, do_sample=False,
                 cache_implementation="static", pad_token_id=0,
@@ -191,7 +191,7 @@ class Transformers:
 
 
 def make(config: dict, weights: Weights, device: str, length: int, with_transformers: bool) -> dict:
-    """Peers by name. Takes the weights out of the dict, so that they are there once."""
+    """Peers by name. Moves the weights out of the dict, so that memory holds them once."""
     compiled = Compiled(config, weights, device, length)
     peers = {"torch, compiled": compiled, "matrix products alone": Products(compiled, device)}
     if with_transformers and importlib.util.find_spec("transformers"):
