@@ -8,10 +8,10 @@
 #include <limits>
 #include <memory>
 
-#include "check.h"
-#include "checkpoint/checkpoint.h"
 #include "base/json.h"
 #include "base/size.h"
+#include "check.h"
+#include "checkpoint/checkpoint.h"
 #include "fixtures.h"
 
 namespace {
@@ -125,7 +125,7 @@ TEST(sizes_do_not_wrap_around) {
 TEST(json_within_limits) {
   Folder folder;
   const auto parsed = [](const std::string& text) { return tda::parse_json_object(text, "file"); };
-  const auto nested = [](int levels) {  // with the object itself
+  const auto nested = [](int levels) {  // including the object itself
     return "{\"a\": " + std::string(levels - 1, '[') + std::string(levels - 1, ']') + "}";
   };
   CHECK(parsed(nested(tda::kMaxJsonDepth)).size() == 1);
@@ -195,7 +195,7 @@ TEST(special_files_and_descriptors) {
   write_model(folder, tiny, tensors_of(tiny), "F32");
   {
     const tda::Checkpoint checkpoint(folder.path);
-    CHECK(descriptors() == before + 1);  // a file, however many tensors
+    CHECK(descriptors() == before + 1);  // one file, however many tensors
   }
   CHECK(descriptors() == before);
 
@@ -237,7 +237,7 @@ TEST(checkpoint_joins_shards) {
   Folder single, sharded;
   write_model(single, tiny, tensors, "F32");
   write_shards(sharded, tiny, tensors);
-  // Copies and moves share the files: the views outlive the object they come from.
+  // Copies share the files, so views stay valid after the object they came from is gone.
   auto original = std::make_unique<tda::Checkpoint>(sharded.path);
   const tda::Checkpoint copy = *original;
   original.reset();
@@ -266,7 +266,7 @@ TEST(checkpoint_joins_shards) {
   index(json::object());
   CHECK_THROWS(opened(), CheckpointError, "weight_map is missing or empty");
   sharded.write("model.safetensors", safetensors(tensors, "F32"));
-  CHECK(opened().contains("lm_head.weight"));  // the single file goes first
+  CHECK(opened().contains("lm_head.weight"));  // the single file has priority
 }
 
 TEST(fingerprint_tells_models_apart) {

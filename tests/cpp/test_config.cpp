@@ -61,7 +61,7 @@ TEST(config_joins_end_of_text_tokens) {
   };
   CHECK((eos({{"eos_token_id", {3, 4, 3}}}) == Ids{3, 4}));
   CHECK((eos({{"eos_token_id", 3}}, R"({"eos_token_id": [5, 3]})") == Ids{3, 5}));
-  CHECK((eos(json::object(), R"({"eos_token_id": 5})") == Ids{5}));  // llama's 2 is not meant
+  CHECK((eos(json::object(), R"({"eos_token_id": 5})") == Ids{5}));  // not llama's default, 2
   CHECK((eos(json::object(), R"({"temperature": 1})") == Ids{2}));
   CHECK(eos({{"eos_token_id", nullptr}}).empty());
   CHECK_THROWS(eos({{"eos_token_id", 7}}), CheckpointError, "integer from 0 to 6");

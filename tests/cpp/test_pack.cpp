@@ -97,12 +97,12 @@ TEST(a_folder_serves_several_engines_and_outlives_its_files) {
   check_same(expected, second);
 }
 
-/// How a child process ends that runs `body`: the signal, or 0 if it returns.
+/// Runs `body` in a child process. Returns the signal that ended it, or 0 if it returned.
 template <class Body>
 int signal_of(const Body& body) {
   const pid_t child = ::fork();
   if (child == 0) {
-    std::signal(SIGBUS, SIG_DFL);  // sanitizers have handlers of their own
+    std::signal(SIGBUS, SIG_DFL);  // sanitizers install handlers
     body();
     ::_exit(0);
   }
@@ -125,7 +125,7 @@ TEST(an_engine_folder_may_be_replaced_but_not_cut_short_while_in_use) {
           std::ofstream(file.string() + ".new") << "another";
           fs::rename(file.string() + ".new", file);
         }) == 0);
-  // The rule of File::map, which no reader of a mapping can soften.
+  // The documented limit of File::map, which a reader of a mapping cannot avoid.
   CHECK(after([](const fs::path& file) { fs::resize_file(file, 4096); }) == SIGBUS);
 }
 
@@ -207,7 +207,7 @@ TEST(damaged_weights_are_refused) {
   refuses("No such file");
 }
 
-/// Else fuzzing never passes the first check: run tests/fuzz/make_corpus.py.
+/// Otherwise fuzzing never gets past the first check. To renew: tests/fuzz/make_corpus.py.
 TEST(the_fuzz_corpus_has_engine_folders_of_this_layout) {
   for (const char* format : {"f32", "bf16", "int8", "int4", "bf16c"}) {
     const std::string seed =

@@ -7,8 +7,8 @@
 #include <random>
 #include <set>
 
-#include "check.h"
 #include "base/half.h"
+#include "check.h"
 #include "sparsity/sparsity.h"
 
 using namespace tda;
@@ -102,7 +102,7 @@ struct Case {
     return scores;
   }
 
-  std::vector<float> weights;         // [F, H], the values that `down` stands for
+  std::vector<float> weights;         // [F, H], the values of `down`
   std::vector<std::uint16_t> halves;  // [F, H]
   Matrix down;
   std::vector<FfnSample> samples;
@@ -169,7 +169,7 @@ TEST(search_comes_within_one_percent_of_target) {
     CHECK(error <= target);
     CHECK(error >= 0.99 * target);
   };
-  // Targets at which so many neurons are dropped that one more changes the error little.
+  // Targets that drop so many neurons that one more changes the error little.
   check_close(Tail::gaussian, 0.3);
   check_close(Tail::gaussian, 0.6);
   check_close(Tail::heavy, 0.05);

@@ -164,7 +164,7 @@ TEST(thresholds_save_to_a_bad_place) {
 TEST(thresholds_save_to_an_unwritable_folder) {
   const Folder folder;
   ::chmod(folder.path.c_str(), 0555);
-  const bool root = ::geteuid() == 0;  // may write anywhere: become nobody for a while
+  const bool root = ::geteuid() == 0;  // root can write anywhere, so become nobody meanwhile
   if (root && ::seteuid(65534) != 0) return;
   CHECK_THROWS(example().save(folder.path / "t"), CheckpointError,
                (folder.path / "t").string() + ": cannot be written: Permission denied");
@@ -180,7 +180,7 @@ TEST(thresholds_save_to_a_full_disk) {
   Thresholds large = example();
   large.values.assign(2000, 0.125f);
   large.reached = large.values;
-  // A limit on the size of files fails a write half-way, as a full disk does.
+  // A limit on file sizes makes a write fail halfway, like a full disk.
   rlimit before;
   ::getrlimit(RLIMIT_FSIZE, &before);
   const rlimit small = {.rlim_cur = 1000, .rlim_max = before.rlim_max};

@@ -1,5 +1,5 @@
-// The tokenizer's own rules: what it refuses, invalid UTF-8, streaming, cost. That it gives the ids
-// of the Python libraries is for tests/python/test_cpp_tokenizer.py.
+// Errors, invalid UTF-8, streaming and cost of the C++ tokenizer.
+// tests/python/test_cpp_tokenizer.py compares its ids with the Python libraries'.
 #include <tda/tokenizer.h>
 
 #include <string>
@@ -16,7 +16,7 @@ using tda::CheckpointError;
 using tda::OptionError;
 using Files = std::map<std::string, std::string>;
 
-/// Byte-level: a letter or byte each, "aa", "aaaa" and so on, and special tokens from 1000 on.
+/// Byte-level: single bytes, "aa", "aaaa" and so on, and special tokens from id 1000 on.
 json byte_level() {
   json vocab, merges = json::array();
   for (int byte = 0; byte < 256; ++byte) {
@@ -123,7 +123,9 @@ TEST(ids_that_are_none_are_refused) {
   CHECK_THROWS(bytes().decode(large), OptionError, "ids: found 261, expected 0 to 260");
   CHECK_THROWS(bytes().stream().push(261), OptionError, "token: found 261");
   const Files files = {{"tokenizer.json", byte_level().dump()}};
-  CHECK(tda::Tokenizer::from_bytes(files, "", 512).decode(large).empty());  // the model knows more
+  CHECK(tda::Tokenizer::from_bytes(files, "", 512)
+            .decode(large)
+            .empty());  // the model's vocabulary is larger
   CHECK_THROWS(tda::Tokenizer::from_bytes(files, "", -1), OptionError, "vocab_size: found -1");
 }
 
@@ -139,7 +141,7 @@ TEST(streams_give_whole_characters) {
 }
 
 TEST(long_words_cost_little_more_than_their_length) {
-  // With a quadratic merge these would take minutes.
+  // A quadratic merge would take minutes.
   const std::string word(400'000, 'a');
   CHECK(bytes().encode(word).size() == word.size() / 16);
   CHECK(make_model(small_model).encode(word, false).size() == word.size() + 1);
@@ -268,7 +270,7 @@ TEST(models_that_are_not_supported_are_refused) {
   };
   for (const Case& c : cases) CHECK_THROWS(make_model(c.content), CheckpointError, c.message);
   for (std::size_t size = 0; size < small_model.size(); ++size) try {
-      make_model(small_model.substr(0, size));  // whole pieces are a model, too
+      make_model(small_model.substr(0, size));  // cut between pieces, it is still a valid model
     } catch (const CheckpointError&) {
     }
   CHECK_THROWS(make_model(small_model, {{"added_tokens.json", R"({"x": "y"})"}}), CheckpointError,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the README's C++ program in an empty folder, by find_package and pkg-config against the
-# installed shared and static library and by add_subdirectory, and compares its text with Python's;
-# and once per library the same program with ids in place of text.
+# Builds the README's C++ program in an empty folder with find_package and with pkg-config, against
+# the installed shared and static library, and with add_subdirectory, and compares its text with
+# Python's. Per library it also does so for the same program with ids instead of text.
 # From the repository's root, after `make build`, `make model` and `.venv/bin/pip install pkgconf`.
 set -euo pipefail
 bin=$PWD/.venv/bin
@@ -20,13 +20,13 @@ ids='s/text\.push(token)/token << " "/; s/text\.flush()/""/'
 
 sed -n '/^```cpp$/,/^```$/{/^```/d;p}' README.md | diff - tests/embed/main.cpp
 
-check() {  # how, program, what, as Python has it
+check() {  # how, program, what, Python's result
   found=$("$2" | sed 's/ *$//')
   [ "$found" = "$4" ] || { printf '%s: found %s\nexpected %s\n' "$1" "$found" "$4"; exit 1; }
   echo "$1: the same $3 as Python"
 }
 
-project() {  # how, what CMakeLists.txt has in place of find_package or "", options for cmake
+project() {  # how, what replaces find_package in CMakeLists.txt or "", options for cmake
   rm -rf "$work/program"
   mkdir -p "$work/program"
   cp tests/embed/main.cpp "$work/program"

@@ -1,10 +1,10 @@
-// config.json, and behind a zero byte, if there is one, generation_config.json.
+// config.json, optionally followed by a zero byte and generation_config.json.
 #include <cmath>
 
-#include "checkpoint/checkpoint.h"
-#include "base/json.h"
-#include "fuzz.h"
 #include "backend/rope.h"
+#include "base/json.h"
+#include "checkpoint/checkpoint.h"
+#include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text = fuzz::text(data, size);

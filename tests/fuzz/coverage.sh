@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Which lines of the checkpoint room (and of the files and JSON it stands on) its C++ tests and the kept corpus run: a table, the lines they
-# miss, and failure below 95 per cent.
+# Line coverage of cpp/checkpoint, and of the file and JSON code under it, by its C++ tests and the
+# kept corpus: prints a table and the lines missed, and fails below 95 per cent.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=$PWD/.venv/bin build=build/coverage
@@ -14,7 +14,7 @@ find $build -name '*.gcda' -delete
 "$bin/ctest" --test-dir $build -R '^(checkpoint|config|load|pack|thresholds|fuzz_.*)$' >>$build/log ||
   { cat $build/log; exit 1; }
 
-# A header's lines count as run if any source file has run them.
+# A line of a header counts as covered if any source file covers it.
 gcov -t -r -s "$PWD" $build/CMakeFiles/tdaengine.dir/cpp/{base,checkpoint}/*.gcda 2>/dev/null | awk -F: '
   $2 + 0 == 0 && $3 == "Source" { file = $4 }
   file ~ /^cpp\/(checkpoint\/|base\/(file|atomic_file|json|size))/ && $2 + 0 > 0 && $1 !~ /-$/ {

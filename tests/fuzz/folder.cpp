@@ -1,5 +1,4 @@
-// A folder, packed or not: config.json up to the first zero byte, model.safetensors behind it. What
-// loads must generate.
+// A folder, packed or not: config.json, a zero byte, model.safetensors. What loads must generate.
 #include <tda/engine.h>
 
 #include <fstream>
@@ -32,7 +31,7 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     engine.emplace(folder.path, tda::EngineOptions{.threads = 1, .max_context = 16});
   });
   if (!engine) return 0;
-  return fuzz::outcome_of("logits", [&] {  // which need not be finite
+  return fuzz::outcome_of("logits", [&] {  // they may be NaN or infinite
     const tda::Token prompt[] = {0, 0};
     engine->generate(prompt, {.max_new_tokens = 2, .ignore_eos = true});
   });

@@ -1,6 +1,6 @@
-// What fuzz targets share. A target takes `data` for the file it is named after and drives on as
-// far as that is valid. Whatever the file, the outcome is a result or a tda::Error, whose message
-// is short, plain text and says what was expected.
+// Shared by the fuzz targets. A target uses `data` as the file it is named after and goes on as
+// long as that is valid. For any file the outcome must be a result or a tda::Error with a short,
+// plain message that says what was expected.
 #pragma once
 
 #include <sys/mman.h>
@@ -23,14 +23,14 @@ inline std::string_view text(const std::uint8_t* data, std::size_t size) {
   return {reinterpret_cast<const char*>(data), size};
 }
 
-/// Stops the fuzzer: what must hold does not.
+/// Reports a violated property and stops the fuzzer.
 inline void require(bool good, const char* what, const std::string& found) {
   if (good) return;
   std::fprintf(stderr, "%s: %s\n", what, found.c_str());
   std::abort();
 }
 
-/// `file`: what messages must name.
+/// file: the name that messages must contain.
 template <class Body>
 int outcome_of(const std::string& file, const Body& body) {
   try {

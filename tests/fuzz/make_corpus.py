@@ -1,7 +1,7 @@
-"""Writes the seeds of the fuzz targets: tiny valid files, and variants that take other ways.
+"""Writes the seeds of the fuzz targets: tiny valid files, and variants that reach other code.
 
-tests/fuzz/run.sh merge adds what fuzzing finds beyond them, under names that are hashes. To be run
-again, with the package installed, when the layout of engine folders changes.
+`tests/fuzz/run.sh merge` adds what fuzzing finds, in files named by hashes. Run this script again,
+with the package installed, when the layout of engine folders changes.
 """
 
 import io
@@ -87,7 +87,7 @@ def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
 
 
 def weights(config: dict, dtype: str) -> bytes:
-    """Every tensor the config asks for; the values repeat 0.5, -1, 2."""
+    """Every tensor that the config requires; the values repeat 0.5, -1, 2."""
     number = {"F32": "<f", "F16": "<e", "BF16": None}[dtype]
     heads, kv, hidden = (
         config[k] for k in ("num_attention_heads", "num_key_value_heads", "hidden_size")

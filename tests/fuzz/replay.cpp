@@ -1,4 +1,4 @@
-// main of a fuzz target in builds without libFuzzer: runs the files, or those of folders, given.
+// main() of a fuzz target in builds without libFuzzer: runs the given files and folders of files.
 #include <fstream>
 #include <iterator>
 #include <vector>

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the fuzz targets with clang and runs each for SECONDS from the kept corpus, two at a time.
-# What they find stays in build/fuzz/grown/TARGET, inputs that fail in build/fuzz/TARGET-*.
+# New inputs are kept in build/fuzz/grown/TARGET, failing ones in build/fuzz/TARGET-*.
 #   tests/fuzz/run.sh [SECONDS=60] [TARGET...]
-#   tests/fuzz/run.sh merge         adds what has grown to the kept corpus, as far as it covers more
+#   tests/fuzz/run.sh merge         adds the new inputs that increase coverage to the kept corpus
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD bin=$PWD/.venv/bin seconds=${1:-60}
@@ -19,7 +19,7 @@ mkdir -p build/fuzz
 cd build/fuzz
 
 options=(-max_len=16384 -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=1024 -verbosity=0 -print_final_stats=1)
-# The last two: half the time would go there.
+# The last two options: with their defaults they would take half the time.
 export ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=0:malloc_context_size=5
 if [ "$seconds" = merge ]; then
   for target in "${targets[@]}"; do

@@ -1,4 +1,4 @@
-// A safetensors file; valid ones are read to the last byte.
+// A safetensors file; of valid ones every byte is read.
 #include <vector>
 
 #include "checkpoint/checkpoint.h"

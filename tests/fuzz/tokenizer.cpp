@@ -1,6 +1,6 @@
-// tokenizer.json, or, if it does not begin like JSON, tokenizer.model. What loads also encodes and
-// decodes. That a stream's pieces add up to the decoded text is not asked here: decoders of damaged
-// files may look across tokens in ways that no real one does.
+// tokenizer.json, or tokenizer.model if the data does not start like JSON. What loads must encode
+// and decode. Streaming is not compared with decoding here: decoders from damaged files may depend
+// on neighbouring tokens in ways that no real one does.
 #include <tda/tokenizer.h>
 
 #include "fuzz.h"

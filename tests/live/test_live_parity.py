@@ -1,4 +1,4 @@
-"""The engine and transformers side by side, on checkpoints that transformers saved."""
+"""Compares the engine with transformers on checkpoints that transformers saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from tdaengine import Engine
 from tdaengine.convert import convert
 
-LENGTH = 100  # tokens; beyond the original context of every kind of scaled RoPE
+LENGTH = 100  # tokens; longer than the original context of every kind of scaled RoPE
 PROMPT = 20
-TOLERANCE = 1e-4  # in logits, whose size is about 3
+TOLERANCE = 1e-4  # in logits, which are about 3
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 
 
 def random_model(name: str) -> PreTrainedModel:
-    """With transformers' own initialisation, but for what that would leave without effect."""
+    """A model initialised by transformers, except parameters that would then have no effect."""
     config = AutoConfig.for_model(**{**tiny.BASE, **tiny.VARIANTS[name].config})
     config.initializer_range = 0.2
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def random_model(name: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module", params=tiny.VARIANTS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """transformers and the engine on what transformers saved."""
+    """transformers and the engine, loaded from what transformers saved."""
     variant = tiny.VARIANTS[request.param]
     folder = tmp_path_factory.mktemp("live") / request.param
     storage = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -56,7 +56,7 @@ def test_prefill(pair: tuple[PreTrainedModel, Engine]):
         tokens = sample(model, seed)
         expected = model(torch.tensor([tokens])).logits[0].numpy()
         assert np.abs(engine.logits(tokens) - expected).max() <= TOLERANCE
-        assert expected.std() > 0.5  # else the tolerance would say little
+        assert expected.std() > 0.5  # else the tolerance would be loose
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def test_generate(pair: tuple[PreTrainedModel, Engine]):
     gaps = [scores[0].topk(2).values.diff().abs().item() for scores in out.scores]
     expected = out.sequences[0, PROMPT:].tolist()
     assert len(expected) == 40
-    # Up to the first near tie, where rounding may choose.
+    # Up to the first near tie, where rounding may decide.
     sure = next((i for i, gap in enumerate(gaps) if gap < 10 * TOLERANCE), len(gaps))
     assert sure > 0
     found = engine.generate(prompt, max_new_tokens=40, ignore_eos=True).token_ids

@@ -1,4 +1,4 @@
-"""Prints the Python snippet of README.md, which tests/packaging/run.sh runs as it stands."""
+"""Prints the first Python example of README.md, which tests/packaging/run.sh runs unchanged."""
 
 import re
 from pathlib import Path

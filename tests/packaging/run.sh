@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The sdist, the wheel made from it, and what a user has after installing that in a bare environment
-# elsewhere: the README's Python snippet, and types that mypy --strict accepts.
-# Needs the demo model; takes git's word for what belongs into an sdist.
+# Builds the sdist and from it the wheel, checks their contents against git's list of files, installs
+# the wheel in an empty environment, and runs the README's Python example and mypy --strict there.
+# Needs the demo model.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/../.." && pwd)
 place=$(mktemp -d)

@@ -1,9 +1,9 @@
-"""Thousands of short generations with changing options in one process: memory, file descriptors
-and threads stay where they are, and every result is that of the first run of the same options.
+"""Runs thousands of short generations with changing options in one process: memory, file
+descriptors and threads must not grow, and equal options must give equal results.
 
     python tests/soak/soak.py --generations 10000
 
-Prints one line a thousand generations; exit code 1 and what grew or differed otherwise.
+Prints a line every thousand generations. Exits with 1 and names what grew or differed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from conftest import write_checkpoint
 
 from tdaengine import TDA, Engine
 
-# MiB from the first tenth of the run to its end: of 10,000 generations, 175 bytes for each.
+# Allowed growth in MiB after the first tenth of the run: 175 bytes for each of 10,000 generations.
 GROWTH = 1.5
 PROMPTS = ("The sky is", "A longer prompt, of which the mask is made. ", [1, 7, 30, 9] * 12)
 ENGINES = (
@@ -61,13 +61,13 @@ def tda_settings(engine: Engine) -> Iterator[TDA | None]:
 
 
 def resident() -> float:
-    """MiB of this process in memory."""
+    """This process's resident memory in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def held() -> tuple[int, int]:
-    """File descriptors, threads."""
+    """How many file descriptors and threads are open."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
@@ -98,7 +98,7 @@ class Soak:
         which, tda, prompt, sampling, stop = self.settings[key]
         options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, **sampling}
         stream = self.engines[which].stream(prompt, tda=tda, stop=stop, **options)
-        if self.random.random() < 0.1:  # a reader that goes away
+        if self.random.random() < 0.1:  # a reader that stops early
             next(stream, None)
             stream.cancel()
             return
@@ -107,7 +107,7 @@ class Soak:
         out = stream.output
         result = hash((tuple(out.token_ids), out.text, out.finish_reason))
         if self.first.setdefault(key, result) != result:
-            sys.exit(f"{self.settings[key]}: found {out}, another result than the first time")
+            sys.exit(f"{self.settings[key]}: found {out}, expected the result of the first run")
 
 
 def main() -> int:

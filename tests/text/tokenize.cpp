@@ -1,8 +1,8 @@
-// tokenize FOLDER: answers requests, one JSON object a line, by the C++ tokenizer of FOLDER.
+// tokenize FOLDER: answers requests, one JSON object per line, with the C++ tokenizer of FOLDER.
 //   {"encode": TEXT, "special": BOOL} -> [ID, ...]
 //   {"decode": [ID, ...], "special": BOOL} -> TEXT
-//   {"stream": [ID, ...]} -> [PIECE, ...]    of every push, and of flush
-// For tests/python/test_cpp_tokenizer.py. An error ends the program: its message is the last line.
+//   {"stream": [ID, ...]} -> [PIECE, ...]    from each push() and from flush()
+// For tests/python/test_cpp_tokenizer.py. An error ends the program, with its message as last line.
 #include <tda/tokenizer.h>
 
 #include <iostream>
