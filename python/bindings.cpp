@@ -1,5 +1,5 @@
-// tdaengine._native: the public C++ headers in Python, one to one. Structs of options are made from
-// keyword arguments that carry the C++ field names.
+// tdaengine._native: the public C++ headers in Python, one to one. Option structs are constructed
+// from keyword arguments with the C++ field names.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/filesystem.h>
@@ -25,7 +25,7 @@ using namespace nb::literals;
 
 namespace {
 
-/// Any sequence of integers. Throws OptionError naming the element that is none.
+/// Converts any sequence of integers. Throws OptionError naming the element that is not one.
 std::vector<tda::Token> to_tokens(nb::handle sequence) {
   if (nb::isinstance<nb::str>(sequence) || nb::isinstance<nb::bytes>(sequence) ||
       !nb::hasattr(sequence, "__iter__")) {
@@ -49,7 +49,7 @@ std::vector<tda::Token> to_tokens(nb::handle sequence) {
   return tokens;
 }
 
-/// A NumPy array that takes over the vector's memory.
+/// A NumPy array that takes ownership of the vector's memory.
 template <typename T>
 nb::ndarray<nb::numpy, T> to_array(std::vector<T> values, std::vector<std::size_t> shape) {
   auto* owned = new std::vector<T>(std::move(values));
@@ -208,13 +208,13 @@ void bind_session(nb::module_& m) {
 
 using PyProgress = std::optional<std::function<void(std::int64_t, std::int64_t)>>;
 
-/// What lets Ctrl-C end work that runs without the GIL.
+/// Lets Ctrl-C end work that runs without the GIL.
 void check_signals() {
   const GilAcquired acquired;
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-/// The thread that Python handles signals in.
+/// The thread in which Python handles signals.
 unsigned long main_thread() {
   return nb::cast<unsigned long>(
       nb::module_::import_("threading").attr("main_thread")().attr("ident"));

@@ -1,8 +1,8 @@
-// Giving up the GIL and taking it, also while the interpreter ends under a thread's feet.
+// Releasing and acquiring the GIL, also while the interpreter is shutting down.
 //
-// Before Python 3.14 a thread that asks for the GIL when the interpreter is ending is unwound where
-// it stands (pthread_exit), and unwinding C++ frames with destructors ends the process. So a thread
-// that comes back from native code that late waits instead, as it does from 3.14 on.
+// Before Python 3.14, a thread that requests the GIL during shutdown is ended by pthread_exit, and
+// unwinding C++ frames with destructors then aborts the process. So a thread that returns from
+// native code that late blocks forever instead, as Python 3.14 does itself.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -14,41 +14,41 @@
 
 class InterpreterEnd {
  public:
-  /// Called once, when the module is made.
+  /// Called once, when the module is created.
   static void watch() {
     namespace nb = nanobind;
     nb::module_::import_("atexit").attr("register")(nb::cpp_function(&begin));
-    pthread_atfork(nullptr, nullptr, [] { asking_ = 0; });  // the child has no other threads
+    pthread_atfork(nullptr, nullptr, [] { requests_ = 0; });  // the child has no other threads
   }
 
-  /// Around what asks for the GIL.
-  template <class Ask>
-  static void guard(const Ask& ask) {
-    ++asking_;
+  /// Brackets a request for the GIL.
+  template <class Request>
+  static void guard(const Request& request) {
+    ++requests_;
     if (has_begun_ && std::this_thread::get_id() != ender_) {
-      --asking_;
+      --requests_;
       for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
     }
-    ask();
-    --asking_;
+    request();
+    --requests_;
   }
 
  private:
-  /// Run by the ending thread: from its return on nobody asks for the GIL.
+  /// Called at shutdown. After it returns no thread requests the GIL.
   static void begin() {
     ender_ = std::this_thread::get_id();
     has_begun_ = true;
     PyThreadState* state = PyEval_SaveThread();
-    while (asking_ > 0) std::this_thread::yield();
+    while (requests_ > 0) std::this_thread::yield();
     PyEval_RestoreThread(state);
   }
 
-  inline static std::atomic<int> asking_ = 0;  // threads that wait for the GIL
+  inline static std::atomic<int> requests_ = 0;  // threads requesting the GIL
   inline static std::atomic<bool> has_begun_ = false;
   inline static std::thread::id ender_;
 };
 
-/// Without the GIL for as long as it lives.
+/// Releases the GIL while it lives.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
@@ -62,7 +62,7 @@ class GilReleased {
   PyThreadState* state_;
 };
 
-/// With the GIL for as long as it lives.
+/// Holds the GIL while it lives.
 class GilAcquired {
  public:
   GilAcquired() {
