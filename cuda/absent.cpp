@@ -1,4 +1,4 @@
-// Stands in for the CUDA backend where it is not built.
+// Compiled instead of the CUDA backend in builds without CUDA.
 #include <tda/error.h>
 
 #include "backend/backend.h"

@@ -1,4 +1,4 @@
-// Keys and values into the cache, and attention over it.
+// Attention, and the writes to the KV cache.
 #include <algorithm>
 #include <cmath>
 
@@ -11,7 +11,7 @@ using namespace cuda;
 
 namespace {
 
-/// Query heads per block: enough to share keys, few enough for their sums to stay in registers.
+/// Query heads per block: enough to share each key's load, few enough to keep sums in registers.
 int block_heads(const ModelConfig& config) {
   const std::int64_t group = config.num_heads / config.num_kv_heads;
   return group == 1 ? 1 : group == 2 || config.head_dim > 128 ? 2 : 4;
@@ -38,7 +38,7 @@ auto attend_for(bool fresh, int heads, std::int64_t n) {
 
 }  // namespace
 
-/// Blocks that share a head's keys: a step of several tokens has blocks enough without.
+/// Blocks among which a head's keys are split. Several tokens make enough blocks without a split.
 std::int64_t CudaBackend::splits(std::int64_t tokens) const {
   if (tokens > 1) return 1;
   return std::clamp<std::int64_t>(4 * processors_ / model_->config.num_kv_heads, 1, kMostSplits);
@@ -76,7 +76,8 @@ void CudaBackend::qkv(State& s, std::int64_t layer) const {
            &weights.attention_norm, weights.qkv_bias, state.qkv.data(), false);
 }
 
-/// Rotation and the KV cache come here, not in qkv(): for one token in the same kernel.
+/// RoPE and the write to the KV cache happen here instead of in qkv(): for one token they are part
+/// of the attention kernel.
 void CudaBackend::attention(State& s, std::int64_t layer) const {
   CudaState& state = CudaState::of(s);
   if (skips(state)) return;

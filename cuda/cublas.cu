@@ -1,4 +1,4 @@
-// Products of several tokens by cuBLASLt.
+// Prefill GEMMs by cuBLASLt.
 #include <cublasLt.h>
 
 #include "cublas.h"
@@ -13,8 +13,8 @@ static void check(cublasStatus_t status, const char* what) {
                       cublasLtGetStatusString(status));
 }
 
-/// Here all matrices lie column by column: ours are their transposes. pitch: numbers from column to
-/// column
+/// cuBLASLt is column-major, so our row-major matrices are transposes. pitch: elements from column
+/// to column
 static cublasLtMatrixLayoutOpaque_t layout(cudaDataType type, std::int64_t rows,
                                            std::int64_t columns, std::int64_t pitch) {
   cublasLtMatrixLayoutOpaque_t made;
@@ -32,8 +32,8 @@ static void set(cublasLtMatmulDesc_t to, cublasLtMatmulDescAttributes_t attribut
 Cublas::Cublas() { check(cublasLtCreate(&handle_), "a new handle"); }
 Cublas::~Cublas() { cublasLtDestroy(handle_); }
 
-/// cᵀ [n, tokens] = w [n, depth] aᵀ [depth, tokens], the bias added to every column. Sums are in
-/// f32. All matrices begin at 256 bytes, as cuBLASLt takes for granted: they begin their memory.
+/// cᵀ [n, tokens] = w [n, depth] aᵀ [depth, tokens], with the bias added to every column, in f32.
+/// cuBLASLt assumes 256-byte alignment; every matrix starts at an allocation, which has it.
 bool Cublas::multiply(cudaStream_t stream, const Gemm<bf16>& g, bool neuron_major) const {
   cublasLtMatmulDescOpaque_t kind;
   check(cublasLtMatmulDescInit(&kind, CUBLAS_COMPUTE_32F, CUDA_R_32F), "a product's kind");
@@ -47,8 +47,8 @@ bool Cublas::multiply(cudaStream_t stream, const Gemm<bf16>& g, bool neuron_majo
   auto a = layout(CUDA_R_16BF, g.depth, g.tokens, padded(g.depth));
   auto c = layout(CUDA_R_32F, g.n, g.tokens, g.n);
 
-  // The best by its own account of those that split no sum over blocks: the same bits at every run.
-  // They need no workspace, and by default none is allowed.
+  // The first algorithm of its heuristic that does not split sums over blocks, so that every run
+  // gives the same bits. These need no workspace, and by default none is allowed.
   cublasLtMatmulPreferenceOpaque_t wanted;
   check(cublasLtMatmulPreferenceInit(&wanted), "a preference");
   const std::uint32_t whole = CUBLASLT_REDUCTION_SCHEME_NONE;

@@ -1,5 +1,4 @@
-// Products of several tokens by cuBLASLt, where CMake has found it; cublas_absent.cu stands in
-// elsewhere.
+// Prefill GEMMs by cuBLASLt if CMake found it, else cublas_absent.cu is compiled.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +19,8 @@ class Cublas {
   Cublas(const Cublas&) = delete;
   Cublas& operator=(const Cublas&) = delete;
 
-  /// Does what mma_kernel does, or returns false: there is no cuBLASLt, or it cannot do this shape.
+  /// Computes what mma_kernel computes. False if there is no cuBLASLt or it does not support the
+  /// shape.
   bool multiply(cudaStream_t stream, const Gemm<std::uint16_t>& g, bool neuron_major) const;
 
  private:

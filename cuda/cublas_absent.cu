@@ -1,4 +1,4 @@
-// Stands in for cublas.cu where CMake has found no cuBLASLt.
+// Compiled instead of cublas.cu if CMake found no cuBLASLt.
 #include "cublas.h"
 
 namespace tda::cuda {

@@ -51,7 +51,8 @@ CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool g
   processors_ = static_cast<unsigned>(device.multiProcessorCount);
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "the driver's version");
-  stream_.overlaps = device.major >= 9 && driver >= 12030;  // before, graphs could not hold it
+  // Older drivers cannot capture programmatic dependent launches in a graph.
+  stream_.overlaps = device.major >= 9 && driver >= 12030;
   check_memory();
   if (config.rope.scaling != RopeConfig::Scaling::dynamic)
     rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
@@ -85,7 +86,7 @@ static std::int64_t device_bytes(const Matrix& m) {
   return m.rows * padded(m.cols) * (m.format == WeightFormat::f32 ? 4 : 2);
 }
 
-/// Before anything is loaded: do the matrices fit?
+/// Throws DeviceError before the upload if the matrices do not fit.
 void CudaBackend::check_memory() const {
   std::int64_t needed = device_bytes(model_->embedding);
   if (model_->head.data != model_->embedding.data) needed += device_bytes(model_->head);
@@ -151,7 +152,7 @@ std::unique_ptr<State> CudaBackend::new_state(std::int64_t capacity, KvFormat kv
   clear(state->counters);
   clear(state->exact);
   clear(state->thresholds);
-  clear(state->selected);  // bits behind the last neuron are read, to no effect
+  clear(state->selected);  // bits past the last neuron are read, then masked off
   state->layers.resize(layers);
   std::vector<std::int32_t> all(neurons);
   std::iota(all.begin(), all.end(), 0);
@@ -183,7 +184,7 @@ void CudaBackend::begin(State& s, const Step& step) const {
     if (token < 0 || token >= config.vocab_size)
       throw OptionError("token id " + std::to_string(token) + ", expected 0 to " +
                         std::to_string(config.vocab_size - 1));
-  stream_.wait();  // the last step may still read its inputs
+  stream_.wait();  // the previous step may still be reading its inputs
   if (step.ffn != state.step.ffn) count_reads(state);
   state.step = step;
 
@@ -206,7 +207,7 @@ void CudaBackend::begin(State& s, const Step& step) const {
   grown |= state.token_weights.reserve(tokens, needed_for);
   grown |= state.partials.reserve(
       std::max(heads_partials, down_groups() * padded(config.hidden_size)), "partial sums");
-  if (grown)  // graphs hold addresses
+  if (grown)  // recorded graphs hold the old addresses
     for (Graph& graph : state.graphs) graph.reset();
 
   const Inputs host(state.host_inputs.data(), tokens, half);
@@ -243,10 +244,10 @@ void CudaBackend::set_thresholds(State& s, std::int64_t layer,
   stream_.wait();
   count_reads(state);
   state.layers[layer].thresholds = thresholds;
-  state.graphs[1].reset();  // it holds which kernels select
+  state.graphs[1].reset();  // the choice of kernels depends on the thresholds
 }
 
-/// What steps of a token computed since the last time joins the layers' reads.
+/// Adds what single-token steps computed since the last call to the layers' reads.
 void CudaBackend::count_reads(const CudaState& s) const {
   if (s.uncounted == 0) return;
   CudaState& state = const_cast<CudaState&>(s);

@@ -1,4 +1,4 @@
-// The CUDA backend: its state, and the verbs' common parts. Each verb family has a file of its own.
+// The CUDA backend and its per-session state. Each group of verbs has its own .cu file.
 #pragma once
 
 #include <array>
@@ -13,7 +13,7 @@
 
 namespace tda {
 
-/// What the host gives a step, in one piece of memory and one copy.
+/// A step's inputs from the host, in one buffer and one copy.
 struct Inputs {
   Inputs(std::uint32_t* memory, std::int64_t tokens, std::int64_t half)
       : position(reinterpret_cast<int*>(memory)),
@@ -27,7 +27,7 @@ struct Inputs {
   int* position;     // [1]
   int* tokens;       // [T]
   float *cos, *sin;  // [T, head_dim / 2]
-  int* samples;      // tokens of the step that join the samples
+  int* samples;      // indices of the step's tokens to add to the samples
 };
 
 struct CudaState final : State {
@@ -36,7 +36,7 @@ struct CudaState final : State {
 
   struct Layer {
     std::int64_t active = 0;   // neurons in the mask
-    double tokens = 0;         // that the statistic has gathered
+    double tokens = 0;         // in the statistic
     std::int64_t sampled = 0;  // tokens in the samples
     TokenThresholds thresholds;
     FfnReads reads;
@@ -55,10 +55,10 @@ struct CudaState final : State {
   cuda::Memory<double> gathered;         // [L] tokens in sums
   cuda::Memory<int> lists, counts;       // [L, F], [L] the masks
   cuda::Memory<float> thresholds;        // [L]
-  cuda::Memory<std::int64_t> exact;      // [L] neurons of the steps that aren't counted yet
-  std::int64_t uncounted = 0;            // steps of a token whose reads are yet to join the layers'
-  std::int64_t head_bytes = 0;           // read for single rows of logits
-  cuda::Graph graphs[2];                 // of single-token steps: dense, sparse
+  cuda::Memory<std::int64_t> exact;  // [L] neurons computed by steps not yet in the layers' reads
+  std::int64_t uncounted = 0;        // how many such steps
+  std::int64_t head_bytes = 0;       // read of the head for single tokens
+  cuda::Graph graphs[2];             // of single-token steps: dense, sparse
 
   // Of the current step.
   Step step;
@@ -69,7 +69,7 @@ struct CudaState final : State {
   cuda::Memory<float> qkv, attended;    // [T, q_size + 2 kv_size], [T, q_size]
   cuda::Memory<float> hidden, ups;      // [T, F]
   cuda::Memory<std::uint16_t> rounded;  // [T, up to padded(max(H, q_size, F))] bf16
-  cuda::Memory<float> partials;         // what blocks hand over to be added up
+  cuda::Memory<float> partials;         // partial sums of blocks
   cuda::Memory<unsigned> counters;
   cuda::Memory<std::uint8_t> selected;
   cuda::Memory<double> token_weights;  // [T]
@@ -85,7 +85,7 @@ struct CudaState final : State {
 
 class CudaBackend final : public Backend {
  public:
-  /// `graphs` false: launches go out one by one, so that tests can look at what each verb did.
+  /// `graphs` false: kernels are launched one by one, so that tests can look at each verb's result.
   CudaBackend(std::shared_ptr<const Model> model, int threads, bool graphs = true);
 
   const Model& model() const override { return *model_; }
@@ -145,7 +145,7 @@ class CudaBackend final : public Backend {
   }
 
   // linear.cu
-  /// y = W norm(x) + bias of each of the tokens, or += with `add`. x: [T, cols], y: [T, rows]
+  /// y = W norm(x) + bias for each token, or += with `add`. x: [T, cols], y: [T, rows]
   void multiply(CudaState&, const Matrix& w, const Bytes& data, const float* x, std::int64_t tokens,
                 const Floats* norm, const Floats& bias, float* y, bool add) const;
   void gemm(CudaState&, const Bytes& w, bool neuron_major, const float* a, const float* bias,
@@ -175,8 +175,8 @@ class CudaBackend final : public Backend {
   unsigned processors_ = 0;  // the device's multiprocessors
   cuda::Stream stream_;
   cuda::Cublas cublas_;
-  std::vector<float> rope_frequencies_;  // [head_dim / 2]; unless they depend on the step
-  Bytes embedding_, head_;               // head_ is empty when tied
+  std::vector<float> rope_frequencies_;  // [head_dim / 2]; empty if they depend on the step
+  Bytes embedding_, head_;               // head_ is empty if tied
   Floats final_norm_;
   std::vector<DeviceLayer> layers_;
 };

@@ -1,5 +1,5 @@
-// What kernels share: 16-byte loads, sums over a warp and a block. nvcc compiles the kernels for
-// the device; g++ compiles the same source against tests/simt/cuda_runtime.h.
+// Shared by the kernels: 16-byte loads, reductions over a warp and a block. nvcc compiles the
+// kernels for the device; g++ compiles the same source against tests/simt/cuda_runtime.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace tda::cuda {
 #define TDA_WITHIN(i, n) ((i) < (n))
 #endif
 
-/// Shared memory of a block; every kernel lays out its own.
+/// The block's shared memory; each kernel defines its own layout.
 template <class T>
 __device__ T* shared_as() {
 #ifdef __CUDACC__
@@ -25,9 +25,9 @@ __device__ T* shared_as() {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / 32;
 inline constexpr unsigned kAll = 0xffffffffu;
-inline constexpr unsigned kBlocksEach = 2;  // blocks of a kernel of one token, per processor
+inline constexpr unsigned kBlocksEach = 2;  // per multiprocessor, of a kernel for one token
 
-/// Numbers per chunk: rows on the device are padded with zeros to whole chunks.
+/// Elements per chunk; rows on the device are zero-padded to whole chunks.
 inline constexpr int kChunk = 8;
 __host__ __device__ constexpr std::int64_t padded(std::int64_t n) {
   return (n + kChunk - 1) / kChunk * kChunk;
@@ -35,7 +35,7 @@ __host__ __device__ constexpr std::int64_t padded(std::int64_t n) {
 
 using bf16 = std::uint16_t;  // as a bit pattern
 
-/// Where reading outside of memory would not show in results, tests see it here.
+/// A load that tests check for being in bounds.
 template <class T>
 __device__ T read(const T* p) {
 #ifdef TDA_ON_HOST
@@ -44,7 +44,7 @@ __device__ T read(const T* p) {
   return *p;
 }
 
-/// The same of what nobody writes while the kernel runs, nor the one before.
+/// The same for memory that neither this kernel nor the one before it writes.
 template <class T>
 __device__ T load(const T* p) {
 #ifdef __CUDA_ARCH__
@@ -54,24 +54,25 @@ __device__ T load(const T* p) {
 #endif
 }
 
-/// Kernels of a decoded token overlap (programmatic dependent launch, from compute capability 9.0):
-/// once all blocks of this one have come here, blocks of the next may take the room that is left.
+/// The kernels of a decoded token overlap (programmatic dependent launch, compute capability 9.0
+/// and up): once all blocks have called this, blocks of the next kernel may start where there is
+/// room.
 __device__ inline void let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-/// Whatever was launched before has ended when this returns. Until here a kernel that
-/// launch_early() starts writes nothing, and reads only weights, masks and what the host gave the
-/// step: a step's first kernel waits for all before it.
+/// Returns when all previous kernels have finished. Before this call a kernel started by
+/// launch_early() must not write, and may read only weights, masks and the step's inputs from the
+/// host, which a step's first kernel waits for.
 __device__ inline void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-/// The same, used once: kept out of the first cache.
+/// A load that bypasses the L1 cache, for data used once.
 __device__ inline uint4 load_once(const uint4* p) {
 #ifdef __CUDA_ARCH__
   uint4 v;
@@ -84,8 +85,8 @@ __device__ inline uint4 load_once(const uint4* p) {
 #endif
 }
 
-/// Eight neighbouring numbers as they lie in memory, loaded before they are unpacked so that
-/// several loads are in flight.
+/// Eight consecutive elements in their stored format. Loading and unpacking are separate, so that
+/// several loads can be in flight.
 template <class W>
 struct Chunk;
 
@@ -139,7 +140,7 @@ __device__ inline void store(float v, bf16* p) {
   *p = static_cast<bf16>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/// In every lane, and the same bits in each: additions commute.
+/// The sum in every lane, with the same bits in each because addition commutes.
 template <class T>
 __device__ T warp_sum(T v) {
 #pragma unroll
@@ -153,7 +154,8 @@ __device__ inline float warp_max(float v) {
   return v;
 }
 
-/// In every thread, in a fixed order. parts: [warps] shared; free again after the next barrier.
+/// The sum in every thread, added in a fixed order. parts: [warps] shared; reusable after the next
+/// barrier.
 template <class T>
 __device__ T block_sum(T v, T* parts) {
   v = warp_sum(v);
@@ -165,10 +167,10 @@ __device__ T block_sum(T v, T* parts) {
 }
 
 struct Scan {
-  int before, total;  // sums over the threads before this one, and over all of the block
+  int before, total;  // sum over the threads before this one, and over the whole block
 };
 
-/// For blocks of kThreads. sums: [kWarps] shared; free again after the next barrier
+/// Exclusive scan, for blocks of kThreads. sums: [kWarps] shared; reusable after the next barrier
 __device__ inline Scan block_scan(int v, int* sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int upto = v;  // inclusive scan over the warp
@@ -187,6 +189,7 @@ __device__ inline Scan block_scan(int v, int* sums) {
   return scan;
 }
 
+/// Part [first, end) of `total` items split evenly.
 struct Share {
   int first, end, total;
 };
@@ -198,8 +201,8 @@ __device__ inline Share share_of(int total, int part, int parts) {
   return {at(part), at(part + 1), total};
 }
 
-/// Whether this block is the last of `blocks` to come here: it then sees what the others wrote
-/// before. `counter` is 0 again afterwards. flag: [1] shared.
+/// True in the last of `blocks` blocks to call this; that block then sees what the others wrote
+/// before their call. Resets `counter` to 0. flag: [1] shared.
 __device__ inline bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* flag) {
   __threadfence();
   __syncthreads();

@@ -1,4 +1,4 @@
-// The feed-forward network: dense, gathering TDA's statistic, or sparse.
+// The feed-forward network: dense, dense while gathering TDA's statistic, or sparse.
 #include <algorithm>
 
 #include "cuda_backend.h"
@@ -18,7 +18,7 @@ auto gate_up_for(Select s) {
 }
 
 template <class W>
-auto down_for(bool all) {  // which threshold selected does not matter
+auto down_for(bool all) {  // the same kernel for both kinds of threshold
   return all ? down_kernel<W, Select::all> : down_kernel<W, Select::contribution>;
 }
 
@@ -51,7 +51,7 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
   if (state.counts_reads()) ++state.uncounted;
 }
 
-/// x[token] += FFN(norm(x[token])), of the mask and thresholds in a sparse step.
+/// x[token] += FFN(norm(x[token])); in a sparse step, of the neurons that mask and threshold keep.
 void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t token) const {
   const ModelConfig& config = model_->config;
   const DeviceLayer& weights = layers_[layer];
@@ -106,8 +106,8 @@ void CudaBackend::ffn_tokens(CudaState& state, std::int64_t layer) const {
   gemm(state, weights.down, true, h, nullptr, state.x.data(), tokens, hidden, neurons, true);
 }
 
-/// The step's tokens join the statistic: each with its neurons' contribution lengths |h[j]| *
-/// ||down[j]||, relative to the token's own.
+/// Adds the step's tokens to the statistic: each neuron's |h[j]| ||down[j]|| squared, relative to
+/// the token's sum of them.
 void CudaBackend::gather(CudaState& state, std::int64_t layer) const {
   const int neurons = static_cast<int>(model_->config.intermediate_size);
   const int tokens = static_cast<int>(state.tokens());
@@ -121,7 +121,7 @@ void CudaBackend::gather(CudaState& state, std::int64_t layer) const {
   state.layers[layer].tokens += tokens;
 }
 
-/// The tokens that the step names join the samples.
+/// Adds the tokens that the step names to the samples.
 void CudaBackend::sample(CudaState& state, std::int64_t layer) const {
   const std::int64_t neurons = model_->config.intermediate_size, pitch = state.sample_room;
   const auto count = std::ssize(state.step.samples);

@@ -1,4 +1,4 @@
-// Kernels of the feed-forward network: dense, masked, thresholded; and TDA's statistic.
+// Feed-forward kernels: dense, masked or thresholded, and TDA's statistic.
 #pragma once
 
 #include <tda/model_config.h>
@@ -20,10 +20,10 @@ __device__ inline float activate(Activation activation, float x) {
   }
 }
 
-/// What single-token selection goes by, see TokenThresholds.
+/// What a neuron is selected by for one token, see TokenThresholds.
 enum class Select { all, contribution, gate };
 
-/// One token through some neurons: those of an ascending list, or all.
+/// One token's FFN over some neurons: those of an ascending list, or all.
 struct Neurons {
   const void *gate, *up, *down;  // [neurons, padded(hidden)]
   const float* lengths;          // [neurons] ||down[j]||
@@ -36,17 +36,17 @@ struct Neurons {
   std::uint8_t* selected;  // [neurons / 8], to whole words; bit b of byte i: list entry 8 i + b
   float* partials;         // [groups, padded(hidden)]
   unsigned* counters;      // [slices] zeros
-  std::int64_t* exact;     // [1] neurons computed are added, or null
+  std::int64_t* exact;     // [1] counts the neurons computed, or null
   int hidden, neurons;
   float eps;
   Activation activation;
 };
 
-inline constexpr int kSlice = 32 * kChunk;  // columns of a block of down
+inline constexpr int kSlice = 32 * kChunk;  // columns per block of down_kernel
 
-/// h = act(gate) * up, and which of them pass; a warp takes a neuron at a time. Moves two rows per
-/// neuron (with Select::gate, of those that fail one). shared: padded(hidden) + kWarps floats,
-/// kWarps ints
+/// h = act(gate) * up, and one bit per neuron that passes the threshold. A warp per neuron. Reads
+/// two rows per neuron (with Select::gate, one row of those that fail). shared: padded(hidden) +
+/// kWarps floats, kWarps ints
 template <class W, Select S>
 __global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons a) {
   let_next_begin();
@@ -56,14 +56,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons 
   unsigned* passed = reinterpret_cast<unsigned*>(parts + kWarps);  // [kWarps]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int count = a.count ? *a.count : a.neurons;
-  constexpr int kRows = S == Select::gate ? 1 : 2;  // gate, and up unless it waits for the gate
+  constexpr int kRows = S == Select::gate ? 1 : 2;  // gate, and up unless the gate decides on it
   Dots<kRows, W> dots;
   int id = 0;
   const auto row_of = [&](const void* matrix) {
     return static_cast<const W*>(matrix) + static_cast<std::int64_t>(id) * pitch;
   };
   const auto begin = [&](int entry) {
-    entry = entry < count ? entry : count - 1;  // past the end the last one once more
+    entry = entry < count ? entry : count - 1;  // past the end, load the last one again
     id = a.list ? a.list[entry] : entry;
     const W* rows[kRows];
     rows[0] = row_of(a.gate);
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons 
     float sums[kRows];
     dots.finish(x, sums);
     float h = activate(a.activation, sums[0] * scale);
-    bool passes = S != Select::gate || !(fabsf(h) < *a.threshold);  // a NaN is kept, and seen
+    // NaN compares false, so the neuron is kept and NaN reaches the logits.
+    bool passes = S != Select::gate || !(fabsf(h) < *a.threshold);
     if (S == Select::gate && passes) {
       const W* rows[kRows] = {row_of(a.up)};
       dots.begin(rows, pitch);
@@ -109,9 +110,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) gate_up_kernel(Neurons 
   }
 }
 
-/// This block's equal share of the ascending list of set bits. Moves a byte per 8 bits.
-/// bytes: [count / 8], to whole words, of which only the first count bits matter.
-/// entries: [total / parts + 1] shared, complete after the caller's barrier; sums: [kWarps] shared.
+/// This block's equal share of the ascending list of set bits, without atomics: every block counts
+/// all bits. bytes: [count / 8], padded to whole words, whose bits from `count` on are ignored;
+/// entries: [total / parts + 1] shared, complete after the caller's barrier; sums: [kWarps] shared
 __device__ inline Share active_share(const std::uint8_t* bytes, int count, int part, int parts,
                                      int* entries, int* sums) {
   const unsigned* words = reinterpret_cast<const unsigned*>(bytes);
@@ -132,17 +133,18 @@ __device__ inline Share active_share(const std::uint8_t* bytes, int count, int p
   return share;
 }
 
-/// A warp's sum of h[i] down[i] over every kWarps-th neuron of a share, at eight columns per lane.
-/// Between begin() and finish() the first rows are on their way, and kAhead rows at any time.
+/// A warp's sum of h[i] down[i] over every kWarps-th neuron of a share, eight columns per lane.
+/// Prefetches into registers: begin() issues the loads of the first rows, and kAhead rows are in
+/// flight at any time.
 template <class W>
 class DownRows {
  public:
-  /// row_of(i) -> [pitch], of the share's neuron i; `column`: this lane's first
+  /// row_of(i): [pitch], down row of the share's neuron i; column: this lane's first one
   template <class RowOf>
   __device__ void begin(int count, int column, int pitch, RowOf row_of) {
     count_ = column < pitch ? count : 0;
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) ask(a, at(a), column, row_of);
+    for (int a = 0; a < kAhead; ++a) prefetch(a, at(a), column, row_of);
   }
   /// h: [count] shared
   template <class RowOf>
@@ -156,7 +158,7 @@ class DownRows {
         ahead_[a].unpack(w);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) y[k] += h[i] * w[k];
-        ask(a, i + kAhead * kWarps, column, row_of);
+        prefetch(a, i + kAhead * kWarps, column, row_of);
       }
     }
   }
@@ -165,15 +167,15 @@ class DownRows {
   static constexpr int kAhead = 32 / sizeof(W);
   __device__ static int at(int a) { return a * kWarps + threadIdx.x / 32; }
   template <class RowOf>
-  __device__ void ask(int a, int i, int column, RowOf row_of) {
+  __device__ void prefetch(int a, int i, int column, RowOf row_of) {
     if (i < count_) ahead_[a] = Chunk<W>::once(row_of(i) + column);
   }
   Chunk<W> ahead_[kAhead];
   int count_;
 };
 
-/// x += sum of h[j] down[j] over the selected. A block takes a slice of columns and a group of
-/// neurons; the last block of a slice adds the groups' sums in their order.
+/// x += sum of h[j] down[j] over the selected neurons. A block computes a slice of columns for a
+/// group of neurons; the last block of a slice to arrive adds the groups' sums in a fixed order.
 /// grid: (slices, groups); shared: kWarps kSlice floats, kWarps + 1 ints, neurons / groups + 1
 /// floats and, unless Select::all, as many ints
 template <class W, Select S>
@@ -227,9 +229,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) down_kernel(Neurons a) 
   if (a.exact && blockIdx.x == 0 && threadIdx.x == 0) *a.exact += share.total;
 }
 
-// ---- several tokens, the statistic and samples --------------------------------------------------
+// ---- several tokens, the statistic, samples -----------------------------------------------------
 
-/// h = act(gate) * up, in gate's place; up becomes act(gate), for samples. Both [n].
+/// In place: gate becomes h = act(gate) * up, and up becomes act(gate) for samples. Both [n].
 static __global__ void gated_kernel(Activation activation, float* gate, float* up, std::int64_t n) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (!TDA_WITHIN(i, n)) return;
@@ -238,8 +240,8 @@ static __global__ void gated_kernel(Activation activation, float* gate, float* u
   up[i] = active;
 }
 
-/// weights[t] = 1 / sum over j of (h[t, j] lengths[j])^2, 0 for a token without any; a block per
-/// token. h: [T, neurons]; lengths: [neurons] or null: ones; shared: kWarps doubles
+/// weights[t] = 1 / sum over j of (h[t, j] lengths[j])^2, or 0 if that sum is 0. A block per token.
+/// h: [T, neurons]; lengths: [neurons], null means ones; shared: kWarps doubles
 static __global__ void token_weights_kernel(const float* h, const float* lengths, int neurons,
                                             double* weights) {
   double* parts = shared_as<double>();
@@ -253,7 +255,7 @@ static __global__ void token_weights_kernel(const float* h, const float* lengths
   if (threadIdx.x == 0) weights[t] = squares > 0 ? 1 / squares : 0;
 }
 
-/// sums[j] += sum over t of (h[t, j] lengths[j])^2 weights[t]; a thread per neuron.
+/// sums[j] += sum over t of (h[t, j] lengths[j])^2 weights[t]. A thread per neuron.
 static __global__ void gather_kernel(const float* h, const float* lengths, const double* weights,
                                      int tokens, int neurons, double* sums) {
   const int j = blockIdx.x * blockDim.x + threadIdx.x;
@@ -267,7 +269,7 @@ static __global__ void gather_kernel(const float* h, const float* lengths, const
   sums[j] = sum;
 }
 
-/// samples[j, i] = h[tokens[i], j]; a block per sample. h: [T, neurons]; samples: [neurons, pitch]
+/// samples[j, i] = h[tokens[i], j]. A block per sample. h: [T, neurons]; samples: [neurons, pitch]
 static __global__ void sample_kernel(const float* h, const int* tokens, int neurons, int pitch,
                                      float* samples) {
   const float* from = h + static_cast<std::int64_t>(tokens[blockIdx.x]) * neurons;

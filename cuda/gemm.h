@@ -1,4 +1,4 @@
-// Kernels of prefill: matrix times several tokens, on tensor cores (bf16) or in f32.
+// Prefill GEMMs: bf16 on tensor cores, or f32.
 #pragma once
 
 #include "device.h"
@@ -8,7 +8,7 @@ namespace tda::cuda {
 /// c[t, n] (+)= sum over k of a[t, k] w[n, k] (or w[k, n], neuron-major) + bias[n].
 template <class A>
 struct Gemm {
-  const A* a;         // [tokens, depth], bf16: [tokens, padded(depth)], zeros behind
+  const A* a;         // [tokens, depth], bf16: [tokens, padded(depth)] zero-padded
   const void* w;      // [n, padded(depth)], neuron-major [depth, padded(n)]
   const float* bias;  // [n] or null
   float* c;           // [tokens, n]
@@ -26,22 +26,22 @@ __device__ void put(const Gemm<A>& g, int t, int n, float v) {
 
 // ---- tensor cores -------------------------------------------------------------------------------
 
-/// A warp's pieces of c [16, 8] += a [16, 16] b [16, 8]. In lane 4 g + i lie
+/// A warp's fragments of c [16, 8] += a [16, 16] b [16, 8]. Lane 4 g + i holds
 /// a: rows g, g + 8 of columns 2 i, 2 i + 1 (words 0, 1), the same 8 columns on (words 2, 3);
 /// b: rows 2 i, 2 i + 1 (word 0), the same 8 rows on (word 1), of column g;
 /// c: row g (numbers 0, 1) and g + 8 (2, 3) of columns 2 i, 2 i + 1.
 /// A word holds two bf16, the first in its low half.
-struct PieceA {
+struct FragmentA {
   unsigned words[4];
 };
-struct PieceB {
+struct FragmentB {
   unsigned words[2];
 };
-struct PieceC {
+struct FragmentC {
   float numbers[4];
 };
 
-__device__ inline void multiply_add(PieceC& c, const PieceA& a, const PieceB& b) {
+__device__ inline void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) {
 #ifdef __CUDA_ARCH__
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -51,25 +51,25 @@ __device__ inline void multiply_add(PieceC& c, const PieceA& a, const PieceB& b)
 #elif defined(TDA_ON_HOST)
   simt::multiply_add(c.numbers, a.words, b.words);
 #else
-  (void)a, (void)b, (void)c;  // nvcc's look at host code
+  (void)a, (void)b, (void)c;  // nvcc also compiles this for the host
 #endif
 }
 
-inline constexpr int kGemmTokens = 64, kGemmOutputs = 128, kGemmDepth = 64;  // of a block's tile
-/// Words (two bf16) from row to row of a tile: the lanes of a piece find all banks.
+inline constexpr int kGemmTokens = 64, kGemmOutputs = 128, kGemmDepth = 64;  // a block's tile
+/// Row pitch of a tile in words (two bf16), padded so that a fragment's lanes hit distinct banks.
 inline constexpr int kGemmPitch = kGemmDepth / 2 + 4;
 inline constexpr int kGemmShared = 2 * (kGemmTokens + kGemmOutputs) * kGemmPitch * 4;  // bytes
 inline constexpr int kRowChunks = kGemmDepth / kChunk;
 
-/// A thread's part of the next tiles, on its way from memory while tensor cores work on this one.
+/// A thread's part of the next tiles, loaded while tensor cores work on the current ones.
 template <bool NeuronMajor>
 struct Staged {
   static constexpr int kA = kGemmTokens * kRowChunks / kThreads;
   static constexpr int kB = kGemmOutputs * kRowChunks / kThreads;
   Chunk<bf16> a[kA], b[kB];
 
-  /// Neuron-major: chunk q of row pair p. Pairs go with lanes, so that storing words of rows meets
-  /// few banks twice, two chunks side by side, so that loading wastes no half sectors.
+  /// Neuron-major: which pair of rows and which chunk an item loads. Pairs vary with the lane, so
+  /// that stores have few bank conflicts; two neighbouring chunks share a sector.
   static __device__ int pair_of(int item) { return item / 2 % 16 + item / kThreads * 16; }
   static __device__ int chunk_of(int item) { return item % 2 + item / 32 % 8 * 2; }
 
@@ -89,7 +89,7 @@ struct Staged {
 #pragma unroll
     for (int i = 0; i < kB; ++i) {
       const int item = threadIdx.x + i / (NeuronMajor ? 2 : 1) * kThreads;
-      if (NeuronMajor) {  // both rows of a pair
+      if (NeuronMajor) {  // i % 2: which row of the pair
         const int k = first + 2 * pair_of(item) + i % 2, n = first_n + chunk_of(item) * kChunk;
         b[i] = load(w + static_cast<std::int64_t>(k) * n_pitch + n,
                     TDA_WITHIN(k, g.depth) && TDA_WITHIN(n, n_pitch));
@@ -125,7 +125,7 @@ struct Staged {
   }
 };
 
-/// A block makes a tile of kGemmTokens by kGemmOutputs, a warp 32 by 32 of it.
+/// A block computes a tile of kGemmTokens by kGemmOutputs, each warp 32 by 32 of it.
 /// grid: (n / kGemmOutputs, tokens / kGemmTokens), rounded up; shared: kGemmShared bytes
 template <bool NeuronMajor>
 __global__ void __launch_bounds__(kThreads, 2) mma_kernel(Gemm<bf16> g) {
@@ -134,19 +134,19 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(Gemm<bf16> g) {
   const int first_t = blockIdx.y * kGemmTokens, first_n = blockIdx.x * kGemmOutputs;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
   const int warp_t = warp / 4 * 32, warp_n = warp % 4 * 32;
-  PieceC sums[2][4] = {};
+  FragmentC sums[2][4] = {};
   Staged<NeuronMajor> staged;
   staged.load(g, first_t, first_n, 0);
   for (int first = 0, turn = 0; first < g.depth; first += kGemmDepth, turn ^= 1) {
     unsigned* a_tile = tiles + turn * kTile;
     unsigned* b_tile = a_tile + kGemmTokens * kGemmPitch;
     staged.store(a_tile, b_tile);
-    __syncthreads();  // and all have left the tiles of the turn before last
+    __syncthreads();  // also: all warps are done with the tiles of two iterations ago
     if (first + kGemmDepth < g.depth) staged.load(g, first_t, first_n, first + kGemmDepth);
 #pragma unroll
     for (int k = 0; k < kGemmDepth / 2; k += 8) {
-      PieceA a[2];
-      PieceB b[4];
+      FragmentA a[2];
+      FragmentB b[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(Gemm<bf16> g) {
             first_n + warp_n + 8 * j + 2 * pair + e % 2, sums[i][j].numbers[e]);
 }
 
-/// out[t] = x[t] in bf16, zeros behind; a block per token. x: [T, n], out: [T, padded(n)]
+/// out[t] = x[t] in bf16, zero-padded. A block per token. x: [T, n], out: [T, padded(n)]
 static __global__ void round_kernel(const float* x, int n, bf16* out) {
   const std::int64_t t = blockIdx.x;
   const auto pitch = static_cast<int>(padded(n));
@@ -187,7 +187,7 @@ static __global__ void round_kernel(const float* x, int n, bf16* out) {
 inline constexpr int kTile = 64, kTileDepth = 16, kTilePitch = kTile + 1;
 inline constexpr int kTilesShared = 2 * kTileDepth * kTilePitch * 4;  // bytes
 
-/// sums[i][j] += what row + 16 i of a and column + 16 j of b, this thread's own, make together.
+/// sums[i][j] += the dot product of the thread's row + 16 i of a and column + 16 j of b.
 /// a, b: [kTileDepth, kTilePitch] shared
 __device__ inline void add_tile(const float* a, const float* b, float (&sums)[4][4]) {
   const int column = threadIdx.x % 16, row = threadIdx.x / 16;

@@ -11,7 +11,7 @@ using namespace cuda;
 
 namespace {
 
-/// Rows that a warp takes at a time: as many as leave every processor its blocks.
+/// Rows per warp at a time: the most that still fills every multiprocessor with blocks.
 int warp_rows(std::int64_t rows, unsigned processors) {
   for (const int at_once : {4, 2})
     if (blocks_of(rows, kWarps * at_once) >= kBlocksEach * processors) return at_once;

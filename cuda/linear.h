@@ -1,20 +1,20 @@
-// Kernels of norms, projections and the output head.
+// Kernels for norms, projections, the output head and sampling.
 #pragma once
 
 #include "device.h"
 
 namespace tda::cuda {
 
-/// Where number i of a vector in shared memory lies: halves of chunks apart, so that lanes that
-/// read a chunk each find all banks.
+/// Index of element i of a vector in shared memory: the first halves of all chunks, then the second
+/// halves. Lanes that read one chunk each then hit distinct banks.
 __device__ inline int place(int i, int pitch) {
   return i / 4 % 2 * (pitch / 2) + i / kChunk * 4 + i % 4;
 }
 
-/// store(place(i), from[i]) of every i below padded(n), zeros behind n; the same thread for an i at
-/// every call. Several are under way at a time.
+/// Calls store(place(i), from[i]) for i < padded(n), with 0 from n on. A thread gets the same i in
+/// every call. Keeps kAtOnce loads in flight.
 template <class Store>
-__device__ void for_each_number(const float* from, int n, Store store) {
+__device__ void for_each_element(const float* from, int n, Store store) {
   constexpr int kAtOnce = 16;
   const int pitch = static_cast<int>(padded(n));
   for (int first = threadIdx.x; first < pitch; first += kAtOnce * kThreads) {
@@ -30,18 +30,19 @@ __device__ void for_each_number(const float* from, int n, Store store) {
   }
 }
 
-/// weight: [n] or null -> out: [padded(n)] shared, where load_vector() expects it: the part of it
-/// that needs no wait_for_previous().
+/// Stores a norm's weight where load_vector() expects it. Separate because it needs no
+/// wait_for_previous(). weight: [n] or null; out: [padded(n)] shared
 __device__ inline void load_weight(const float* weight, int n, float* out) {
-  if (weight) for_each_number(weight, n, [&](int at, float w) { out[at] = w; });
+  if (weight) for_each_element(weight, n, [&](int at, float w) { out[at] = w; });
 }
 
-/// x: [n] -> out: [padded(n)] shared, by place(), zeros at the end; times the weight that
-/// load_weight() left there if `weighted`, and with it a part of what rms_scale() needs.
-/// parts: [kWarps] shared. The caller's barrier ends it.
+/// Stores x in shared memory, in place() order and zero-padded. If `weighted`, multiplies it by the
+/// weight that load_weight() put there and leaves each warp's sum of squares in `parts` for
+/// rms_scale(). The caller needs a barrier before use. x: [n]; out: [padded(n)] shared; parts:
+/// [kWarps] shared
 __device__ inline void load_vector(const float* x, bool weighted, int n, float* out, float* parts) {
   float squares = 0;
-  for_each_number(x, n, [&](int at, float v) {
+  for_each_element(x, n, [&](int at, float v) {
     squares += v * v;
     out[at] = weighted ? v * out[at] : v;
   });
@@ -50,7 +51,7 @@ __device__ inline void load_vector(const float* x, bool weighted, int n, float* 
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = squares;
 }
 
-/// After the barrier: by what products with load_vector()'s are to be multiplied; RMSNorm's scale.
+/// RMSNorm's factor, to multiply dot products with load_vector()'s result by. After the barrier.
 __device__ inline float rms_scale(bool weighted, float eps, int n, const float* parts) {
   if (!weighted) return 1;
   float squares = 0;
@@ -58,8 +59,8 @@ __device__ inline float rms_scale(bool weighted, float eps, int n, const float* 
   return 1 / sqrtf(squares / n + eps);
 }
 
-/// A warp's products of R rows with x. Between begin() and finish() the rows' first chunks are on
-/// their way, and kAhead chunks of each at any time.
+/// A warp's dot products of R rows with x. Prefetches into registers: begin() issues the loads of
+/// the rows' first chunks, and kAhead chunks of each row are in flight at any time.
 template <int R, class W>
 class Dots {
  public:
@@ -69,7 +70,7 @@ class Dots {
 #pragma unroll
     for (int r = 0; r < R; ++r) rows_[r] = rows[r];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) ask(a, at(a));
+    for (int a = 0; a < kAhead; ++a) prefetch(a, at(a));
   }
 
   /// sums[r] = rows[r] . x, in every lane. x: [pitch] shared, by place()
@@ -91,7 +92,7 @@ class Dots {
 #pragma unroll
           for (int k = 0; k < kChunk; ++k) sums[r] += w[k] * v[k];
         }
-        ask(a, i + kAhead * kStride);
+        prefetch(a, i + kAhead * kStride);
       }
     }
 #pragma unroll
@@ -103,7 +104,7 @@ class Dots {
   static constexpr int kAhead = 32 / sizeof(W) / R;
 
   __device__ static int at(int a) { return a * kStride + threadIdx.x % 32 * kChunk; }
-  __device__ void ask(int a, int i) {
+  __device__ void prefetch(int a, int i) {
     if (i >= pitch_) return;
 #pragma unroll
     for (int r = 0; r < R; ++r) ahead_[a][r] = Chunk<W>::once(rows_[r] + i);
@@ -114,7 +115,7 @@ class Dots {
   int pitch_;
 };
 
-/// y (+)= W norm(x) + bias. Reads each weight once.
+/// y (+)= W norm(x) + bias. Reads every weight once.
 struct Linear {
   const void* w;      // [rows, pitch]
   const float* x;     // [cols]
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) linear_kernel(Linear a)
   const auto begin = [&](int first) {
     const W* rows[R];
 #pragma unroll
-    for (int r = 0; r < R; ++r) {  // rows past the end are the last one once more
+    for (int r = 0; r < R; ++r) {  // past the end, load the last row again
       const int existing = first + r < a.rows ? first + r : a.rows - 1;
       rows[r] = static_cast<const W*>(a.w) + static_cast<std::int64_t>(existing) * pitch;
     }
@@ -164,9 +165,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) linear_kernel(Linear a)
   }
 }
 
-inline constexpr int kHeadBlock = 4 * kThreads;  // logits that are worth a block
+inline constexpr int kHeadBlock = 4 * kThreads;  // logits per block of argmax_kernel
 
-/// The best of some logits.
+/// The largest of some logits.
 struct Best {
   float value;
   int id;
@@ -210,23 +211,23 @@ static __global__ void argmax_kernel(const float* logits, int n, Best* best, uns
   best[gridDim.x + 1] = {read(logits), 0};
 }
 
-/// Sampling: stretches of weights side by side, and a point on them.
+/// Sampling by inverse CDF: softmax weights as consecutive lengths on a line, and a point on it.
 struct Draw {
   const float* logits;  // [n]
-  int n, run;           // tokens; how many neighbours a thread looks at
+  int n, run;           // tokens; consecutive tokens per thread
   Best* best;           // [1] the largest logit; its id becomes the drawn one
-  double* sums;         // [gridDim.x] of the blocks
+  double* sums;         // [gridDim.x] one per block
   unsigned* counter;    // [1] zero
   double temperature, u;
 };
 
-/// A token's softmax weight, not normalised; 0 behind the last.
+/// A token's unnormalised softmax weight; 0 past the last token.
 __device__ inline double weight(const Draw& d, int id) {
   return TDA_WITHIN(id, d.n) ? exp((load(d.logits + id) - d.best->value) / d.temperature) : 0;
 }
 
-/// Of `count` lengths side by side the one that holds the point at `left`, which becomes its
-/// distance from that one's beginning. As pick() on the host.
+/// The index of the interval, of `count` consecutive ones, that contains the point at `left`.
+/// Changes `left` to the distance from that interval's start. The same as pick() on the host.
 template <class Length>
 __device__ int locate(int count, double& left, Length length) {
   int found = 0;
@@ -242,9 +243,9 @@ __device__ int locate(int count, double& left, Length length) {
   return found;
 }
 
-/// The token that draw() on the host finds, up to the rounding of sums, which are in f64 and in a
-/// fixed order: of neighbours by a thread, then of threads, of warps, of blocks. The last block to
-/// arrive goes the way back. shared: kThreads + kWarps doubles and a flag
+/// Draws the token that draw() on the host would, up to the rounding of sums. Sums are f64 and in a
+/// fixed order: per thread, warp, block, then over blocks. The last block to arrive descends the
+/// same levels to the token. shared: kThreads + kWarps doubles and a flag
 static __global__ void draw_kernel(Draw d) {
   double* lanes = shared_as<double>();  // [kThreads]
   double* warps = lanes + kThreads;     // [kWarps]
@@ -263,7 +264,7 @@ static __global__ void draw_kernel(Draw d) {
   for (unsigned b = 0; b < gridDim.x; ++b) left += d.sums[b];
   left *= d.u;
   const int block = locate(gridDim.x, left, [&](int b) { return d.sums[b]; });
-  sum_block(block);  // and its barrier
+  sum_block(block);  // includes the barrier needed here
   if (threadIdx.x > 0) return;
   const int warp = locate(kWarps, left, [&](int w) { return warps[w]; });
   const int lane = locate(32, left, [&](int l) { return lanes[warp * 32 + l]; });

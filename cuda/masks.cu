@@ -1,4 +1,4 @@
-// TDA's statistic and samples, and what scope "sequence" makes of them: thresholds and masks.
+// TDA's statistic and samples, and scope "sequence": thresholds and masks from them.
 #include "cuda_backend.h"
 #include "masks.h"
 
@@ -47,7 +47,7 @@ std::vector<float> CudaBackend::samples(const State& s, std::int64_t layer) cons
 
 // ---- masks --------------------------------------------------------------------------------------
 
-/// state.scores = R of all layers. Four bytes per layer come back, to tell whether all is finite.
+/// state.scores = R of all layers. Copies four bytes per layer back, to check that all is finite.
 void CudaBackend::score(CudaState& state) const {
   const std::int64_t layers = model_->config.num_layers, neurons = model_->config.intermediate_size;
   state.scores.reserve(layers * neurons, "scores");
@@ -64,7 +64,7 @@ void CudaBackend::score(CudaState& state) const {
   copy(stream_, overflows.data(), state.overflows.data(), layers);
   stream_.wait();
   for (std::int64_t layer = 0; layer < layers; ++layer)
-    if (overflows[layer])  // the host says which neuron it is
+    if (overflows[layer])  // throws, naming the neuron
       relative_magnitudes(statistic(state, layer), gathered[layer]);
 }
 
@@ -77,11 +77,11 @@ void CudaBackend::rank(CudaState& state) const {
          state.ranks.data());
 }
 
-/// By thresholds [L] on the scores, or, where they are null, of the ranks from first_rank on. Four
-/// bytes per layer come back: how many stay.
+/// Keeps scores of at least thresholds [L], or, if they are null, ranks from first_rank on. Copies
+/// four bytes per layer back: how many neurons are kept.
 void CudaBackend::make_masks(CudaState& state, const float* thresholds,
                              std::int64_t first_rank) const {
-  count_reads(state);  // by the masks as they were
+  count_reads(state);  // with the old masks
   const std::int64_t layers = model_->config.num_layers, neurons = model_->config.intermediate_size;
   launch(stream_, {static_cast<unsigned>(layers), 1, 1}, kThreads, kWarps * 4, mask_kernel,
          state.scores.data(), thresholds, state.ranks.data(), static_cast<int>(first_rank),
@@ -131,7 +131,7 @@ std::vector<std::int32_t> CudaBackend::mask(const State& s, std::int64_t layer) 
 
 // ---- thresholds ---------------------------------------------------------------------------------
 
-/// Bisection of all layers at once, without the host: 24 bytes per layer come back at the end.
+/// Bisects all layers at once on the device. Copies 24 bytes per layer back at the end.
 std::vector<ThresholdSearch> CudaBackend::search_thresholds(State& s, double target) const {
   CudaState& state = CudaState::of(s);
   const ModelConfig& config = model_->config;

@@ -1,14 +1,14 @@
-// Kernels of scope "sequence": the statistic becomes ranks, masks and, by search, thresholds.
+// Kernels for scope "sequence": scores, ranks, masks, and the search for thresholds.
 #pragma once
 
 #include "gemm.h"
 
 namespace tda::cuda {
 
-/// Lists in ascending order the i in [0, n) with pass(i); how many. For a whole block; the list is
-/// complete after the caller's barrier. list: [n]; sums: [kWarps] shared
+/// Lists the i in [0, n) with pass(i) in ascending order and returns how many. Called by a whole
+/// block; the list is complete after the caller's barrier. list: [n]; sums: [kWarps] shared
 template <class Pass>
-__device__ int list_those(int n, const Pass& pass, int* list, int* sums) {
+__device__ int list_if(int n, const Pass& pass, int* list, int* sums) {
   const Share mine = share_of(n, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   int count = 0;
   for (int i = mine.first; i < mine.end; ++i) count += pass(i);
@@ -24,8 +24,9 @@ static __global__ void scale_kernel(double* values, double factor, std::int64_t 
   if (TDA_WITHIN(i, n)) values[i] = read(values + i) * factor;
 }
 
-/// scores[l, j] = sqrt(sums[l, j] / tokens[l]) as the host has it; overflows[l] = 1 if a layer's
-/// sums are not finite. grid: (neurons / kThreads, L), rounded up; sums, scores: [L, neurons]
+/// scores[l, j] = sqrt(sums[l, j] / tokens[l]), the same as on the host; overflows[l] = 1 if a sum
+/// of the layer is not finite. grid: (neurons / kThreads, L), rounded up; sums, scores: [L,
+/// neurons]
 static __global__ void score_kernel(const double* sums, const double* tokens, int neurons,
                                     float* scores, int* overflows) {
   const int j = blockIdx.x * blockDim.x + threadIdx.x;
@@ -33,11 +34,11 @@ static __global__ void score_kernel(const double* sums, const double* tokens, in
   const std::int64_t at = static_cast<std::int64_t>(blockIdx.y) * neurons + j;
   const double sum = read(sums + at);
   scores[at] = static_cast<float>(sqrt(sum / tokens[blockIdx.y]));
-  if (!(sum - sum == 0)) overflows[blockIdx.y] = 1;  // infinite or no number
+  if (!(sum - sum == 0)) overflows[blockIdx.y] = 1;  // infinity or NaN
 }
 
-/// ranks[l, j] = place among the layer's ascending scores, from 0; of equal scores the lower id
-/// ranks higher. Compares all with all: no sorting network is as short.
+/// ranks[l, j] = rank among the layer's ascending scores, from 0; of equal scores the lower id
+/// ranks higher. Compares all pairs, which is simpler than sorting and fast enough.
 /// grid: (neurons / kThreads, L), rounded up; scores, ranks: [L, neurons]; shared: kThreads floats
 static __global__ void rank_kernel(const float* scores, int neurons, int* ranks) {
   float* tile = shared_as<float>();
@@ -47,7 +48,7 @@ static __global__ void rank_kernel(const float* scores, int neurons, int* ranks)
   int rank = 0;
   for (int first = 0; first < neurons; first += kThreads) {
     const int i = first + threadIdx.x;
-    // What is no number compares with nothing.
+    // NaN compares false with everything.
     tile[threadIdx.x] = TDA_WITHIN(i, neurons) ? load(scores + layer + i) : NAN;
     __syncthreads();
 #pragma unroll 8
@@ -57,44 +58,45 @@ static __global__ void rank_kernel(const float* scores, int neurons, int* ranks)
   if (TDA_WITHIN(j, neurons)) ranks[layer + j] = rank;
 }
 
-/// Masks by threshold: scores[l, j] >= thresholds[l] stays; or, where `thresholds` is null, by
-/// rank: from first_rank on. grid: L; scores, ranks, lists: [L, neurons]; shared: kWarps ints
+/// Lists the neurons to keep: those with scores[l, j] >= thresholds[l], or, if `thresholds` is
+/// null, those ranked first_rank or higher. grid: L; scores, ranks, lists: [L, neurons]; shared:
+/// kWarps ints
 static __global__ void mask_kernel(const float* scores, const float* thresholds, const int* ranks,
                                    int first_rank, int neurons, int* lists, int* counts) {
   const std::int64_t layer = static_cast<std::int64_t>(blockIdx.x) * neurons;
-  const auto stays = [&](int j) {
+  const auto keep = [&](int j) {
     return thresholds ? scores[layer + j] >= thresholds[blockIdx.x]
                       : ranks[layer + j] >= first_rank;
   };
-  const int count = list_those(neurons, stays, lists + layer, shared_as<int>());
+  const int count = list_if(neurons, keep, lists + layer, shared_as<int>());
   if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
 
 // ---- the search, all layers at once -------------------------------------------------------------
 
-/// Where the search of a layer stands: as search_threshold() on the host goes, over the distinct
-/// scores in ascending order, the low-th meets the target, the high-th does not or is past the end.
+/// The state of a layer's search, which follows search_threshold() on the host. Over the distinct
+/// scores in ascending order: the low-th meets the target, the high-th does not or is past the end.
 struct Bisection {
   int low, high;
-  int accepted;     // which of Search::sums belongs to low; the other is the trial's
+  int accepted;     // which half of Search::sums is low's; the other is the trial's
   float threshold;  // the low-th score
   double error;     // its CETT
 };
 
 struct Search {
-  const float* samples;     // [L, neurons, pitch] h: what one neuron needs is contiguous
+  const float* samples;     // [L, neurons, pitch] h, contiguous per neuron
   const float* scores;      // [L, neurons]
   int *order, *starts;      // [L, neurons] ids by rank; first rank of each distinct score
   const void* const* down;  // [L] [neurons, padded(hidden)]
-  float* sums;              // [2, L, tokens, hidden] of the contributions that a threshold drops
+  float* sums;              // [2, L, tokens, hidden] sums of the dropped contributions
   double* lengths;          // [L, tokens] ||FFN(x)||
   Bisection* bisections;    // [L]
   int layers, neurons, hidden, tokens, pitch;
   double target;
 };
 
-/// The order of the ranks, and a search that has accepted to drop nothing. grid: L; shared: kWarps
-/// ints
+/// Inverts the ranks, and starts the search at the threshold that drops nothing. grid: L; shared:
+/// kWarps ints
 static __global__ void order_kernel(Search a, const int* ranks) {
   const std::int64_t layer = static_cast<std::int64_t>(blockIdx.x) * a.neurons;
   int* order = a.order + layer;
@@ -105,13 +107,13 @@ static __global__ void order_kernel(Search a, const int* ranks) {
   const auto begins = [&](int rank) {
     return rank == 0 || scores[order[rank]] != scores[order[rank - 1]];
   };
-  const int distinct = list_those(a.neurons, begins, a.starts + layer, shared_as<int>());
+  const int distinct = list_if(a.neurons, begins, a.starts + layer, shared_as<int>());
   if (threadIdx.x == 0) a.bisections[blockIdx.x] = {0, distinct, 0, scores[order[0]], 0};
 }
 
-/// The trial's sums: those accepted, and the contributions between the accepted score and the one
-/// in the middle, so that all trials together cost as much as one down projection of the samples.
-/// With `whole` all contributions. A block makes a tile of kTile by kTile.
+/// The trial's sums: the accepted ones plus the contributions between the accepted score and the
+/// middle one, so that all trials together cost one down projection of the samples. With `whole`:
+/// all contributions. A block computes a tile of kTile by kTile.
 /// grid: (hidden / kTile, tokens / kTile, L), rounded up; shared: kTilesShared bytes
 template <class W>
 __global__ void __launch_bounds__(kThreads, 2) dropped_kernel(Search a, bool whole) {
@@ -155,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, 2) dropped_kernel(Search a, bool who
     }
 }
 
-/// Judges the trial: its CETT decides which half goes on. With `whole` the sums are FFN(x), whose
-/// lengths are kept. grid: L; shared: kWarps doubles
+/// Computes the trial's CETT and continues with the half it decides on. With `whole` the sums are
+/// FFN(x), and their lengths are stored. grid: L; shared: kWarps doubles
 static __global__ void judge_kernel(Search a, bool whole) {
   const std::int64_t layer = blockIdx.x;
   const Bisection b = a.bisections[layer];
@@ -164,7 +166,7 @@ static __global__ void judge_kernel(Search a, bool whole) {
   const float* trial = a.sums + ((1 - b.accepted) * a.layers + layer) * a.tokens * a.hidden;
   double* lengths = a.lengths + layer * a.tokens;
   const int lane = threadIdx.x % 32;
-  double ratios = 0;  // of the warp's tokens
+  double ratios = 0;  // sum over the warp's tokens
   for (int t = threadIdx.x / 32; TDA_WITHIN(t, a.tokens); t += kWarps) {
     double squares = 0;
     for (int n = lane; TDA_WITHIN(n, a.hidden); n += 32) {

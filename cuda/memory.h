@@ -1,4 +1,4 @@
-// The device's memory, streams and graphs, owned; and launches. Errors become DeviceError.
+// RAII for device memory, streams and graphs, and kernel launches. Errors become DeviceError.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace tda::cuda {
 
 inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that it is not reported once more
+  cudaGetLastError();  // clears it, or later calls would report it again
   std::string message = "cuda: " + what + ": " + cudaGetErrorString(error);
   if (error == cudaErrorInitializationError)
     message += " (a process forked from one that uses CUDA can't use it, a spawned one can)";
@@ -26,14 +26,14 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   operator cudaStream_t() const { return stream_; }
-  bool overlaps = false;  // the device can begin a kernel before the last one's end
+  bool overlaps = false;  // whether a kernel may start before the previous one has ended
   void wait() const { check(cudaStreamSynchronize(stream_), "waiting for the device"); }
 
  private:
   cudaStream_t stream_ = nullptr;
 };
 
-/// Elements on the device, or pinned ones on the host; not initialised.
+/// Uninitialised elements in device memory, or in pinned host memory.
 template <class T, bool Pinned = false>
 class Memory {
  public:
@@ -47,7 +47,7 @@ class Memory {
     return *this;
   }
 
-  /// Makes room for `count` elements; if that means growing, the contents are lost: true then.
+  /// Makes room for `count` elements. If it has to grow, the contents are lost and it returns true.
   bool reserve(std::int64_t count, const std::string& needed_for) {
     if (count <= count_) return false;
     release();
@@ -109,7 +109,7 @@ void copy(cudaStream_t stream, T* to, const T* from, std::int64_t count) {
         "a copy");
 }
 
-/// How many blocks n things make.
+/// n / per_block, rounded up.
 inline unsigned blocks_of(std::int64_t n, std::int64_t per_block) {
   return static_cast<unsigned>((n + per_block - 1) / per_block);
 }
@@ -137,7 +137,7 @@ void launch(cudaStream_t stream, dim3 grid, unsigned threads, std::int64_t share
   launch_with(nullptr, stream, grid, threads, shared_bytes, kernel, arguments...);
 }
 
-/// The kernel may begin before the last one's end, see wait_for_previous(), which it calls.
+/// The kernel may start before the previous one has ended; it must call wait_for_previous().
 template <class... P, class... A>
 void launch_early(const Stream& stream, dim3 grid, unsigned threads, std::int64_t shared_bytes,
                   void (*kernel)(P...), const A&... arguments) {

@@ -1,5 +1,5 @@
-// Stands in for cuBLASLt's header of this name: the few functions that cuda/cublas.cu uses, by
-// their documentation, in plain loops, and strict about what it demands.
+// Replaces cuBLASLt's header of this name: the few functions that cuda/cublas.cu uses, as
+// documented, in plain loops and with strict checks of their arguments.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -53,9 +53,9 @@ using cublasLtMatmulPreference_t = cublasLtMatmulPreferenceOpaque_t*;
 
 namespace simt {
 inline bool cublas_can = true;    // whether it has algorithms; tests may change it
-inline long cublas_products = 0;  // so far
+inline long cublas_products = 0;  // calls so far
 
-/// Whether columns and `alignment` are as promised.
+/// Whether the layout and the alignment are valid.
 inline bool fits(const void* p, const cublasLtMatrixLayoutOpaque_t& m, cudaDataType type) {
   return m.type == type && m.ld >= static_cast<std::int64_t>(m.rows) &&
          reinterpret_cast<std::uintptr_t>(p) % 256 == 0;
@@ -109,8 +109,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
   return *best = {{true, splits}, 0, CUBLAS_STATUS_SUCCESS}, CUBLAS_STATUS_SUCCESS;
 }
 
-/// D = alpha op(A) B + beta C + bias, matrices column by column. An algorithm that may split sums
-/// does so anywhere.
+/// D = alpha op(A) B + beta C + bias, matrices column-major. An algorithm that is allowed to split
+/// sums splits them anywhere.
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha,
                                      const void* a, cublasLtMatrixLayout_t a_of, const void* b,
                                      cublasLtMatrixLayout_t b_of, const void* beta, const void* c,

@@ -1,5 +1,6 @@
-// Stands in for CUDA's header of this name, so that the sources in cuda/ compile as plain C++: the
-// part of the language and of the runtime that they use. Device memory is the host's, poisoned.
+// Replaces CUDA's header of this name, so that the sources in cuda/ compile as plain C++: the parts
+// of the language and runtime that they use. Device memory is host memory filled with a poison
+// value.
 #pragma once
 
 #include <cmath>
@@ -11,11 +12,12 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 inline const dim3 &threadIdx = simt::thread, &blockIdx = simt::block;
 inline const dim3 &blockDim = simt::block_size, &gridDim = simt::grid_size;
 #define __syncthreads() simt::barrier(simt::breaks(__FILE__, __LINE__))
-/// A bound that mutation tests can break by one.
+/// An index bound, which mutation tests can raise by one.
 #define TDA_WITHIN(i, n) ((i) < (n) + (simt::breaks(__FILE__, __LINE__) ? 1 : 0))
 
 struct alignas(16) uint4 {
@@ -100,8 +102,8 @@ namespace simt {
 inline std::size_t memory_total = std::size_t{1} << 30, memory_used = 0;  // tests may shrink it
 inline int driver = 13000, devices = 1, capability = 9, processors = 3;
 
-// Behind every allocation lies a fence, poisoned as all memory is at first. Whoever writes there is
-// found out later, whoever reads by load() at once.
+// A poisoned fence follows every allocation. Writes to it are found at the next synchronisation,
+// reads by load() at once.
 inline constexpr std::size_t kFence = 256;
 inline std::map<const char*, std::size_t> allocations;
 
@@ -177,7 +179,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                                    cudaStream_t s) {
   return s->run([=] {
-    if (bytes > 0) std::memcpy(to, from, bytes);  // with none, pointers may be null
+    if (bytes > 0) std::memcpy(to, from, bytes);  // for 0 bytes pointers may be null
   });
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t s) {

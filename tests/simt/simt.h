@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU: every thread a fiber, a few blocks at a time, warps picked at
-// random and let run ahead as far as barriers allow, so that a missing barrier shows under some
-// schedule. Shared memory begins as NaN. Warp operations are full-mask only.
+// Runs CUDA kernels on the CPU. Every thread is a fiber; a few blocks run at a time; warps are
+// picked at random and run ahead as far as barriers allow, so that a missing barrier shows under
+// some schedule. Shared memory starts as NaN. Warp operations need the full mask.
 #pragma once
 
 #include <setjmp.h>
@@ -44,12 +44,12 @@ struct Fiber {
   Op op = Op::ballot;
   int argument = 0;
   std::uint64_t value = 0, result = 0;
-  std::array<unsigned, 8> brought = {};  // to a meeting
+  std::array<unsigned, 8> operands = {};  // for a tensor-core operation
   void* fake_stack = nullptr;
 };
 
 inline std::vector<Fiber> fibers;  // [blocks at a time, threads]
-inline unsigned running = 0;       // the fiber that does
+inline unsigned running = 0;       // index of the running fiber
 inline std::unique_ptr<char[]> stacks;
 inline std::size_t stack_count = 0;
 inline jmp_buf scheduler;
@@ -60,7 +60,7 @@ inline dim3 thread, block, block_size, grid_size;  // of the running fiber
 inline dim3 blocks[kBlocks];
 inline std::uint32_t random_state = 1;
 
-// Mutations: every place of a barrier or bound that kernels came by, and the one that fails to act.
+// Mutations: every place with a barrier or bound that a kernel executed, and the broken one.
 inline std::map<std::string, long> places;
 inline std::string broken;
 
@@ -86,7 +86,7 @@ inline void arrive([[maybe_unused]] Fiber& fiber) {
 #endif
 }
 
-/// Back to the scheduler, until that resumes this thread.
+/// Switches to the scheduler, until it resumes this fiber.
 inline void leave(State why) {
   Fiber& fiber = fibers[running];
   fiber.state = why;
@@ -122,7 +122,7 @@ inline void resume(unsigned i) {
 #endif
 }
 
-/// Carries out the operation at which all 32 lanes from `first` on wait.
+/// Executes the operation that all 32 lanes from `first` on are waiting at.
 inline void exchange(unsigned first) {
   std::uint32_t ballot = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
@@ -142,7 +142,7 @@ inline void exchange(unsigned first) {
   }
 }
 
-/// Lets a warp run until all its lanes wait for others, or have had enough; whether they wait.
+/// Runs a warp until all its lanes wait at a barrier or have ended (true), or its turns are over.
 inline bool run_warp(unsigned first) {
   for (unsigned turns = 1u << random() % 7; turns > 0; --turns) {
     const unsigned rotation = random();
@@ -176,7 +176,7 @@ inline void run_blocks(unsigned count, unsigned threads) {
     if (!run_warp(pick * 32)) continue;
     pick = ready.back();
     ready.pop_back();
-    if (++waiting[at] < warps) continue;  // else the block's barrier opens
+    if (++waiting[at] < warps) continue;  // else release the block's barrier
     unsigned done = 0;
     for (unsigned i = at * threads; i < (at + 1) * threads; ++i)
       done += fibers[i].state == State::done;
@@ -241,14 +241,14 @@ T shuffle(Op op, T value, int argument) {
   return value;
 }
 
-/// c [16, 8] += a [16, 16] b [16, 8] by a warp's tensor core, bf16 with sums in f32: what PTX calls
-/// mma.m16n8k16, whose manual says which lane holds what.
+/// PTX's mma.m16n8k16: c [16, 8] += a [16, 16] b [16, 8], bf16 with f32 sums, operands distributed
+/// over lanes as its manual says.
 inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   const unsigned first = running / 32 * 32, lane = running % 32;
-  fibers[running].brought = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  fibers[running].operands = {a[0], a[1], a[2], a[3], b[0], b[1]};
   at_warp(Op::meet, 0, 0);
   const auto number = [&](unsigned holder, unsigned word, unsigned half) {
-    const unsigned bits = fibers[first + holder].brought[word] >> 16 * half << 16;
+    const unsigned bits = fibers[first + holder].operands[word] >> 16 * half << 16;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
@@ -259,7 +259,7 @@ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (
       c[e] += number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) *
               number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
   }
-  at_warp(Op::meet, 0, 0);  // all have read before one brings anew
+  at_warp(Op::meet, 0, 0);  // all have read the operands before one is replaced
 }
 
 inline void barrier(bool broken_here) {

@@ -1,4 +1,4 @@
-// The CUDA backend whole, host code and kernels, as plain C++ (see simt.h).
+// The whole CUDA backend, host code and kernels, as plain C++ (see simt.h).
 #pragma once
 
 #include "cuda/attention.cu"

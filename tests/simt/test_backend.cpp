@@ -1,5 +1,5 @@
-// The CUDA backend on the CPU, whole: host code, graphs and kernels, against plain loops in
-// doubles.
+// The whole CUDA backend, host code, graphs and kernels, run on the CPU and compared with plain
+// loops in double precision.
 #include <deque>
 #include <random>
 
@@ -12,7 +12,7 @@ using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step
 
 namespace {
 
-/// Relative to the largest of what is expected.
+/// Relative to the largest expected value.
 double largest_difference(const float* found, const std::vector<naive::Vector>& expected) {
   double largest = 0, size = 0;
   for (const naive::Vector& vector : expected)
@@ -73,13 +73,13 @@ std::deque<Case> cases() {
   return all;
 }
 
-/// While it lives, cuBLASLt has no algorithms, so that products are the own kernels'.
+/// While it lives, cuBLASLt has no algorithms, so GEMMs run on our own kernels.
 struct WithoutCublas {
   WithoutCublas() { simt::cublas_can = false; }
   ~WithoutCublas() { simt::cublas_can = true; }
 };
 
-/// Runs a case verb by verb on both sides; the largest difference after any verb.
+/// Runs a case verb by verb on both sides. Returns the largest difference after any verb.
 double run_case(const Case& c, FfnMode single = FfnMode::dense) {
   const RandomModel random(c.config, c.format, 1);
   const auto model = random.get();
@@ -137,7 +137,7 @@ double run_case(const Case& c, FfnMode single = FfnMode::dense) {
 
 }  // namespace
 
-// Sanitizers look at memory, at every access of every run; schedules are the plain build's matter.
+// Under sanitizers a single schedule is enough: they check every access. The plain build runs many.
 #ifdef __SANITIZE_ADDRESS__
 constexpr int kShapes = 6, kSchedules = 3;
 #else
@@ -152,7 +152,7 @@ TEST(every_verb_agrees_with_plain_loops) {
         const WithoutCublas own;
         CHECK_NEAR(run_case(c, mode), 0, 0.005);
       }
-      // What is rounded to bf16 on both sides may fall to different neighbours.
+      // Rounding to bf16 may go to different neighbours on the two sides.
       const bool rounds = c.kv == KvFormat::bf16 || c.format == WeightFormat::bf16;
       CHECK_NEAR(difference, 0, rounds ? 0.005 : 3e-6);
       if (!(difference < 1e-4)) std::printf("  %s: %g\n", c.what, difference);
@@ -177,7 +177,7 @@ std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds
 
 TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
   ModelConfig config = small_config();
-  config.vocab_size = 2100;  // several blocks
+  config.vocab_size = 2100;  // needs several blocks
   const RandomModel random(config, WeightFormat::f32, 8);
   const auto model = random.get();
   for (std::int64_t r = 1; r < config.vocab_size; ++r)  // equal logits
@@ -201,15 +201,14 @@ TEST(a_nan_of_a_neuron_is_selected_and_seen) {
     RandomModel::poison(model->layers[0].gate, 3);
     const CudaBackend backend(model, 1);
     const auto state = backend.new_state(1, KvFormat::f32);
-    backend.set_thresholds(*state, 0, {1e6f, 1e6f, by_gate});  // that no number passes
+    backend.set_thresholds(*state, 0, {1e6f, 1e6f, by_gate});  // no neuron passes
     const Token token = 5;
     forward(backend, *state, step_of({&token, 1}, 0, FfnMode::sparse), 0);
     CHECK_THROWS(backend.draw(*state, 0, 0), Error, "not finite");
   }
 }
 
-/// Tokens drawn after one, by u's from 0 to almost 1, must be those that the host draws from the
-/// same logits.
+/// For u from 0 to almost 1, must draw the same tokens as the host from the same logits.
 void check_draws(std::int64_t vocabulary, double temperature, unsigned seed, std::size_t draws) {
   ModelConfig config = small_config();
   config.num_layers = 1;
@@ -233,7 +232,7 @@ TEST(draws_are_those_of_the_host) {
   const double temperatures[] = {1e-3, 0.3, 1, 5};
   for (unsigned i = 0; i < kShapes; ++i)
     check_draws(1 + random() % (i % 10 ? 300 : 3000), temperatures[i % 4], i, 12);
-  check_draws(64 * kHeadBlock + 1234, 1, 1, 4);  // a thread looks at more than four
+  check_draws(64 * kHeadBlock + 1234, 1, 1, 4);  // more than four tokens per thread
 }
 
 TEST(hundreds_of_schedules_draw_the_same) {
@@ -249,7 +248,8 @@ TEST(hundreds_of_schedules_draw_the_same) {
   for (int seed = 0; seed < kSchedules; ++seed) {
     simt::seed(static_cast<unsigned>(seed));
     const double u = (seed + 0.5) / kSchedules;
-    const double temperature = 1 + seed % 2;  // or sums of the last draw would do for this one
+    const double temperature =
+        1 + seed % 2;  // differs from the last draw's, whose sums would otherwise fit
     CHECK(backend.draw(*state, temperature, u) == draw(logits, temperature, u));
   }
 }
@@ -322,8 +322,8 @@ TEST(products_by_cublas_are_those_of_the_own_kernels) {
     const CudaBackend backend(model.get(), 1);
     const std::int64_t tokens = between(2, 80);
     const std::vector<Token> ids = random_tokens(tokens, config.vocab_size);
-    // Each verb right after embed(), so that both round the same inputs; x += FFN(...) alone
-    // rounds what differs, its own h.
+    // Each verb runs right after embed(), so that both sides round the same inputs. Only the FFN
+    // also rounds its own h, which differs.
     struct Products {
       std::vector<float> qkv, logits, hidden, x;
     };
@@ -347,7 +347,7 @@ TEST(products_by_cublas_are_those_of_the_own_kernels) {
     };
     const long before = simt::cublas_products;
     const Products found = products();
-    CHECK(simt::cublas_products == before + 5);  // of qkv, head, gate, up, down
+    CHECK(simt::cublas_products == before + 5);  // qkv, head, gate, up, down
     const WithoutCublas own;
     const Products expected = products();
     CHECK(simt::cublas_products == before + 5);
@@ -395,7 +395,7 @@ TEST(hundreds_of_schedules_give_the_same_bits) {
 TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
   ModelConfig config = small_config();
   config.num_layers = 1;
-  config.intermediate_size = 301;  // several words of the selection
+  config.intermediate_size = 301;  // the selection has several words
   for (const bool by_gate : {false, true}) {
     const RandomModel random(config, WeightFormat::f32, 4);
     const auto model = random.get();
@@ -416,7 +416,7 @@ TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
     naive::Vector estimates;
     for (std::int64_t j = 0; j < config.intermediate_size; ++j) estimates.push_back(estimate(j));
     std::sort(estimates.begin(), estimates.end());
-    // Between two estimates, so that rounding decides nothing.
+    // A threshold between two estimates, so that rounding does not matter.
     const auto threshold = static_cast<float>((estimates[150] + estimates[151]) / 2);
     backend.set_thresholds(*state, 0, {threshold, threshold, by_gate});
     std::int64_t selected = 0;

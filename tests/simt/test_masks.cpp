@@ -1,5 +1,5 @@
-// Scope "sequence" on the device, its kernels run on the CPU, against cpp/sparsity on the host:
-// the same masks and the same thresholds.
+// Scope "sequence": the device's kernels, run on the CPU, must give the same masks and thresholds
+// as cpp/sparsity.
 #include <algorithm>
 #include <limits>
 #include <random>
@@ -31,7 +31,7 @@ ModelConfig shape(std::int64_t hidden, std::int64_t neurons) {
   return config;
 }
 
-/// A backend and a state whose statistic is as a test wants it.
+/// A backend and a state with a given statistic.
 struct Masked {
   Masked(const ModelConfig& config, WeightFormat format)
       : model(config, format, 1),
@@ -47,7 +47,7 @@ struct Masked {
     return relative_magnitudes(backend.statistic(state, layer), backend.gathered(state, layer));
   }
   const Matrix& down(std::int64_t layer) const { return model.get()->layers[layer].down; }
-  /// Samples of all of a prompt's tokens but the third, in two steps; gathers the statistic.
+  /// Prefills in two steps, samples all tokens except the third, gathers the statistic.
   void prefill(std::int64_t tokens) {
     const std::vector<Token> prompt = random_tokens(tokens, model.get()->config.vocab_size);
     backend.reserve_samples(state, std::max<std::int64_t>(tokens - 1, 1));
@@ -84,8 +84,8 @@ std::vector<double> random_sums(Kind kind, std::int64_t neurons) {
   return sums;
 }
 
-/// The device's thresholds are the host's: the contributions are added in another order, which
-/// decides only where a CETT is a rounding error away from the target; here none is.
+/// The device must find the host's thresholds. It adds contributions in another order, which
+/// matters only if a CETT is within rounding of the target; in these cases none is.
 void check_search(Masked& d, double target) {
   const std::vector<ThresholdSearch> found = d.backend.search_thresholds(d.state, target);
   for (std::int64_t l = 0; l < std::ssize(found); ++l) {
@@ -102,7 +102,7 @@ void check_search(Masked& d, double target) {
 
 TEST(masks_are_those_of_the_host) {
   for (int i = 0; i < kShapes; ++i) {
-    // Not many are whole words of 32 or whole blocks of 256.
+    // Mostly not multiples of 32 (words) or 256 (blocks).
     const std::int64_t neurons = i < 4 ? std::int64_t{1} << 3 * i : between(1, 700);
     Masked d(shape(3, neurons), WeightFormat::f32);
     for (int kind = 0; kind < static_cast<int>(Kind::count); ++kind) {
@@ -158,7 +158,7 @@ TEST(a_mask_made_here_is_as_good_as_one_that_was_set) {
   CHECK(d.backend.ffn_reads(d.state, 1).exact == 45);
   const std::int64_t bytes = d.backend.ffn_reads(d.state, 1).bytes;
   decode();
-  // What was read is counted by the mask it was read with.
+  // Reads are counted with the mask that was active.
   const auto mask = d.backend.mask(d.state, 1);
   d.backend.mask_top_share(d.state, 1);
   CHECK(d.backend.ffn_reads(d.state, 1).bytes == 2 * bytes);
@@ -212,7 +212,7 @@ TEST(samples_are_those_of_the_cpu_backend) {
 
 TEST(thresholds_are_those_of_the_host) {
   for (int i = 0; i < kShapes / 2; ++i) {
-    // The first has several tiles each way.
+    // The first case has several tiles in both directions.
     const std::int64_t hidden = i == 0 ? 130 : between(1, 100),
                        tokens = i == 0 ? 80 : between(1, 9);
     Masked d(shape(hidden, i == 1 ? 1 : between(1, 350)),
@@ -235,7 +235,7 @@ TEST(tokens_whose_ffn_is_zero_have_no_error) {
   for (std::int64_t j = 0; j < 40; ++j) d.state.samples.data()[(40 + j) * 3] = 0;  // layer 1
   check_search(d, 0.3);
   std::fill_n(d.state.samples.data(), 2 * 40 * 3, 0.0f);
-  check_search(d, 0.3);  // nothing is lost, whatever is dropped
+  check_search(d, 0.3);  // dropping any neuron loses nothing
   CHECK(d.backend.search_thresholds(d.state, 0.3)[1].threshold == std::ranges::max(d.scores(1)));
 }
 

@@ -1,6 +1,6 @@
-// Would the tests see a mistake? Every barrier and every index bound of the kernels is broken, one
-// at a time: the barrier does nothing, the bound lets one more through. Under some schedule results
-// must change, or the shim must complain.
+// Mutation tests: breaks every barrier and every index bound of the kernels, one at a time. A
+// broken barrier does nothing, a broken bound admits one more index. Under some schedule the
+// results must change, or the shim must report an error.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,13 +16,13 @@ namespace {
 
 constexpr unsigned kSchedules = 50;
 
-/// A model, and the steps it runs; small, but with several tiles, blocks and rounds of everything.
+/// A model and the steps it runs: small, but every loop over tiles or blocks runs several times.
 struct Scenario {
   explicit Scenario(WeightFormat weights, std::vector<std::int64_t> lengths) : steps(lengths) {
     format = weights;
     config = small_config();
     config.num_layers = 1;
-    config.intermediate_size = 150;  // widest, so that what lies behind it is a fence
+    config.intermediate_size = 150;  // the widest buffer, so that a fence follows it
   }
   ModelConfig config;
   WeightFormat format;
@@ -42,12 +42,12 @@ std::vector<Scenario> scenarios() {
   Scenario& gate = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{1, 1});
   gate.thresholds = {0.2f, 0.2f, true};
   Scenario& masks = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{5});
-  masks.config.intermediate_size = 300;  // ranks take several tiles
+  masks.config.intermediate_size = 300;  // needs several tiles of ranks
   masks.masks = true;
   return all;
 }
 
-/// All that a scenario lets see.
+/// Everything observable in a scenario.
 std::vector<float> outcome(const Scenario& scenario) {
   static std::map<const Scenario*, std::shared_ptr<RandomModel>> models;
   auto& model = models[&scenario];
@@ -63,7 +63,7 @@ std::vector<float> outcome(const Scenario& scenario) {
   const auto see = [&](const auto* values, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) seen.push_back(static_cast<float>(values[i]));
   };
-  std::vector<std::int64_t> sampled(scenario.masks ? capacity : 0);  // of the only step: all
+  std::vector<std::int64_t> sampled(scenario.masks ? capacity : 0);  // all tokens of the only step
   std::iota(sampled.begin(), sampled.end(), 0);
   backend.reserve_samples(*s, std::ssize(sampled));
   for (const std::int64_t size : scenario.steps) {
@@ -106,7 +106,7 @@ std::vector<float> outcome(const Scenario& scenario) {
   return seen;
 }
 
-/// A NaN is a number like others here.
+/// Compares bits, so NaN equals NaN.
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -117,7 +117,7 @@ struct Known {
   std::map<std::string, long> places;
 };
 
-/// In a process of its own, since it may crash or never end.
+/// In a child process, because it may crash or hang.
 bool is_caught(const std::string& place, const std::vector<Known>& known) {
   std::fflush(nullptr);
   const pid_t child = fork();
@@ -144,8 +144,8 @@ bool is_caught(const std::string& place, const std::vector<Known>& known) {
 }  // namespace
 
 TEST(every_broken_barrier_or_bound_is_caught) {
-  simt::processors = 1;      // few blocks, so that they make several rounds
-  simt::cublas_can = false;  // or the kernels of products would have nothing to do
+  simt::processors = 1;      // few blocks, so that each loops several times
+  simt::cublas_can = false;  // so that our own GEMM kernels run
   const std::vector<Scenario> all = scenarios();
   std::vector<Known> known;
   std::set<std::string> places;
@@ -154,7 +154,7 @@ TEST(every_broken_barrier_or_bound_is_caught) {
     std::vector<float> expected = outcome(scenario);
     for (unsigned seed = 0; seed < 3; ++seed) {
       simt::seed(seed);
-      CHECK(same(outcome(scenario), expected));  // else it would say nothing
+      CHECK(same(outcome(scenario), expected));  // else a changed result would prove nothing
     }
     for (const float v : expected) CHECK(std::isfinite(v));
     for (const auto& [place, count] : simt::places) places.insert(place);
