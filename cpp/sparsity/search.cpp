@@ -197,7 +197,7 @@ ThresholdSearch search_threshold(std::span<const FfnSample> samples, const Matri
 
 ThresholdSearch search_token_threshold(std::span<const float> h, std::span<const float> estimates,
                                        const Matrix& down, double target) {
-  // Every token is a sample of its own.
+  // Makes a sample of every token.
   const std::int64_t neurons = down.rows, tokens = std::ssize(h) / neurons;
   std::vector<FfnSample> samples(tokens);
   for (std::int64_t t = 0; t < tokens; ++t) {

@@ -25,9 +25,9 @@ std::int64_t share_count(double active, std::int64_t neurons);
 /// lower id stays.
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
 
-/// The thresholds at or above which the share `exact` of all estimates lies, and the share exact +
-/// coarse. 0 < exact <= 1, 0 <= coarse <= 1 - exact. estimates: not negative, in any order; gets
-/// reordered.
+/// The threshold that the share `exact` of all estimates reaches, and that of the share
+/// exact + coarse. 0 < exact <= 1, 0 <= coarse <= 1 - exact. estimates: not negative, in any order;
+/// gets reordered.
 struct TokenThresholdPair {
   float exact = 0, coarse = 0;
 };

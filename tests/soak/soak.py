@@ -85,8 +85,8 @@ class Soak:
         self.random = random.Random(0)
 
     def reload(self) -> None:
-        """One of the engines anew, but for its tokenizer: the `tokenizers` library keeps some KiB
-        of every one that was used.
+        """Loads one of the engines again. Reuses its tokenizer, because the `tokenizers` library
+        never frees some KiB of each.
         """
         which = self.random.randrange(len(self.engines))
         tokenizer = self.engines[which].tokenizer

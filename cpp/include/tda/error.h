@@ -1,5 +1,5 @@
-// The exceptions that tdaengine throws. Python sees the same tree under the same names. Memory that
-// runs out in pieces too small to be worth a message is std::bad_alloc (Python: MemoryError).
+// The exceptions that tdaengine throws; Python has the same tree with the same names. A failed small
+// allocation throws std::bad_alloc (Python: MemoryError).
 #pragma once
 
 #include <stdexcept>
@@ -22,12 +22,12 @@ struct OptionError : Error {
   using Error::Error;
 };
 
-/// The device asked for is absent, out of memory, or failed.
+/// The requested device is absent, out of memory, or failed.
 struct DeviceError : Error {
   using Error::Error;
 };
 
-/// The tokens asked for do not fit into the context.
+/// More tokens than fit into the context.
 struct ContextOverflow : Error {
   using Error::Error;
 };

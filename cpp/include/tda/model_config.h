@@ -1,4 +1,4 @@
-// What a checkpoint's config.json says, in one family-independent form.
+// A checkpoint's config.json in a form independent of the model family.
 #pragma once
 
 #include <tda/types.h>
@@ -12,12 +12,12 @@ namespace [[gnu::visibility("default")]] tda {
 
 enum class Activation { silu, gelu, gelu_tanh, relu };
 
-/// Rotary position embedding (Su et al., arXiv 2104.09864) and the ways to stretch it.
+/// Rotary position embedding (Su et al., arXiv 2104.09864) and its context extensions.
 struct RopeConfig {
   enum class Scaling { none, linear, dynamic, llama3, yarn };
   Scaling scaling = Scaling::none;
   double theta = 10000.0;
-  double factor = 1.0;                     // all but `none`
+  double factor = 1.0;                     // of all scalings except `none`
   double low_freq_factor = 1.0;            // llama3
   double high_freq_factor = 4.0;           // llama3
   double beta_fast = 32.0;                 // yarn (Peng et al., arXiv 2309.00071)
@@ -44,7 +44,7 @@ struct ModelConfig {
   bool qkv_bias = false;
   bool output_bias = false;  // on the attention's output projection
   bool qk_norm = false;      // RMSNorm over each head of q and k (Qwen3)
-  /// Per layer: a token sees this many latest positions, itself included; 0: all.
+  /// Per layer: how many of the latest positions a token sees, including its own; 0: all.
   std::vector<std::int64_t> sliding_window;
   std::optional<Token> bos_token;
   /// Every id that ends a text, from config.json and generation_config.json.

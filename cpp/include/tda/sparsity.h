@@ -2,20 +2,20 @@
 //
 // For one layer, token t and neuron j of the feed-forward network:
 //   h[t,j] = act(W_gate[j]·x_t) * (W_up[j]·x_t)
-//   n[t,j] = h[t,j] * W_down[:,j]                 the neuron's contribution, FFN(x_t) = sum_j
-//   n[t,j] R[j]   = sqrt(mean_t((|n[t,j]| / ||(|n[t,1]|, ..., |n[t,F]|)||_2)^2))     over the
-//   prompt
-// Scope "sequence" (Ma et al., arXiv 2408.11393): the prompt runs dense, neurons with
-// R[j] >= threshold[layer] stay for the whole generation, the others are never read again.
-// Scope "token" (ours): the threshold is put to |n[t,j]| = |h[t,j]| ||W_down[:,j]|| afresh for
-// every generated token. int8 weights lie in two planes of 4 bits: the high planes of gate and up
-// give an estimate for all neurons, and only those that reach the threshold read the rest, exactly;
-// with a second, lower threshold those between stay coarse, at their 4 high bits. Other formats
-// read gate and up whole and save down rows.
+//   n[t,j] = h[t,j] * W_down[:,j]      the neuron's contribution: FFN(x_t) = sum_j n[t,j]
+//   R[j]   = sqrt(mean_t((|n[t,j]| / ||(|n[t,1]|, ..., |n[t,F]|)||_2)^2))    over the prompt
 //
-// The output head can be treated alike where its weights lie in two planes, with either scope: the
-// high plane estimates all logits, and those that a threshold below the largest shows to matter are
-// made exact (TdaOptions::head).
+// Scope "sequence" (Ma et al., arXiv 2408.11393): the prompt runs dense; neurons with
+// R[j] >= threshold[layer] are kept for the whole generation, the others are never read again.
+// Scope "token" (ours): the threshold applies to |n[t,j]| = |h[t,j]| ||W_down[:,j]|| of each
+// generated token. int8 weights are stored in two planes of 4 bits: the high planes of gate and up
+// give an estimate for all neurons, and only those that reach the threshold read the low planes and
+// become exact; with a second, lower threshold, those in between are computed from their high 4
+// bits. With other formats gate and up are read for all neurons, and down rows are saved.
+//
+// With either scope the output head can be treated the same way if its weights have two planes: the
+// high plane estimates all logits, and those within a threshold of the largest are made exact
+// (TdaOptions::head).
 #pragma once
 
 #include <cstdint>
