@@ -286,7 +286,7 @@ std::vector<std::int64_t> read_sliding_window(const Object& config, const ModelC
     if (sliding && window == 0)
       config.fail("layer_types", "no \"sliding_attention\" where no sliding_window is in use");
     if (!qwen && !sliding && window != 0)
-      config.fail("layer_types", "\"sliding_attention\" throughout, as sliding_window demands");
+      config.fail("layer_types", "\"sliding_attention\" throughout, because sliding_window is set");
     result[i] = sliding ? window : 0;
   }
   return result;
@@ -319,7 +319,7 @@ void read_sizes(const Object& config, const Family& family, ModelConfig& model) 
     model.head_dim = model.hidden_size / model.num_heads;
   }
   if (model.head_dim % 2 != 0)
-    config.fail("head_dim", "an even number, for RoPE rotates pairs (here it is " +
+    config.fail("head_dim", "an even number, because RoPE rotates pairs (here it is " +
                                 std::to_string(model.head_dim) + ")");
   if (model.q_size() > max_size)
     config.fail("num_attention_heads", "at most 2^22 when multiplied by head_dim (" +

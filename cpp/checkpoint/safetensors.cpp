@@ -90,7 +90,7 @@ class EntryReader {
     const json& value = field("dtype");
     for (const DTypeInfo& info : dtypes)
       if (value == info.name) return info;
-    fail("dtype is " + describe(value) + ", expected one of the safetensors format, as \"BF16\"");
+    fail("dtype is " + describe(value) + ", expected one of the safetensors format, like \"BF16\"");
   }
 
   /// A list of integers >= 0.

@@ -46,7 +46,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
       std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
       options.max_context ? options.max_context : model->config.max_position, options.before_step);
 } catch (const std::bad_alloc&) {
-  throw DeviceError("out of memory while " + folder.string() + " was loaded, expected more free");
+  throw DeviceError("out of memory while loading " + folder.string());
 }
 
 }  // namespace

@@ -59,7 +59,8 @@ void Bpe::read_merges(const Field& merges) {
       right = text.substr(space + 1);
     }
     const auto a = find(left), b = find(right), both = find(left + right);
-    if (!a || !b || !both) merge.fail("two tokens that are in the vocabulary, like what they make");
+    if (!a || !b || !both)
+      merge.fail("two tokens that are in the vocabulary, as their merge must be");
     merges_.insert_or_assign(pair_of(*a, *b), Merge{rank++, *both});
   }
 }

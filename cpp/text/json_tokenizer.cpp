@@ -68,7 +68,7 @@ class AddedTokens {
     const bool normalized = entry["normalized"].flag();
     if (normalized) {
       for (const Normalizer& normalize : normalizers) normalize(pattern);
-      if (pattern.empty()) entry["content"].fail("something that the normalizer leaves there");
+      if (pattern.empty()) entry["content"].fail("text that the normalizer does not remove");
     }
     Trie& trie = normalized ? normalized_ : plain_;
     if (tokens_.contains(id) || trie.contains(pattern))

@@ -41,7 +41,7 @@ void SentencePiece::index() {
     if (piece.text.empty() || piece.text.size() >= 8000)
       fail(name + " has " + std::to_string(piece.text.size()) + " bytes, expected 1 to 7999");
     if (unicode::find_invalid(piece.text) != std::string::npos)
-      fail(name + " is no UTF-8, expected text");
+      fail(name + " is not valid UTF-8, expected text");
     if (!std::isfinite(piece.score)) fail(name + " has no finite score, expected one");
     if (piece.text == std::string_view("\0", 1) && piece.kind == Kind::unused) continue;
     if (piece.text.find('\0') != std::string::npos)
@@ -61,7 +61,7 @@ void SentencePiece::index() {
     }
     if (piece.kind == Kind::byte) {
       const std::optional<char> byte = byte_of(piece.text);
-      if (!byte_fallback_ || !byte) fail(name + " stands for a byte, expected none such");
+      if (!byte_fallback_ || !byte) fail(name + " stands for a byte, expected no byte pieces");
       byte_ids_[static_cast<unsigned char>(*byte)] = id;
       has_byte[static_cast<unsigned char>(*byte)] = true;
     }

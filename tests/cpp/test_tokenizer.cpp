@@ -262,10 +262,10 @@ TEST(models_that_are_not_supported_are_refused) {
       {unknown + piece("?", 2), "piece 1 is a second unknown piece"},
       {unknown + piece("", 1), "piece 1 has 0 bytes, expected 1 to 7999"},
       {unknown + piece(std::string(8000, 'a'), 1), "piece 1 has 8000 bytes"},
-      {unknown + piece("\xff", 1), "piece 1 is no UTF-8"},
+      {unknown + piece("\xff", 1), "piece 1 is not valid UTF-8"},
       {unknown + piece("a", 7), "piece 1 is of type 7, expected 1 to 6"},
       {unknown + piece("a", 1, 0x7fc00000), "piece 1 has no finite score"},
-      {unknown + piece("<0x41>", 6), "piece 1 stands for a byte, expected none such"},
+      {unknown + piece("<0x41>", 6), "piece 1 stands for a byte, expected no byte pieces"},
       {unknown + message(2, number(35, 1)), "byte_fallback without a piece for every byte"},
   };
   for (const Case& c : cases) CHECK_THROWS(make_model(c.content), CheckpointError, c.message);
