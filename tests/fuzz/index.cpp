@@ -1,6 +1,6 @@
 // model.safetensors.index.json
-#include "checkpoint/checkpoint.h"
 #include "base/json.h"
+#include "checkpoint/checkpoint.h"
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

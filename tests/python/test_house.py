@@ -205,7 +205,7 @@ def test_no_file_is_too_long():
 
 # Still to be split; remove each with its split.
 STILL_TOO_LONG = {
-    ("cpp/cpu/down_rows.h", "add_rows"),
+    ("cpp/cpu/down_rows.h", "add_down_batch"),
     ("python/bind_options.cpp", "bind_options"),
     ("python/bindings.cpp", "bind_engine"),
     ("python/tdaengine/cli.py", "_parser"),
