@@ -114,7 +114,8 @@ struct AttendWork {
   int head, heads;    // first query head, and how many follow
   int split, splits;  // which range of the keys this is, of how many
   int from, to;       // keys [from, to)
-  int end;            // behind the last key that token t sees
+  int end;            // one past the last key that token t sees
+  std::int64_t base;  // the KV head's first row in the cache
 };
 
 template <int Heads>
@@ -135,6 +136,7 @@ __device__ __forceinline__ AttendWork attend_work(const Attention& a) {
   const Share share = share_of(keys, work.split, work.splits);
   work.from = begin + share.first;
   work.to = begin + share.end;
+  work.base = static_cast<std::int64_t>(work.kv_head) * a.capacity;
   return work;
 }
 
@@ -160,9 +162,9 @@ struct KeyValue {
   Chunk<C> k[Chunks], v[Chunks];
 
   __device__ static int column(int c) { return (c * kKeyLanes + threadIdx.x % kKeyLanes) * kChunk; }
-  __device__ __forceinline__ void load(const Attention& a, int kv_head, int key, int pitch) {
+  __device__ __forceinline__ void load(const Attention& a, std::int64_t key, int pitch) {
     const C *keys = static_cast<const C*>(a.keys), *values = static_cast<const C*>(a.values);
-    const std::int64_t row = (static_cast<std::int64_t>(kv_head) * a.capacity + key) * pitch;
+    const std::int64_t row = key * pitch;
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
       const int d = column(c), at = d < pitch ? d : 0;
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend_kernel(Attention a) 
   KeyValue<C, Chunks> next;                     // in flight from memory
   const int fresh = Fresh ? work.end - 1 : -1;  // the key that no earlier kernel has stored
   const auto prefetch = [&](int key) {
-    if (TDA_WITHIN(key, work.to) && key != fresh) next.load(a, work.kv_head, key, pitch);
+    if (TDA_WITHIN(key, work.to) && key != fresh) next.load(a, work.base + key, pitch);
   };
   if (Fresh) prefetch(work.from + stream);
   wait_for_previous();
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend_kernel(Attention a) 
   softmax.clear();
   for (int round = work.from; round < work.to; round += kStreams) {
     const int key = round + stream;
-    if (key == fresh) next.load(a, work.kv_head, key, pitch);
+    if (key == fresh) next.load(a, work.base + key, pitch);
     const KeyValue<C, Chunks> now = next;
     prefetch(key + kStreams);
     softmax.add(now, key < work.to, shared.q, pitch);
