@@ -1,10 +1,12 @@
 #include "base/atomic_file.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <tda/error.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <optional>
 #include <string>
 #include <system_error>
 
@@ -12,6 +14,38 @@
 
 namespace tda {
 namespace {
+
+namespace fs = std::filesystem;
+
+[[noreturn]] void fail(const fs::path& path, const std::string& reason) {
+  throw CheckpointError(path.string() + ": cannot be written: " + reason);
+}
+
+/// The file that `path` means, symbolic links followed: a rename would replace the link itself.
+fs::path follow_links(const fs::path& path) {
+  fs::path target = path;
+  std::error_code error;
+  for (int links = 0; fs::is_symlink(fs::symlink_status(target, error)); ++links) {
+    if (links == 40) fail(path, std::generic_category().message(ELOOP));
+    const fs::path next = fs::read_symlink(target, error);
+    if (error) fail(path, error.message());
+    target = target.parent_path() / next;  // `next` alone where it is absolute
+  }
+  return target;
+}
+
+/// Refuses to replace what is no regular file, or is meant to stay. Returns the permissions of the
+/// file that is there, if there is one; the new one keeps them.
+std::optional<mode_t> check_replaceable(const fs::path& path) {
+  struct stat status{};
+  if (::stat(path.c_str(), &status) != 0) return std::nullopt;
+  if (S_ISDIR(status.st_mode)) fail(path, std::generic_category().message(EISDIR));
+  if (!S_ISREG(status.st_mode)) fail(path, "found no regular file, expected one or none");
+  // The bits count for root as well, to whom access() grants everything.
+  if ((status.st_mode & 0222) == 0 || ::access(path.c_str(), W_OK) != 0)
+    fail(path, "found a read-only file");
+  return status.st_mode & 0777;
+}
 
 /// A new file next to `path`, deleted with this object unless it has been renamed.
 class Temporary {
@@ -37,19 +71,18 @@ class Temporary {
 
 }  // namespace
 
-void write_file_atomically(const std::filesystem::path& path,
-                           std::initializer_list<std::string_view> parts) {
+void write_file_atomically(const fs::path& path, std::initializer_list<std::string_view> parts) {
   const auto check = [&](bool good) {
-    if (good) return;
-    throw CheckpointError(path.string() +
-                          ": cannot be written: " + std::system_category().message(errno));
+    if (!good) fail(path, std::system_category().message(errno));
   };
-  const std::filesystem::path parent = path.parent_path();
+  const std::optional<mode_t> permissions = check_replaceable(path);
+  const fs::path target = follow_links(path), parent = target.parent_path();
   const Descriptor folder(
       ::open(parent.empty() ? "." : parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   check(folder.value >= 0);
-  Temporary temporary(path);
+  Temporary temporary(target);
   check(temporary.file.value >= 0);
+  if (permissions) check(::fchmod(temporary.file.value, *permissions) == 0);
   for (std::string_view content : parts)
     while (!content.empty()) {
       const ssize_t written = ::write(temporary.file.value, content.data(), content.size());
@@ -57,7 +90,7 @@ void write_file_atomically(const std::filesystem::path& path,
       if (written > 0) content.remove_prefix(static_cast<std::size_t>(written));
     }
   check(::fsync(temporary.file.value) == 0);
-  check(::rename(temporary.name.c_str(), path.c_str()) == 0);
+  check(::rename(temporary.name.c_str(), target.c_str()) == 0);
   temporary.renamed = true;
   // EINVAL: the file system cannot flush folders.
   check(::fsync(folder.value) == 0 || errno == EINVAL);

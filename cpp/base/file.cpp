@@ -68,4 +68,14 @@ void File::prefetch() const {
 #endif
 }
 
+std::string read_file(const std::filesystem::path& path, const char* expected, std::int64_t most) {
+  const File file(path, expected);
+  if (file.bytes() > most)
+    throw CheckpointError(file.name() + ": found " + std::to_string(file.bytes()) +
+                          " bytes, expected " + expected + " of at most " + std::to_string(most));
+  std::string content(static_cast<std::size_t>(file.bytes()), '\0');
+  file.read(0, file.bytes(), content.data());
+  return content;
+}
+
 }  // namespace tda

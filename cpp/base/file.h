@@ -44,4 +44,7 @@ class File {
   std::int64_t bytes_ = 0;
 };
 
+/// All of a regular file. Throws CheckpointError if it has more than `most` bytes, too.
+std::string read_file(const std::filesystem::path& path, const char* expected, std::int64_t most);
+
 }  // namespace tda

@@ -52,13 +52,7 @@ nlohmann::json parse_json_object(std::string_view text, const std::string& file)
 }
 
 nlohmann::json read_json_object(const std::filesystem::path& path) {
-  const File file(path, "a JSON file");
-  if (file.bytes() > kMaxJsonBytes)
-    throw CheckpointError(file.name() + ": found " + std::to_string(file.bytes()) +
-                          " bytes, expected JSON of at most " + std::to_string(kMaxJsonBytes));
-  std::string text(static_cast<std::size_t>(file.bytes()), '\0');
-  file.read(0, file.bytes(), text.data());
-  return parse_json_object(text, file.name());
+  return parse_json_object(read_file(path, "a JSON file", kMaxJsonBytes), path.string());
 }
 
 }  // namespace tda

@@ -353,7 +353,9 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   const json config = read_json_object(folder / "config.json");
   const std::filesystem::path path = folder / "generation_config.json";
   std::error_code ignored;
-  if (!std::filesystem::exists(path, ignored)) return parse_config(config, nullptr, folder);
+  // A link to nowhere is not nothing: opening it says what is wrong.
+  if (!std::filesystem::exists(std::filesystem::symlink_status(path, ignored)))
+    return parse_config(config, nullptr, folder);
   const json generation = read_json_object(path);
   return parse_config(config, &generation, folder);
 }

@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <utility>
 
+#include "base/file.h"
 #include "text/impl.h"
 #include "text/unicode.h"
 
@@ -21,14 +20,6 @@ constexpr const char* model_file = "tokenizer.model";
 constexpr const char* config_file = "tokenizer_config.json";
 constexpr const char* map_file = "special_tokens_map.json";
 constexpr const char* added_file = "added_tokens.json";
-
-std::string read_file(const fs::path& path) {
-  std::error_code ignored;
-  std::ifstream stream(path, std::ios::binary);
-  if (!fs::is_regular_file(path, ignored) || !stream)
-    throw CheckpointError(path.string() + ": found no readable file, expected one");
-  return {std::istreambuf_iterator<char>(stream), {}};
-}
 
 nlohmann::json parse_or_empty(const std::string* content, const std::string& file) {
   return content ? parse_json_object(*content, file) : nlohmann::json::object();
@@ -75,7 +66,8 @@ Tokenizer::Tokenizer(const fs::path& checkpoint, std::int64_t vocab_size) {
   std::map<std::string, std::string> files;
   for (const char* name : {json_file, model_file, config_file, map_file, added_file}) {
     std::error_code ignored;
-    if (fs::exists(checkpoint / name, ignored)) files[name] = read_file(checkpoint / name);
+    if (fs::exists(fs::symlink_status(checkpoint / name, ignored)))
+      files[name] = read_file(checkpoint / name, "a tokenizer file", kMaxJsonBytes);
   }
   *this = from_bytes(files, checkpoint.string(), vocab_size);
 }

@@ -173,6 +173,43 @@ TEST(thresholds_save_to_an_unwritable_folder) {
   CHECK(files_in(folder) == 0);
 }
 
+TEST(thresholds_save_replaces_regular_files_only) {
+  const Folder folder;
+  const auto pipe = folder.path / "pipe", device = folder.path / "device";
+  ::mkfifo(pipe.c_str(), 0666);
+  std::filesystem::create_symlink("/dev/null", device);
+  for (const auto& path : {pipe, device}) {
+    CHECK_THROWS(example().save(path), CheckpointError,
+                 path.string() + ": cannot be written: found no regular file");
+  }
+  CHECK(std::filesystem::is_fifo(pipe) && std::filesystem::is_character_file(device));
+  const auto file = folder.path / "file";
+  std::ofstream(file) << "x";
+  ::chmod(file.c_str(), 0444);
+  CHECK_THROWS(example().save(file), CheckpointError,
+               file.string() + ": cannot be written: found a read-only file");
+  CHECK(std::filesystem::file_size(file) == 1);
+  CHECK(files_in(folder) == 3);
+}
+
+TEST(thresholds_save_through_symbolic_links) {
+  const Folder folder;
+  const auto target = folder.path / "target", link = folder.path / "link";
+  std::filesystem::create_symlink("target", folder.path / "next");
+  std::filesystem::create_symlink(folder.path / "next", link);
+  example().save(link);  // the target is made
+  check_example(Thresholds::load(target));
+  std::ofstream(target) << "what was there before";
+  ::chmod(target.c_str(), 0600);
+  example().save(link);  // and replaced, with its permissions
+  check_example(Thresholds::load(target));
+  CHECK(std::filesystem::is_symlink(link) && std::filesystem::is_regular_file(target));
+  CHECK(std::filesystem::status(target).permissions() == std::filesystem::perms{0600});
+  std::filesystem::create_symlink("loop", folder.path / "loop");
+  CHECK_THROWS(example().save(folder.path / "loop"), CheckpointError, "Too many levels");
+  CHECK(files_in(folder) == 4);
+}
+
 TEST(thresholds_save_to_a_full_disk) {
   const Folder folder;
   const auto path = folder.path / "t";

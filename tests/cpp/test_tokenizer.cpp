@@ -1,5 +1,6 @@
 // Errors, invalid UTF-8, streaming and cost of the C++ tokenizer.
 // tests/python/test_cpp_tokenizer.py compares its ids with the Python libraries'.
+#include <sys/stat.h>
 #include <tda/tokenizer.h>
 
 #include <string>
@@ -160,7 +161,11 @@ TEST(files_are_needed) {
   CHECK(tda::Tokenizer(folder.path).vocab_size() == 261);
   std::filesystem::create_directory(folder.path / "added_tokens.json");
   CHECK_THROWS(tda::Tokenizer(folder.path), CheckpointError,
-               "added_tokens.json: found no readable");
+               "added_tokens.json: found a folder, expected a tokenizer file");
+  std::filesystem::remove(folder.path / "added_tokens.json");
+  ::mkfifo((folder.path / "added_tokens.json").c_str(), 0666);  // must not be waited for
+  CHECK_THROWS(tda::Tokenizer(folder.path), CheckpointError,
+               "added_tokens.json: not a regular file, expected a tokenizer file");
 }
 
 TEST(json_that_is_not_supported_is_refused) {
