@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, terminal
 from ._native import Error
 from .analyze import DEFINITIONS
 from .commands import (
@@ -29,24 +28,28 @@ BROKEN_PIPE = 141
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for an error (told on stderr), 130 after Ctrl-C."""
-    args = _parser().parse_args(arguments)
-    try:
-        args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as `tdaengine ... | head` ends: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except (Error, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Returns the exit code: 0, 2 for an error (told on stderr), 130 after Ctrl-C, 141 if nobody
+    reads what is printed."""
+    with terminal.standard_streams():
+        try:
+            try:
+                args = _parser().parse_args(arguments)
+                args.run(args)
+            finally:  # --help, too, may be printed where nobody reads it or there is no room
+                sys.stdout.flush()
+        except BrokenPipeError:
+            return BROKEN_PIPE
+        except (Error, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return INTERRUPTED
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdaengine", description="LLaMA inference with TDA")
+    parser.color = False  # type: ignore[attr-defined]  # as since Python 3.14 it else is
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -54,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.add_argument("--json", action="store_true", help="the result as JSON on stdout")
         added.set_defaults(run=run)
+        added.color = False
         return added
 
     generate = command("generate", run_generate, "Continue a text.")

@@ -28,6 +28,7 @@ from .analyze import table as overlaps
 from .bench import bench
 from .engine import Engine, Output, Stream
 from .evaluate import evaluate, frontier, parse_setting, table
+from .terminal import for_bars
 
 # Of TDA, as --tda-...; refresh is --refresh.
 TDA_OPTIONS = ("error", "active", "thresholds", "scope", "coarse", "compact", "head")
@@ -363,7 +364,7 @@ def _output_fields(output: Output) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value))  # ASCII alone, which no encoding or terminal changes
 
 
 def _print_indented(values: dict[str, Any], indent: str = "") -> None:
@@ -385,7 +386,7 @@ def _progress_bar(**settings: Any) -> Iterator[Callable[[int, int], None]]:
         def progress(done: int, total: int) -> None:
             nonlocal bar
             if bar is None:
-                bar = stack.enter_context(tqdm(total=total, **settings))
+                bar = stack.enter_context(tqdm(total=total, file=for_bars(), **settings))
             elif bar.total != total:  # the next part of the work
                 bar.reset(total)
             bar.update(done - bar.n)
