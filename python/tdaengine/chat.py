@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ._native import CheckpointError, OptionError
+from .files import MAX_TEMPLATE, read_text
 from .tokenizer import read_settings
 
 
@@ -73,11 +75,9 @@ class ChatTemplate:
             if name.endswith("_token") and isinstance(token, str)
         }
         path = folder / "chat_template.jinja"
-        if path.exists():
-            try:
-                return ChatTemplate(path.read_text(encoding="utf-8"), tokens, str(path))
-            except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{path}: {error}") from error
+        if os.path.lexists(path):
+            source = read_text(path, "a chat template", MAX_TEMPLATE)
+            return ChatTemplate(source, tokens, str(path))
         path = folder / "tokenizer_config.json"
         source = settings.get("chat_template")
         if source is None:

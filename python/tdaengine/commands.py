@@ -28,6 +28,7 @@ from .analyze import table as overlaps
 from .bench import bench
 from .engine import Engine, Output, Stream
 from .evaluate import evaluate, frontier, parse_setting, table
+from .files import MAX_DATA, MAX_LINE, check_output, open_regular, parse_json
 from .terminal import for_bars
 
 # Of TDA, as --tda-...; refresh is --refresh.
@@ -152,6 +153,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
+    check_output(args.output)
     texts = None if args.data is None else _read_texts(Path(args.data))
     engine = _engine(args)
     with _progress_bar(unit="step", disable=args.json) as progress:
@@ -234,7 +236,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
         raise OptionError(f"--texts {args.texts}: expected 1 or more")
     if args.plot:
         plots.check(args.plot)
-    return _read_texts(Path(args.data))[: args.texts]
+    return _read_texts(Path(args.data), args.texts)
 
 
 def run_bench(args: argparse.Namespace) -> None:
@@ -305,23 +307,34 @@ def _lengths(args: argparse.Namespace, name: str) -> list[int]:
         ) from None
 
 
-def _read_texts(path: Path) -> list[str]:
-    """The field "text" of every line; blank lines count for nothing."""
-    texts = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise OptionError(f"{path}, line {number}: {error}") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-                raise OptionError(f'{path}, line {number}: expected {{"text": "..."}}')
-            texts.append(entry["text"])
+def _read_texts(path: Path, most: int | None = None) -> list[str]:
+    """The field "text" of every line, `most` of them; blank lines count for nothing."""
+    texts: list[str] = []
+    for number, line in enumerate(_lines_of(path), 1):
+        if len(texts) == most:
+            break
+        if not line.strip():
+            continue
+        try:
+            entry = parse_json(line)
+        except ValueError as error:
+            raise OptionError(f"{path}, line {number}: {error}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise OptionError(f'{path}, line {number}: expected {{"text": "..."}}')
+        texts.append(entry["text"])
     if not texts:
         raise OptionError(f"{path}: found no texts")
     return texts
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    with open_regular(path, "a JSONL file", OptionError) as file:
+        while line := file.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise OptionError(f"{path}: found a line of more than {MAX_LINE} bytes")
+            if file.tell() > MAX_DATA:
+                raise OptionError(f"{path}: found more than {MAX_DATA} bytes of texts")
+            yield line
 
 
 def run_info(args: argparse.Namespace) -> None:

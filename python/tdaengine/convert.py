@@ -14,6 +14,7 @@ from typing import Any
 
 from . import _native
 from ._native import CheckpointError, OptionError
+from .files import read_json_object
 from .tensors import Tensor, read_safetensors, write_safetensors
 
 # The dtype option -> the name in safetensors -> the name in config.json.
@@ -159,7 +160,7 @@ def _fsync(path: Path) -> None:
 
 
 def _read_folder(folder: Path) -> Source:
-    config = _read_json_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     if PACKED in config:
         raise CheckpointError(
             f"{folder}: found an engine folder, expected a Hugging Face folder or a GGUF file"
@@ -178,7 +179,7 @@ def _read_shards(folder: Path) -> list[Tensor]:
         raise CheckpointError(
             f"{folder}: no weights found, expected model.safetensors, or shards and {index.name}"
         )
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty, expected names and files")
     for shard in weight_map.values():
@@ -200,13 +201,3 @@ def _read_shards(folder: Path) -> list[Tensor]:
     if len(found) != len(tensors):
         raise CheckpointError(f"{index}: a tensor is in two of its files, expected in one")
     return tensors
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}, expected a JSON file") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: found a {type(value).__name__}, expected a JSON object")
-    return value

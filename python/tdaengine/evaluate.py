@@ -14,6 +14,7 @@ from typing import Any
 from . import __version__, _native
 from ._native import TDA, OptionError, Thresholds
 from .engine import Engine, Prompt
+from .files import MAX_DATA, check_output, parse_json, read
 
 DENSE = "dense"
 
@@ -227,13 +228,14 @@ def _describe(engine: Engine, tda: TDA | None) -> dict[str, Any]:
 def _begin(path: Path, header: dict[str, Any], encoded: list[list[int]]) -> Rows:
     """The rows that stand in the file, which is ready for more: a last line that was cut off while
     it was written is cut away."""
-    content = path.read_bytes() if path.exists() else b""
+    check_output(path)
+    content = read(path, "results", MAX_DATA, OptionError) if path.exists() else b""
     if not content:
         _append(path, header)
         return []
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        found, *rows = map(json.loads, whole.splitlines())
+        found, *rows = map(parse_json, whole.splitlines())
         for name, expected in json.loads(json.dumps(header)).items():
             _compare(path, name, found[name], expected)
         if len(rows) > len(encoded):

@@ -11,6 +11,7 @@ import numpy as np
 
 from ._native import CheckpointError
 from .convert import Source, json_bytes
+from .files import open_regular
 from .gguf_tokenizer import tokenizer_files
 from .tensors import Tensor
 
@@ -104,6 +105,7 @@ class Metadata:
 
 def read_gguf(path: Path) -> Source:
     """The checkpoint in a GGUF file. Raises CheckpointError."""
+    open_regular(path, "a GGUF file").close()
     try:
         reader = GGUFReader(path)
     except Exception as error:  # the package raises whatever damaged bytes lead to

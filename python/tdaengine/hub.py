@@ -33,8 +33,11 @@ def find(model: str | os.PathLike[str]) -> Path:
     path = Path(model)
     if not str(model):
         raise OptionError(f"model: found {model!r}, expected a folder or a hub id")
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        raise CheckpointError(f"{model}: {getattr(error, 'strerror', error)}") from error
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise CheckpointError(f"{model}: no such folder, nor is it a hub id (owner/name)")
     try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ._native import OptionError
 from .evaluate import DENSE
+from .files import check_output
 
 WORST = 1.6  # perplexity relative to dense up to which the frontier is shown
 
@@ -18,8 +19,7 @@ def check(path: Path) -> None:
     """To be called before hours of work. Raises OptionError if no picture can be made there."""
     if path.suffix not in (".png", ".svg"):
         raise OptionError(f"--plot {path}: expected a name that ends in .png or .svg")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"--plot {path}: no such folder")
+    check_output(path)
     _figure((1, 1))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ._native import CheckpointError
+from .files import open_regular
 
 # How NumPy holds each dtype; it has no bf16, whose bits travel as u16.
 STORAGE: dict[str, np.dtype[Any]] = {
@@ -35,6 +36,7 @@ class Tensor:
 
 def read_safetensors(path: Path) -> Iterator[Tensor]:
     """The tensors of one file, in the order of its data. Raises CheckpointError."""
+    open_regular(path, "a safetensors file").close()  # safe_open would wait for a pipe's other end
     try:
         with safe_open(path, framework="np"):
             pass  # the package checks the header and its offsets

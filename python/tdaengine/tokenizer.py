@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import json
 import operator
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 import tokenizers
 
 from ._native import CheckpointError, OptionError
+from .files import MAX_TOKENIZER, read, read_json_object, read_text
 
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in FILES)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError naming the file if it is not a JSON object; {} if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found {type(content).__name__}, expected a JSON object")
-    return content
+    return any(os.path.lexists(folder / name) for name in FILES)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, completed by special_tokens_map.json; special tokens as strings."""
-    settings = read_json_object(folder / "special_tokens_map.json")
-    settings |= read_json_object(folder / "tokenizer_config.json")
+    settings = read_json_object(folder / "special_tokens_map.json", optional=True)
+    settings |= read_json_object(folder / "tokenizer_config.json", optional=True)
     for name, value in settings.items():
         if name.endswith("_token") and isinstance(value, dict):
             settings[name] = value.get("content")
@@ -63,7 +51,7 @@ class Tokenizer(ABC):
         """
         folder = Path(folder)
         for name, kind in zip(FILES, (_JsonTokenizer, _SentencePieceTokenizer), strict=True):
-            if (folder / name).exists():
+            if os.path.lexists(folder / name):
                 return kind(folder / name, read_settings(folder), vocab_size)
         raise CheckpointError(f"{folder}: no tokenizer, looked for {' and '.join(FILES)}")
 
@@ -179,14 +167,31 @@ def _around(
     return around[0], around[1]
 
 
+class _Faults:
+    """A context in which a file's faults, however late its library finds them, are
+    CheckpointErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        # `tokenizers` raises plain Exception, and a panic of Rust's, as for a regular expression
+        # that takes too many steps, is a BaseException whose class nobody can import.
+        if kind and (issubclass(kind, Exception) or kind.__name__ == "PanicException"):
+            raise CheckpointError(f"{self._path}: {error}") from cast(BaseException, error)
+
+
 class _JsonTokenizer(Tokenizer):
     """tokenizer.json through the `tokenizers` library."""
 
     def __init__(self, path: Path, settings: dict[str, Any], vocab_size: int) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path}: {error}") from error
+        text = read_text(path, "a tokenizer", MAX_TOKENIZER)
+        self._faults = _Faults(path)
+        with self._faults:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # Some files carry the settings of a training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -204,10 +209,12 @@ class _JsonTokenizer(Tokenizer):
             )
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with self._faults:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with self._faults:
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 # A private use character: it is in no vocabulary, so nothing merges with it.
@@ -221,12 +228,11 @@ class _SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], vocab_size: int) -> None:
-        try:
+        content = read(path, "a SentencePiece model", MAX_TOKENIZER)
+        with _Faults(path):
             self._model = model = sentencepiece.SentencePieceProcessor()
-            model.load_from_serialized_proto(path.read_bytes())
+            model.load_from_serialized_proto(content)
             self._size = model.vocab_size()
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
         symbols = [i for i in range(self._size) if model.is_control(i) or model.is_unknown(i)]
         added = _added_tokens(path.parent, settings)
         # Tokens that a text may spell out, which SentencePiece itself does not look for.
@@ -272,7 +278,8 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, str]:
     """Id -> text of the tokens that a checkpoint has beside its tokenizer.model."""
     path = folder / "added_tokens.json"
     try:
-        added = {int(token): str(text) for text, token in read_json_object(path).items()}
+        stored = read_json_object(path, optional=True)
+        added = {int(token): str(text) for text, token in stored.items()}
         for token, entry in settings.get("added_tokens_decoder", {}).items():
             added[int(token)] = str(entry["content"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
