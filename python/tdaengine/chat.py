@@ -13,10 +13,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ._native import CheckpointError, OptionError
 from .files import MAX_TEMPLATE, read_text
+from .sandbox import BoundedEnvironment
 from .tokenizer import read_settings
 
 
@@ -44,14 +44,15 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedEnvironment:
     """What templates written for `transformers` expect to find."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.bound_filters()
     return environment
 
 
@@ -60,9 +61,11 @@ class ChatTemplate:
         """name: of the file, for messages. Raises CheckpointError if the source is no template."""
         self._name = name
         self._special_tokens = special_tokens
+        self._environment = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = self._environment.from_string(source)
+        # Jinja's own, but also what Python says of the code it makes, as of too many nested blocks.
+        except Exception as error:
             raise CheckpointError(f"{name}: chat template: {error}") from error
 
     @staticmethod
@@ -91,13 +94,13 @@ class ChatTemplate:
         """The conversation and the beginning of the assistant's answer."""
         _check_messages(messages)
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            values = {
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+            }
+            return self._environment.render(self._template, values | self._special_tokens)
         except Exception as error:  # whatever a template does with what it did not expect
             raise OptionError(f"messages: refused by the template {self._name}: {error}") from error
 
