@@ -16,6 +16,7 @@ from . import _native, hub
 from ._native import (
     TDA,
     CalibrateOptions,
+    ContextOverflow,
     GenerateOptions,
     GenerationStats,
     OptionError,
@@ -253,7 +254,9 @@ class Engine(_native.Engine):
         are of the wrong shape or that the template refuses.
         """
         # The template writes all special tokens itself.
-        return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
+        text = self.chat_template.render(messages)
+        self._check_length(text, "messages")
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def score(  # type: ignore[override]  # what has text on both sides takes other arguments
         self,
@@ -298,7 +301,10 @@ class Engine(_native.Engine):
             if options.get("bytes") is not None:
                 raise OptionError(f"error {error!r}: expected only without bytes")
             options["error"] = error
-        ids = [self._encode(text, f"texts[{i}]") for i, text in enumerate(texts or ())]
+        # Of these, however long, the beginning is taken.
+        ids = [
+            self._encode(text, f"texts[{i}]", is_prompt=False) for i, text in enumerate(texts or ())
+        ]
         return super().calibrate(ids, CalibrateOptions(**options), _check_progress(progress))
 
     def _generate(
@@ -326,12 +332,22 @@ class Engine(_native.Engine):
         generation = self.start(self._encode(prompt), GenerateOptions(**options), self._tda(tda))
         return Stream(generation, text, stop)
 
-    def _encode(self, text: Prompt, name: str = "prompt") -> Sequence[int]:
+    def _encode(self, text: Prompt, name: str = "prompt", is_prompt: bool = True) -> Sequence[int]:
         if isinstance(text, str):
+            if is_prompt:
+                self._check_length(text, name)
             return self.tokenizer.encode(text)
         if isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
             raise OptionError(f"{name}: found {text!r}, expected a text or a list of token ids")
         return text
+
+    def _check_length(self, text: str, name: str) -> None:
+        least = self.tokenizer.least_tokens(text)
+        if least > self.max_context:
+            raise ContextOverflow(
+                f"{name}: found {len(text)} characters, which are {least} tokens or more, "
+                f"expected at most max_context {self.max_context}"
+            )
 
     def _tda(self, tda: TDA | bool | None) -> TDA | None:
         if tda is False:

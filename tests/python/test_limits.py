@@ -6,13 +6,20 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
 
 import pytest
+import sentencepiece
 from conftest import MESSAGES
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from texts import PIECES
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from tdaengine import CheckpointError, OptionError
+from tdaengine import CheckpointError, ContextOverflow, Engine, OptionError
 from tdaengine.chat import ChatTemplate
+from tdaengine.prompt_length import JsonLengths
+from tdaengine.tokenizer import Tokenizer as Loaded
 
 WIDE = "{% for i in range(99999) %}"
 END = "{% endfor %}"
@@ -159,3 +166,119 @@ def test_limits_are_of_one_conversation():
     with ThreadPoolExecutor(3) as threads:
         lengths = list(threads.map(lambda _: len(template.render(MESSAGES)), range(9)))
     assert lengths == [10_000_000] * 9
+
+
+# ---- the length of a prompt ---------------------------------------------------------------------
+
+
+def long_texts() -> list[str]:
+    random = Random(1)
+    alphabets = ("ab c", " ", "\n\t ", "\u0301e", "\u1100\u1161\u11a8", "\U0001f642\u00e9\u4e2d")
+    made = ["".join(random.choices(each, k=600)) for each in alphabets]
+    decomposed = "\u03b1\u0313\u0300\u0345" * 150  # four characters that NFC makes one
+    prose = "The sky is blue, and water is wet. " * 20
+    return [*PIECES, *made, decomposed, prose, "<special>" * 90, " <special> " * 90, ""]
+
+
+def byte_level(normalizer: object = None, lost: str = "", **options: bool) -> Tokenizer:
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(lost))
+    pieces = [*alphabet, *("\u0120" * n for n in range(2, 40)), "ab", "aba"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = [("\u0120", "\u0120" * n) for n in range(1, 39)] + [("a", "b"), ("ab", "a")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens([AddedToken("<special>", **options)])
+    return tokenizer
+
+
+def characters(**options: object) -> Tokenizer:
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "?": 3}
+    return Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")], **options))
+
+
+KNOWN = {
+    "byte level": byte_level(),
+    "bytes without tokens": byte_level(lost="!\u00c3\u00ff"),
+    "NFC": byte_level(normalizers.NFC()),
+    "Llama 2": byte_level(
+        normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    ),
+    "spaces swallowed": byte_level(lstrip=True, rstrip=True),
+    "unknown characters": characters(unk_token="?"),
+}
+UNKNOWN = {
+    "stripped": byte_level(normalizers.Strip()),
+    "regex": byte_level(normalizers.Replace(Regex(" +"), " ")),
+    "shortened": byte_level(normalizers.Replace("aa", "a")),
+    "unknown joined": characters(unk_token="?", fuse_unk=True),
+    "unknown dropped": characters(),
+    "words": Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_no_text_has_fewer_tokens(case: str):
+    lengths = JsonLengths(KNOWN[case])
+    texts = long_texts()
+    for text in texts:
+        assert lengths.least(text) <= len(KNOWN[case].encode(text).ids), text[:20]
+    assert max(map(lengths.least, texts)) > 10
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_nothing_is_claimed_where_characters_are_dropped(case: str):
+    assert not any(map(JsonLengths(UNKNOWN[case]).least, long_texts()))
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_no_sentencepiece_text_has_fewer_tokens(tmp_path: Path, model_type, byte_fallback):
+    (tmp_path / "corpus").write_text("The sky is blue.\nWater is wet, and so is rain.\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        model_type=model_type,
+        byte_fallback=byte_fallback,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    tokenizer = Loaded.load(tmp_path)
+    texts = long_texts()
+    for text in texts:
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text)), text[:20]
+    assert (max(map(tokenizer.least_tokens, texts)) > 10) == byte_fallback
+
+
+def test_the_demo_models_tokenizer(smollm2: Path):
+    tokenizer = Loaded.load(smollm2)
+    for text in long_texts():
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text)), text[:20]
+    assert tokenizer.least_tokens("The sky is blue. " * 600_000) > 100_000
+
+
+def test_prompts_are_refused_before_they_are_encoded(engine: Engine, monkeypatch):
+    def encode(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(type(engine.tokenizer), "_encode", encode)
+    text = "x" * 10_000_000
+    messages = [{"role": "user", "content": text}]
+    expected = r"found 1\d{7} characters, which are \d+ tokens or more, expected at most max_co"
+    for call in (
+        lambda: engine.generate(text),
+        lambda: engine.generate([text, "Hi"]),
+        lambda: engine.stream(text),
+        lambda: engine.chat(messages),
+        lambda: engine.chat_prompt(messages),
+    ):
+        with pytest.raises(ContextOverflow, match=expected):
+            call()
+    with pytest.raises(OptionError, match=r"found .*udc80. at position 9"):
+        engine.generate("x" * 9 + "\udc80")
+
+
+def test_texts_of_no_prompt_may_be_long(engine: Engine):
+    assert engine.calibrate(["x" * 20_000], error=0.3, max_tokens=16).tokens == 16
