@@ -254,9 +254,9 @@ class Engine(_native.Engine):
         are of the wrong shape or that the template refuses.
         """
         # The template writes all special tokens itself.
-        text = self.chat_template.render(messages)
+        tokenizer, text = self.tokenizer, self.chat_template.render(messages)
         self._check_length(text, "messages")
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def score(  # type: ignore[override]  # what has text on both sides takes other arguments
         self,
