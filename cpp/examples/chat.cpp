@@ -12,6 +12,8 @@
 #include <optional>
 #include <string>
 
+#include "printable.h"
+
 namespace {
 
 struct Options {
@@ -99,7 +101,7 @@ void chat(const std::string& model, const Options& options) {
     tda::TextStream text = tokenizer.stream();
     const auto show = [&](const std::string& piece) {
       answer += piece;
-      std::cout << piece << std::flush;
+      std::cout << printable(piece) << std::flush;
     };
     engine.generate(tokenizer.encode(conversation, options.between.empty()), options.generate,
                     options.tda, [&](tda::Token token) {
@@ -118,6 +120,6 @@ int main(int count, char** arguments) try {
   if (count < 2) throw tda::OptionError("usage: chat MODEL [OPTION VALUE]...");
   chat(arguments[1], parse_options(count, arguments));
 } catch (const tda::Error& error) {
-  std::cerr << error.what() << '\n';
+  std::cerr << printable(error.what(), 2) << '\n';
   return 1;
 }

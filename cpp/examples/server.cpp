@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "printable.h"
+
 namespace {
 
 class Server {
@@ -27,7 +29,7 @@ class Server {
     for (int number; (number = next(line)) > 0;) {
       const std::string text = answer(line);
       const std::lock_guard lock(output_);
-      std::cout << '#' << number << ' ' << text << std::endl;
+      std::cout << '#' << number << ' ' << printable(text) << std::endl;
     }
   }
 
@@ -70,6 +72,6 @@ int main(int count, char** arguments) try {
   std::vector<std::jthread> workers;
   for (int i = 0; i < threads; ++i) workers.emplace_back([&] { server.work(); });
 } catch (const tda::Error& error) {
-  std::cerr << error.what() << '\n';
+  std::cerr << printable(error.what(), 2) << '\n';
   return 1;
 }

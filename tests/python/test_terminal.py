@@ -57,11 +57,15 @@ def shell(redirection: str, *arguments: object, stdin: str = "", **variables: st
     )
 
 
-def on_a_terminal(*arguments: object, typed: bytes = b"") -> tuple[int, str]:
-    """Exit code and what a terminal gets to see, of both streams."""
+def on_a_terminal(*arguments: object) -> tuple[int, str]:
+    return seen_by_a_terminal(command(*arguments))
+
+
+def seen_by_a_terminal(program: list[str], typed: bytes = b"") -> tuple[int, str]:
+    """Exit code and what a terminal gets to see, of both streams and of what is typed."""
     child, terminal = pty.fork()
     if child == 0:
-        os.execv(sys.executable, command(*arguments))
+        os.execv(program[0], program)
     os.write(terminal, typed)
     seen = b""
     try:
@@ -164,6 +168,22 @@ def test_bars_still_move(folder: Path, tmp_path: Path):
     code, seen = on_a_terminal("convert", folder, tmp_path / "new")
     assert code == 0
     assert "\r100%" in seen
+
+
+def test_the_example_chat_on_a_terminal(odd: Path):
+    """One turn, and Ctrl-D."""
+    text = Engine(odd, threads=1).generate("aa", max_new_tokens=40).text
+    assert not is_harmless(text)
+    chat = Path(__file__).parents[2] / "build" / "tda_chat"
+    program = [str(chat), str(odd), "--before", "a", "--after", "", "--max-new-tokens", "40"]
+    code, seen = seen_by_a_terminal(program, b"a\n\x04")
+    for raw in "\x1b\x07\x9b\r\u202e":
+        text = text.replace(raw, repr(raw)[1:-1].replace("\\r", "\\x0d"))
+    assert (code, is_harmless(seen)) == (0, True)
+    assert f"> {text}\n> " in seen
+    code, seen = seen_by_a_terminal([str(chat), f"a{ESCAPE}"])
+    assert code == 1
+    assert "a\\x1b]0;owned\\x07: no such folder" in seen
 
 
 def test_pieces_are_escaped_one_by_one():
