@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
@@ -109,7 +108,7 @@ def _why_not_writable(path: Path) -> str | None:
     except FileNotFoundError:
         folder = Path(os.path.realpath(path)).parent
         if not folder.is_dir():
-            return os.strerror(errno.ENOENT)
+            return "no such folder"
         return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is read-only"
     if not stat.S_ISREG(status.st_mode):
         return f"found {_kind(status.st_mode)}, expected a regular file or none"
