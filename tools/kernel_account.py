@@ -1,7 +1,7 @@
 """Resource usage of the CUDA kernels as reported by nvcc: registers, spills, blocks per processor.
 
 Compiles every kernel for sm_80 and sm_90, fails if one spills registers, and compares with the
-table in cuda/README.md, which --write updates.
+table in docs/cuda.md, which --write updates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "cuda" / "README.md"
+DOCUMENT = ROOT / "docs" / "cuda.md"
 BEGIN, END = "<!-- by tools/kernel_account.py -->", "<!-- end -->"
 SOURCES = sorted(
     path.name for path in (ROOT / "cuda").glob("*.cu") if "_kernel" in path.read_text()
@@ -141,7 +141,7 @@ def table(kernels: dict[int, dict[str, tuple[int, int]]], version: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="update the table in cuda/README.md")
+    parser.add_argument("--write", action="store_true", help="update the table in docs/cuda.md")
     args = parser.parse_args()
     nvcc = find_nvcc()
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -162,14 +162,14 @@ def main() -> None:
     ]
     if spilling:
         sys.exit("kernels that spill registers or use a stack:\n" + "\n".join(spilling))
-    before, _, rest = README.read_text().partition(BEGIN)
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     stored, _, after = rest.partition(END)
     if args.write:
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
     elif f"nvcc {version};" not in stored:
-        print(f"{README.name}'s table is from another compiler version: not compared")
+        print(f"{DOCUMENT.name}'s table is from another compiler version: not compared")
     elif stored.strip() != text:
-        sys.exit("cuda/README.md's table is out of date: tools/kernel_account.py --write")
+        sys.exit("docs/cuda.md's table is out of date: tools/kernel_account.py --write")
 
 
 if __name__ == "__main__":

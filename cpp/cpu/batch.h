@@ -69,7 +69,7 @@ struct Gated {
 //
 // Scattered rows are prefetched row by row, kBatch rows ahead, into L2, since some are read again.
 // The last of each four lines goes first: ascending lines trigger the hardware prefetcher, which
-// then fetches lines past the row's end in vain. Measured in tools/bench/RESULTS-cpu.md.
+// then fetches lines past the row's end in vain (docs/notebook/2026-11-26-cpu-decode.md).
 
 /// Lines of a row that are processed as one block.
 constexpr int kBlockLines = 4;

@@ -40,7 +40,7 @@ void to_f32(DType dtype, const std::byte* data, std::int64_t count, float* out) 
 /// Removes a row's largest value if it is so much larger than the rest of its group that the
 /// group's scale would leave the others few codes or none. A few neurons have such a value: they
 /// write and cancel the residual stream's massive activations, and rounding it costs as much as all
-/// other rounding of the model together (tools/bench/RESULTS-cpu.md).
+/// other rounding of the model together (docs/notebook/2026-11-26-weight-formats.md).
 Outlier take_outlier(float* values, std::int64_t cols) {
   constexpr float kRatio = 8;
   constexpr std::int64_t kScaleGroup = kGroup / kInt8Scales;

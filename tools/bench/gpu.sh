@@ -5,7 +5,7 @@
 #   tools/bench/gpu.sh --prepare [3.12]   first, with network: wheels for that Python, build/wheels
 #   tools/bench/gpu.sh [SHAPE]...         on the GPU machine; shapes of tools/random_model.py
 #   tools/bench/gpu.sh --rehearse         without a GPU: the build in .venv, device cpu, tiny shapes
-# Writes logs and RESULTS-gpu.md to $OUT (default build/gpu). LIMIT: the seconds it may take; BENCH:
+# Writes logs and results.md to $OUT (default build/gpu). LIMIT: the seconds it may take; BENCH:
 # options for gpu.py bench.
 set -uo pipefail
 out=${OUT:-build/gpu}
@@ -102,6 +102,6 @@ step bench "$limit" "$bin/python" tools/bench/gpu.py bench $shapes --device "$de
   printf '\n```\n'
   cat "$out/check.log"
   echo '```'
-} >"$out/RESULTS-gpu.md"
-echo "$out/RESULTS-gpu.md"
+} >"$out/results.md"
+echo "$out/results.md"
 exit "$failed"
