@@ -4,14 +4,14 @@
 #include <iostream>
 
 int main() {
-  const tda::Engine engine("models/SmolLM2-135M-Instruct");
+  const tda::Engine engine("models/SmolLM2-135M-Instruct", {.weights = tda::WeightFormat::int8});
   const tda::Tokenizer tokenizer("models/SmolLM2-135M-Instruct");
   tda::TextStream text = tokenizer.stream();
   const auto print = [&](tda::Token token) {
     std::cout << text.push(token) << std::flush;
     return true;  // go on
   };
-  engine.generate(tokenizer.encode("The capital of France"), {.max_new_tokens = 32},
-                  tda::TdaOptions{.error = 0.1}, print);
+  engine.generate(tokenizer.encode("One, two, three, four,"), {.max_new_tokens = 7},
+                  tda::TdaOptions{}, print);
   std::cout << text.flush() << '\n';
 }

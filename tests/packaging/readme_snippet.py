@@ -1,8 +1,8 @@
-"""Prints the first Python example of README.md, which tests/packaging/run.sh runs unchanged."""
+"""Prints the Python examples of README.md, which tests/packaging/run.sh runs as they stand."""
 
 import re
 from pathlib import Path
 
 readme = Path(__file__).parents[2] / "README.md"
-(snippet,) = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
-print(snippet, end="")
+examples = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
+print(*examples, sep="\n", end="")
