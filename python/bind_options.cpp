@@ -135,10 +135,16 @@ void bind_options(nb::module_& m) {
   RecordClass<TdaOptions>(
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
-      "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
+      "TDA() is the recommended setting for the model and weights at hand: with int8 weights\n"
+      "TDA(scope=\"token\", active=0.35, coarse=0.5, head=1e-5), with int4 weights\n"
+      "TDA(scope=\"token\", active=0.6, head=1e-5), else dense, since nothing is faster there at\n"
+      "little loss. Output.stats.tda says what was used.\n\n"
+      "For a setting by hand exactly one of error, active and thresholds is given.\n"
       "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
-      "Exactly one of error, active and thresholds is given. Raises OptionError.")
-      .field("scope", &TdaOptions::scope, "\"sequence\" or \"token\".")
+      "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
+      "Raises OptionError.")
+      .field("scope", &TdaOptions::scope,
+             "\"sequence\" or \"token\"; None: that of thresholds, or else \"sequence\".")
       .field("estimate", &TdaOptions::estimate,
              "\"contribution\"; \"hidden\" and \"gate\" serve TDA.griffin and TDA.cats.")
       .field("error", &TdaOptions::error,
@@ -159,7 +165,7 @@ void bind_options(nb::module_& m) {
              "int8 and int4 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
              "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
       .from_keywords(
-          "def __init__(self, *, scope: str = 'sequence', error: float | None = None, active: "
+          "def __init__(self, *, scope: str | None = None, error: float | None = None, active: "
           "float "
           "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
           "= "
@@ -167,7 +173,7 @@ void bind_options(nb::module_& m) {
       .def_static(
           "griffin",
           [](double active) {
-            TdaOptions options{.estimate = "hidden", .active = active};
+            TdaOptions options{.estimate = tda::Estimate::hidden, .active = active};
             options.validate();
             return options;
           },
@@ -177,7 +183,8 @@ void bind_options(nb::module_& m) {
       .def_static(
           "cats",
           [](double active) {
-            TdaOptions options{.scope = "token", .estimate = "gate", .active = active};
+            TdaOptions options{
+                .scope = tda::Scope::token, .estimate = tda::Estimate::gate, .active = active};
             options.validate();
             return options;
           },

@@ -127,7 +127,10 @@ void bind_results(nb::module_& m) {
       .field("head_bytes_fraction", &GenerationStats::head_bytes_fraction,
              "Bytes of the output head read while decoding, relative to all of it.")
       .field("bytes_per_token", &GenerationStats::bytes_per_token,
-             "Mean of all weight and KV bytes read per decoded token.");
+             "Mean of all weight and KV bytes read per decoded token.")
+      .field("tda", &GenerationStats::tda, "The TDA setting used, in words.")
+      .field("warnings", &GenerationStats::warnings,
+             "What to expect of that setting, this model and prompt; see TdaWarning.");
   nb::class_<ScoreResult>(m, "ScoreResult")
       .def_prop_ro(
           "log_probabilities", [](const ScoreResult& r) { return to_array(r.log_probabilities); },
@@ -228,49 +231,90 @@ tda::Progress reporting(PyProgress progress) {
   };
 }
 
+/// An engine that Python can close. A call holds the engine itself for as long as it runs: it takes
+/// `get` while it has the GIL, so that another thread's `close` comes before or after.
+class ClosableEngine {
+ public:
+  explicit ClosableEngine(std::shared_ptr<const tda::Engine> engine) : engine_(std::move(engine)) {}
+  std::shared_ptr<const tda::Engine> get() const {
+    if (!engine_) throw tda::OptionError("engine: found it closed, expected an open one");
+    return engine_;
+  }
+  void close() { engine_.reset(); }
+  bool closed() const { return !engine_; }
+
+ private:
+  std::shared_ptr<const tda::Engine> engine_;
+};
+
+std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const std::string& device,
+                                               const std::string& weights, const std::string& kv,
+                                               int threads, std::int64_t max_context,
+                                               PyProgress progress) {
+  tda::EngineOptions options;
+  options.device = tda::parse_device(device);
+  options.weights = tda::parse_weight_format(weights);
+  options.kv = tda::parse_kv_format(kv);
+  options.threads = threads;
+  options.max_context = max_context;
+  options.progress = reporting(std::move(progress));
+  options.before_step = [main = main_thread()] {
+    if (PyThread_get_thread_ident() == main) check_signals();
+  };
+  const GilReleased released;
+  return std::make_shared<const tda::Engine>(path, options);
+}
+
 void bind_engine(nb::module_& m) {
-  using tda::Engine;
+  using Engine = ClosableEngine;
   nb::class_<Engine>(m, "Engine", "A loaded model; speaks token ids.")
       .def(
           "__init__",
           [](Engine* self, const std::string& path, const std::string& device,
              const std::string& weights, const std::string& kv, int threads,
              std::int64_t max_context, PyProgress progress) {
-            tda::EngineOptions options;
-            options.device = tda::parse_device(device);
-            options.weights = tda::parse_weight_format(weights);
-            options.kv = tda::parse_kv_format(kv);
-            options.threads = threads;
-            options.max_context = max_context;
-            options.progress = reporting(std::move(progress));
-            options.before_step = [main = main_thread()] {
-              if (PyThread_get_thread_ident() == main) check_signals();
-            };
-            const GilReleased released;
-            new (self) Engine(path, options);
+            new (self) Engine(
+                open_engine(path, device, weights, kv, threads, max_context, std::move(progress)));
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
           "max_context"_a = 0, "progress"_a.none() = nb::none())
-      .def_prop_ro("config", &Engine::config, nb::rv_policy::reference_internal,
-                   "What the checkpoint's config.json says.")
-      .def_prop_ro("parameters", &Engine::parameters, "How many numbers the checkpoint has.")
-      .def_prop_ro("fingerprint", &Engine::fingerprint, "Of the checkpoint's tensors.")
+      .def("close", &Engine::close,
+           "Gives up the engine; a later use is an OptionError. The weights are freed as soon as "
+           "no\n"
+           "stream or session that is still there uses them.")
+      .def_prop_ro("closed", &Engine::closed, "Whether `close` was called.")
       .def_prop_ro(
-          "weights", [](const Engine& e) { return std::string(name_of(e.weights())); },
+          "config", [](const Engine& e) { return e.get()->config(); },
+          "What the checkpoint's config.json says.")
+      .def_prop_ro(
+          "parameters", [](const Engine& e) { return e.get()->parameters(); },
+          "How many numbers the checkpoint has.")
+      .def_prop_ro(
+          "fingerprint", [](const Engine& e) { return e.get()->fingerprint(); },
+          "Of the checkpoint's tensors.")
+      .def_prop_ro(
+          "weights", [](const Engine& e) { return std::string(name_of(e.get()->weights())); },
           "Their format: \"f32\", \"bf16\", \"int8\", \"int4\" or \"bf16c\".")
       .def_prop_ro(
-          "kv", [](const Engine& e) { return std::string(name_of(e.kv())); },
+          "kv", [](const Engine& e) { return std::string(name_of(e.get()->kv())); },
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
-      .def_prop_ro("max_context", &Engine::max_context,
-                   "How many tokens a prompt and what follows may have together.")
-      .def_prop_ro("weight_bytes", &Engine::weight_bytes, "Of all weights, as they lie in memory.")
-      .def_prop_ro("threads", &Engine::threads, "How many threads compute.")
-      .def_prop_ro("device", &Engine::device, "What computes, as \"cpu (avx2)\".")
+      .def_prop_ro(
+          "max_context", [](const Engine& e) { return e.get()->max_context(); },
+          "How many tokens a prompt and what follows may have together.")
+      .def_prop_ro(
+          "weight_bytes", [](const Engine& e) { return e.get()->weight_bytes(); },
+          "Of all weights, as they lie in memory.")
+      .def_prop_ro(
+          "threads", [](const Engine& e) { return e.get()->threads(); },
+          "How many threads compute.")
+      .def_prop_ro(
+          "device", [](const Engine& e) { return e.get()->device(); },
+          "What computes, as \"cpu (avx2)\".")
       .def(
           "start",
           [](const Engine& engine, nb::handle prompt, const tda::GenerateOptions& options,
              const tda::TdaOptions* tda) {
-            return engine.start(to_tokens(prompt), options, to_optional(tda));
+            return engine.get()->start(to_tokens(prompt), options, to_optional(tda));
           },
           nb::arg("prompt").none(), "options"_a, "tda"_a.none() = nb::none(),
           "Starts a generation after `prompt`, token ids, by the `options` and `tda`. Raises "
@@ -278,13 +322,14 @@ void bind_engine(nb::module_& m) {
       .def(
           "logits",
           [](const Engine& engine, nb::handle ids) {
+            const auto open = engine.get();
             const std::vector<tda::Token> tokens = to_tokens(ids);
             std::vector<float> logits;
             {
               const GilReleased released;
-              logits = engine.logits(tokens);
+              logits = open->logits(tokens);
             }
-            const auto vocab = static_cast<std::size_t>(engine.config().vocab_size);
+            const auto vocab = static_cast<std::size_t>(open->config().vocab_size);
             return to_array(std::move(logits), {tokens.size(), vocab});
           },
           nb::arg("tokens").none(),
@@ -294,25 +339,31 @@ void bind_engine(nb::module_& m) {
           "score",
           [](const Engine& engine, nb::handle ids, std::int64_t prompt_tokens,
              const tda::TdaOptions* tda) {
+            const auto open = engine.get();
             const std::vector<tda::Token> tokens = to_tokens(ids);
             const auto options = to_optional(tda);
             const GilReleased released;
-            return engine.score(tokens, prompt_tokens, options);
+            return open->score(tokens, prompt_tokens, options);
           },
           nb::arg("tokens").none(), "prompt_tokens"_a, "tda"_a.none() = nb::none())
       .def(
           "calibrate",
           [](const Engine& engine, nb::handle texts, const tda::CalibrateOptions& options,
              PyProgress progress) {
+            const auto open = engine.get();
             std::vector<std::vector<tda::Token>> tokens;
             for (nb::handle text : nb::iter(texts)) tokens.push_back(to_tokens(text));
             const tda::Progress report = reporting(std::move(progress));
             const GilReleased released;
-            return engine.calibrate(tokens, options, report);
+            return open->calibrate(tokens, options, report);
           },
           "texts"_a, "options"_a, "progress"_a.none() = nb::none())
       .def(
-          "session", &Engine::session, "capacity"_a, "sample_tokens"_a = 0,
+          "session",
+          [](const Engine& engine, std::int64_t capacity, std::int64_t sample_tokens) {
+            return engine.get()->session(capacity, sample_tokens);
+          },
+          "capacity"_a, "sample_tokens"_a = 0,
           "A Session that can hold `capacity` tokens and remembers `sample_tokens` of each prefill "
           "for\nTDA(error=...). Raises OptionError or ContextOverflow.");
   m.def(

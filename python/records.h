@@ -47,7 +47,51 @@ constexpr const char* expected<std::optional<double>> = "a number, or None";
 template <>
 constexpr const char* expected<std::string> = "a string";
 template <>
+constexpr const char* expected<std::vector<std::string>> = "a list of strings";
+template <>
+constexpr const char* expected<tda::Scope> = "\"sequence\" or \"token\"";
+template <>
+constexpr const char* expected<std::optional<tda::Scope>> = "\"sequence\", \"token\" or None";
+template <>
+constexpr const char* expected<tda::Estimate> = "\"contribution\", \"hidden\" or \"gate\"";
+template <>
 constexpr const char* expected<std::shared_ptr<const tda::Thresholds>> = "Thresholds, or None";
+
+/// An enumerator of C++ is a string in Python.
+template <typename Member>
+nb::object to_python(const Member& value) {
+  if constexpr (std::is_enum_v<Member>)
+    return nb::cast(std::string(tda::name_of(value)));
+  else if constexpr (std::is_same_v<Member, std::optional<tda::Scope>>)
+    return value ? to_python(*value) : nb::none();
+  else
+    return nb::cast(value);
+}
+
+/// The inverse; throws std::bad_cast, or OptionError for a string that names nothing.
+template <typename Member>
+Member from_python(nb::handle value) {
+  // bool is a kind of int in Python, but a slip where a number is meant.
+  if (PyBool_Check(value.ptr()) && !std::is_same_v<Member, bool>) throw std::bad_cast();
+  if constexpr (std::is_same_v<Member, tda::Scope>)
+    return tda::parse_scope(nb::cast<std::string>(value));
+  else if constexpr (std::is_same_v<Member, tda::Estimate>)
+    return tda::parse_estimate(nb::cast<std::string>(value));
+  else if constexpr (std::is_same_v<Member, std::optional<tda::Scope>>)
+    return value.is_none() ? Member() : Member(from_python<tda::Scope>(value));
+  else
+    return nb::cast<Member>(value);
+}
+
+/// The type that a field has in Python, for type checkers; empty where nanobind knows.
+template <typename Member>
+constexpr const char* annotation = nullptr;
+template <>
+constexpr const char* annotation<tda::Scope> = "def (self) -> str";
+template <>
+constexpr const char* annotation<tda::Estimate> = "def (self) -> str";
+template <>
+constexpr const char* annotation<std::optional<tda::Scope>> = "def (self) -> str | None";
 
 template <typename Struct>
 class RecordClass {
@@ -70,12 +114,14 @@ class RecordClass {
 
   template <typename Member>
   RecordClass& field(const char* name, Member Struct::* member, const char* doc) {
-    class_.def_ro(name, member, doc);
+    if constexpr (annotation<Member> != nullptr)
+      class_.def_prop_ro(
+          name, [member](const Struct& record) { return to_python(record.*member); },
+          nb::sig(annotation<Member>), doc);
+    else
+      class_.def_ro(name, member, doc);
     fields().push_back({name, expected<Member>, [member](Struct& record, nb::handle value) {
-                          // bool is a kind of int in Python, but a slip where a number is meant.
-                          if (PyBool_Check(value.ptr()) && !std::is_same_v<Member, bool>)
-                            throw std::bad_cast();
-                          record.*member = nb::cast<Member>(value);
+                          record.*member = from_python<Member>(value);
                         }});
     return *this;
   }

@@ -37,13 +37,6 @@ struct FfnReads {
   }
 };
 
-/// What a gathering step measures.
-enum class Estimate {
-  contribution,  // statistic of |n|, samples of h
-  hidden,        // statistic of |h|, samples of h
-  gate,          // statistic of |n|, samples of act(gate)
-};
-
 /// One run of the model over T new tokens.
 struct Step {
   Tokens tokens;              // [T]
@@ -51,6 +44,8 @@ struct Step {
   /// The length of the whole sequence, of which this step may be a part; dynamic RoPE scales by it.
   std::int64_t sequence_length = 0;
   FfnMode ffn = FfnMode::dense;
+  /// Of a gathering step. contribution: statistic of |n|, samples of h; hidden: statistic of |h|,
+  /// samples of h; gate: statistic of |n|, samples of act(gate).
   Estimate estimate = Estimate::contribution;
   /// Ascending indices of tokens to add to the state's samples; ignored in a sparse step.
   std::span<const std::int64_t> samples = {};

@@ -14,13 +14,10 @@ void CalibrateOptions::validate() const {
       throw OptionError(std::string(name) + " " + std::to_string(found) + ": expected 1 or more");
     }
   };
-  if (scope != "sequence" && scope != "token") {
-    throw OptionError("scope \"" + scope + "\": expected \"sequence\" or \"token\"");
-  }
   if (!(error >= 0 && error < 1)) {
     throw OptionError("error " + text_of(error) + ": expected 0 or more, less than 1");
   }
-  if (bytes && scope != "token") {
+  if (bytes && scope != Scope::token) {
     throw OptionError("bytes: expected with scope \"token\" only");
   }
   if (bytes && !(*bytes > 0 && *bytes <= 1)) {
@@ -126,7 +123,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
     result.tokens += length;
     if (progress) progress(static_cast<std::int64_t>(samples[0].size()), result.texts);
   }
-  if (options.scope == "token") {
+  if (options.scope == Scope::token) {
     token_thresholds(runtime_, texts, options, samples, result, progress);
     return result;
   }

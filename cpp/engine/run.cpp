@@ -10,7 +10,7 @@ namespace {
 constexpr std::int64_t kPromptSamples = 64;
 
 bool needs_samples(const TdaOptions& tda) {
-  return tda.error || (tda.active && tda.scope == "token");
+  return tda.error || (tda.active && tda.scope == Scope::token);
 }
 
 class Stopwatch {
@@ -31,20 +31,20 @@ class Stopwatch {
 
 Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
          const std::optional<TdaOptions>& tda)
-    : session_(std::move(runtime), capacity, tda && needs_samples(*tda) ? kPromptSamples : 0),
+    : session_(std::move(runtime), capacity, 0),
       prompt_(prompt.begin(), prompt.end()),
-      tda_(tda) {
-  if (tda) session_.check(*tda);
-  if (tda && tda->estimate == "hidden") session_.estimate = Estimate::hidden;
-  if (tda && tda->estimate == "gate") session_.estimate = Estimate::gate;
+      tda_(session_.resolve(tda, std::ssize(prompt))) {
+  if (!tda_.options) return;
+  if (needs_samples(*tda_.options)) session_.sample_tokens = kPromptSamples;
+  session_.estimate = tda_.options->estimate;
 }
 
 std::span<const float> Run::prefill() {
   Stopwatch watch;
-  const auto logits = session_.prefill(prompt_, tda_ ? FfnMode::gather : FfnMode::dense);
+  const auto logits = session_.prefill(prompt_, tda_.options ? FfnMode::gather : FfnMode::dense);
   stats_.prefill_seconds = watch.lap();
-  if (tda_) {
-    session_.apply(*tda_);
+  if (tda_.options) {
+    session_.apply(tda_.options);
     stats_.mask_seconds = watch.lap();
   }
   return logits;
@@ -71,6 +71,8 @@ GenerationStats Run::stats() const {
   result.prompt_tokens = std::ssize(prompt_);
   if (decoded_ > 0)
     result.tokens_per_second = static_cast<double>(decoded_) / stats_.decode_seconds;
+  result.tda = tda_.words;
+  result.warnings = tda_.warnings;
   session_.add_to(result);
   return result;
 }

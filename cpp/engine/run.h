@@ -32,7 +32,7 @@ class Run {
  private:
   Session::Impl session_;
   std::vector<Token> prompt_;
-  std::optional<TdaOptions> tda_;
+  TdaSetting tda_;
   std::int64_t decoded_ = 0;
   GenerationStats stats_;  // seconds
 };

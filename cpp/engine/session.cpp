@@ -269,7 +269,7 @@ void Session::set_mask(std::int64_t layer, std::span<const std::int32_t> neurons
 
 void Session::apply(const TdaOptions& options) {
   const InUse guard(impl_->in_use, "session");
-  impl_->apply(options);
+  impl_->apply(impl_->resolve(options, impl_->position).options);
 }
 
 }  // namespace tda

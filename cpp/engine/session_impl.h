@@ -12,6 +12,7 @@
 #include "backend/backend.h"
 #include "engine/in_use.h"
 #include "engine/runtime.h"
+#include "sparsity/setting.h"
 #include "sparsity/sparsity.h"
 
 namespace tda {
@@ -34,9 +35,11 @@ struct Session::Impl {
   std::vector<float> statistic(std::int64_t layer) const;
   /// [T, F] of the last prefill: h (or act(gate), see Estimate) of its sampled tokens.
   std::vector<float> samples(std::int64_t layer) const;
-  /// Whether the options fit the model, before any work. Throws CheckpointError or OptionError.
-  void check(const TdaOptions& options) const;
-  void apply(const TdaOptions& options);
+  /// What the options come to for this model and so many prompt tokens, before any work. Throws
+  /// CheckpointError or OptionError where they do not fit the model.
+  TdaSetting resolve(const std::optional<TdaOptions>& asked, std::int64_t prompt_tokens) const;
+  /// Follows a resolved setting from the next token on.
+  void apply(const std::optional<TdaOptions>& options);
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
   std::vector<FfnReads> reads() const;  // [L] by decoded tokens
   std::int64_t ffn_bytes() const;
@@ -59,7 +62,8 @@ struct Session::Impl {
   void apply_sequence(const TdaOptions& options);
   void apply_token(const TdaOptions& options);
   void check_statistic() const;
-  void check_thresholds(const Thresholds& file, const std::string& scope) const;
+  void check(const TdaOptions& options) const;
+  void check_thresholds(const Thresholds& file, Scope scope) const;
   void set_token_thresholds(std::span<const TokenThresholds> chosen);  // [L]
   void mask_from_statistic();
   void refresh();

@@ -17,9 +17,20 @@ static OptionError no_samples(const std::string& what) {
                      "make it with sample_tokens > 0 and prefill a prompt");
 }
 
+TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
+                                  std::int64_t prompt_tokens) const {
+  const Model& model = runtime->model();
+  TdaSetting setting = tda::resolve(asked, {.weights = model.format,
+                                            .head = model.head.format,
+                                            .cuda = backend.name().starts_with("cuda"),
+                                            .parameters = model.parameters,
+                                            .prompt_tokens = prompt_tokens});
+  if (setting.options) check(*setting.options);
+  return setting;
+}
+
 void Session::Impl::check(const TdaOptions& options) const {
-  options.validate();
-  if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
+  if (options.thresholds) check_thresholds(*options.thresholds, *options.scope);
   const WeightFormat format = runtime->model().format;
   if (options.coarse > 0 && format != WeightFormat::int8) {
     throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
@@ -33,17 +44,22 @@ void Session::Impl::check(const TdaOptions& options) const {
   }
 }
 
-void Session::Impl::apply(const TdaOptions& options) {
-  check(options);
-  if (options.scope == "token")
-    apply_token(options);
+void Session::Impl::apply(const std::optional<TdaOptions>& options) {
+  if (!options) {
+    head_ = 0;
+    refresh_every_ = 0;
+    decode_mode = FfnMode::dense;
+    return;
+  }
+  if (options->scope == Scope::token)
+    apply_token(*options);
   else
-    apply_sequence(options);
-  head_ = static_cast<float>(options.head);
+    apply_sequence(*options);
+  head_ = static_cast<float>(options->head);
   decode_mode = FfnMode::sparse;
 }
 
-void Session::Impl::check_thresholds(const Thresholds& file, const std::string& scope) const {
+void Session::Impl::check_thresholds(const Thresholds& file, Scope scope) const {
   const Model& model = runtime->model();
   const std::string who = "thresholds of model \"" + file.model + "\"";
   if (file.fingerprint != model.fingerprint) {
@@ -55,7 +71,8 @@ void Session::Impl::check_thresholds(const Thresholds& file, const std::string& 
                           std::string(name_of(model.format)));
   }
   if (file.scope != scope) {
-    throw OptionError(who + " are for scope \"" + file.scope + "\", found scope \"" + scope + "\"");
+    throw OptionError(who + " are for scope \"" + std::string(name_of(file.scope)) +
+                      "\", found scope \"" + std::string(name_of(scope)) + "\"");
   }
   if (std::ssize(file.values) != model.config.num_layers) {
     throw CheckpointError(who + ": found " + std::to_string(file.values.size()) +
@@ -96,7 +113,7 @@ void Session::Impl::apply_token(const TdaOptions& options) {
                        file.coarse.empty() ? file.values[layer] : file.coarse[layer]};
   } else {
     if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
-    const bool by_gate = options.estimate == "gate";
+    const bool by_gate = options.estimate == Estimate::gate;
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
       const LayerWeights& weights = model.layers[layer];
       const std::vector<float> values = samples(layer);

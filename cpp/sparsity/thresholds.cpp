@@ -35,10 +35,7 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
       at_least_zero(key + "[" + std::to_string(i) + "]", numbers[i]);
     }
   };
-  if (t.scope != "sequence" && t.scope != "token") {
-    reject(path, "scope", describe(t.scope), "\"sequence\" or \"token\"");
-  }
-  if (!t.coarse.empty() && (t.scope != "token" || t.coarse.size() != t.values.size())) {
+  if (!t.coarse.empty() && (t.scope != Scope::token || t.coarse.size() != t.values.size())) {
     reject(path, "coarse", std::to_string(t.coarse.size()) + " numbers",
            "none, or with scope \"token\" as many as values");
   }
@@ -131,7 +128,7 @@ void Thresholds::save(const std::filesystem::path& path) const {
   check_values(*this, path);
   const nlohmann::ordered_json json = {{"format", kFormat},  {"version", kVersion},
                                        {"model", model},     {"fingerprint", fingerprint},
-                                       {"weights", weights}, {"scope", scope},
+                                       {"weights", weights}, {"scope", name_of(scope)},
                                        {"error", error},     {"bytes", bytes},
                                        {"values", values},   {"coarse", coarse},
                                        {"reached", reached}, {"source", source},
@@ -157,7 +154,11 @@ Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem
   result.model = fields.string("model");
   result.fingerprint = fields.string("fingerprint");
   result.weights = fields.string("weights");
-  result.scope = fields.string("scope");
+  const std::string scope = fields.string("scope");
+  if (scope != name_of(Scope::sequence) && scope != name_of(Scope::token)) {
+    reject(path, "scope", describe(scope), "\"sequence\" or \"token\"");
+  }
+  result.scope = parse_scope(scope);
   result.bytes = fields.number("bytes");
   result.coarse = fields.numbers("coarse");
   result.error = fields.number("error");

@@ -2,8 +2,8 @@
 
 from tdaengine import TDA, Engine
 
-engine = Engine("path/to/checkpoint")
-print(engine.generate("The sky is", max_new_tokens=32, tda=TDA(error=0.1)).text)
+engine = Engine("path/to/checkpoint", weights="int8")
+print(engine.generate("The sky is", max_new_tokens=32, tda=TDA()))
 """
 
 from ._native import (
@@ -21,7 +21,8 @@ from ._native import (
     measure_read_bandwidth,
 )
 from ._native import __version__ as __version__  # type: ignore[attr-defined]  # not in stubs
-from .engine import Engine, Output, Stream
+from .engine import Engine, TdaWarning
+from .stream import Output, Stream
 
 __all__ = [
     "TDA",
@@ -37,6 +38,7 @@ __all__ = [
     "Output",
     "Session",
     "Stream",
+    "TdaWarning",
     "Thresholds",
     "__version__",
     "measure_read_bandwidth",

@@ -127,6 +127,10 @@ def _check_messages(messages: Any) -> None:
         raise OptionError(
             f"messages: found {messages!r}, expected a list of {{'role': ..., 'content': ...}}"
         )
+    if isinstance(messages[0], list | tuple):
+        raise OptionError(
+            f"messages: found a list of {len(messages)} conversations, expected one conversation"
+        )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             found = type(message).__name__

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
-from typing import Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 
@@ -18,138 +19,35 @@ from ._native import (
     CalibrateOptions,
     ContextOverflow,
     GenerateOptions,
-    GenerationStats,
     OptionError,
     Thresholds,
 )
 from .chat import ChatTemplate
-from .tokenizer import TextStream, Tokenizer, has_tokenizer
+from .options import GenerateKeywords, generate_options, options_of_each
+from .stream import Output, Stream
+from .tokenizer import Tokenizer, has_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from .options import CalibrateKeywords
 
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Output:
-    """What was generated. text: None if the checkpoint has no tokenizer. finish_reason: "stop"
-    (end-of-text token or stop string), "length" (max_new_tokens), "cancelled" (Stream.cancel, or an
-    exception), or None while under way. stats: GenerationStats.
-    """
-
-    text: str | None
-    token_ids: list[int]
-    finish_reason: str | None
-    stats: GenerationStats
-
-
-class Stream(Iterator[str]):
-    """Pieces of text as they are generated. `output` holds what there is so far, and the whole once
-    the pieces are exhausted; its text is the pieces put together.
-
-    One thread at a time takes pieces, a second one gets an OptionError; `cancel` and `output` are
-    for any thread.
-    """
-
-    def __init__(
-        self, generation: _native.Generation, text: TextStream | None, stop: tuple[str, ...]
-    ) -> None:
-        self._generation = generation
-        self._text = text
-        self._stop = StopStrings(stop)
-        self._token_ids: list[int] = []
-        self._pieces: list[str] = []
-        self._is_done = False
-        # As of the last token, since while the next one is made nobody may look.
-        self._finish_reason: str | None = None
-        self._stats = generation.stats
-        self._taking = Lock()
-
-    def __next__(self) -> str:
-        """The next piece, not empty. Raises what `generate` raises while computing."""
-        if self._taking.locked():
-            raise OptionError("stream: found it in use by another thread, expected one at a time")
-        # Not acquire(): a signal handler that raises just behind it would leave the lock taken. Of
-        # two threads that come here at the same moment one waits for its turn instead.
-        with self._taking:
-            while not self._is_done:
-                piece = self._advance()
-                if piece:
-                    self._pieces.append(piece)
-                    return piece
-            raise StopIteration
-
-    def cancel(self) -> None:
-        """Ends the stream, from any thread: after the token under way, or in the midst of a long
-        prompt, the iteration ends and finish_reason is "cancelled".
-        """
-        self._generation.cancel()
-
-    @property
-    def output(self) -> Output:
-        """What there is so far."""
-        return Output(
-            text=None if self._text is None else "".join(self._pieces),
-            token_ids=list(self._token_ids),
-            finish_reason=self._finish_reason,
-            stats=self._stats,
-        )
-
-    def _advance(self) -> str:
-        try:
-            token = self._generation.next()
-        finally:
-            self._finish_reason = self._generation.finish_reason
-            self._stats = self._generation.stats
-        if token is not None:
-            self._token_ids.append(token)
-        if self._text is None:
-            self._is_done = token is None
-            return ""
-        if token is not None:
-            piece = self._stop.push(self._text.push(token))
-        else:
-            piece = self._stop.push(self._text.flush()) + self._stop.flush()
-        if self._stop.is_found:
-            self._finish_reason = "stop"
-        self._is_done = token is None or self._stop.is_found
-        return piece
-
-
-class StopStrings:
-    """Cuts a text, given in pieces, before the first stop string."""
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = stop
-        self._held = ""  # the end of the text that may be the beginning of a stop string
-        self.is_found = False
-
-    def push(self, piece: str) -> str:
-        """What of the text is now certain to stand before any stop string."""
-        text = self._held + piece
-        # The one complete first, whatever the pieces; of several with one end the longest.
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            self.is_found = True
-            self._held = ""
-            return text[: min(ends)[1]]
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[certain:]
-        return text[:certain]
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that stop, as a whole longer, begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+class TdaWarning(UserWarning):
+    """What to expect of a TDA setting with this model and prompt; also in stats.warnings."""
 
 
 class Engine(_native.Engine):
-    """A loaded model. Any number of threads may use it, and so may a child of fork(), with threads
+    """A loaded model.
+
+        with Engine("path/to/checkpoint", weights="int8") as engine:
+            print(engine.generate("The sky is", tda=TDA()))
+
+    Any number of threads may use it, and so may a child of fork(), with threads
     of its own; computation is one call at a time. It is not pickled: load one in each process that
-    is spawned (from an engine folder they share its pages).
+    is spawned (from an engine folder they share its pages). `with` or `close` gives it up.
 
     model: a checkpoint folder, or a Hugging Face hub id.
     device: auto | cpu | cuda (f32 and bf16 weights).
@@ -185,6 +83,22 @@ class Engine(_native.Engine):
             progress=_check_progress(progress),
         )
 
+    def __repr__(self) -> str:
+        names = () if self.closed else ("weights", "device", "threads", "max_context")
+        values = [f"{name}={getattr(self, name)!r}" for name in names] or ["closed"]
+        return f"Engine({str(self.path)!r}, {', '.join(values)})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError if the checkpoint has none."""
@@ -195,57 +109,101 @@ class Engine(_native.Engine):
         """Raises CheckpointError if the checkpoint has none."""
         return ChatTemplate.load(self.path)
 
+    @overload
     def generate(
         self,
-        prompt: Prompt | list[str] | list[Sequence[int]],
+        prompt: Prompt,
+        options: GenerateOptions | None = None,
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
-        **options: Any,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Output: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]],
+        options: GenerateOptions | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        tda: TDA | bool | None = None,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> list[Output]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | list[str] | list[list[int]],
+        options: GenerateOptions | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        tda: TDA | bool | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Output | list[Output]:
         """Continues `prompt`, a text or a list of token ids; of several in a list each by itself,
         in order.
 
+        options or keywords: the fields of GenerateOptions, max_new_tokens=128 (or max_tokens),
+        temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None,
+        ignore_eos=False. Of several prompts, prompt i has the seed `seed + i`, or seed[i] of a
+        list.
         stop: strings that end the text, which stops before them.
-        tda: TDA for this call, False for none; without it that of the engine.
-        options: the fields of GenerateOptions, as max_new_tokens=128, temperature=0.0 (greedy),
-        top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False.
+        tda: TDA() for the recommended setting or one by hand, False for none; without it that of
+        the engine.
         Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
+        Warns with TdaWarning.
         """
         if isinstance(prompt, list | tuple) and prompt and not _is_id(prompt[0]):
             encoded = [self._encode(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
-            return [self._generate(each, stop, tda, options) for each in encoded]
-        return self._generate(cast(Prompt, prompt), stop, tda, options)
+            each_options = options_of_each(options, keywords, len(encoded))
+            return [
+                self._generate(ids, stop, tda, own)
+                for ids, own in zip(encoded, each_options, strict=True)
+            ]
+        return self._generate(cast(Prompt, prompt), stop, tda, generate_options(options, keywords))
 
     def stream(
         self,
         prompt: Prompt,
+        options: GenerateOptions | None = None,
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
-        **options: Any,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Stream:
         """`generate` for one `prompt`, piece by piece; for a chat pass `chat_prompt(messages)`.
 
-        stop, tda and options: as in `generate`. What is wrong with them raises here, what goes
-        wrong in computing raises with the piece.
+        options, keywords, stop and tda: as in `generate`. What is wrong with them raises here, what
+        goes wrong in computing raises with the piece.
         """
+        if (
+            isinstance(prompt, list | tuple)
+            and prompt
+            and isinstance(prompt[0], str | list | tuple)
+        ):
+            raise OptionError(
+                f"prompt: found a list of {len(prompt)} prompts, expected one: a stream takes one, "
+                "generate several"
+            )
         self.tokenizer  # noqa: B018  raises where there is none: ids alone make no pieces
-        return self._stream(prompt, stop, tda, options)
+        return self._stream(prompt, stop, tda, generate_options(options, keywords))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        options: GenerateOptions | None = None,
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
-        **options: Any,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Output:
-        """Answers `messages`, [{"role": "user", "content": "..."}, ...].
+        """Answers `messages`, [{"role": "user", "content": "..."}, ...], one conversation.
 
-        stop, tda and options: as in `generate`. Raises what `chat_prompt` and `generate` raise.
+        options, keywords, stop and tda: as in `generate`. Raises what `chat_prompt` and `generate`
+        raise.
         """
-        return self._generate(self.chat_prompt(messages), stop, tda, options)
+        chosen = generate_options(options, keywords)
+        return self._generate(self.chat_prompt(messages), stop, tda, chosen)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, `messages`, up to where the answer begins.
@@ -279,7 +237,7 @@ class Engine(_native.Engine):
         error: float | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        **options: Unpack[CalibrateKeywords],
     ) -> Thresholds:
         """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
         under `error` (default 0.1). Without texts the model writes its own.
@@ -296,23 +254,25 @@ class Engine(_native.Engine):
                 raise OptionError(f"texts: found {texts!r}, expected a list of texts, or None")
             for name in ("self_texts", "self_tokens", "seed"):
                 if name in options:
-                    raise OptionError(f"{name} {options[name]!r}: expected only without texts")
-        if error is not None:
-            if options.get("bytes") is not None:
-                raise OptionError(f"error {error!r}: expected only without bytes")
-            options["error"] = error
+                    found = cast(dict[str, Any], options)[name]
+                    raise OptionError(f"{name} {found!r}: expected only without texts")
+        if error is not None and options.get("bytes") is not None:
+            raise OptionError(f"error {error!r}: expected only without bytes")
+        wanted = {} if error is None else {"error": error}
         # Of these, however long, the beginning is taken.
         ids = [
             self._encode(text, f"texts[{i}]", is_prompt=False) for i, text in enumerate(texts or ())
         ]
-        return super().calibrate(ids, CalibrateOptions(**options), _check_progress(progress))
+        return super().calibrate(
+            ids, CalibrateOptions(**wanted, **options), _check_progress(progress)
+        )
 
     def _generate(
         self,
         prompt: Prompt,
         stop: str | Sequence[str] | None,
         tda: TDA | bool | None,
-        options: dict[str, Any],
+        options: GenerateOptions,
     ) -> Output:
         stream = self._stream(prompt, stop, tda, options)
         for _ in stream:
@@ -324,12 +284,13 @@ class Engine(_native.Engine):
         prompt: Prompt,
         stop: str | Sequence[str] | None,
         tda: TDA | bool | None,
-        options: dict[str, Any],
+        options: GenerateOptions,
     ) -> Stream:
         stop = _check_stop(stop)
         needs_text = bool(stop) or has_tokenizer(self.path)
         text = self.tokenizer.stream() if needs_text else None
-        generation = self.start(self._encode(prompt), GenerateOptions(**options), self._tda(tda))
+        generation = self.start(self._encode(prompt), options, self._tda(tda))
+        _warn(generation.stats.warnings)
         return Stream(generation, text, stop)
 
     def _encode(self, text: Prompt, name: str = "prompt", is_prompt: bool = True) -> Sequence[int]:
@@ -353,6 +314,15 @@ class Engine(_native.Engine):
         if tda is False:
             return None
         return self.tda if tda is None else _check_tda(tda)
+
+
+def _warn(messages: list[str]) -> None:
+    """Names the line outside of this package that called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("tdaengine"):
+        level, frame = level + 1, frame.f_back
+    for message in messages:
+        warnings.warn(message, TdaWarning, stacklevel=level)
 
 
 def _is_id(value: Any) -> bool:

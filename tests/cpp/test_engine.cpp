@@ -471,7 +471,7 @@ TEST(threads_share_an_engine_step_by_step) {
     tda::Session session = engine.session(40, 8);
     session.prefill(std::span(kPrompt).first(5 + kind));
     tda::TdaOptions options = with_active(0.5);
-    options.scope = kind == 2 ? "token" : "sequence";
+    options.scope = kind == 2 ? tda::Scope::token : tda::Scope::sequence;
     options.refresh = kind == 3 ? 3 : 0;
     if (kind > 0) session.apply(options);
     std::vector<float> all = session.statistic(1);
@@ -489,6 +489,25 @@ TEST(threads_share_an_engine_step_by_step) {
       threads.emplace_back([&, i] { together[i] = run(i % 4); });
   }
   for (std::size_t i = 0; i < together.size(); ++i) CHECK(together[i] == alone[i % 4]);
+}
+
+TEST(the_recommended_setting_is_dense_where_nothing_is_faster) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const auto decode = [&](std::initializer_list<tda::TdaOptions> settings) {
+    tda::Session session = engine.session(20, 8);
+    session.prefill(kPrompt);
+    for (const tda::TdaOptions& options : settings) session.apply(options);
+    return session.decode(kPrompt[0]);
+  };
+  CHECK(decode({with_active(0.5)}) != decode({}));
+  CHECK(decode({with_active(0.5), tda::TdaOptions{}}) == decode({}));
+  const auto result = engine.generate(kPrompt, tokens(3), tda::TdaOptions{});
+  CHECK(result.stats.tda.starts_with("dense: with f32 weights no setting is faster"));
+  CHECK(engine.generate(kPrompt, tokens(3)).stats.tda == "dense");
+  const auto masked = engine.generate(kPrompt, tokens(3), with_active(0.5)).stats;
+  CHECK(masked.tda == "sequence scope: 50% of neurons");
+  CHECK(masked.warnings.size() == 2);  // a short prompt, a small model
 }
 
 TEST(results_do_not_depend_on_the_number_of_threads) {

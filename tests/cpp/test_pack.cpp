@@ -71,7 +71,7 @@ void check_same(const tda::Engine& expected, const tda::Engine& found) {
   CHECK(std::set<float>(logits.begin(), logits.end()).size() > kTokens.size());
   CHECK(found.logits(kTokens) == logits);
   tda::TdaOptions tda;
-  tda.scope = "token";
+  tda.scope = tda::Scope::token;
   tda.active = 0.5;
   CHECK(found.score(kTokens, 4, tda).log_probabilities ==
         expected.score(kTokens, 4, tda).log_probabilities);

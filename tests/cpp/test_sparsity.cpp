@@ -9,6 +9,7 @@
 
 #include "base/half.h"
 #include "check.h"
+#include "sparsity/setting.h"
 #include "sparsity/sparsity.h"
 
 using namespace tda;
@@ -237,33 +238,34 @@ TEST(tda_options) {
   TdaOptions{.active = 1.0, .refresh = 16}.validate();
   TdaOptions{.thresholds = thresholds}.validate();
 
-  CHECK_THROWS(TdaOptions{}.validate(), OptionError, "found none, expected exactly one");
+  TdaOptions{}.validate();
+  CHECK_THROWS(TdaOptions{.scope = Scope::sequence}.validate(), OptionError,
+               "found none, expected exactly one of error, active and thresholds, or no option");
+  CHECK_THROWS(TdaOptions{.head = 0.1}.validate(), OptionError, "found none, expected exactly one");
   CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5}.validate()), OptionError,
                "found error and active");
   CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5, .thresholds = thresholds}.validate()),
                OptionError, "found error and active and thresholds");
-  TdaOptions{.scope = "token", .active = 0.5, .coarse = 0.5}.validate();
-  TdaOptions{.scope = "token", .estimate = "gate", .active = 0.5}.validate();
-  TdaOptions{.estimate = "hidden", .active = 0.5}.validate();
-  CHECK_THROWS((TdaOptions{.scope = "page", .error = 0.1}.validate()), OptionError,
-               "tda scope \"page\": expected \"sequence\" or \"token\"");
-  CHECK_THROWS((TdaOptions{.scope = "token", .estimate = "hidden", .active = 0.5}.validate()),
-               OptionError,
-               "\"hidden\" with scope \"token\": expected \"contribution\" or \"gate\"");
-  CHECK_THROWS((TdaOptions{.estimate = "hidden", .error = 0.1}.validate()), OptionError,
+  TdaOptions{.scope = Scope::token, .active = 0.5, .coarse = 0.5}.validate();
+  TdaOptions{.scope = Scope::token, .estimate = Estimate::gate, .active = 0.5}.validate();
+  TdaOptions{.estimate = Estimate::hidden, .active = 0.5}.validate();
+  CHECK_THROWS(
+      (TdaOptions{.scope = Scope::token, .estimate = Estimate::hidden, .active = 0.5}.validate()),
+      OptionError, "\"hidden\" with scope \"token\": expected \"contribution\" or \"gate\"");
+  CHECK_THROWS((TdaOptions{.estimate = Estimate::hidden, .error = 0.1}.validate()), OptionError,
                "with active only");
   CHECK_THROWS((TdaOptions{.active = 0.5, .coarse = 0.1}.validate()), OptionError, "tda coarse");
-  CHECK_THROWS((TdaOptions{.scope = "token", .error = 0.5, .coarse = 0.1}.validate()), OptionError,
-               "tda coarse");
+  CHECK_THROWS((TdaOptions{.scope = Scope::token, .error = 0.5, .coarse = 0.1}.validate()),
+               OptionError, "tda coarse");
   TdaOptions{.active = 0.5, .compact = true, .head = 1}.validate();
-  CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.5, .compact = true}.validate()),
+  CHECK_THROWS((TdaOptions{.scope = Scope::token, .active = 0.5, .compact = true}.validate()),
                OptionError, "tda compact");
   CHECK_THROWS((TdaOptions{.active = 0.5, .head = 1.5}.validate()), OptionError, "tda head 1.5");
   CHECK_THROWS((TdaOptions{.active = 0.5, .head = NAN}.validate()), OptionError, "tda head nan");
-  CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.6, .coarse = 0.5}.validate()), OptionError,
-               "active + coarse");
-  CHECK_THROWS((TdaOptions{.scope = "token", .active = 0.6, .refresh = 5}.validate()), OptionError,
-               "refresh");
+  CHECK_THROWS((TdaOptions{.scope = Scope::token, .active = 0.6, .coarse = 0.5}.validate()),
+               OptionError, "active + coarse");
+  CHECK_THROWS((TdaOptions{.scope = Scope::token, .active = 0.6, .refresh = 5}.validate()),
+               OptionError, "refresh");
   for (const double error : {-0.1, 1.0, kNaN, kInfinity}) {
     CHECK_THROWS(TdaOptions{.error = error}.validate(), OptionError, "tda error");
   }
@@ -271,6 +273,82 @@ TEST(tda_options) {
     CHECK_THROWS(TdaOptions{.active = active}.validate(), OptionError, "tda active");
   }
   CHECK_THROWS((TdaOptions{.error = 0.1, .refresh = -1}.validate()), OptionError, "tda refresh -1");
+}
+
+/// The setting for so many prompt tokens on a small model with such weights.
+static TdaSetting resolved(const std::optional<TdaOptions>& asked, WeightFormat weights,
+                           std::int64_t prompt_tokens = 500) {
+  const bool planes = weights == WeightFormat::int8 || weights == WeightFormat::int4;
+  return resolve(asked, {.weights = weights,
+                         .head = planes ? WeightFormat::int8 : weights,
+                         .parameters = 135'000'000,
+                         .prompt_tokens = prompt_tokens});
+}
+
+TEST(recommended_setting) {
+  TdaSetting found = resolved(TdaOptions{}, WeightFormat::int8, 5);
+  CHECK((found.options ==
+         TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = 1e-5}));
+  CHECK(found.words == "token scope: 35% of neurons exact, 50% at 4 bits, head 1e-5");
+  CHECK(found.warnings.empty());
+  found = resolved(TdaOptions{}, WeightFormat::int4);
+  CHECK((found.options == TdaOptions{.scope = Scope::token, .active = 0.6, .head = 1e-5}));
+  CHECK(found.words == "token scope: 60% of neurons exact, head 1e-5");
+  for (const auto weights : {WeightFormat::f32, WeightFormat::bf16, WeightFormat::bf16c}) {
+    found = resolved(TdaOptions{}, weights, 5);
+    CHECK(!found.options && found.warnings.empty());
+    CHECK(found.words == "dense: with " + std::string(name_of(weights)) +
+                             " weights no setting is faster at little loss; "
+                             "weights=\"int8\" has one");
+  }
+  found = resolve(TdaOptions{}, {.weights = WeightFormat::bf16, .cuda = true});
+  CHECK(!found.options && found.words == "dense: on CUDA no setting is faster at little loss");
+  found = resolved({}, WeightFormat::int8);
+  CHECK(!found.options && found.words == "dense" && found.warnings.empty());
+}
+
+TEST(settings_by_hand_stay_what_they_are) {
+  TdaSetting found = resolved(TdaOptions{.active = 0.95, .refresh = 16}, WeightFormat::f32);
+  CHECK((found.options == TdaOptions{.scope = Scope::sequence, .active = 0.95, .refresh = 16}));
+  CHECK(found.words == "sequence scope: 95% of neurons, renewed every 16 tokens");
+  CHECK(found.warnings.empty());
+  found = resolved(TdaOptions{.estimate = Estimate::hidden, .active = 1.0}, WeightFormat::f32);
+  CHECK(found.words == "sequence scope (GRIFFIN): 100% of neurons");
+  auto thresholds = std::make_shared<Thresholds>();
+  thresholds->scope = Scope::token;
+  thresholds->tokens = 2048;
+  found = resolved(TdaOptions{.thresholds = thresholds}, WeightFormat::f32, 5);
+  CHECK(found.options->scope == Scope::token);  // the file's own
+  CHECK(found.words == "token scope: thresholds from 2048 tokens");
+  CHECK(found.warnings.empty());
+}
+
+TEST(warnings_say_what_to_expect) {
+  const auto warning = [](const TdaOptions& options, std::int64_t prompt_tokens) {
+    const auto found = resolved(options, WeightFormat::bf16, prompt_tokens).warnings;
+    CHECK(found.size() <= 1);
+    return found.empty() ? "" : found[0];
+  };
+  const auto contains = [](const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+  };
+  CHECK(contains(warning({.active = 0.9}, 63), "a prompt of under 64 tokens"));
+  CHECK(warning({.active = 0.9}, 64).empty());
+  CHECK(warning({.scope = Scope::token, .active = 0.3}, 5).empty());
+  CHECK(contains(warning({.active = 0.89}, 64), "under 1B parameters"));
+  CHECK(contains(warning({.error = 0.06}, 64), "error 0.1 costs 23% perplexity"));
+  CHECK(warning({.error = 0.05}, 64).empty());
+  CHECK(warning({.scope = Scope::token, .error = 0.5}, 64).empty());
+  auto thresholds = std::make_shared<Thresholds>();
+  thresholds->error = 0.05;
+  thresholds->tokens = 999;
+  CHECK(contains(warning({.thresholds = thresholds}, 64), "calibrated on 999 tokens"));
+  thresholds->tokens = 1000;
+  CHECK(warning({.thresholds = thresholds}, 64).empty());
+  thresholds->error = 0.1;
+  CHECK(contains(warning({.thresholds = thresholds}, 64), "under 1B parameters"));
+  TdaFacts large{.parameters = 1'100'000'000, .prompt_tokens = 64};
+  CHECK(resolve(TdaOptions{.error = 0.5}, large).warnings.empty());
 }
 
 int main() { return run_tests(); }

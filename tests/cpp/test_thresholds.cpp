@@ -68,13 +68,13 @@ TEST(thresholds_round_trip) {
 TEST(thresholds_of_token_scope_round_trip) {
   const Folder folder;
   Thresholds thresholds = example();
-  thresholds.scope = "token";
+  thresholds.scope = Scope::token;
   thresholds.error = 0;
   thresholds.bytes = 0.6;
   thresholds.coarse = {0.0f, 0.05f, 1.0f / 3.0f};
   thresholds.save(folder.path / "t");
   const Thresholds found = Thresholds::load(folder.path / "t");
-  CHECK(found.scope == "token" && found.bytes == 0.6 && found.coarse == thresholds.coarse);
+  CHECK(found.scope == Scope::token && found.bytes == 0.6 && found.coarse == thresholds.coarse);
   thresholds.coarse[1] = 0.2f;
   CHECK_THROWS(thresholds.save(folder.path / "u"), CheckpointError, "coarse[1]: found 0.2");
 }

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from conftest import MESSAGES, PROMPT
 
-from tdaengine import TDA, CheckpointError, Engine, Thresholds
+from tdaengine import TDA, CheckpointError, Engine, OptionError, Thresholds
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +217,38 @@ def test_bf16c_is_bf16(tmp_path, variant):
     ]
     assert sparse[0] == pytest.approx(sparse[1], abs=1e-4)
     assert not np.allclose(sparse[0], decoded[0][-len(sparse[0]) :], atol=1e-4)
+
+
+def test_an_engine_says_what_it_is_and_can_be_closed(folder):
+    with Engine(folder, threads=1, weights="int8") as engine:
+        shown = f"weights='int8', device={engine.device!r}, threads=1, max_context=128"
+        assert repr(engine) == f"Engine({str(folder)!r}, {shown})"
+        stream = engine.stream("The sky is", max_new_tokens=4, ignore_eos=True)
+        next(stream)
+        config = engine.config
+    assert engine.closed and repr(engine) == f"Engine({str(folder)!r}, closed)"
+    assert len("".join(stream)) == 3  # what was under way goes on
+    assert config.num_layers == 2
+    engine.close()  # does nothing more
+    for use in (
+        lambda: engine.generate("The sky is"),
+        lambda: engine.chat([{"role": "user", "content": "Hi."}]),
+        lambda: engine.logits([1]),
+        lambda: engine.score([1, 5], 1),
+        lambda: engine.calibrate([[1, 5]]),
+        lambda: engine.session(4),
+        lambda: engine.config,
+        lambda: engine.weights,
+    ):
+        with pytest.raises(OptionError, match="engine: found it closed, expected an open one"):
+            use()
+
+
+def test_closing_frees_the_weights(smollm2):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    engine = Engine(smollm2, weights="int8")
+    size, before = engine.weight_bytes, resident()
+    engine.close()
+    assert before - resident() > 0.8 * size

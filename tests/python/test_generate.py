@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import PROMPT
+from conftest import MESSAGES, PROMPT
 
-from tdaengine import Engine, Output
-from tdaengine.engine import StopStrings
+from tdaengine import CalibrateOptions, Engine, GenerateOptions, OptionError, Output
+from tdaengine.options import CalibrateKeywords, GenerateKeywords
+from tdaengine.stream import StopStrings
 
 # ---- generating ---------------------------------------------------------------------------------
 
@@ -50,6 +51,58 @@ def test_several_prompts(engine):
     assert [out.token_ids for out in engine.generate(texts, **options)] == each
     assert [out.token_ids for out in engine.generate(ids, **options)] == each
     assert len(engine.generate([PROMPT], **options)) == 1
+
+
+def test_options_as_keywords_or_as_an_object(engine, dense):
+    options = GenerateOptions(max_new_tokens=40, ignore_eos=True)
+    assert engine.generate(PROMPT, options).token_ids == dense.token_ids
+    assert engine.generate(PROMPT, max_tokens=40, ignore_eos=True).token_ids == dense.token_ids
+    assert "".join(engine.stream(PROMPT, options)) == dense.text
+    assert (
+        engine.chat(MESSAGES, options).token_ids
+        == engine.chat(MESSAGES, max_tokens=40, ignore_eos=True).token_ids
+    )
+    names = set(GenerateKeywords.__annotations__)
+    assert names == {*GenerateOptions.fields, "max_tokens"}
+    assert set(CalibrateKeywords.__annotations__) == {*CalibrateOptions.fields} - {"error"}
+    for call in (
+        lambda: engine.generate(PROMPT, options, temperature=1.0),
+        lambda: engine.generate(PROMPT, max_tokens=4, max_new_tokens=4),
+        lambda: engine.generate(PROMPT, {"max_new_tokens": 4}),
+    ):
+        with pytest.raises(OptionError):
+            call()
+
+
+def test_an_output_prints_as_its_text(dense):
+    assert str(dense) == f"{dense}" == dense.text
+    assert str(Output(None, [1, 2], "length", dense.stats)) == "[1, 2]"
+
+
+def test_several_prompts_have_seeds_of_their_own(engine):
+    options = {"temperature": 1.5, "max_new_tokens": 12, "ignore_eos": True}
+
+    def alone(seed: int) -> list[int]:
+        return engine.generate(PROMPT, seed=seed, **options).token_ids
+
+    three = [PROMPT] * 3
+    drawn = [out.token_ids for out in engine.generate(three, seed=2**64 - 1, **options)]
+    assert drawn == [alone(2**64 - 1), alone(0), alone(1)]
+    drawn = [out.token_ids for out in engine.generate(three, GenerateOptions(seed=5, **options))]
+    assert drawn == [alone(5), alone(6), alone(7)]
+    drawn = [out.token_ids for out in engine.generate(three, seed=[5, 5, 1], **options)]
+    assert drawn == [alone(5), alone(5), alone(1)]
+    with pytest.raises(OptionError, match="found 2, expected one for each of 3"):
+        engine.generate(three, seed=[5, 5])
+    with pytest.raises(OptionError, match="seed: found"):
+        engine.generate(PROMPT, seed=[5])
+
+
+def test_a_stream_and_a_chat_take_one(engine):
+    with pytest.raises(OptionError, match="found a list of 2 prompts, expected one"):
+        engine.stream([PROMPT, PROMPT])
+    with pytest.raises(OptionError, match="found a list of 2 conversations, expected one"):
+        engine.chat([MESSAGES, MESSAGES])
 
 
 def test_streaming_is_generating(engine, dense):

@@ -182,7 +182,7 @@ def test_a_file_for_other_weights_or_scope_is_refused(f32: Engine, int8: Engine)
     with pytest.raises(CheckpointError, match="for int8 weights, found f32"):
         f32.score(TOKENS, prompt_tokens=PROMPT, tda=TDA(scope="token", thresholds=thresholds))
     with pytest.raises(OptionError, match='for scope "token", found scope "sequence"'):
-        int8.score(TOKENS, prompt_tokens=PROMPT, tda=TDA(thresholds=thresholds))
+        int8.score(TOKENS, prompt_tokens=PROMPT, tda=TDA(scope="sequence", thresholds=thresholds))
 
 
 def test_coarse_needs_int8(f32: Engine):

@@ -48,7 +48,7 @@ def logits(engine: Engine, ids: list[int]) -> npt.NDArray[np.float32]:
 
 
 def main(folder: Path) -> None:
-    engine = Engine(folder, weights="int8", threads=2, max_context=512, tda=TDA(active=0.9))
+    engine = Engine(folder, weights="int8", threads=2, max_context=512, tda=TDA())
     vocabulary: int = engine.config.vocab_size
     ids: list[int] = engine.tokenizer.encode("One two three four")
     assert logits(engine, ids).shape == (len(ids) + 1, vocabulary)
@@ -61,15 +61,21 @@ def main(folder: Path) -> None:
     thresholds.save(path)
     per_layer: list[float] = Thresholds.load(path).values
     assert len(per_layer) == engine.config.num_layers
-    several = engine.generate(["a", "b"], max_new_tokens=2, tda=TDA(thresholds=thresholds))
-    assert isinstance(several, list)
+    several: list[Output] = engine.generate(["a", "b"], max_tokens=2, seed=[1, 2], tda=TDA())
+    assert [str(out) for out in several] == [out.text for out in several]
+    one: Output = engine.generate("a", GenerateOptions(max_new_tokens=2))
+    warned: list[str] = one.stats.warnings
+    assert not warned and one.stats.tda != "dense"
     names: list[str] = GenerateOptions.fields
     assert "top_k" in names
     try:
-        engine.generate([5] * 512)
+        engine.generate([5] * 512, tda=TDA(thresholds=thresholds))
     except ContextOverflow as error:
         root: Error = error
         print(root)
+    with Engine(folder) as other:
+        name: str = repr(other)
+    assert name != repr(other)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,12 @@ struct GenerationStats {
   double ffn_active = 1;         // mean share of neurons used while decoding
   double ffn_coarse = 0;         // of them, what was used at 4 bits, as a share of all neurons
   std::vector<double> ffn_active_by_layer;  // [L]
-  std::int64_t ffn_bytes = 0;        // feed-forward weight bytes read while decoding, as counted
-  double ffn_bytes_fraction = 1;     // ffn_bytes relative to dense decoding in the same format
-  double head_bytes_fraction = 1;    // bytes of the output head read, relative to all of it
-  std::int64_t bytes_per_token = 0;  // mean of all weight and KV bytes read per decoded token
+  std::int64_t ffn_bytes = 0;         // feed-forward weight bytes read while decoding, as counted
+  double ffn_bytes_fraction = 1;      // ffn_bytes relative to dense decoding in the same format
+  double head_bytes_fraction = 1;     // bytes of the output head read, relative to all of it
+  std::int64_t bytes_per_token = 0;   // mean of all weight and KV bytes read per decoded token
+  std::string tda = "dense";          // the setting used, in words
+  std::vector<std::string> warnings;  // what to expect of this setting, model and prompt
 };
 
 enum class FinishReason { none, stop, length, cancelled };
@@ -181,7 +183,7 @@ class Session {
   /// The layer's active neurons, strictly ascending; all of them until set.
   std::vector<std::int32_t> mask(std::int64_t layer) const;
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
-  /// Masks of all layers by the rules of TdaOptions, from the prompt seen so far.
+  /// Masks or thresholds of all layers by the rules of TdaOptions, from the prompt seen so far.
   void apply(const TdaOptions& options);
   /// Feed-forward weight bytes that decode() has read so far.
   std::int64_t ffn_bytes() const;

@@ -18,21 +18,40 @@
 // (TdaOptions::head).
 #pragma once
 
+#include <tda/types.h>
+
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace [[gnu::visibility("default")]] tda {
+
+/// What a TDA threshold holds for: a whole generation, or each token afresh.
+enum class Scope { sequence, token };
+
+/// What TDA judges a neuron by. `contribution` is the method; the others are for comparison.
+enum class Estimate {
+  contribution,  // |n|
+  hidden,        // |h|, scope sequence: GRIFFIN (arXiv 2404.01365)
+  gate,          // |act(W_gate[j]·x_t)|, scope token: CATS (arXiv 2404.08763)
+};
+
+std::string_view name_of(Scope);
+std::string_view name_of(Estimate);
+/// The inverse of name_of ("sequence", "gate", ...); throws OptionError that lists what is valid.
+Scope parse_scope(std::string_view);
+Estimate parse_estimate(std::string_view);
 
 /// One threshold per layer (or two), and where it came from. Stored as JSON.
 struct Thresholds {
   std::string model;        // folder name of the model, for messages
   std::string fingerprint;  // of the checkpoint's tensors; must match the model used with
   std::string weights;      // format of the weights, "int8": must match, too
-  std::string scope = "sequence";
+  Scope scope = Scope::sequence;
   double error = 0;            // the CETT that the search was asked to meet, see TdaOptions,
   double bytes = 0;            // or else the share of FFN bytes, see CalibrateOptions
   std::vector<float> values;   // [L] on R ("sequence") or |n| ("token")
@@ -47,13 +66,13 @@ struct Thresholds {
   static Thresholds load(const std::filesystem::path&);
 };
 
-/// Exactly one of `error`, `active` and `thresholds` is set.
+/// TdaOptions{} is the recommended setting for the model and weights at hand; where nothing is
+/// faster than dense at little loss, that is dense, and GenerationStats::tda says so. For a setting
+/// by hand exactly one of `error`, `active` and `thresholds` is set.
 struct TdaOptions {
-  std::string scope = "sequence";  // or "token"
-  /// What thresholds are put to. "contribution": R or |n| as above. For comparison with other
-  /// methods: "hidden", R without ||W_down[:,j]|| (scope "sequence": GRIFFIN, arXiv 2404.01365),
-  /// and "gate", |act(W_gate[j]·x_t)| (scope "token": CATS, arXiv 2404.08763).
-  std::string estimate = "contribution";
+  /// Unset: that of `thresholds`, or else sequence.
+  std::optional<Scope> scope = {};
+  Estimate estimate = Estimate::contribution;
   /// Target for CETT, the cumulative error of tail truncation (arXiv 2402.03804):
   /// ||sum of the dropped n[t,j]|| / ||FFN(x_t)||, averaged over the prompt's tokens; 0 <= error
   /// < 1. The threshold of each layer is searched on the prompt itself.
@@ -77,12 +96,13 @@ struct TdaOptions {
   /// <= 1. The other logits stay what 4 bits say. 0: the whole head at 8 bits.
   double head = 0;
 
+  bool operator==(const TdaOptions&) const = default;
   /// Throws OptionError.
   void validate() const;
 };
 
 struct CalibrateOptions {
-  std::string scope = "sequence";
+  Scope scope = Scope::sequence;
   double error = 0.1;  // the CETT to meet in every layer
   /// Scope "token", instead of error: the share of FFN bytes to read, over all layers, relative to
   /// dense decoding. It is spent where it helps most: what a contribution's loss does to the

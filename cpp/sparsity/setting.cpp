@@ -1,0 +1,165 @@
+#include "sparsity/setting.h"
+
+#include <tda/error.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "base/text_of.h"
+
+namespace tda {
+namespace {
+
+// Below these a statistic or a threshold says more about its text than about the model.
+constexpr std::int64_t kPromptTokens = 64;
+constexpr std::int64_t kCalibrationTokens = 1000;
+// What a sequence mask may drop on a small model at a loss of a few per cent.
+constexpr std::int64_t kSmallModel = 1'000'000'000;
+constexpr double kSmallError = 0.05;
+constexpr double kSmallActive = 0.9;
+
+template <typename Enum>
+std::string quoted(Enum value) {
+  return '"' + std::string(name_of(value)) + '"';
+}
+
+std::string percent(double share) { return text_of(std::round(share * 1000) / 10) + "%"; }
+
+/// As people write it: 1e-5, not 1e-05.
+std::string power(double number) {
+  std::string text = text_of(number);
+  if (const auto at = text.find("e-0"); at != std::string::npos) text.erase(at + 2, 1);
+  return text;
+}
+
+/// The recommended setting; nothing where dense is as fast.
+std::optional<TdaOptions> recommended(const TdaFacts& facts) {
+  const double head = facts.head == WeightFormat::int8 ? 1e-5 : 0;
+  if (facts.cuda) return {};
+  if (facts.weights == WeightFormat::int8)
+    return TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = head};
+  if (facts.weights == WeightFormat::int4)
+    return TdaOptions{.scope = Scope::token, .active = 0.6, .head = head};
+  return {};
+}
+
+std::string why_dense(const TdaFacts& facts) {
+  if (facts.cuda) return "dense: on CUDA no setting is faster at little loss";
+  return "dense: with " + std::string(name_of(facts.weights)) +
+         " weights no setting is faster at little loss; weights=\"int8\" has one";
+}
+
+std::string words_of(const TdaOptions& options) {
+  const bool token = options.scope == Scope::token;
+  std::string words = token ? "token scope" : "sequence scope";
+  if (options.estimate == Estimate::hidden) words += " (GRIFFIN)";
+  if (options.estimate == Estimate::gate) words += " (CATS)";
+  if (options.error) words += ": error " + text_of(*options.error);
+  if (options.active)
+    words += ": " + percent(*options.active) + " of neurons" + (token ? " exact" : "");
+  if (options.thresholds)
+    words += ": thresholds from " + std::to_string(options.thresholds->tokens) + " tokens";
+  if (options.coarse > 0) words += ", " + percent(options.coarse) + " at 4 bits";
+  if (options.refresh > 0)
+    words += ", renewed every " + std::to_string(options.refresh) + " tokens";
+  if (options.compact) words += ", compact";
+  if (options.head > 0) words += ", head " + power(options.head);
+  return words;
+}
+
+/// Whether a sequence mask drops more than small models were found to stand.
+bool drops_much(const TdaOptions& options) {
+  if (options.active) return *options.active < kSmallActive;
+  return (options.thresholds ? options.thresholds->error : *options.error) > kSmallError;
+}
+
+std::vector<std::string> warnings_of(const TdaOptions& options, const TdaFacts& facts) {
+  std::vector<std::string> warnings;
+  if (options.thresholds && options.thresholds->tokens < kCalibrationTokens) {
+    warnings.push_back("thresholds calibrated on " + std::to_string(options.thresholds->tokens) +
+                       " tokens: they follow those texts more than the model; expect another "
+                       "loss than was asked for, and calibrate on 1,000 tokens or more");
+  }
+  if (options.scope != Scope::sequence) return warnings;
+  if (facts.prompt_tokens < kPromptTokens) {
+    warnings.push_back(
+        "a sequence mask from a prompt of under 64 tokens: it tells little about the text that "
+        "follows; expect a worse text than with longer prompts, or use scope token");
+  }
+  if (facts.parameters < kSmallModel && drops_much(options)) {
+    warnings.push_back(
+        "a sequence mask that drops this much on a model of under 1B parameters: on SmolLM2-135M "
+        "error 0.1 costs 23% perplexity, and keeping 75% of the neurons 74%; expect a damaged "
+        "text. "
+        "int8 weights with the recommended setting cost 1% there");
+  }
+  return warnings;
+}
+
+}  // namespace
+
+Scope scope_of(const TdaOptions& options) {
+  return options.scope.value_or(options.thresholds ? options.thresholds->scope : Scope::sequence);
+}
+
+TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts) {
+  if (!asked) return {.options = {}, .words = "dense", .warnings = {}};
+  asked->validate();
+  std::optional<TdaOptions> options = *asked == TdaOptions{} ? recommended(facts) : asked;
+  if (!options) return {.options = {}, .words = why_dense(facts), .warnings = {}};
+  options->scope = scope_of(*options);
+  return {
+      .options = options, .words = words_of(*options), .warnings = warnings_of(*options, facts)};
+}
+
+void TdaOptions::validate() const {
+  if (*this == TdaOptions{}) return;
+  const bool token = scope_of(*this) == Scope::token;
+  const Estimate other = token ? Estimate::gate : Estimate::hidden;
+  if (estimate != Estimate::contribution && estimate != other) {
+    throw OptionError("tda estimate " + quoted(estimate) + " with scope " +
+                      quoted(scope_of(*this)) + ": expected \"contribution\" or " + quoted(other));
+  }
+  std::vector<std::string> given;
+  if (error) given.push_back("error");
+  if (active) given.push_back("active");
+  if (thresholds) given.push_back("thresholds");
+  if (given.size() != 1) {
+    std::string found = given.empty() ? "none" : given[0];
+    for (std::size_t i = 1; i < given.size(); ++i) found += " and " + given[i];
+    throw OptionError("tda: found " + found +
+                      ", expected exactly one of error, active and thresholds" +
+                      (given.empty() ? ", or no option at all for the recommended setting" : ""));
+  }
+  // Written so that NaN, for which every comparison is false, is out of range.
+  const auto check = [](bool in_range, const char* name, double found, const char* expected) {
+    if (in_range) return;
+    throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected " + expected);
+  };
+  if (error) check(*error >= 0 && *error < 1, "error", *error, "0 or more, less than 1");
+  if (active) check(*active > 0 && *active <= 1, "active", *active, "more than 0, at most 1");
+  check(coarse >= 0 && coarse <= 1, "coarse", coarse, "0 to 1");
+  if (coarse > 0 && (!token || !active || estimate != Estimate::contribution)) {
+    throw OptionError(
+        "tda coarse: expected only with scope \"token\", estimate \"contribution\" and active");
+  }
+  if (active) check(*active + coarse <= 1 + 1e-9, "active + coarse", *active + coarse, "at most 1");
+  if (estimate != Estimate::contribution && !active) {
+    throw OptionError("tda estimate " + quoted(estimate) + ": expected with active only");
+  }
+  if (token && refresh > 0) {
+    throw OptionError(
+        "tda refresh: expected only with scope \"sequence\", scope \"token\" decides afresh for "
+        "every token anyway");
+  }
+  if (token && compact) {
+    throw OptionError(
+        "tda compact: expected only with scope \"sequence\", which has a mask to copy");
+  }
+  check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
+  check(refresh >= 0, "refresh", static_cast<double>(refresh),
+        "0 (never) or a positive number of tokens");
+}
+
+}  // namespace tda

@@ -1,0 +1,132 @@
+"""What is generated: whole, or in pieces as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Lock
+
+from . import _native
+from ._native import GenerationStats, OptionError
+from .tokenizer import TextStream
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was generated. text: None if the checkpoint has no tokenizer. finish_reason: "stop"
+    (end-of-text token or stop string), "length" (max_new_tokens), "cancelled" (Stream.cancel, or an
+    exception), or None while under way. stats: GenerationStats. str() of it is the text.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str | None
+    stats: GenerationStats
+
+    def __str__(self) -> str:
+        return str(self.token_ids) if self.text is None else self.text
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they are generated. `output` holds what there is so far, and the whole once
+    the pieces are exhausted; its text is the pieces put together.
+
+    One thread at a time takes pieces, a second one gets an OptionError; `cancel` and `output` are
+    for any thread.
+    """
+
+    def __init__(
+        self, generation: _native.Generation, text: TextStream | None, stop: tuple[str, ...]
+    ) -> None:
+        self._generation = generation
+        self._text = text
+        self._stop = StopStrings(stop)
+        self._token_ids: list[int] = []
+        self._pieces: list[str] = []
+        self._is_done = False
+        # As of the last token, since while the next one is made nobody may look.
+        self._finish_reason: str | None = None
+        self._stats = generation.stats
+        self._taking = Lock()
+
+    def __next__(self) -> str:
+        """The next piece, not empty. Raises what `generate` raises while computing."""
+        if self._taking.locked():
+            raise OptionError("stream: found it in use by another thread, expected one at a time")
+        # Not acquire(): a signal handler that raises just behind it would leave the lock taken. Of
+        # two threads that come here at the same moment one waits for its turn instead.
+        with self._taking:
+            while not self._is_done:
+                piece = self._advance()
+                if piece:
+                    self._pieces.append(piece)
+                    return piece
+            raise StopIteration
+
+    def cancel(self) -> None:
+        """Ends the stream, from any thread: after the token under way, or in the midst of a long
+        prompt, the iteration ends and finish_reason is "cancelled".
+        """
+        self._generation.cancel()
+
+    @property
+    def output(self) -> Output:
+        """What there is so far."""
+        return Output(
+            text=None if self._text is None else "".join(self._pieces),
+            token_ids=list(self._token_ids),
+            finish_reason=self._finish_reason,
+            stats=self._stats,
+        )
+
+    def _advance(self) -> str:
+        try:
+            token = self._generation.next()
+        finally:
+            self._finish_reason = self._generation.finish_reason
+            self._stats = self._generation.stats
+        if token is not None:
+            self._token_ids.append(token)
+        if self._text is None:
+            self._is_done = token is None
+            return ""
+        if token is not None:
+            piece = self._stop.push(self._text.push(token))
+        else:
+            piece = self._stop.push(self._text.flush()) + self._stop.flush()
+        if self._stop.is_found:
+            self._finish_reason = "stop"
+        self._is_done = token is None or self._stop.is_found
+        return piece
+
+
+class StopStrings:
+    """Cuts a text, given in pieces, before the first stop string."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""  # the end of the text that may be the beginning of a stop string
+        self.is_found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text is now certain to stand before any stop string."""
+        text = self._held + piece
+        # The one complete first, whatever the pieces; of several with one end the longest.
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.is_found = True
+            self._held = ""
+            return text[: min(ends)[1]]
+        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that stop, as a whole longer, begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
