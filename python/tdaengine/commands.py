@@ -14,124 +14,92 @@ from typing import Any
 from tqdm import tqdm
 
 from . import plots
-from ._native import (
-    TDA,
-    Error,
-    GenerateOptions,
-    GenerationStats,
-    OptionError,
-    RopeConfig,
-    Thresholds,
-)
+from ._native import TDA, GenerateOptions, OptionError
 from .analyze import analyze
 from .analyze import table as overlaps
 from .bench import bench
-from .engine import Engine, Output, Stream
-from .evaluate import evaluate, frontier, parse_setting, table
-from .files import MAX_DATA, MAX_LINE, check_output, open_regular, parse_json
+from .engine import Engine
+from .evaluate import evaluate, frontier, table
+from .files import MAX_DATA, MAX_LINE, check_output, open_regular, parse_json, read
+from .info import describe, fields_of, file_sizes, info
+from .options import parse_tda
+from .stream import Output, Stream
 from .terminal import for_bars
 
-# Of TDA, as --tda-...; refresh is --refresh.
-TDA_OPTIONS = ("error", "active", "thresholds", "scope", "coarse", "compact", "head")
 
-OVERLAP_TEXTS = 8  # of those evaluated, for the picture of overlaps
-
-
-def _engine(args: argparse.Namespace, **changed: Any) -> Engine:
+def open_engine(args: argparse.Namespace, **changed: Any) -> Engine:
+    """With the setting of --tda where the command has a single one."""
     names = ("device", "weights", "kv", "threads", "max_context")
     options = {name: getattr(args, name) for name in names} | changed
+    given = getattr(args, "tda", None)
+    tda = given if isinstance(given, TDA) else None  # evaluate and bench have a list
     bar = {"desc": "packing", "unit": "B", "unit_scale": True, "leave": False}
     with _progress_bar(**bar, disable=True if args.json else None) as progress:
-        return Engine(args.model, tda=_tda(args), progress=progress, **options)
+        return Engine(args.model, tda=tda, progress=progress, **options)
 
 
-def _tda(args: argparse.Namespace) -> TDA | None:
-    names = {name: f"tda_{name}" for name in TDA_OPTIONS}
-    names["refresh"] = "refresh"
-    values = {name: getattr(args, option, None) for name, option in names.items()}
-    given = {name: value for name, value in values.items() if value is not None}
-    if not given:
-        return None
-    if given.keys().isdisjoint(("error", "active", "thresholds")):
-        option = names[next(iter(given))].replace("_", "-")
-        raise OptionError(f"--{option}: needs --tda-error, --tda-active or --tda-thresholds")
-    if "thresholds" in given:
-        given["thresholds"] = Thresholds.load(given["thresholds"])
-        given.setdefault("scope", given["thresholds"].scope)
-    return TDA(**given)
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Only what was given."""
     given = {name: value for name, value in vars(args).items() if name in GenerateOptions.fields}
     return given | {"stop": args.stop}
 
 
+def read_prompt(text: str | None, file: str | None, name: str) -> str:
+    """`text`, or if it is "-" what standard input holds, or what `file` holds; of a file's text
+    without its last newline."""
+    if (text is None) == (file is None):
+        found = "none" if text is None else f"{text!r} and --file"
+        raise OptionError(f"{name}: found {found}, expected a text, - or --file FILE")
+    if text is not None and text != "-":
+        return text
+    if file is None:
+        content = sys.stdin.buffer.read()
+    else:
+        content = read(Path(file), "a text", MAX_DATA, OptionError)
+    try:
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file or 'standard input'}: {error}") from error
+
+
 def run_generate(args: argparse.Namespace) -> None:
-    _answer(_engine(args).stream(args.prompt, **_sampling(args)), args.json)
+    prompt = read_prompt(args.prompt, args.file, "prompt")
+    answer(open_engine(args).stream(prompt, **sampling(args)), args.json)
 
 
-def run_chat(args: argparse.Namespace) -> None:
-    if args.json and args.message is None:
-        raise OptionError("--json: needs --message")
-    engine = _engine(args)
-    options = _sampling(args)
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    if args.message is not None:
-        messages = [*system, {"role": "user", "content": args.message}]
-        _answer(engine.stream(engine.chat_prompt(messages), **options), args.json)
-        return
-    messages = list(system)
-    for line in _lines():
-        if line == "/reset":
-            messages = list(system)
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        try:
-            stream = engine.stream(engine.chat_prompt(asked), **options)
-            with contextlib.suppress(KeyboardInterrupt):  # stops the answer, not the chat
-                _answer(stream)
-        except Error as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        messages = [*asked, {"role": "assistant", "content": stream.output.text}]
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, until /exit or Ctrl-D."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() editing and history
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if line == "/exit":
-            return
-        if line:
-            yield line
-
-
-def _answer(stream: Stream, as_json: bool = False) -> None:
+def answer(stream: Stream, as_json: bool = False) -> None:
     """The text as it comes, then a line of figures on stderr."""
     if as_json:
         for _ in stream:
             pass
-        _print_json(_output_fields(stream.output))
+        print_json(_output_fields(stream.output))
         return
     try:
         for piece in stream:
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
-    print(_figures(stream.output.stats), file=sys.stderr)
+    print(_figures(stream.output), file=sys.stderr)
 
 
-def _figures(stats: GenerationStats) -> str:
-    return (
+def _figures(output: Output) -> str:
+    stats = output.stats
+    text = (
         f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new, "
-        f"{stats.tokens_per_second:.1f} tokens/s, {stats.ffn_active:.0%} of FFN neurons, "
-        f"{stats.ffn_bytes_fraction:.0%} of FFN bytes"
+        f"{stats.tokens_per_second:.1f} tokens/s, {stats.bytes_per_token / 1e6:.1f} MB per token"
     )
+    if stats.tda != "dense":
+        text += f"\nTDA: {stats.tda}"
+    if stats.ffn_bytes_fraction != 1:
+        text += (
+            f"; used {stats.ffn_active:.0%} of FFN neurons, read {stats.ffn_bytes_fraction:.0%} "
+            "of FFN bytes"
+        )
+    if output.finish_reason == "length":
+        text += (
+            f"\ncut at {stats.new_tokens} tokens; --max-new-tokens and --max-context set how many"
+        )
+    return text
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -145,9 +113,9 @@ def run_convert(args: argparse.Namespace) -> None:
             weights=args.weights,
             progress=progress,
         )
-    files = _files(Path(args.destination))
+    files = file_sizes(Path(args.destination))
     if args.json:
-        _print_json({"path": args.destination, "files": files})
+        print_json({"path": args.destination, "files": files})
     else:
         print(f"{args.destination}: {sum(files.values()):,} bytes in {len(files)} files")
 
@@ -155,14 +123,15 @@ def run_convert(args: argparse.Namespace) -> None:
 def run_calibrate(args: argparse.Namespace) -> None:
     check_output(args.output)
     texts = None if args.data is None else _read_texts(Path(args.data))
-    engine = _engine(args)
+    engine = open_engine(args)
+    ids = None if texts is None else _encoded(args, engine, texts, 1)
     with _progress_bar(unit="step", disable=args.json) as progress:
         thresholds = engine.calibrate(
-            texts, error=args.error, scope=args.scope, bytes=args.bytes, progress=progress
+            ids, error=args.error, scope=args.scope, bytes=args.bytes, progress=progress
         )
     thresholds.save(args.output)
     if args.json:
-        _print_json(_fields(thresholds))
+        print_json(fields_of(thresholds))
     else:
         reached = sum(thresholds.reached) / len(thresholds.reached)
         what = "bytes" if thresholds.bytes else "error"
@@ -178,15 +147,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
     texts = _texts(args)
     families = {name: {name: tda} for name, tda in _settings(args).items()}
     _check_unique("--also", args.also)
-    engine = _engine(args)
-    others = {f"{also} dense": _engine(args, weights=also) for also in args.also}
+    engine = open_engine(args)
+    others = {f"{also} dense": open_engine(args, weights=also) for also in args.also}
     if args.frontier:
         families |= frontier(engine)
+    ids = _encoded(args, engine, texts, args.prompt_tokens + args.score_tokens)
     lengths = {name: getattr(args, name) for name in ("prompt_tokens", "score_tokens")}
     with _progress_bar(unit="text", disable=args.json) as progress:
         results = evaluate(
             engine,
-            texts,
+            ids,
             {name: tda for family in families.values() for name, tda in family.items()},
             others=others,
             output=args.output,
@@ -196,32 +166,44 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.plot:
         points = {name: list(family) for name, family in families.items()}
         points |= {name: [name] for name in others}
-        figures = analyze(engine, texts[:OVERLAP_TEXTS], **lengths)
-        plots.evaluation(results, points, figures, args.score_tokens, args.plot)
+        _tell_flat(plots.evaluation(results, points, engine, args.plot))
     if args.json:
-        _print_json(results)
+        print_json(results)
     else:
         print(table(results))
 
 
 def run_analyze(args: argparse.Namespace) -> None:
     texts = _texts(args)
+    engine = open_engine(args)
+    ids = _encoded(args, engine, texts, args.prompt_tokens + args.score_tokens)
     names = ("active", "prompt_tokens", "score_tokens")
     with _progress_bar(unit="text", disable=args.json) as progress:
         figures = analyze(
-            _engine(args), texts, progress=progress, **{name: getattr(args, name) for name in names}
+            engine, ids, progress=progress, **{name: getattr(args, name) for name in names}
         )
     if args.plot:
-        plots.analysis(figures, args.score_tokens, args.plot)
+        _tell_flat(plots.analysis(figures, engine, args.score_tokens, args.plot))
     if args.json:
-        _print_json(figures)
+        print_json(figures)
     else:
         print(overlaps(figures))
 
 
+def _tell_flat(flat: plots.Lines) -> None:
+    if flat:
+        print(plots.table(flat), file=sys.stderr)
+
+
 def _settings(args: argparse.Namespace) -> dict[str, TDA]:
     _check_unique("--tda", args.tda)
-    return {setting: parse_setting(setting) for setting in args.tda}
+    settings = {}
+    for text in args.tda:
+        tda = parse_tda(text)
+        if tda is None:
+            raise OptionError("--tda off: expected a setting, dense is always measured")
+        settings[text] = tda
+    return settings
 
 
 def _check_unique(option: str, given: list[str]) -> None:
@@ -231,19 +213,38 @@ def _check_unique(option: str, given: list[str]) -> None:
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
-    """Of --data, the first --texts."""
+    """Of --data."""
     if args.texts is not None and args.texts < 1:
         raise OptionError(f"--texts {args.texts}: expected 1 or more")
     if args.plot:
         plots.check(args.plot)
-    return _read_texts(Path(args.data), args.texts)
+    return _read_texts(Path(args.data))
+
+
+def _encoded(
+    args: argparse.Namespace, engine: Engine, texts: list[str], length: int
+) -> list[list[int]]:
+    """Token ids of the first --texts texts that have `length` tokens or more."""
+    encoded = [engine.tokenizer.encode(text) for text in texts]
+    long = [ids for ids in encoded if len(ids) >= length]
+    if not long:
+        raise OptionError(
+            f"{args.data}: found none of {len(encoded)} texts with {length} tokens or more"
+        )
+    if skipped := len(encoded) - len(long):
+        print(
+            f"{args.data}: {skipped} of {len(encoded)} texts skipped, "
+            f"they have fewer than {length} tokens",
+            file=sys.stderr,
+        )
+    return long[: getattr(args, "texts", None)]
 
 
 def run_bench(args: argparse.Namespace) -> None:
     lengths = {name: _lengths(args, name) for name in ("prefill", "context")}
     settings = _settings(args)
     start = time.perf_counter()
-    engine = _engine(args)
+    engine = open_engine(args)
     load_seconds = time.perf_counter() - start
     with _progress_bar(unit="run", disable=args.json) as progress:
         measured = bench(
@@ -258,7 +259,7 @@ def run_bench(args: argparse.Namespace) -> None:
     result = {name: getattr(engine, name) for name in names}
     result |= {"path": str(engine.path), "load_seconds": load_seconds, **measured}
     if args.json:
-        _print_json(result)
+        print_json(result)
     else:
         _print_bench(result)
 
@@ -307,12 +308,10 @@ def _lengths(args: argparse.Namespace, name: str) -> list[int]:
         ) from None
 
 
-def _read_texts(path: Path, most: int | None = None) -> list[str]:
-    """The field "text" of every line, `most` of them; blank lines count for nothing."""
+def _read_texts(path: Path) -> list[str]:
+    """The field "text" of every line; blank lines count for nothing."""
     texts: list[str] = []
     for number, line in enumerate(_lines_of(path), 1):
-        if len(texts) == most:
-            break
         if not line.strip():
             continue
         try:
@@ -338,56 +337,19 @@ def _lines_of(path: Path) -> Iterator[bytes]:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    engine = _engine(args)
-    files = _files(engine.path)
-    info = {
-        "path": str(engine.path),
-        "fingerprint": engine.fingerprint,
-        "parameters": engine.parameters,
-        "weights": engine.weights,
-        "weight_bytes": engine.weight_bytes,
-        "kv": engine.kv,
-        "max_context": engine.max_context,
-        "device": engine.device,
-        "threads": engine.threads,
-        "config": _fields(engine.config),
-        "files": files,
-    }
+    values = info(open_engine(args))
     if args.json:
-        _print_json(info)
+        print_json(values)
     else:
-        _print_indented(info)
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Name -> bytes."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: path.stat().st_size for path in paths}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """The properties of an object of the native module, and of those inside it."""
-    names = [name for name, kind in vars(type(value)).items() if isinstance(kind, property)]
-    fields = {name: getattr(value, name) for name in names}
-    return {name: _fields(v) if isinstance(v, RopeConfig) else v for name, v in fields.items()}
+        print(describe(values))
 
 
 def _output_fields(output: Output) -> dict[str, Any]:
-    return {**vars(output), "stats": _fields(output.stats)}
+    return {**vars(output), "stats": fields_of(output.stats)}
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))  # ASCII alone, which no encoding or terminal changes
-
-
-def _print_indented(values: dict[str, Any], indent: str = "") -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}")
-            _print_indented(value, indent + "  ")
-        else:
-            shown = f"{value:,}" if type(value) is int else value
-            print(f"{indent}{name:24} {shown}")
 
 
 @contextlib.contextmanager

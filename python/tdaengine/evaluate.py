@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, _native
-from ._native import TDA, OptionError, Thresholds
+from ._native import TDA, OptionError
 from .engine import Engine, Prompt
 from .files import MAX_DATA, check_output, parse_json, read
+from .options import RECOMMENDED
 
 DENSE = "dense"
 
@@ -138,6 +139,7 @@ def summary(rows: Rows, score_tokens: int) -> dict[str, Any]:
     by_layer = zip(*(row["active_by_layer"] for row in rows), strict=True)
     return {
         "texts": count,
+        "tda": rows[0]["tda"],
         "perplexity": math.exp(-mean["log_probability"] / score_tokens),
         # Relative to dense, and the standard error of that over the texts.
         "perplexity_change": math.expm1(mean["loss"] / score_tokens),
@@ -172,26 +174,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"| {row['perplexity']:.2f} ({change}) | {row['top1_agreement']:.3f} "
             f"| {row['tokens_per_second']:.1f} | {row['speedup']:.2f} ({low:.2f}..{high:.2f}) |"
         )
+    if RECOMMENDED in results:
+        lines.append(f"\n{RECOMMENDED}: {results[RECOMMENDED]['tda']}")
     return "\n".join(lines)
-
-
-def parse_setting(text: str) -> TDA:
-    """TDA from "name=value,name=value", as the option --tda takes it. A thresholds file brings its
-    scope along. Raises OptionError or CheckpointError."""
-    values: dict[str, Any] = {}
-    for part in text.split(","):
-        name, separator, value = part.partition("=")
-        if not separator:
-            raise OptionError(f"--tda {text}: found {part!r}, expected NAME=VALUE")
-        if name in values:
-            raise OptionError(f"--tda {text}: found {name!r} twice")
-        try:
-            values[name] = Thresholds.load(value) if name == "thresholds" else json.loads(value)
-        except ValueError:
-            values[name] = value
-    if "thresholds" in values:
-        values.setdefault("scope", values["thresholds"].scope)
-    return TDA(**values)
 
 
 def _figures(score: _native.ScoreResult, dense: _native.ScoreResult) -> dict[str, Any]:
@@ -202,6 +187,7 @@ def _figures(score: _native.ScoreResult, dense: _native.ScoreResult) -> dict[str
         "log_probability": float(log_probabilities.sum()),
         "loss": float(loss.sum()),
         "agreed": int((score.top_tokens == dense.top_tokens).sum()),
+        "tda": stats.tda,
         "active": stats.ffn_active,
         "coarse": stats.ffn_coarse,
         "active_by_layer": stats.ffn_active_by_layer,

@@ -83,7 +83,8 @@ def test_wrong_options(engine: Engine):
 
 
 def test_the_picture(engine: Engine, tmp_path: Path):
-    plots.analysis(analyze(engine, TEXTS, **LENGTHS), 24, tmp_path / "picture.png")
+    figures = analyze(engine, TEXTS, **LENGTHS)
+    plots.analysis(figures, engine, 24, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -31,7 +31,8 @@ import tdaengine
 from tdaengine import Engine, cli
 from tdaengine.bench import bench
 from tdaengine.convert import convert
-from tdaengine.evaluate import evaluate, parse_setting
+from tdaengine.evaluate import evaluate
+from tdaengine.options import parse_tda
 
 TABLE = Path(__file__).with_name("BAD_INPUTS.md")
 # What commands find in their folder.
@@ -127,7 +128,7 @@ class World:
         convert(self.folder, packed, weights="int8")
         self.names = {
             **vars(tdaengine),
-            **{f.__name__: f for f in (bench, convert, evaluate, parse_setting)},
+            **{f.__name__: f for f in (bench, convert, evaluate, parse_tda)},
             **{f.__name__: f for f in (full_disk, little_memory, missing, truncated, folder)},
             **{f.__name__: f for f in (unreadable, nan_at_the_end, all_int64, self.damaged)},
             "FOLDER": self.folder,

@@ -1,5 +1,7 @@
 """The command line, through main() and once as a process of its own."""
 
+import argparse
+import io
 import json
 import signal
 import subprocess
@@ -10,9 +12,11 @@ import pytest
 from conftest import PROMPT
 
 from tdaengine import TDA, Engine, GenerateOptions, Thresholds, __version__, cli
-from tdaengine.engine import Stream
+from tdaengine.conversation import chat_sampling
+from tdaengine.stream import Stream
 
 SHORT = ["--max-new-tokens", "8", "--ignore-eos"]
+GREEDY = [*SHORT, "--temperature", "0"]
 
 
 @pytest.fixture
@@ -54,8 +58,9 @@ def expected(engine: Engine) -> str:
 def test_generate(run, folder, expected):
     code, out, err = run("generate", folder, PROMPT, *SHORT)
     assert (code, out) == (0, expected + "\n")
-    assert err.startswith("11 prompt tokens, 8 new, ")
-    assert err.endswith("100% of FFN neurons, 100% of FFN bytes\n")
+    lines = err.splitlines()
+    assert lines[0].startswith("11 prompt tokens, 8 new, ") and lines[0].endswith("MB per token")
+    assert lines[1:] == ["cut at 8 tokens; --max-new-tokens and --max-context set how many"]
 
 
 def test_generate_json(run, folder, expected):
@@ -96,9 +101,9 @@ def test_generate_stop(run, folder, expected):
 @pytest.mark.parametrize(
     ("arguments", "tda"),
     [
-        (["--tda-error", "0.3"], {"error": 0.3}),
-        (["--tda-active", "0.5"], {"active": 0.5}),
-        (["--tda-active", "0.25", "--refresh", "3"], {"active": 0.25, "refresh": 3}),
+        (["--tda", "error=0.3"], {"error": 0.3}),
+        (["--tda", "active=0.5"], {"active": 0.5}),
+        (["--tda", "active=0.25,refresh=3"], {"active": 0.25, "refresh": 3}),
     ],
 )
 def test_generate_with_tda(run, folder, engine, arguments, tda):
@@ -110,10 +115,55 @@ def test_generate_with_tda(run, folder, engine, arguments, tda):
 
 
 def test_generate_with_a_sparse_head(run, folder):
-    arguments = ("--weights", "int8", "--tda-active", "0.5", "--tda-head", "0.5", "--json")
+    arguments = ("--weights", "int8", "--tda", "active=0.5,head=0.5", "--json")
     code, out, _ = run("generate", folder, PROMPT, *SHORT, *arguments)
     assert code == 0
     assert json.loads(out)["stats"]["head_bytes_fraction"] < 1
+
+
+def test_the_recommended_setting_and_its_words(run, folder):
+    """What --tda alone means, and where it is told."""
+    int8 = Engine(folder, weights="int8")
+    arguments = ("generate", folder, PROMPT, *SHORT, "--weights", "int8", "--tda")
+    _, out, err = run(*arguments)
+    same = int8.generate(PROMPT, max_new_tokens=8, ignore_eos=True, tda=TDA())
+    by_hand = TDA(scope="token", active=0.35, coarse=0.5, head=1e-5)
+    assert (
+        same.token_ids
+        == int8.generate(PROMPT, max_new_tokens=8, ignore_eos=True, tda=by_hand).token_ids
+    )
+    words = "token scope: 35% of neurons exact, 50% at 4 bits, head 1e-5"
+    assert (out, same.stats.tda) == (f"{same}\n", words)
+    assert f"\nTDA: {words}; used " in err
+    assert "warning" not in err
+    stats = json.loads(run(*arguments, "--json")[1])["stats"]
+    assert (stats["tda"], stats["warnings"]) == (words, [])
+    assert stats["ffn_bytes_fraction"] == same.stats.ffn_bytes_fraction < 1
+    _, _, err = run("generate", folder, PROMPT, *SHORT, "--tda")
+    dense = 'dense: with f32 weights no setting is faster at little loss; weights="int8" has one'
+    assert f"\nTDA: {dense}\n" in err
+    assert "TDA" not in run("generate", folder, PROMPT, *SHORT, "--tda", "off")[2]
+
+
+def test_warnings_are_told_once(run, typed, folder):
+    _, _, err = run("generate", folder, PROMPT, *SHORT, "--tda", "active=0.95")
+    assert err.count("warning: a sequence mask from a prompt of under 64 tokens") == 1
+    typed("Hi.", "More.")
+    _, out, err = run("chat", folder, *SHORT, "--tda", "active=0.95")
+    assert len(out.splitlines()) == 2
+    assert err.count("warning: ") == 1
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+def test_prompts_from_a_file_and_from_standard_input(run, folder, expected, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    assert run("generate", folder, "--file", tmp_path / "prompt.txt", *SHORT)[1] == expected + "\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode() + b"\r\n")))
+    assert run("generate", folder, "-", *SHORT)[1] == expected + "\n"
+    asked = run("chat", folder, "--message", PROMPT, *GREEDY)[1]
+    assert run("chat", folder, "--file", tmp_path / "prompt.txt", *GREEDY)[1] == asked
 
 
 # ---- chat ---------------------------------------------------------------------------------------
@@ -122,7 +172,7 @@ def test_generate_with_a_sparse_head(run, folder):
 def test_chat_message(run, folder, engine):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
     expected = engine.chat(messages, max_new_tokens=8, ignore_eos=True)
-    arguments = ("chat", folder, "--system", "Be brief.", "--message", "Hi.", *SHORT)
+    arguments = ("chat", folder, "--system", "Be brief.", "--message", "Hi.", *GREEDY)
     code, out, _ = run(*arguments)
     assert (code, out) == (0, expected.text + "\n")
     _, out, _ = run(*arguments, "--json")
@@ -138,7 +188,7 @@ def test_chat_remembers_until_reset(run, typed, folder, engine):
     first = ask("Hi.")
     second = ask("Hi.", first, "More.")
     typed("Hi.", "", "More.", "/reset", "Hi.", "/exit", "never asked")
-    code, out, _ = run("chat", folder, *SHORT)
+    code, out, _ = run("chat", folder, *GREEDY)
     assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
 
 
@@ -149,6 +199,74 @@ def test_chat_goes_on_after_an_error(run, typed, folder):
     assert err.startswith("error: ")
     assert "max_context 128" in err
     assert len(out) == 9
+
+
+def test_chat_commands(run, typed, folder, engine, tmp_path):
+    file = tmp_path / "chat.json"
+    typed("/help", "/system Be brief.", "Hi.", f"/save {file}", "/save", "/what", "/system", "Hi.")
+    code, out, err = run("chat", folder, *GREEDY)
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    first = engine.chat(messages, **options).text
+    messages.append({"role": "assistant", "content": first})
+    assert json.loads(file.read_text()) == messages
+    second = engine.chat([*messages[1:], {"role": "user", "content": "Hi."}], **options).text
+    assert (code, out.split("\n")[-3:]) == (0, [first, second, ""])
+    for name in ("/help", "/reset", "/system TEXT", "/save FILE", "/exit"):
+        assert f"\n{name} " in "\n" + out
+    assert "error: /save: expected /save FILE" in err
+    assert "error: /what: no such command, /help lists them" in err
+
+
+def test_chat_goes_on_until_the_context_is_full(run, typed, folder, engine):
+    """The model's context is 128 tokens, each a character."""
+    typed("Hi.", "More.", "Still more.", "And more.")
+    code, out, err = run("chat", folder, *GREEDY, "--ignore-eos", "--max-new-tokens", "30")
+    assert code == 0 and "error" not in err
+    assert len(out) == 4 * 31
+    answers = [out[at : at + 30] for at in range(0, len(out), 31)]
+    assert err.count("context full: the oldest 2 messages are left out") == 2
+    left = ["Still more.", answers[2], "And more."]
+    roles = ("user", "assistant", "user")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, left, strict=True)]
+    assert engine.chat(messages, max_new_tokens=30, ignore_eos=True).text == answers[3]
+    # Without a limit one answer takes what is left.
+    _, out, err = run("chat", folder, "--message", "Hi.", "--ignore-eos", "--temperature", "0")
+    prompt = len(engine.chat_prompt([{"role": "user", "content": "Hi."}]))
+    assert len(out) - 1 == 128 - prompt
+    assert f"cut at {128 - prompt} tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"eos_token_id": 2, "top_p": None}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.6, "top_p": 0.9, "top_k": 20}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1},
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1},
+        ),
+        (
+            {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1},
+            {"repetition_penalty": 1.1},
+        ),
+    ],
+)
+def test_chat_samples_as_the_checkpoint_says(tmp_path, config, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert chat_sampling(tmp_path) == expected
+
+
+def test_chat_samples_unless_told_otherwise(run, folder, monkeypatch):
+    stream, seen = Engine.stream, []
+    monkeypatch.setattr(
+        Engine, "stream", lambda self, prompt, **o: seen.append(o) or stream(self, prompt, **o)
+    )
+    run("chat", folder, "--message", "Hi.", *SHORT, "--top-p", "0.5")
+    run("chat", folder, "--message", "Hi.", *GREEDY)
+    assert [(o["temperature"], o["top_p"]) for o in seen] == [(0.7, 0.5), (0, 0.9)]
 
 
 def test_interrupt_stops_the_answer_not_the_chat(run, typed, folder, monkeypatch):
@@ -189,7 +307,7 @@ def test_calibrate_then_generate(run, folder, engine, tmp_path):
     assert (thresholds.texts, thresholds.error) == (2, 0.3)
     assert thresholds.values == engine.calibrate(["One text.", "Another."], error=0.3).values
 
-    _, out, _ = run("generate", folder, PROMPT, *SHORT, "--tda-thresholds", output, "--json")
+    _, out, _ = run("generate", folder, PROMPT, *SHORT, "--tda", f"thresholds={output}", "--json")
     assert json.loads(out)["stats"]["ffn_active"] < 1
 
 
@@ -236,7 +354,28 @@ def test_convert(run, folder, tmp_path, expected):
     assert "100%" in err
 
 
-# ---- errors -------------------------------------------------------------------------------------
+# ---- help ---------------------------------------------------------------------------------------
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    parser = cli.make_parser()
+    (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return {"tdaengine": parser, **commands.choices}
+
+
+@pytest.mark.parametrize("command", parsers())
+def test_every_option_has_help_and_tells_its_default(command):
+    parser = parsers()[command]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            assert all(choice.help for choice in action._choices_actions)
+            continue
+        name = action.option_strings or action.dest
+        assert action.help and action.help is not argparse.SUPPRESS, name
+        if action.option_strings and not action.required and action.dest not in ("help", "version"):
+            assert "(default: " in action.help, name
+            assert "None" not in action.help and "SUPPRESS" not in action.help, name
+    assert parser.format_help()  # no stray % in it
 
 
 # ---- a process ----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from tdaengine import TDA, Engine, OptionError, Thresholds, cli
-from tdaengine.evaluate import evaluate, frontier, parse_setting, summary
+from tdaengine.evaluate import evaluate, frontier, summary
+from tdaengine.options import parse_tda
 
 TEXTS = [[(7 * i + 3 * t) % 90 + 1 for i in range(40)] for t in range(3)]
 LENGTHS = {"prompt_tokens": 24, "score_tokens": 16}
@@ -144,11 +145,12 @@ def test_wrong_options(engine: Engine, int8: Engine, tmp_path: Path):
             evaluate(engine, texts, settings, **{**LENGTHS, **options})
 
 
-def test_parse_setting(int8: Engine, tmp_path: Path):
+def test_parse_tda(int8: Engine, tmp_path: Path):
     file = tmp_path / "thresholds.json"
     int8.calibrate(TEXTS, scope="token", bytes=0.7).save(str(file))
-    assert parse_setting(f"thresholds={file}").scope == "token"
-    assert parse_setting("scope=token,active=0.3,coarse=0.5").coarse == 0.5
+    assert parse_tda(f"thresholds={file}").thresholds.scope == "token"
+    assert (parse_tda("recommended"), parse_tda("off")) == (TDA(), None)
+    assert parse_tda("scope=token,active=0.3,coarse=0.5").coarse == 0.5
     for text, message in (
         ("active", "found 'active', expected NAME=VALUE"),
         ("active=0.5,active=0.6", "found 'active' twice"),
@@ -158,7 +160,7 @@ def test_parse_setting(int8: Engine, tmp_path: Path):
         ("speed=1", "unknown option"),
     ):
         with pytest.raises(OptionError, match=message):
-            engine_setting = parse_setting(text)
+            engine_setting = parse_tda(text)
             int8.score(TEXTS[0], prompt_tokens=24, tda=engine_setting)
 
 
@@ -229,7 +231,7 @@ def test_errors_come_before_the_work(
         (["--plot", "picture.jpg"], "picture.jpg: expected a name that ends in .png or .svg"),
         (["--plot", str(tmp_path / "absent" / "x.png")], "no such folder"),
         (["--texts", "0"], "--texts 0: expected 1 or more"),
-        (["--prompt-tokens", "90"], "text 0: found 96 tokens, expected 106 or more"),
+        (["--prompt-tokens", "90"], "found none of 2 texts with 106 tokens or more"),
         (["--output", str(data)], "found something else than results"),
     ):
         command = ["evaluate", str(folder), "--data", str(data), *COMMON, *arguments]

@@ -1,0 +1,79 @@
+"""What a checkpoint holds and how it is loaded, as numbers and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._native import RopeConfig
+from .engine import Engine
+
+# The sections of a description: what each line says of `info`.
+ENGINE = ("weights", "weight_bytes", "kv", "max_context", "device", "threads")
+
+
+def info(engine: Engine) -> dict[str, Any]:
+    names = ("fingerprint", "parameters", *ENGINE)
+    return {
+        "path": str(engine.path),
+        **{name: getattr(engine, name) for name in names},
+        "config": fields_of(engine.config),
+        "files": file_sizes(engine.path),
+    }
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """`info` in sections of aligned lines."""
+    config = {**values["config"], "sliding_window": window(values["config"]["sliding_window"])}
+    rope = config.pop("rope")
+    config["rope"] = ", ".join(f"{name} {_shown(value)}" for name, value in rope.items())
+    sections = {
+        "model": {name: values[name] for name in ("path", "fingerprint", "parameters")},
+        "engine": {name: values[name] for name in ENGINE},
+        "architecture": config,
+        "files": {name: f"{size:,} bytes" for name, size in values["files"].items()},
+    }
+    lines = []
+    for title, section in sections.items():
+        lines += ["", title]
+        lines += [f"  {name.replace('_', ' '):24} {_shown(v)}" for name, v in section.items()]
+    return "\n".join(lines[1:])
+
+
+def window(layers: Sequence[int]) -> str:
+    """The sliding window of every layer in one phrase; 0 is full attention."""
+    sizes = sorted(set(layers))
+    if sizes == [0]:
+        return "none"
+    if len(sizes) == 1:
+        return f"{sizes[0]:,} tokens"
+    phrases = []
+    for size in sizes:
+        which = [str(i) for i, each in enumerate(layers) if each == size]
+        name = f"{size:,} tokens" if size else "none"
+        phrases.append(f"{name} in layers {', '.join(which)}")
+    return "; ".join(phrases)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value}"
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: path.stat().st_size for path in paths}
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The properties of an object of the native module, and of those inside it."""
+    names = [name for name, kind in vars(type(value)).items() if isinstance(kind, property)]
+    fields = {name: getattr(value, name) for name in names}
+    return {name: fields_of(v) if isinstance(v, RopeConfig) else v for name, v in fields.items()}
