@@ -1,4 +1,5 @@
 // chat MODEL [OPTION VALUE]...: a conversation on the command line, from text to text.
+//   chat MODEL --weights int8 --temperature 0.7
 //
 // A chat template is a program in Jinja, which this one can't run. It writes ChatML, as
 // SmolLM2 and Qwen use it, or what --before and --after put around a user's words:
@@ -20,7 +21,7 @@ struct Options {
   std::string system, before, after, between;  // texts around what is said
   tda::EngineOptions engine;
   tda::GenerateOptions generate = {.max_new_tokens = 512};
-  std::optional<tda::TdaOptions> tda;
+  std::optional<tda::TdaOptions> tda = tda::TdaOptions{};  // the recommended setting
 };
 
 /// All of `text` as a number.
@@ -42,12 +43,16 @@ int integer(const std::string& text) {
   return parse<int>(text, [](const std::string& t, std::size_t* end) { return std::stoi(t, end); });
 }
 
+/// The recommended setting, or none.
+std::optional<tda::TdaOptions> parse_tda(const std::string& text) {
+  if (text == "on") return tda::TdaOptions{};
+  if (text == "off") return {};
+  throw tda::OptionError("found \"" + text + "\", expected on or off");
+}
+
 Options parse_options(int count, char** arguments) {
   Options options;
   std::optional<std::string> before, after;
-  const auto tda = [&]() -> tda::TdaOptions& {
-    return options.tda ? *options.tda : options.tda.emplace();
-  };
   const std::map<std::string, std::function<void(const std::string&)>> known = {
       {"--system", [&](auto& value) { options.system = value; }},
       {"--before", [&](auto& value) { before = value; }},
@@ -56,14 +61,7 @@ Options parse_options(int count, char** arguments) {
       {"--threads", [&](auto& value) { options.engine.threads = integer(value); }},
       {"--max-new-tokens", [&](auto& value) { options.generate.max_new_tokens = integer(value); }},
       {"--temperature", [&](auto& value) { options.generate.temperature = real(value); }},
-      {"--tda-scope", [&](auto& value) { tda().scope = value; }},
-      {"--tda-error", [&](auto& value) { tda().error = real(value); }},
-      {"--tda-active", [&](auto& value) { tda().active = real(value); }},
-      {"--tda-coarse", [&](auto& value) { tda().coarse = real(value); }},
-      {"--tda-thresholds",
-       [&](auto& value) {
-         tda().thresholds = std::make_shared<tda::Thresholds>(tda::Thresholds::load(value));
-       }},
+      {"--tda", [&](auto& value) { options.tda = parse_tda(value); }},
   };
   for (int i = 2; i < count; i += 2) {
     const auto option = known.find(arguments[i]);

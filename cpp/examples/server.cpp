@@ -21,7 +21,8 @@ namespace {
 class Server {
  public:
   explicit Server(const std::string& model)
-      : engine_(model), tokenizer_(model, engine_.config().vocab_size) {}
+      : engine_(model, {.weights = tda::WeightFormat::int8}),
+        tokenizer_(model, engine_.config().vocab_size) {}
 
   /// What every thread does until there are no more lines.
   void work() {
@@ -42,7 +43,8 @@ class Server {
 
   /// A bad request must not end the others.
   std::string answer(const std::string& prompt) const try {
-    const auto result = engine_.generate(tokenizer_.encode(prompt), {.max_new_tokens = 32});
+    const auto result = engine_.generate(tokenizer_.encode(prompt), {.max_new_tokens = 32},
+                                         tda::TdaOptions{});  // the recommended setting
     return tokenizer_.decode(result.tokens);
   } catch (const tda::Error& error) {
     return std::string("error: ") + error.what();

@@ -20,14 +20,14 @@ def run(program: str, *arguments: object, lines: list[str]) -> subprocess.Comple
 def test_chat(smollm2):
     system, messages, shown = "You are a pirate.", [], ""
     messages.append({"role": "system", "content": system})
-    options = {"max_new_tokens": 24, "tda": TDA(active=0.9)}
-    engine, lines = Engine(smollm2), ["Who are you?", "Where do you sail?"]
+    options = {"max_new_tokens": 24, "tda": TDA()}
+    engine, lines = Engine(smollm2, weights="int8"), ["Who are you?", "Where do you sail?"]
     for line in lines:
         messages.append({"role": "user", "content": line})
         answer = engine.chat(messages, **options).text
         messages.append({"role": "assistant", "content": answer})
         shown += f"> {answer}\n"
-    settings = ["--system", system, "--max-new-tokens", 24, "--tda-active", 0.9]
+    settings = ["--system", system, "--max-new-tokens", 24, "--weights", "int8"]
     assert run("chat", smollm2, *settings, lines=lines).stdout == shown + "> "
 
 
@@ -47,7 +47,8 @@ def test_chat_refuses_bad_options(smollm2):
         (["nowhere"], "nowhere: no such folder"),
         ([smollm2, "--wat", 1], "--wat: expected an option and its value"),
         ([smollm2, "--threads"], "--threads: expected an option and its value"),
-        ([smollm2, "--tda-error", "0.1x"], '--tda-error: found "0.1x", expected a number'),
+        ([smollm2, "--threads", "2x"], '--threads: found "2x", expected a number'),
+        ([smollm2, "--tda", "0.1"], '--tda: found "0.1", expected on or off'),
         ([smollm2, "--before", "x"], "--before: expected together with --after"),
     ]:
         refused = run("chat", *arguments, lines=["Hi"])
@@ -58,9 +59,9 @@ def test_chat_refuses_bad_options(smollm2):
 def test_server_answers_as_if_each_line_were_alone(smollm2):
     lines = ["The sky is", "Two plus two", "", "In Paris", "Once upon a time", "My name is", "a"]
     answers = run("server", smollm2, 3, lines=lines).stdout
-    engine = Engine(smollm2)
+    engine = Engine(smollm2, weights="int8")
     expected = [
-        f"#{i} {engine.generate(line, max_new_tokens=32).text}\n"
+        f"#{i} {engine.generate(line, max_new_tokens=32, tda=TDA()).text}\n"
         for i, line in enumerate(lines, 1)
         if line
     ]
