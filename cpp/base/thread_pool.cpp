@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <utility>
 
+#include "base/cpu_quota.h"
 #include "base/fork_safe.h"
 
 #if defined(__linux__)
@@ -60,12 +63,15 @@ int resolve_threads(int threads) {
     throw OptionError("option threads: " + std::to_string(threads) + ", expected 0 to " +
                       std::to_string(kMaxThreads) + ", where 0 means all that may be used");
   if (threads > 0) return threads;
+  int usable = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
   cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0)
-    return std::clamp(CPU_COUNT(&allowed), 1, kMaxThreads);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) usable = CPU_COUNT(&allowed);
 #endif
-  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+  // More threads than the quota pays for would all be stopped for the rest of each period.
+  if (const std::optional<double> quota = cpu_quota())
+    usable = static_cast<int>(std::min<double>(usable, std::ceil(*quota)));
+  return std::clamp(usable, 1, kMaxThreads);
 }
 
 ThreadPool::ThreadPool(int threads) : ranges_(resolve_threads(threads)) { start(); }

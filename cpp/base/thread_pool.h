@@ -9,8 +9,8 @@
 
 namespace tda {
 
-/// The number of threads for option `threads`: 0 means all cores this process may use. Throws
-/// OptionError.
+/// The number of threads for option `threads`: 0 means all cores that this process's affinity and
+/// CPU quota, rounded up, allow. Throws OptionError.
 int resolve_threads(int threads);
 
 class ThreadPool {

@@ -53,7 +53,8 @@ class Engine(_native.Engine):
     device: auto | cpu | cuda (f32 and bf16 weights).
     weights: auto | f32 | bf16 | int8 | int4 | bf16c (bf16, compressed without loss).
     kv: how keys and values are cached, auto | f32 | bf16 | int8.
-    threads: default as many as this process may run on.
+    threads: default as many as this process may run on, by its CPU affinity and its control
+    groups' CPU quota, rounded up.
     max_context: in tokens, default the checkpoint's own.
     progress(done, total): of packing, in bytes of weights; those of an engine folder are packed.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.

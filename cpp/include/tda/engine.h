@@ -24,7 +24,7 @@ struct EngineOptions {
   Device device = Device::automatic;
   WeightFormat weights = WeightFormat::automatic;
   KvFormat kv = KvFormat::automatic;
-  int threads = 0;               // 0: as many as this process may run on
+  int threads = 0;               // 0: as many as this process may run on, by affinity and CPU quota
   std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
   Progress progress = {};        // of packing, in bytes of weights; an engine folder needs none
   /// Called before each step, a token or a few hundred of a prompt, by the thread that computes.
