@@ -386,6 +386,8 @@ void bind_engine(nb::module_& m) {
 
 }  // namespace
 
+// What NB_MODULE defines, for the main interpreter alone.
+#define PyInit__native init_in_main_interpreter
 NB_MODULE(_native, m) {
   m.attr("__version__") = std::string(tda::version());
   InterpreterEnd::watch();
@@ -396,4 +398,15 @@ NB_MODULE(_native, m) {
   bind_results(m);
   bind_session(m);
   bind_engine(m);
+}
+#undef PyInit__native
+
+/// nanobind ties its state to the interpreter that imports a module first. Python refuses such
+/// modules in other interpreters by itself only from 3.12 on.
+extern "C" NB_EXPORT PyObject* PyInit__native() {
+  if (PyInterpreterState_GetID(PyInterpreterState_Get()) == 0) return init_in_main_interpreter();
+  PyErr_SetString(
+      PyExc_ImportError,
+      "tdaengine: found a subinterpreter, expected the main interpreter of the process");
+  return nullptr;
 }
