@@ -37,7 +37,8 @@ __device__ void rotate(const Attention& a, const float* v, const float* norm, in
   if (norm) {
     float squares = 0;
     for (int i = lane; i < a.n; i += 32) squares += v[i] * v[i];
-    scale = 1 / sqrtf(warp_sum(squares) / a.n + a.eps);
+    const float mean = warp_sum(squares) / a.n;
+    scale = 1 / sqrtf(mean + a.eps) + 0 * mean;  // see rms_scale()
   }
   for (int i = lane; i < half; i += 32) {
     const float c = a.cos[t * half + i], s = a.sin[t * half + i];
@@ -59,7 +60,11 @@ __device__ void append(const Attention& a, int t, int kv_head, bool is_value) {
   if (is_value)
     for (int i = lane; i < pitch; i += 32) store(TDA_WITHIN(i, a.n) ? read(v + i) : 0, row + i);
   else
-    rotate(a, v, a.k_norm, t, [&](int i, float k) { store(k, row + i); });
+    rotate(a, v, a.k_norm, t, [&](int i, float k) {
+      store(k, row + i);
+      // A score of -infinity would only hide the key.
+      if (!(value_of(row[i]) - value_of(row[i]) == 0)) store(NAN, row + i);
+    });
   for (int i = a.n + lane; !is_value && i < pitch; i += 32) store(0, row + i);
 }
 

@@ -16,7 +16,7 @@ __device__ inline float activate(Activation activation, float x) {
     case Activation::gelu_tanh:
       return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
     default:
-      return x > 0 ? x : 0;
+      return x < 0 ? x - x : x;  // infinity and NaN stay to be seen
   }
 }
 

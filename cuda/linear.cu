@@ -114,14 +114,14 @@ std::span<const float> CudaBackend::logits(State& s, std::int64_t rows) const {
   return {state.host_logits.data(), static_cast<std::size_t>(size)};
 }
 
-/// Sixteen bytes come back instead of all logits: the token beside the largest, and the first.
+/// Eight bytes come back instead of all logits: the token, beside the largest.
 Token CudaBackend::draw(State& s, double temperature, double u) const {
   CudaState& state = CudaState::of(s);
   make_logits(state, 1);
   const auto n = static_cast<int>(model_->head.rows);
   const auto blocks = static_cast<unsigned>(std::min((n + kHeadBlock - 1) / kHeadBlock, 128));
-  state.best.reserve(blocks + 2, "the best logits");
-  state.host_best.reserve(2, "the best logits");
+  state.best.reserve(blocks + 1, "the best logits");
+  state.host_best.reserve(1, "the best logits");
   Best* parts = reinterpret_cast<Best*>(state.best.data());
   Best* best = parts + blocks;
   launch_early(stream_, {blocks, 1, 1}, kThreads, kWarps * sizeof(Best) + 4, argmax_kernel,
@@ -134,10 +134,10 @@ Token CudaBackend::draw(State& s, double temperature, double u) const {
                 state.counters.data(), temperature, u});
   }
   const Best* found = reinterpret_cast<const Best*>(state.host_best.data());
-  copy(stream_, state.host_best.data(), state.best.data() + blocks, 2);
+  copy(stream_, state.host_best.data(), state.best.data() + blocks, 1);
   stream_.wait();
-  check_finite(found[0].value, found[1].value);
-  return found[0].id;
+  check_finite({&found->value, 1});
+  return found->id;
 }
 
 }  // namespace tda

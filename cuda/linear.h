@@ -56,7 +56,8 @@ __device__ inline float rms_scale(bool weighted, float eps, int n, const float* 
   if (!weighted) return 1;
   float squares = 0;
   for (int w = 0; w < kWarps; ++w) squares += parts[w];
-  return 1 / sqrtf(squares / n + eps);
+  const float mean = squares / n;
+  return 1 / sqrtf(mean + eps) + 0 * mean;  // a mean that overflows would turn numbers into zeros
 }
 
 /// A warp's dot products of R rows with x. Prefetches into registers: begin() issues the loads of
@@ -174,14 +175,15 @@ struct Best {
 };
 static_assert(sizeof(Best) == sizeof(std::uint64_t));
 
-/// Equal ones: the lower id. A NaN is never better.
+/// Equal ones: the lower id. What is not finite is better than any number, so that it shows.
 __device__ inline Best better(Best a, Best b) {
-  return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+  if (!(a.value - a.value == 0)) return a;
+  const bool wins = b.value > a.value || (b.value == a.value && b.id < a.id);
+  return wins || !(b.value - b.value == 0) ? b : a;
 }
 
-/// best[gridDim.x] = the best logit of all, as argmax() on the host finds it, and behind it the
-/// first of all. logits: [n], at least one per block; best: [gridDim.x + 2]; counter: [1] zero;
-/// shared: kWarps Best and a flag
+/// best[gridDim.x] = the best logit of all, as argmax() on the host finds it. logits: [n], at least
+/// one per block; best: [gridDim.x + 1]; counter: [1] zero; shared: kWarps Best and a flag
 static __global__ void argmax_kernel(const float* logits, int n, Best* best, unsigned* counter) {
   wait_for_previous();
   Best* parts = shared_as<Best>();  // [kWarps]
@@ -206,9 +208,7 @@ static __global__ void argmax_kernel(const float* logits, int n, Best* best, uns
   mine = best[0];
   for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) mine = better(mine, best[b]);
   mine = best_of_block(mine);
-  if (threadIdx.x > 0) return;
-  best[gridDim.x] = mine;
-  best[gridDim.x + 1] = {read(logits), 0};
+  if (threadIdx.x == 0) best[gridDim.x] = mine;
 }
 
 /// Sampling by inverse CDF: softmax weights as consecutive lengths on a line, and a point on it.

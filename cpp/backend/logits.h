@@ -9,11 +9,10 @@
 
 namespace tda {
 
-/// The lowest id among the largest logits. Throws Error if the largest is not finite.
+/// Throws Error unless all logits are finite. [V], or those of several tokens
+void check_finite(std::span<const float> logits);
+/// The lowest id among the largest logits. Throws Error unless all are finite.
 Token argmax(std::span<const float> logits);
-/// argmax()'s check, for which the largest and the first logit suffice: a NaN anywhere in a layer
-/// reaches all logits.
-void check_finite(float largest, float first);
 
 /// softmax(logits / temperature), not normalised: the weight of the largest logit is 1.
 std::vector<double> softmax_weights(std::span<const float> logits, double temperature);

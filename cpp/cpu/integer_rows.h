@@ -66,13 +66,17 @@ inline Floats store_rounded(std::int8_t* p, Floats v) {
   return shifted - kShift;
 }
 
-inline float largest_lane(Floats v) {
+/// |v| as integers, which are in the order of the values; infinity is above all numbers, and NaN
+/// above infinity, so that neither gets lost in a maximum.
+inline Ints size_bits(Floats v) { return (Ints)v & 0x7fffffff; }
+
+inline float largest_size(Ints sizes) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
+  return __builtin_bit_cast(float, _mm512_reduce_max_epi32((__m512i)sizes));
 #else
-  float largest = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = v[lane] > largest ? v[lane] : largest;
-  return largest;
+  int32_t largest = sizes[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = sizes[lane] > largest ? sizes[lane] : largest;
+  return __builtin_bit_cast(float, largest);
 #endif
 }
 
@@ -100,6 +104,8 @@ inline float root_mean_square(const float* x, int64_t n) {
   return __builtin_sqrtf(sum(squares) / static_cast<float>(n));
 }
 
+/// A group of x that is not finite gets a scale that is not, with which all products become NaN or
+/// infinite.
 template <class Row>
 void prepare(const float* x, int64_t n, void* prepared) {
   constexpr int kPart = kGroup / Row::kScales, kVectors = kPart / kLanes;
@@ -108,13 +114,15 @@ void prepare(const float* x, int64_t n, void* prepared) {
   for (int64_t part = 0; part < 2 * Vector<Row>::pairs_of(n) * Row::kScales; ++part) {
     const int64_t first = part * kPart, in_pair = part % (2 * Row::kScales);
     Pair& pair = out.pairs[first / (2 * kGroup)];
-    Floats values[kVectors], largest = {};
+    Floats values[kVectors];
+    Ints largest = {};
     for (int i = 0; i < kVectors; ++i) {
       const int64_t left = n - first - i * kLanes;
       values[i] = left > 0 ? load_part<F32>(x + first + i * kLanes, left) : Floats{};
-      largest = max(values[i] < 0.0f ? -values[i] : values[i], largest);
+      const Ints sizes = size_bits(values[i]);
+      largest = sizes > largest ? sizes : largest;
     }
-    const float most = largest_lane(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    const float most = largest_size(largest), inverse = most > 0.0f ? 127.0f / most : 0.0f;
     std::int8_t q[kPart], residual[kPart];
     for (int i = 0; i < kVectors; ++i) {
       const Floats scaled = values[i] * inverse;

@@ -18,7 +18,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
     squares[turn % 4] += v * v;
   }
   const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / n;
-  const float scale = 1.0f / __builtin_sqrtf(mean + eps);
+  // A mean that overflows makes the scale NaN: 0 would hide it.
+  const float scale = 1.0f / __builtin_sqrtf(mean + eps) + 0.0f * mean;
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 

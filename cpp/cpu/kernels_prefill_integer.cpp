@@ -38,13 +38,14 @@ constexpr int64_t kPerScale = kGroup / Row::kScales;
 inline Floats to_floats(__m512i v) { return (Floats)_mm512_cvtepi32_ps(v); }
 inline __m512i nearest(Floats v) { return _mm512_cvtps_epi32((__m512)v); }
 
-/// The largest |value(i)|, i < count, of each of kLanes tokens.
+/// The largest |value(i)|, i < count, of each of kLanes tokens; compared as integers, so that
+/// infinity and NaN are larger than any number.
 template <class Value>
 inline Floats largest(int64_t count, const Value& value) {
-  Floats most = {};
+  __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; ++i)
-    most = (Floats)_mm512_max_ps((__m512)most, _mm512_abs_ps((__m512)value(i)));
-  return most;
+    most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps((__m512)value(i)));
+  return (Floats)most;
 }
 
 /// Packs integers(0) ... integers(count - 1), each of kLanes tokens, as bytes into half `half` of

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "backend/logits.h"
 #include "base/size.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
@@ -39,7 +40,8 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
 }
 
 /// Runs tokens in steps of at most the backend's largest. Returns the logits of the last `rows`
-/// tokens, or appends those of every token to `all`.
+/// tokens, or appends those of every token to `all`; throws Error if they are not finite. After an
+/// error the session is where it was: what the cache holds beyond `position` is overwritten.
 std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vector<float>* all) {
   const Tokens tokens = step.tokens;
   const std::span<const std::int64_t> samples = step.samples;
@@ -50,11 +52,12 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
   }
   step.sequence_length = position + std::ssize(tokens);
   std::span<const float> logits;
+  std::int64_t next = position;
   for (std::size_t done = 0; done < tokens.size();) {
     const std::size_t count =
         std::min(tokens.size() - done, static_cast<std::size_t>(backend.max_step()));
     step.tokens = tokens.subspan(done, count);
-    step.position = position;
+    step.position = next;
     std::vector<std::int64_t> sampled;
     for (const std::int64_t i : samples) {
       const std::int64_t t = i - static_cast<std::int64_t>(done);
@@ -67,9 +70,11 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
     const std::lock_guard lock(runtime->computing);
     const std::int64_t last_rows = done == tokens.size() ? rows : 0;
     logits = forward(backend, *state, step, all ? std::ssize(step.tokens) : last_rows);
+    check_finite(logits);
     if (all) all->insert(all->end(), logits.begin(), logits.end());
-    position += static_cast<std::int64_t>(count);
+    next += static_cast<std::int64_t>(count);
   }
+  position = next;
   return logits;
 }
 
@@ -127,15 +132,13 @@ Token Session::Impl::decode_and_draw(Token token, double temperature, double u) 
 std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   const ModelConfig& config = runtime->config();
   check_tokens(config, {&token, 1});
-  if (refresh_every_ > 0) {
-    if (std::ssize(recent_) == refresh_every_) refresh();
-    recent_.push_back(token);
-  }
+  if (refresh_every_ > 0 && std::ssize(recent_) == refresh_every_) refresh();
   Step step;
   step.tokens = {&token, 1};
   step.ffn = decode_mode;
   step.head = head_;
   const std::span<const float> logits = run(step, rows);
+  if (refresh_every_ > 0) recent_.push_back(token);
   ++decoded_;
   const std::int64_t kv_token =
       2 * config.num_kv_heads * kv_row_bytes(runtime->kv, config.head_dim);

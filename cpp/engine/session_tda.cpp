@@ -115,6 +115,7 @@ void Session::Impl::apply_token(const TdaOptions& options) {
     if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
     const bool by_gate = options.estimate == Estimate::gate;
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
+      statistic(layer);  // for its check: what is not finite cannot be sorted
       const LayerWeights& weights = model.layers[layer];
       const std::vector<float> values = samples(layer);
       std::vector<float> estimates = values;

@@ -43,9 +43,33 @@ void list_outliers(Model& model) {
   }
 }
 
-/// Uses the file's pages in place: processes share them, and each is read at its first use. Only
-/// the size is checked: values were checked when they were packed, and a search for NaN would read
-/// every page.
+void check_vectors(const Model& model, const std::string& file) {
+  const auto check = [&](const std::string& what, std::span<const float> values) {
+    const auto bad = std::ranges::find_if_not(values, [](float v) { return std::isfinite(v); });
+    if (bad != values.end())
+      throw CheckpointError(file + ": " + what + ", value " + std::to_string(bad - values.begin()) +
+                            " is " + std::to_string(*bad) +
+                            ", expected a finite number: the file is damaged");
+  };
+  for (std::size_t l = 0; l < model.layers.size(); ++l) {
+    const LayerWeights& w = model.layers[l];
+    const std::string layer = "layer " + std::to_string(l) + ", ";
+    check(layer + "norm before attention", w.attention_norm);
+    check(layer + "bias of q, k and v", w.qkv_bias);
+    check(layer + "norm of q", w.q_norm);
+    check(layer + "norm of k", w.k_norm);
+    check(layer + "bias behind attention", w.output_bias);
+    check(layer + "norm before the feed-forward network", w.ffn_norm);
+    check(layer + "lengths of the down rows", w.down_lengths);
+    for (const std::int32_t j : w.outlier_neurons)
+      check(layer + "outlier of neuron " + std::to_string(j), {&w.down.outliers[j].value, 1});
+  }
+  check("last norm", model.final_norm);
+}
+
+/// Uses the file's pages in place: processes share them, and each is read at its first use. Checked
+/// are the size and the f32 vectors. Matrices were checked when they were packed, and a search for
+/// NaN would read every page: what is damaged there since shows in the logits, which are checked.
 std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightFormat format) {
   const PackedWeights& packed = *checkpoint.packed();
   const std::string& file = packed.arena.file->name();
@@ -63,6 +87,7 @@ std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightForma
   auto model = std::make_shared<Model>(layout.model());
   model->storage = packed.data;
   list_outliers(*model);
+  check_vectors(*model, file);
   return model;
 }
 

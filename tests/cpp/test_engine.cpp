@@ -90,8 +90,14 @@ TEST(argmax_is_the_first_of_the_largest) {
     const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
     CHECK(tda::argmax(logits) == static_cast<tda::Token>(best));
     std::swap(logits.front(), logits[static_cast<std::size_t>(best)]);
-    if (logits.size() > 1) logits[logits.size() / 2] = std::nanf("");  // passed over
     CHECK(tda::argmax(logits) == 0);
+    const std::size_t where =
+        std::uniform_int_distribution<std::size_t>(0, logits.size() - 1)(random);
+    for (const float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) {
+      logits[where] = bad;
+      CHECK_THROWS(tda::argmax(logits), tda::Error, "not finite");
+      CHECK_THROWS(tda::check_finite(logits), tda::Error, "not finite");
+    }
   }
 }
 
@@ -172,6 +178,8 @@ TEST(logits_that_are_not_finite_are_an_error) {
   tda::Sampler sampler({}, {});
   CHECK_THROWS(sampler.sample(std::vector<float>{nan, nan}), tda::Error, "not finite");
   CHECK_THROWS(sampler.sample(std::vector<float>{0, inf}), tda::Error, "not finite");
+  CHECK_THROWS(sampler.sample(std::vector<float>{0, -inf}), tda::Error, "not finite");
+  CHECK_THROWS(sampler.sample(std::vector<float>{0, nan, 1}), tda::Error, "not finite");
 }
 
 TEST(log_probability_is_normalised) {

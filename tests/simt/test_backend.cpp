@@ -194,6 +194,45 @@ TEST(greedy_takes_the_lowest_of_equal_ids_and_no_nan) {
     CHECK_THROWS(backend.draw(*state, temperature, 0.5), Error, "not finite");
 }
 
+TEST(one_logit_that_is_not_finite_is_an_error) {
+  ModelConfig config = small_config();
+  config.vocab_size = 2100;  // several blocks
+  for (const std::int64_t row : {0, 7, 2099}) {
+    const RandomModel random(config, WeightFormat::f32, 8);
+    RandomModel::poison(random.get()->head, row);
+    const CudaBackend backend(random.get(), 1);
+    const auto state = backend.new_state(1, KvFormat::f32);
+    const Token token = 5;
+    forward(backend, *state, step_of({&token, 1}, 0), 0);
+    for (const double temperature : {0.0, 1.0})
+      CHECK_THROWS(backend.draw(*state, temperature, 0.5), Error, "not finite");
+  }
+}
+
+TEST(what_overflows_within_a_layer_is_seen) {
+  using Member = Matrix LayerWeights::*;
+  for (const Activation activation : {Activation::silu, Activation::relu})
+    for (const Member member : {&LayerWeights::qkv, &LayerWeights::output, &LayerWeights::gate,
+                                &LayerWeights::up, &LayerWeights::down})
+      for (const float large : {3e38f, 1e25f}) {
+        ModelConfig config = small_config();
+        config.activation = activation;
+        const RandomModel random(config, WeightFormat::f32, 8);
+        const Matrix& matrix = random.get()->layers[0].*member;
+        for (std::int64_t r = 0; r < matrix.rows; ++r)
+          std::fill_n(reinterpret_cast<float*>(const_cast<std::byte*>(matrix.row(r))), matrix.cols,
+                      r % 2 ? large : -large);
+        const CudaBackend backend(random.get(), 1);
+        const auto state = backend.new_state(3, KvFormat::bf16);
+        const std::vector<Token> tokens = {5, 6, 7};
+        CHECK_THROWS(check_finite(forward(backend, *state, step_of(tokens, 0), 1)), Error,
+                     "not finite");
+        for (std::int64_t i = 0; i < 3; ++i)
+          forward(backend, *state, step_of({&tokens[i], 1}, i), 0);
+        CHECK_THROWS(backend.draw(*state, 0, 0), Error, "not finite");
+      }
+}
+
 TEST(a_nan_of_a_neuron_is_selected_and_seen) {
   for (const bool by_gate : {false, true}) {
     const RandomModel random(small_config(), WeightFormat::f32, 8);
