@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/kv_format.h"
 #include "backend/logits.h"
 #include "sparsity/sparsity.h"
 #include "weights/model.h"
@@ -60,11 +61,6 @@ class State {
  public:
   virtual ~State() = default;
 };
-
-/// Bytes of one head's key or value of n numbers. int8: the numbers, then their scale in f32.
-constexpr std::int64_t kv_row_bytes(KvFormat format, std::int64_t n) {
-  return format == KvFormat::f32 ? 4 * n : format == KvFormat::int8 ? n + 4 : 2 * n;
-}
 
 /// A model on a device. Const: everything that changes is in a State. Calls with a State are not
 /// thread-safe; callers serialise them (Session does).

@@ -11,6 +11,12 @@ namespace {
 /// Keys per block of online softmax in prefill.
 constexpr std::int64_t kBlockKeys = 2 * kBlockRows;
 
+/// Multiplies the lanes of a head's vector. vector: [n, width]; factors: [n]
+void scale_channels(float* vector, const float* factors, std::int64_t n, std::int64_t width) {
+  for (std::int64_t i = 0; i < n; ++i)
+    for (std::int64_t lane = 0; lane < width; ++lane) vector[i * width + lane] *= factors[i];
+}
+
 }  // namespace
 
 /// Scores [group, kBlockKeys, P], maxima and sums [group, P] of one task.
@@ -29,6 +35,8 @@ void CpuBackend::append(CpuState& state, std::int64_t layer) const {
   const std::int64_t panel_heads = config.num_heads + 2 * config.num_kv_heads;
   const auto norm = layout.width == 1 ? kernels_.rms_norm : kernels_.rms_norm_panel;
   const float eps = static_cast<float>(config.rms_norm_eps);
+  const KeyScales* scales = state.kv == KvFormat::int8 ? &key_scales_[layer] : nullptr;
+  if (scales && scales->keys.empty()) scales = nullptr;
 
   pool_.run(layout.panels, [&](std::int64_t panel, int) {
     float* heads = state.qkv.data() + panel * panel_heads * head_size;
@@ -39,6 +47,12 @@ void CpuBackend::append(CpuState& state, std::int64_t layer) const {
       const auto& weight = head < config.num_heads ? weights.q_norm : weights.k_norm;
       if (!weight.empty()) norm(vector, weight.data(), eps, config.head_dim, vector);
       kernels_.rotate(vector, cos, sin, head_size / 2);
+      if (!scales) continue;
+      const bool query = head < config.num_heads;
+      const std::int64_t kv_head =
+          query ? head / (config.num_heads / config.num_kv_heads) : head - config.num_heads;
+      const float* factors = (query ? scales->queries : scales->keys).data();
+      scale_channels(vector, factors + kv_head * config.head_dim, config.head_dim, layout.width);
     }
     const std::int64_t first = panel * layout.width;
     const std::int64_t tokens = std::min(layout.width, layout.tokens - first);

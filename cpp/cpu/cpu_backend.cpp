@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <numeric>
 
 #include "backend/rope.h"
+#include "base/parallel.h"
 
 namespace tda {
 
@@ -34,6 +36,7 @@ std::unique_ptr<State> CpuBackend::new_state(std::int64_t capacity, KvFormat kv)
   state->kv = kv != KvFormat::automatic             ? kv
               : model_->format == WeightFormat::f32 ? KvFormat::f32
                                                     : KvFormat::bf16;
+  if (state->kv == KvFormat::int8) make_key_scales();
   const Size bytes =
       Size(config.num_layers) * config.num_kv_heads * capacity * cache_row_bytes(*state);
   const std::string needed_for = "the keys (and as many for the values) of a KV cache of " +
@@ -46,6 +49,18 @@ std::unique_ptr<State> CpuBackend::new_state(std::int64_t capacity, KvFormat kv)
     layer.sums.resize(config.intermediate_size);
   }
   return state;
+}
+
+/// Once for all states.
+void CpuBackend::make_key_scales() const {
+  const std::lock_guard lock(scaling_);
+  if (!key_scales_.empty()) return;
+  std::vector<KeyScales> scales(model_->layers.size());
+  // Not by the pool, which may be at work on another state.
+  parallel_for(threads(), std::ssize(scales), [&](std::int64_t layer) {
+    scales[layer] = key_scales(model_->config, model_->layers[layer]);
+  });
+  key_scales_ = std::move(scales);
 }
 
 float* CpuBackend::scratch(const CpuState& state, int thread) const {

@@ -12,9 +12,11 @@
 
 #include "backend/backend.h"
 #include "base/buffer.h"
+#include "base/fork_safe.h"
 #include "base/thread_pool.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/key_scales.h"
 
 namespace tda {
 
@@ -150,6 +152,7 @@ class CpuBackend final : public Backend {
   /// The keys or values of head `head`, [capacity, head_dim].
   std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
                    std::int64_t head) const;
+  void make_key_scales() const;
   std::int64_t cache_row_bytes(const CpuState&) const;
 
   // linear.cpp
@@ -200,9 +203,11 @@ class CpuBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;
   mutable ThreadPool pool_;
-  std::vector<float> rope_frequencies_;    // [head_dim / 2]; empty if they depend on the step
-  std::vector<std::int32_t> all_neurons_;  // 0 ... F-1
-  std::int64_t scratch_size_ = 0;          // floats per thread
+  std::vector<float> rope_frequencies_;        // [head_dim / 2]; empty if they depend on the step
+  std::vector<std::int32_t> all_neurons_;      // 0 ... F-1
+  mutable ForkSafeMutex scaling_;              // while key_scales_ are made
+  mutable std::vector<KeyScales> key_scales_;  // [L]; made with the first int8 cache
+  std::int64_t scratch_size_ = 0;              // floats per thread
 };
 
 template <class Body>

@@ -85,8 +85,12 @@ template <>
 inline void convert<Int8Cache>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
   const auto* const row =
       reinterpret_cast<const std::int8_t*>(w.data) + r * cache_stride<Int8Cache>(w.n);
-  const float scale = cache_scale(row, w.n);
-  for (int64_t i = 0; i < n; ++i) out[i] = scale * row[first + i];
+  const int64_t end = first + n;
+  for (int64_t i = first; i < end;) {
+    const float scale = cache_scale(row, w.n, i);
+    const int64_t of_group = min(end, (i / kKvGroup + 1) * kKvGroup);
+    for (; i < of_group; ++i) *out++ = scale * row[i];
+  }
 }
 
 inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
@@ -203,8 +207,10 @@ void rms_norm_panel(const float* x, const float* weight, float eps, int64_t n, f
       }
     for (int half = 0; half < 2; ++half) squares[half] += block[half];
   }
-  for (int half = 0; half < 2; ++half)
-    squares[half] = 1.0f / root(squares[half] / static_cast<float>(n) + eps);
+  for (int half = 0; half < 2; ++half) {
+    const Floats mean = squares[half] / static_cast<float>(n);
+    squares[half] = 1.0f / root(mean + eps) + 0.0f * mean;  // see rms_norm
+  }
   for (int64_t i = 0; i < n; ++i)
     for (int half = 0; half < 2; ++half) {
       const int64_t at = i * kPanel + half * kLanes;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "backend/kv_format.h"
 #include "base/half.h"
 
 #if defined(__AVX2__)
@@ -170,7 +171,8 @@ struct Bf16 {
   static T store_one(float v) { return f32_to_bf16(v); }
 };
 
-/// Keys and values of 8 bits; the row's scale, by which they are multiplied, follows its elements.
+/// Keys and values of 8 bits; the groups' scales, by which they are multiplied, follow a row's
+/// elements.
 struct Int8Cache {
   using T = std::int8_t;
   static Floats load(const T* p) { return signed_floats(p); }
@@ -184,13 +186,27 @@ constexpr int64_t cache_stride(int64_t n) {
 }
 template <>
 constexpr int64_t cache_stride<Int8Cache>(int64_t n) {
-  return n + 4;
+  return kv_row_bytes(KvFormat::int8, n);
 }
-/// The scale of a row of n elements.
-inline float cache_scale(const std::int8_t* row, int64_t n) {
-  float scale;
-  __builtin_memcpy(&scale, row + n, 4);
-  return scale;
+/// The scale of element i of a row of n, as bf16, as f32, and in all lanes.
+inline std::uint16_t cache_scale_bits(const std::int8_t* row, int64_t n, int64_t i) {
+  std::uint16_t bits;
+  __builtin_memcpy(&bits, row + n + 2 * (i / kKvGroup), 2);
+  return bits;
+}
+inline float cache_scale(const std::int8_t* row, int64_t n, int64_t i) {
+  return bf16_to_f32(cache_scale_bits(row, n, i));
+}
+inline Floats splat_cache_scale(const std::int8_t* row, int64_t n, int64_t i) {
+#if defined(__AVX512BW__)
+  const __m512i twice = _mm512_set1_epi16(static_cast<short>(cache_scale_bits(row, n, i)));
+  return (Floats)_mm512_slli_epi32(twice, 16);
+#elif defined(__AVX2__)
+  const __m256i twice = _mm256_set1_epi16(static_cast<short>(cache_scale_bits(row, n, i)));
+  return (Floats)_mm256_slli_epi32(twice, 16);
+#else
+  return splat(cache_scale(row, n, i));
+#endif
 }
 
 /// The first `count` elements or a whole vector if there are more, padded with zeros.
@@ -242,8 +258,8 @@ inline Floats erfc_positive(Floats z) {
 
 inline Floats activate(Activation activation, Floats x) {
   switch (activation) {
-    case Activation::relu:
-      return x < 0.0f ? Floats{} : x;
+    case Activation::relu:  // -infinity becomes NaN, so that it reaches the logits
+      return x < 0.0f ? x - x : x;
     case Activation::gelu: {
       const Floats half_tail = 0.5f * erfc_positive((x < 0.0f ? -x : x) * 0.707106781f);
       return x * (x < 0.0f ? half_tail : 1.0f - half_tail);

@@ -10,6 +10,7 @@
 #include "backend/backend.h"
 #include "backend/rope.h"
 #include "base/half.h"
+#include "cpu/key_scales.h"
 #include "random_model.h"
 
 namespace naive {
@@ -95,20 +96,26 @@ struct Session {
     }
   }
 
-  /// Rounds heads of n keys or values as the cache stores them.
-  void store(Vector& heads, std::int64_t n) const {
-    for (std::size_t first = 0; first < heads.size(); first += n) {
-      double most = 0;
-      for (std::int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(heads[first + i]));
-      for (std::int64_t i = 0; i < n; ++i) {
-        double& v = heads[first + i];
-        const auto f = static_cast<float>(v);
-        v = kv == KvFormat::f32    ? f
-            : kv == KvFormat::bf16 ? tda::bf16_to_f32(tda::f32_to_bf16(f))
-            : most > 0             ? std::nearbyint(v / most * 127) * most / 127
-                                   : 0;
+  /// Rounds heads of n keys or values as the cache stores them; int8 relative to the sizes of their
+  /// channels, if there are any.
+  void store(Vector& heads, std::int64_t n, const std::vector<float>& sizes = {}) const {
+    for (std::size_t first = 0; first < heads.size(); first += n)
+      for (std::int64_t group = 0; group < n; group += 32) {
+        const std::int64_t end = std::min(n, group + 32);
+        const auto size = [&](std::int64_t i) { return sizes.empty() ? 1 : sizes[first + i]; };
+        double most = 0;
+        for (std::int64_t i = group; i < end; ++i)
+          most = std::max(most, std::abs(heads[first + i] / size(i)));
+        const double step = tda::bf16_to_f32(tda::f32_to_bf16(static_cast<float>(most) / 127));
+        for (std::int64_t i = group; i < end; ++i) {
+          double& v = heads[first + i];
+          const auto f = static_cast<float>(v);
+          v = kv == KvFormat::f32    ? f
+              : kv == KvFormat::bf16 ? tda::bf16_to_f32(tda::f32_to_bf16(f))
+              : step > 0             ? std::nearbyint(v / size(i) / step) * step * size(i)
+                                     : 0;
+        }
       }
-    }
   }
 
   void begin(const Step& s) { step = s; }
@@ -140,7 +147,7 @@ struct Session {
       queries.emplace_back(out.begin(), k);
       keys[layer].emplace_back(k, v);
       values_[layer].emplace_back(v, out.end());
-      store(keys[layer].back(), c.head_dim);
+      store(keys[layer].back(), c.head_dim, tda::key_scales(c, w).queries);
       store(values_[layer].back(), c.head_dim);
     }
   }

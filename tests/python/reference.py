@@ -1,6 +1,6 @@
 """LLaMA and TDA once more, in NumPy and f64, written for clarity: what tests compare with.
 
-Knows model type llama without RoPE scaling and sliding window, stored as f32.
+Knows model types llama and qwen2 without RoPE scaling and sliding window, stored as f32.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Reference:
         self.heads = self.config["num_attention_heads"]
         self.head_dim = self.config.get("head_dim", self.config["hidden_size"] // self.heads)
         self.h: list[np.ndarray] = []
+        self.cached: Callable[[np.ndarray], np.ndarray] = lambda v: v  # keys, values [heads, T, d]
 
     def down(self, layer: int) -> np.ndarray:
         """[F, H]: what each neuron contributes at activation 1."""
@@ -93,7 +94,7 @@ class Reference:
             return y.repeat(self.heads // len(y), axis=0)
 
         q, k, v = (split(project(part, x)) for part in "qkv")
-        q, k = self._rotate(q), self._rotate(k)
+        q, k, v = self._rotate(q), self.cached(self._rotate(k)), self.cached(v)
         scores = q @ k.swapaxes(1, 2) / np.sqrt(self.head_dim)
         scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
