@@ -100,7 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_analyze(command("analyze", run_analyze, "What the sets of active neurons depend on."))
     _add_bench(command("bench", run_bench, "Speed and memory, beside the speed of reading memory."))
-    _add_engine(command("info", run_info, "Show what a checkpoint holds."))
+    info = command("info", run_info, "Show what a checkpoint holds.")
+    _add_engine(info)
+    _flag(info, "--verify", help="compare the files that convert wrote to their checksums")
     return parser
 
 

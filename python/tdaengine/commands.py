@@ -21,7 +21,9 @@ from .bench import bench
 from .engine import Engine
 from .evaluate import evaluate, frontier, table
 from .files import MAX_DATA, MAX_LINE, check_output, open_regular, parse_json, read
+from .hub import find
 from .info import describe, fields_of, file_sizes, info
+from .new_folder import verify
 from .options import parse_tda
 from .stream import Output, Stream
 from .terminal import for_bars
@@ -337,11 +339,17 @@ def _lines_of(path: Path) -> Iterator[bytes]:
 
 
 def run_info(args: argparse.Namespace) -> None:
+    if args.verify:
+        count = verify(find(args.model))
     values = info(open_engine(args))
+    if args.verify:
+        values["verified_files"] = count
     if args.json:
         print_json(values)
     else:
         print(describe(values))
+        if args.verify:
+            print(f"\n{count} files are as checksums.sha256 says")
 
 
 def _output_fields(output: Output) -> dict[str, Any]:

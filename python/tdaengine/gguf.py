@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from ._native import CheckpointError
-from .convert import Source, json_bytes
-from .files import open_regular
 from .gguf_tokenizer import tokenizer_files
+from .source import Source, json_bytes
 from .tensors import Tensor
 
 try:
@@ -105,7 +104,6 @@ class Metadata:
 
 def read_gguf(path: Path) -> Source:
     """The checkpoint in a GGUF file. Raises CheckpointError."""
-    open_regular(path, "a GGUF file").close()
     try:
         reader = GGUFReader(path)
     except Exception as error:  # the package raises whatever damaged bytes lead to

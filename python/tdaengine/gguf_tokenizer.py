@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 
 from ._native import CheckpointError
-from .convert import json_bytes
+from .source import json_bytes
 
 if TYPE_CHECKING:
     from .gguf import Metadata

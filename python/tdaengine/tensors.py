@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,20 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
+def read_array(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> np.ndarray:
+    """`count` numbers from byte `offset` of a file on. Raises CheckpointError."""
+    try:
+        values = np.fromfile(path, dtype, count, offset=offset)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if len(values) != count:
+        raise CheckpointError(
+            f"{path}: found {len(values)} numbers from byte {offset} on, expected {count}: "
+            "the file has become shorter"
+        )
+    return values
+
+
 def read_safetensors(path: Path) -> Iterator[Tensor]:
     """The tensors of one file, in the order of its data. Raises CheckpointError."""
     open_regular(path, "a safetensors file").close()  # safe_open would wait for a pipe's other end
@@ -58,7 +73,7 @@ def read_safetensors(path: Path) -> Iterator[Tensor]:
         def read(
             offset: int = 8 + size + begin, dtype: str = dtype, count: int = count
         ) -> np.ndarray:
-            return np.fromfile(path, STORAGE[dtype], count, offset=offset)
+            return read_array(path, STORAGE[dtype], count, offset)
 
         yield Tensor(name, dtype, tuple(entry["shape"]), path, read)
 
@@ -68,9 +83,10 @@ def write_safetensors(
     tensors: Iterable[Tensor],
     dtype: str | None,
     progress: Callable[[int, int], None] | None,
-) -> None:
+) -> str:
     """Writes tensors cast to `dtype` (None: each keeps its own) with one of them in memory at a
-    time, which the safetensors package cannot. `progress(done, total)` counts bytes written."""
+    time, which the safetensors package cannot. `progress(done, total)` counts bytes written.
+    Returns the SHA-256 of the file as it was to be written."""
     # Widest first, so that every tensor is aligned to its element.
     tensors = sorted(tensors, key=lambda t: -STORAGE[dtype or t.dtype].itemsize)
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
@@ -85,14 +101,21 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+        def write(data: bytes | memoryview) -> int:
+            digest.update(data)
+            return file.write(data)
+
+        write(len(text).to_bytes(8, "little") + text)
         done = 0
         for tensor in tensors:
             values = cast(tensor, dtype or tensor.dtype)
-            done += file.write(np.ascontiguousarray(values).data)
+            done += write(np.ascontiguousarray(values).data)
             if progress is not None:
                 progress(done, end)
+    return digest.hexdigest()
 
 
 def cast(tensor: Tensor, dtype: str) -> np.ndarray:

@@ -35,7 +35,7 @@ def test_shards_are_merged(tmp_path: Path):
     steps = []
     convert(source, tmp_path / "out", progress=lambda done, total: steps.append((done, total)))
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"config.json", "model.safetensors"}
+    assert files == {"config.json", "model.safetensors", "checksums.sha256"}
     made = load_file(tmp_path / "out" / "model.safetensors")
     given = {k: v for path in source.glob("*.safetensors") for k, v in load_file(path).items()}
     assert given.keys() == made.keys()

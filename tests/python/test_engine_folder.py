@@ -53,7 +53,7 @@ def test_the_same_bits(tmp_path: Path, variant: str, weights: str):
 def test_command_line(run, folder: Path, tmp_path: Path):
     made = run("convert", folder, tmp_path / "out", "--weights", "int8")
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert set(made["files"]) == names
+    assert set(made["files"]) == names | {"checksums.sha256"}
     expected = run("generate", folder, PROMPT, *SHORT, "--weights", "int8")
     found = run("generate", tmp_path / "out", PROMPT, *SHORT)
     assert found["text"] == expected["text"]
@@ -67,7 +67,7 @@ def test_command_line(run, folder: Path, tmp_path: Path):
 def test_shards_are_packed(run, tmp_path: Path):
     source = tiny.write(tmp_path / "shards", "llama_sharded")
     made = run("convert", source, tmp_path / "out", "--weights", "auto")
-    assert set(made["files"]) == {"config.json", "model.safetensors"}
+    assert set(made["files"]) == {"config.json", "model.safetensors", "checksums.sha256"}
     assert Engine(tmp_path / "out").weights == "f32"
     assert np.array_equal(Engine(tmp_path / "out").logits(TOKENS), Engine(source).logits(TOKENS))
 
