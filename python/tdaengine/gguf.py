@@ -1,7 +1,12 @@
-"""Reads a GGUF file: metadata -> config.json, quantised tensors -> f32, vocabulary -> tokenizer."""
+"""Reads a GGUF model: keys -> config.json, quantised tensors -> f32, vocabulary -> tokenizer.
+
+What a key means, and what holds where it is absent, is as in llama.cpp. Every key of the model's
+architecture is honoured, or has no effect on results, or is refused by name.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,39 +15,33 @@ from typing import Any
 import numpy as np
 
 from ._native import CheckpointError
+from .gguf_file import StoredTensor
+from .gguf_metadata import Metadata, read_gguf_parts
 from .gguf_tokenizer import tokenizer_files
 from .source import Source, json_bytes
 from .tensors import Tensor
 
-try:
-    from gguf import GGMLQuantizationType, GGUFReader
-    from gguf.quants import dequantize
-except ImportError as error:
-    raise CheckpointError(
-        "reading GGUF files needs the package gguf: pip install 'tdaengine[convert]'"
-    ) from error
-
 ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
-# The parts of "blk.<layer>.<part>.<weight or bias>".
+# The parts of "blk.<layer>.<part>.<weight or bias>": their names, and the shape of the weight.
 BLOCK_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "attn_norm": ("input_layernorm", ("hidden",)),
+    "attn_q": ("self_attn.q_proj", ("q", "hidden")),
+    "attn_k": ("self_attn.k_proj", ("kv", "hidden")),
+    "attn_v": ("self_attn.v_proj", ("kv", "hidden")),
+    "attn_output": ("self_attn.o_proj", ("hidden", "q")),
+    "attn_q_norm": ("self_attn.q_norm", ("head",)),
+    "attn_k_norm": ("self_attn.k_norm", ("head",)),
+    "ffn_norm": ("post_attention_layernorm", ("hidden",)),
+    "ffn_gate": ("mlp.gate_proj", ("ffn", "hidden")),
+    "ffn_up": ("mlp.up_proj", ("ffn", "hidden")),
+    "ffn_down": ("mlp.down_proj", ("hidden", "ffn")),
 }
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
-OUTER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+OUTER_PARTS = {
+    "token_embd.weight": ("model.embed_tokens.weight", ("vocab", "hidden")),
+    "output_norm.weight": ("model.norm.weight", ("hidden",)),
+    "output.weight": ("lm_head.weight", ("vocab", "hidden")),
 }
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's frequency divisors; they go to config.json
 
@@ -53,96 +52,72 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+# Keys of features that the engine doesn't have, with the values that leave the feature off.
+OFF = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "attention.sliding_window_pattern": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "nextn_predict_layers": (0,),
+    "use_parallel_residual": (False,),
+    "rope.scaling.alpha": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "tensor_data_layout": ("Meta AI original pth",),  # neighbouring rows rotate together
+}
 
-class Metadata:
-    """The key-value part of a GGUF file."""
-
-    def __init__(self, file: Path, reader: GGUFReader):
-        self.file = file
-        self._fields = reader.fields
-        self.architecture = ""
-        self.architecture = self.get("general.architecture", str)
-        if self.architecture not in ARCHITECTURES:
-            raise self.error("general.architecture", self.architecture, ", ".join(ARCHITECTURES))
-
-    def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """The value of `key`; "@" stands for the architecture. Raises CheckpointError if it is
-        missing without a default, or of another type."""
-        value = self._contents(key)
-        if value is None:
-            if default is ...:
-                raise self.error(key, "nothing", kind.__name__)
-            return default
-        if kind is float and isinstance(value, float):
-            return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, repr(value)[:80], kind.__name__)
-        return value
-
-    def get_list(self, key: str, kind: type) -> list[Any]:
-        """The list under `key`, all of whose items are of the kind. Raises CheckpointError."""
-        values: list[Any] = self.get(key, list)
-        for i, value in enumerate(values):
-            if not isinstance(value, kind):
-                raise self.error(f"{key}[{i}]", repr(value), kind.__name__)
-        return values
-
-    def _contents(self, key: str) -> Any:
-        field = self._fields.get(self._full(key))
-        try:
-            return None if field is None else field.contents()
-        except UnicodeDecodeError as error:
-            raise self.error(key, repr(error.object), "UTF-8") from error
-
-    def error(self, key: str, found: object, expected: str) -> CheckpointError:
-        key = self._full(key)
-        return CheckpointError(f"{self.file}: {key} is {found}, expected {expected}")
-
-    def _full(self, key: str) -> str:
-        return key.replace("@", self.architecture)
+# Keys without an effect on the logits of these architectures.
+WITHOUT_EFFECT = (
+    "attention.layer_norm_epsilon",  # of norms with a mean
+    "pooling_type",  # of embeddings of whole texts
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",  # as the next two honoured with YaRN
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+)
 
 
 def read_gguf(path: Path) -> Source:
-    """The checkpoint in a GGUF file. Raises CheckpointError."""
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # the package raises whatever damaged bytes lead to
-        raise CheckpointError(f"{path}: {error}, expected a GGUF file") from error
-    metadata = Metadata(path, reader)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    names = _names(metadata, stored)
-    config = _config(metadata, stored)
+    """The checkpoint in a GGUF file, or in several that it is the first of. Raises
+    CheckpointError."""
+    file = read_gguf_parts(path)
+    metadata = Metadata(file, tuple(ARCHITECTURES))
+    if "token_embd.weight" not in file.tensors:
+        raise CheckpointError(f'{path}: tensor "token_embd.weight" is missing')
+    config = _config(metadata, file.tensors)
+    names = _names(metadata, file.tensors, config)
     heads = (config["num_attention_heads"], config["num_key_value_heads"])
-    full = any(
-        t.tensor_type == GGMLQuantizationType.F32 and len(t.shape) == 2 for t in reader.tensors
-    )
+    full = any(t.type.name == "F32" and len(t.shape) == 2 for t in file.tensors.values())
     files, generation = tokenizer_files(metadata)
+    # A config.json without these would mean the defaults of its family.
     for key in ("bos_token_id", "eos_token_id"):
-        if key in generation:
-            config[key] = generation[key]
+        config[key] = generation.get(key)
     files["generation_config.json"] = json_bytes(generation)
-    tensors = [_tensor(metadata, target, stored[name], heads) for name, target in names.items()]
+    metadata.refuse_unread(WITHOUT_EFFECT)
+    tensors = [
+        _tensor(metadata, target, file.tensors[name], heads) for name, target in names.items()
+    ]
     return Source(config, tensors, {**files}, "F32" if full else "BF16")
 
 
-def _tensor(metadata: Metadata, name: str, stored: Any, heads: tuple[int, int]) -> Tensor:
-    # GGUF states the fastest dimension first.
-    shape = tuple(int(size) for size in reversed(stored.shape))
+def _tensor(metadata: Metadata, name: str, stored: StoredTensor, heads: tuple[int, int]) -> Tensor:
     rotated = re.search(r"\.attn_([qk])\.", stored.name)
 
     def read() -> np.ndarray:
-        try:
-            values = dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(shape)
-            if rotated and metadata.architecture == "llama":
-                return _rows_in_halves(values, heads[rotated[1] == "k"])
-            return values
-        except (ValueError, NotImplementedError) as error:
-            raise CheckpointError(
-                f'{metadata.file}: tensor "{stored.name}" of type {stored.tensor_type.name} and '
-                f"shape {list(shape)}: {error}"
-            ) from error
+        values = stored.read()
+        if rotated and metadata.architecture == "llama":
+            return _rows_in_halves(values, heads[rotated[1] == "k"])
+        return values
 
-    return Tensor(name, "F32", shape, metadata.file, read)
+    return Tensor(name, "F32", stored.shape, stored.file, read)
 
 
 def _rows_in_halves(values: np.ndarray, heads: int) -> np.ndarray:
@@ -152,18 +127,35 @@ def _rows_in_halves(values: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _names(metadata: Metadata, stored: dict[str, Any]) -> dict[str, str]:
+def _names(
+    metadata: Metadata, stored: dict[str, StoredTensor], config: dict[str, Any]
+) -> dict[str, str]:
     """GGUF name -> Hugging Face name of the model's tensors. Raises CheckpointError if one is
-    missing, as in one of several split files, or if there are others."""
+    missing or of another shape, or if there are others."""
+    head = config["head_dim"]
+    sizes = {
+        "hidden": config["hidden_size"],
+        "vocab": config["vocab_size"],
+        "ffn": config["intermediate_size"],
+        "head": head,
+        "q": head * config["num_attention_heads"],
+        "kv": head * config["num_key_value_heads"],
+    }
     names = {}
-    for name, target in _expected_names(metadata, stored):
+    for name, target, symbols in _expected_tensors(metadata, stored):
         if name not in stored:
             raise CheckpointError(
-                f'{metadata.file}: tensor "{name}" is missing, expected all of a model in one file'
+                f'{metadata.file}: tensor "{name}" is missing, expected all of a model'
+            )
+        shape = tuple(sizes[symbol] for symbol in symbols)
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f'{metadata.file}: tensor "{name}" has shape {list(stored[name].shape)}, expected '
+                f"{list(shape)}"
             )
         names[name] = target
     for name in stored:
-        if name not in names and name != ROPE_FACTORS:
+        if name not in names and (name != ROPE_FACTORS or metadata.architecture != "llama"):
             raise CheckpointError(
                 f'{metadata.file}: tensor "{name}" is unknown, expected those of a dense '
                 f"{metadata.architecture} model"
@@ -171,47 +163,63 @@ def _names(metadata: Metadata, stored: dict[str, Any]) -> dict[str, str]:
     return names
 
 
-def _expected_names(metadata: Metadata, stored: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, target in OUTER_NAMES.items():
+def _expected_tensors(
+    metadata: Metadata, stored: dict[str, StoredTensor]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    for name, (target, shape) in OUTER_PARTS.items():
         if name != "output.weight" or name in stored:  # else the embedding is the head
-            yield name, target
+            yield name, target, shape
     biased: tuple[str, ...] = ()
     if metadata.architecture == "qwen2":
         biased = ("attn_q", "attn_k", "attn_v")
     elif "blk.0.attn_q.bias" in stored:
         biased = ("attn_q", "attn_k", "attn_v", "attn_output")
     for layer in range(metadata.get("@.block_count", int)):
-        for part, target in BLOCK_PARTS.items():
+        for part, (target, shape) in BLOCK_PARTS.items():
             if part not in HEAD_NORMS or metadata.architecture == "qwen3":
-                yield f"blk.{layer}.{part}.weight", f"model.layers.{layer}.{target}.weight"
+                yield f"blk.{layer}.{part}.weight", f"model.layers.{layer}.{target}.weight", shape
             if part in biased:
-                yield f"blk.{layer}.{part}.bias", f"model.layers.{layer}.{target}.bias"
+                yield f"blk.{layer}.{part}.bias", f"model.layers.{layer}.{target}.bias", shape[:1]
 
 
-def _config(metadata: Metadata, stored: dict[str, Any]) -> dict[str, Any]:
+def _config(metadata: Metadata, stored: dict[str, StoredTensor]) -> dict[str, Any]:
     get = metadata.get
-    hidden, heads = get("@.embedding_length", int), get("@.attention.head_count", int)
+    for key, values in OFF.items():
+        metadata.expect(f"@.{key}", values)
+    layers, hidden = get("@.block_count", int), get("@.embedding_length", int)
+    heads = metadata.get_of_layers("@.attention.head_count", layers)
     if hidden < 1 or heads < 1:
         raise metadata.error("embedding_length, head_count", (hidden, heads), "both > 0")
     head_dim = get("@.attention.key_length", int, hidden // heads)
-    for key in ("@.attention.value_length", "@.rope.dimension_count"):
-        if get(key, int, head_dim) != head_dim:
-            raise metadata.error(key, get(key, int), f"the size of a head, {head_dim}")
+    vocab = stored["token_embd.weight"].shape[0]
+    for key, value in {
+        "attention.value_length": head_dim,
+        "attention.key_length_swa": head_dim,
+        "attention.value_length_swa": head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.dimension_count_swa": head_dim,
+        "embedding_length_out": hidden,
+        "vocab_size": vocab,
+    }.items():
+        metadata.expect(f"@.{key}", (value,))
+    _check_attention_scale(metadata, head_dim)
+    base = get("@.rope.freq_base", float, 10000.0)
+    metadata.expect("@.rope.freq_base_swa", (base,))
     config = {
         "hidden_size": hidden,
-        "intermediate_size": get("@.feed_forward_length", int),
-        "num_hidden_layers": get("@.block_count", int),
+        "intermediate_size": metadata.get_of_layers("@.feed_forward_length", layers),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": get("@.attention.head_count_kv", int, heads),
+        "num_key_value_heads": metadata.get_of_layers("@.attention.head_count_kv", layers, heads),
         "head_dim": head_dim,
-        "vocab_size": int(stored["token_embd.weight"].shape[-1]),
+        "vocab_size": vocab,
         "max_position_embeddings": get("@.context_length", int),
         "rms_norm_eps": get("@.attention.layer_norm_rms_epsilon", float),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in stored,
-        "rope_theta": get("@.rope.freq_base", float, 10000.0),
+        "rope_theta": base,
     }
-    scaling = dict(_rope_scaling(metadata, stored, config))
+    scaling = _rope_scaling(metadata, stored, config)
     if scaling:
         config["rope_scaling"] = scaling
 
@@ -229,28 +237,53 @@ def _config(metadata: Metadata, stored: dict[str, Any]) -> dict[str, Any]:
     return {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), **config}
 
 
+def _check_attention_scale(metadata: Metadata, head_dim: int) -> None:
+    """Of scores before softmax; 0 stands for the usual one."""
+    scale = metadata.get("@.attention.scale", float, 0.0)
+    usual = 1 / math.sqrt(head_dim) if head_dim > 0 else 0.0
+    if scale != 0 and not math.isclose(scale, usual, rel_tol=1e-6):
+        raise metadata.error("@.attention.scale", scale, f"1 / sqrt({head_dim}) = {usual:.6g}")
+
+
 def _rope_scaling(
-    metadata: Metadata, stored: dict[str, Any], config: dict[str, Any]
-) -> Iterator[tuple[str, object]]:
+    metadata: Metadata, stored: dict[str, StoredTensor], config: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json's rope_scaling, {} for none."""
     get = metadata.get
-    kind = get("@.rope.scaling.type", str, "none")
-    if ROPE_FACTORS in stored:
-        yield from _llama3_scaling(metadata, stored[ROPE_FACTORS].data, config).items()
-    elif kind in ("linear", "yarn"):
-        for key in ("yarn_log_multiplier", "yarn_ext_factor", "attn_factor", "yarn_attn_factor"):
-            if (value := get(f"@.rope.scaling.{key}", float, None)) is not None:
-                raise metadata.error(f"@.rope.scaling.{key}", value, "nothing")
-        yield "rope_type", kind
-        yield "factor", get("@.rope.scaling.factor", float)
-        if kind == "yarn":
-            yield (
-                "original_max_position_embeddings",
-                get("@.rope.scaling.original_context_length", int),
-            )
-            yield "beta_fast", get("@.rope.scaling.yarn_beta_fast", float, 32.0)
-            yield "beta_slow", get("@.rope.scaling.yarn_beta_slow", float, 1.0)
-    elif kind != "none":
+    kind = get("@.rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear", "yarn"):
         raise metadata.error("@.rope.scaling.type", kind, "none, linear or yarn")
+    older = get("@.rope.scale_linear", float, 0.0)
+    factor = get("@.rope.scaling.factor", float, older)
+    if factor < 0:
+        raise metadata.error("@.rope.scaling.factor", factor, "a number above 0")
+    if kind == "none" or factor == 0:  # 0, too, means none
+        factor = 1.0
+    used = "yarn" if kind == "yarn" else "without yarn"
+    metadata.expect("@.rope.scaling.yarn_ext_factor", (-1, 1) if kind == "yarn" else (-1, 0), used)
+    attention = get("@.rope.scaling.attn_factor", float, 1.0)
+    if kind != "yarn" or factor == 1:
+        metadata.expect("@.rope.scaling.attn_factor", (1,), used)
+    if ROPE_FACTORS in stored and metadata.architecture == "llama":
+        if factor != 1:
+            raise metadata.error("@.rope.scaling.factor", factor, f"none beside {ROPE_FACTORS}")
+        return _llama3_scaling(metadata, stored[ROPE_FACTORS].read(), config)
+    if factor == 1:
+        return {}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    rope = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": get(
+            "@.rope.scaling.original_context_length", int, config["max_position_embeddings"]
+        ),
+        "beta_fast": get("@.rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": get("@.rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+    if attention != 1:  # on top of what YaRN itself multiplies cos and sin by
+        rope["attention_factor"] = attention * (1 + 0.1 * math.log(max(factor, 1.0)))
+    return rope
 
 
 def _llama3_scaling(

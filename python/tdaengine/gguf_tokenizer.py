@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from ._native import CheckpointError
+from .gguf_metadata import Metadata
 from .source import json_bytes
 
-if TYPE_CHECKING:
-    from .gguf import Metadata
-
 # tokenizer.ggml.token_type; SentencePiece's own numbers.
-CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
-TYPES = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = TYPES = range(1, 7)
 
 # Names in tokenizer_config.json and in GGUF.
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# What SentencePiece files without these ids mean, as far as the vocabulary has them.
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+
+# Tokens that end a text, a turn or a message, whether the file says so or not: where a file is
+# wrong about it, a model goes on and speaks for the user. The names are those llama.cpp knows.
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|eom_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+    "<turn|>",
+    "<|tool_response>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+)
+# "<|end|>" ends only a part of a message where there are tokens of one of these pairs.
+PARTS_END = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
+# How tokens look that are not text, and those that are not if a chat template spells them out.
+MARKER = re.compile(r"<\|[^\s<>]+\|>|<｜[^\s<>]+｜>")
+MARKER_OF_TEMPLATE = re.compile(r"<\|?[^\s<>]+\|?>|\[/?[A-Z_]+\]")
 
 # How Llama 3 and Qwen 2 cut text before merging; they differ in how long a run of digits may be.
 SPLIT = (
@@ -30,6 +61,9 @@ SPLIT = (
 def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The tokenizer's files by name, and the token ids for generation_config.json. Raises
     CheckpointError."""
+    metadata.expect("tokenizer.ggml.suppress_tokens", ([],))
+    for key in ("lowercase", "strip_accents"):
+        metadata.expect(f"tokenizer.ggml.normalizer.{key}", (False,))
     vocabulary = _Vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model", str)
     if kind == "gpt2":
@@ -49,9 +83,8 @@ def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any
     }
     for role, token in vocabulary.roles.items():
         config[f"{role}_token"] = vocabulary.tokens[token]
-    template = metadata.get("tokenizer.chat_template", str, None)
-    if template is not None:
-        config["chat_template"] = template
+    if vocabulary.template is not None:
+        config["chat_template"] = vocabulary.template
     files["tokenizer_config.json"] = json_bytes(config)
     return files, vocabulary.generation_ids()
 
@@ -59,7 +92,8 @@ def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any
 class _Vocabulary:
     def __init__(self, metadata: Metadata):
         get = metadata.get
-        self.tokens: list[str] = metadata.get_list("tokenizer.ggml.tokens", str)
+        tokens: list[str] = metadata.get_list("tokenizer.ggml.tokens", str)
+        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
         self.types: list[int] = metadata.get_list("tokenizer.ggml.token_type", int)
         if len(self.types) != len(self.tokens):
             raise metadata.error(
@@ -72,29 +106,71 @@ class _Vocabulary:
         if len(set(self.tokens)) != len(self.tokens):
             raise metadata.error("tokenizer.ggml.tokens", "a list with repetitions", "none")
         self._metadata = metadata
+        self.template: str | None = get("tokenizer.chat_template", str, None)
+        self.sentencepiece = get("tokenizer.ggml.model", str) == "llama"
+        llama3 = get("tokenizer.ggml.pre", str, "") == "llama-bpe"
+        self.add_bos = get("tokenizer.ggml.add_bos_token", bool, self.sentencepiece or llama3)
+        self.add_eos = get("tokenizer.ggml.add_eos_token", bool, False)
         self.roles: dict[str, int] = {}
         for role, name in ROLES.items():
             if (token := self._id(name)) is not None:
                 self.roles[role] = token
-        sentencepiece = get("tokenizer.ggml.model", str) == "llama"
-        llama3 = get("tokenizer.ggml.pre", str, "") == "llama-bpe"
-        self.add_bos = get("tokenizer.ggml.add_bos_token", bool, sentencepiece or llama3)
-        self.add_eos = get("tokenizer.ggml.add_eos_token", bool, False)
+        self.ends = self._ends()
+        self._correct_types()
 
     def _id(self, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
         token: int | None = self._metadata.get(key, int, None)
-        if token is not None and not 0 <= token < len(self.tokens):
+        if token is None:
+            token = SENTENCEPIECE_IDS.get(name) if self.sentencepiece else None
+            return token if token is not None and token < len(self.tokens) else None
+        return self._checked(key, token)
+
+    def _checked(self, key: str, token: int) -> int:
+        if not 0 <= token < len(self.tokens):
             raise self._metadata.error(key, token, f"0 to {len(self.tokens) - 1}")
         return token
+
+    def _ends(self) -> list[int]:
+        """Those that the file names first, then those known by name."""
+        several = "tokenizer.ggml.eos_token_ids"
+        stated = [self._id(name) for name in ("eos", "eot", "eom")]
+        stated += [self._checked(several, t) for t in self._metadata.get_list(several, int, [])]
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        named = [ids[name] for name in ENDS if name in ids]
+        if any(pair <= ids.keys() for pair in PARTS_END) and "<|end|>" in ids:
+            named.remove(ids["<|end|>"])
+        return list(dict.fromkeys(token for token in [*stated, *named] if token is not None))
+
+    def _correct_types(self) -> None:
+        """Of tokens that the file has as text though they are none: they would be cut into pieces
+        in a chat's prompt, and some of them shown. What merges make is text, however it looks."""
+        control = set(self.ends)
+        if self.add_bos and "bos" in self.roles:
+            control.add(self.roles["bos"])
+        spelled = set(MARKER_OF_TEMPLATE.findall(self.template or ""))
+        merges = self._metadata.get_list("tokenizer.ggml.merges", str, [])
+        merged = {merge.replace(" ", "", 1) for merge in merges}
+        for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if i in control:
+                self.types[i] = CONTROL
+            elif kind in (NORMAL, UNUSED) and token not in merged:
+                if MARKER.fullmatch(token) and (kind == NORMAL or token in spelled):
+                    self.types[i] = CONTROL
+                elif token in spelled:
+                    self.types[i] = USER_DEFINED  # may be meant to be seen, as <think>
+        # The padding token has no use here; where it is text, as in files that state 0 without
+        # meaning it, it must not become a special token, which is not shown.
+        if "pad" in self.roles and self.types[self.roles["pad"]] == NORMAL:
+            del self.roles["pad"]
+        if self.sentencepiece and UNKNOWN not in self.types and "unk" in self.roles:
+            self.types[self.roles["unk"]] = UNKNOWN  # which SentencePiece needs
 
     def generation_ids(self) -> dict[str, Any]:
         """bos_token_id, and all that end a text: end of text, of a turn, of a message."""
         result: dict[str, Any] = {"bos_token_id": self.roles["bos"]} if "bos" in self.roles else {}
-        named = [self._id(name) for name in ("eos", "eot", "eom")]
-        ends = list(dict.fromkeys(token for token in named if token is not None))
-        if ends:
-            result["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        if self.ends:
+            result["eos_token_id"] = self.ends[0] if len(self.ends) == 1 else self.ends
         return result
 
 

@@ -40,11 +40,13 @@ def write(
     metadata: dict | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     quantized: GGMLQuantizationType = GGMLQuantizationType.F32,
+    tensors_per_file: int = 0,
 ) -> Path:
     """metadata: further keys, or None for one to leave out. tensors: further ones by GGUF name.
-    quantized: how matrices are stored."""
+    quantized: how matrices are stored. tensors_per_file: 0 for one file, else the first of several
+    is returned."""
     arch = config["model_type"].replace("mistral", "llama")
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     values = {
         f"{arch}.context_length": config["max_position_embeddings"],
         f"{arch}.embedding_length": config["hidden_size"],
@@ -79,7 +81,7 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
 def gguf_name(name: str) -> str:
@@ -101,7 +103,9 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-    if isinstance(value, bool):
+    if key == "general.alignment":
+        writer.add_custom_alignment(value)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

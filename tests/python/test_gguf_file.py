@@ -1,0 +1,304 @@
+"""Reading GGUF files: several files of a model, and files that are damaged or made to do harm."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import tiny_gguf
+from converting import refused
+from safetensors.numpy import load_file
+
+from tdaengine import CheckpointError
+from tdaengine.convert import convert
+from tdaengine.gguf import read_gguf
+from tdaengine.gguf_file import read_gguf_file
+from tdaengine.tensors import cast
+
+U8, U32, I32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 7, 8, 9, 10
+SMALL = tiny.BASE | {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+}
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def entry(key: bytes, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def array(kind: int, count: int, items: bytes = b"") -> bytes:
+    return entry(b"a", ARRAY, struct.pack("<IQ", kind, count) + items)
+
+
+def tensor(name: bytes, shape: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + dimensions + struct.pack("<IQ", kind, offset)
+
+
+def header(keys: int, tensors: int, *parts: bytes, version: int = 3, order: str = "<") -> bytes:
+    return b"GGUF" + struct.pack(f"{order}IQQ", version, tensors, keys) + b"".join(parts)
+
+
+def write(folder: Path, content: bytes) -> Path:
+    path = folder / "made.gguf"
+    path.write_bytes(content)
+    return path
+
+
+def test_values_of_every_type(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "x")
+    numbers = {
+        "uint8": 200,
+        "int8": -100,
+        "uint16": 60_000,
+        "int16": -30_000,
+        "uint32": 4_000_000_000,
+        "int32": -2_000_000_000,
+        "uint64": 2**64 - 1,
+        "int64": -(2**63),
+        "float32": 0.5,
+        "float64": 0.1,
+        "bool": True,
+    }
+    for kind, value in numbers.items():
+        getattr(writer, f"add_{kind}")(kind, value)
+    writer.add_string("string", "ü")
+    writer.add_array("ints", [1, -2, 3])
+    writer.add_array("bools", [True, False])
+    writer.add_array("strings", ["", "ü"])
+    writer.add_tensor("t", np.arange(6, dtype=np.float16).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = read_gguf_file(path)
+    assert {key: file.values[key] for key in numbers} == numbers
+    assert file.values["string"] == "ü".encode()
+    assert file.values["strings"] == [b"", "ü".encode()]
+    assert [file.values[key].tolist() for key in ("ints", "bools")] == [[1, -2, 3], [True, False]]
+    assert file.tensors["t"].read().tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 256])
+def test_alignment(tmp_path: Path, alignment: int):
+    weights = tiny.make_weights(tiny.BASE, seed=1)
+    source = tiny_gguf.write(
+        tmp_path / "m.gguf", tiny.BASE, weights, {"general.alignment": alignment}
+    )
+    convert(source, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.array_equal(made[name], weights[name]) for name in weights)
+
+
+MISSING = "up to the end of the file"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ["begins with b''"]),
+        (b"GGUF", ["begins with"]),
+        (b"GGML" + b"\0" * 60, ["begins with b'GGML'"]),
+        (header(0, 0, version=1), ["version 1"]),
+        (header(0, 0, version=4), ["version 4"]),
+        (header(0, 0, order=">"), ["big-endian"]),
+        (header(0, 0, version=2, order=">"), ["big-endian"]),
+        (header(2**60, 0), ["1152921504606846976 keys"]),
+        (header(0, 2**63), ["9223372036854775808 tensors"]),
+        (header(2, 0, entry(b"a", U8, b"1")), [MISSING]),
+        (header(1, 0, text(b"a" * 70_000)), ["key 0", "70000 bytes"]),
+        (header(1, 0, struct.pack("<Q", 2**60)), ["key 0", MISSING]),
+        (header(1, 0, text(b"\xff") + b"1" * 60), ["key 0", "UTF-8"]),
+        (header(1, 0, entry(b"a", 13, b"")), ["type 13 for a"]),
+        (header(1, 0, entry(b"a", STRING, struct.pack("<Q", 2**63))), ["bytes of a", MISSING]),
+        (header(1, 0, array(U8, 2**60)), ["1152921504606846976 bytes of a", MISSING]),
+        (header(1, 0, array(U64, 2**61)), [f"{2**64} bytes of a", MISSING]),
+        (header(1, 0, array(STRING, 2**60)), ["bytes of a", MISSING]),
+        (header(1, 0, array(STRING, 1, struct.pack("<Q", 2**60))), ["bytes of a", MISSING]),
+        (header(1, 0, array(ARRAY, 1, array(U8, 1, b"1"))), ["an array of type 9 for a"]),
+        (header(1, 0, array(13, 1)), ["an array of type 13"]),
+        (header(2, 0, entry(b"a", U8, b"1") * 2), ["the key a twice"]),
+        (header(0, 1, tensor(b"t", [])), ["0 dimensions"]),
+        (header(0, 1, tensor(b"t", [1] * 5)), ["5 dimensions"]),
+        (header(0, 1, text(b"t") + struct.pack("<I", 2**31)), [f"{2**31} dimensions"]),
+        (header(0, 1, tensor(b"t", [4, 0])), ["dimensions [4, 0]"]),
+        (header(0, 1, tensor(b"t", [4], 99)), ["type 99"]),
+        (header(0, 1, tensor(b"t", [2**32] * 4)), [f'tensor "t" of shape {[2**32] * 4}']),
+        (header(0, 1, tensor(b"t", [8])), ['tensor "t"', "of the file"]),
+        (header(0, 1, tensor(b"t", [33], 2), b"\0" * 64), ["Q4_0", "33", "multiple of 32"]),
+        (header(0, 1, tensor(b"t", [1], 0, 2**63), b"\0" * 64), [str(2**63)]),
+        (
+            header(0, 2, tensor(b"t", [1]), tensor(b"u", [1]), b"\0" * 99),
+            ['tensor "u" at byte 0', "expected byte 32"],
+        ),
+        (
+            header(0, 2, tensor(b"t", [1]), tensor(b"t", [1], 0, 32), b"\0" * 99),
+            ['"t" twice'],
+        ),
+        *(
+            (
+                header(1, 0, entry(b"general.alignment", U32, struct.pack("<I", n))),
+                ["general.alignment", str(n)],
+            )
+            for n in (0, 3, 2**32 - 1)
+        ),
+        (header(1, 0, entry(b"general.alignment", STRING, text(b"32"))), ["general.alignment"]),
+        (header(0, 0), ["general.architecture", "nothing"]),
+    ],
+)
+def test_what_is_no_gguf_file(tmp_path: Path, content: bytes, parts: list[str]):
+    source = write(tmp_path, content)
+    tracemalloc.start()
+    start = time.monotonic()
+    refused(source, tmp_path / "parent", CheckpointError, str(source), *parts)
+    seconds, (_, peak) = time.monotonic() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 2 and peak < 4e6
+
+
+def test_long_arrays_cost_nothing(tmp_path: Path):
+    """Unless they are asked for, and then their own size."""
+    source = write(tmp_path, header(1, 0, array(U8, 50_000_000, b"\1" * 50_000_000)))
+    tracemalloc.start()
+    start = time.monotonic()
+    file = read_gguf_file(source)
+    assert time.monotonic() - start < 1 and tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert sum(file.values["a"].tolist()) == 50_000_000
+
+
+def test_a_file_that_becomes_shorter(tmp_path: Path):
+    weights = tiny.make_weights(tiny.BASE, seed=1)
+    source = tiny_gguf.write(tmp_path / "model.gguf", tiny.BASE, weights)
+    checkpoint = read_gguf(source)
+    source.write_bytes(source.read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        for stored in checkpoint.tensors:
+            cast(stored, "F32")
+
+
+# ---- several files
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    weights = tiny.make_weights(tiny.BASE, seed=1)
+    tiny_gguf.write(tmp_path / "model.gguf", tiny.BASE, weights, tensors_per_file=8)
+    found = sorted(tmp_path.glob("*.gguf"))
+    assert [path.name for path in found] == [f"model-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    return found
+
+
+def test_several_files(tmp_path: Path, parts: list[Path]):
+    weights = tiny.make_weights(tiny.BASE, seed=1)
+    one = tiny_gguf.write(tmp_path / "one.gguf", tiny.BASE, weights)
+    for source, name in ((one, "expected"), (parts[0], "found")):
+        convert(source, tmp_path / name)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        expected = (tmp_path / "expected" / name).read_bytes()
+        assert (tmp_path / "found" / name).read_bytes() == expected
+
+
+def test_several_files_of_which_one_is_amiss(tmp_path: Path, parts: list[Path]):
+    def amiss(source: Path, *said: str) -> None:
+        refused(source, tmp_path / "parent", CheckpointError, *said)
+
+    amiss(parts[1], parts[1].name, "expected the first", "-00001-of-00003.gguf")
+    shutil.copy(parts[0], tmp_path / "renamed.gguf")
+    amiss(tmp_path / "renamed.gguf", "one of the 3 files", "-00001-of-00003.gguf")
+    content = parts[1].read_bytes()
+    parts[1].unlink()
+    amiss(parts[0], parts[1].name, "No such file")
+    shutil.copy(parts[2], parts[1])
+    amiss(parts[0], parts[1].name, "split.no is 2, expected 1")
+    parts[1].write_bytes(content[: len(content) // 2])
+    amiss(parts[0], parts[1].name)
+    parts[1].write_bytes(content.replace(b"blk.0.ffn_up.", b"blk.9.ffn_up."))
+    amiss(parts[0], "blk.0.ffn_up.weight", "missing")
+    parts[1].write_bytes(content)
+    first = parts[0].read_bytes()
+    parts[0].write_bytes(
+        first.replace(b"split.tensors.count\x05\0\0\0\x15", b"split.tensors.count\x05\0\0\0\x16")
+    )
+    amiss(parts[0], "found 21 tensors in 3 files, expected 22")
+
+
+# ---- random damage
+
+EDGES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Mostly in the header, where the structure is."""
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at = rng.randrange(len(result) if rng.random() < 0.1 else min(len(result), 6000))
+        kind = rng.randrange(5)
+        if kind == 0:
+            result[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            result[at] = rng.randrange(256)
+        elif kind == 2:
+            size = rng.choice((4, 8))
+            value = rng.choice(EDGES) % 2 ** (8 * size)
+            result[at : at + size] = value.to_bytes(size, "little")
+        elif kind == 3:
+            del result[at : at + rng.choice((1, 8, 100, len(result)))]
+        else:
+            other = rng.randrange(len(result) + 1)
+            result[at:at] = result[other : other + rng.choice((1, 8, 100))]
+        if not result:
+            break
+    return bytes(result)
+
+
+def fuzz(folder: Path, seeds: list[bytes], count: int, seed: int) -> int:
+    """How many of the damaged files are still read. Anything but a CheckpointError is raised."""
+    rng = random.Random(seed)
+    read = 0
+    for _ in range(count):
+        path = write(folder, damaged(rng.choice(seeds), rng))
+        try:
+            for stored in read_gguf(path).tensors:
+                cast(stored, "BF16")
+            read += 1
+        except CheckpointError:
+            pass
+    return read
+
+
+def seeds_of_fuzz(folder: Path) -> list[bytes]:
+    sentencepiece = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<|im_end|>"],
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, 0.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+    }
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    chat = {"tokenizer.chat_template": "<|a|>", "tokenizer.ggml.eos_token_ids": [1, 2]}
+    weights = tiny.make_weights(SMALL, seed=1)
+    made = [
+        tiny_gguf.write(folder / f"{i}.gguf", SMALL, weights, metadata)
+        for i, metadata in enumerate((sentencepiece, yarn, chat))
+    ]
+    return [path.read_bytes() for path in made]
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path):
+    read = fuzz(tmp_path, seeds_of_fuzz(tmp_path), 1500, seed=1)
+    assert 20 < read < 1000  # damage to weights and texts goes unseen; most else does not
