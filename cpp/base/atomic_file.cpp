@@ -5,7 +5,10 @@
 #include <tda/error.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -71,6 +74,30 @@ class Temporary {
 
 }  // namespace
 
+void expect_contents(const fs::path& path, std::initializer_list<std::string_view> parts) {
+  constexpr std::size_t chunk = 1 << 20;
+  const auto fail = [&](const std::string& found) {
+    throw CheckpointError(path.string() + ": found " + found +
+                          " when read back, expected what was written");
+  };
+  const File file(path, "the file just written");
+  std::size_t bytes = 0;
+  for (const std::string_view part : parts) bytes += part.size();
+  if (static_cast<std::size_t>(file.bytes()) != bytes)
+    fail(std::to_string(file.bytes()) + " bytes instead of " + std::to_string(bytes));
+  std::string read(std::min(bytes, chunk), '\0');
+  std::int64_t at = 0;
+  for (std::string_view part : parts)
+    while (!part.empty()) {
+      const std::size_t count = std::min(part.size(), chunk);
+      file.read(at, static_cast<std::int64_t>(count), read.data());
+      if (std::memcmp(read.data(), part.data(), count) != 0)
+        fail("other bytes from byte " + std::to_string(at) + " on");
+      at += static_cast<std::int64_t>(count);
+      part.remove_prefix(count);
+    }
+}
+
 void write_file_atomically(const fs::path& path, std::initializer_list<std::string_view> parts) {
   const auto check = [&](bool good) {
     if (!good) fail(path, std::system_category().message(errno));
@@ -90,6 +117,9 @@ void write_file_atomically(const fs::path& path, std::initializer_list<std::stri
       if (written > 0) content.remove_prefix(static_cast<std::size_t>(written));
     }
   check(::fsync(temporary.file.value) == 0);
+  // So that what is read back comes from the disk. A hint: elsewhere it comes from memory.
+  ::posix_fadvise(temporary.file.value, 0, 0, POSIX_FADV_DONTNEED);
+  expect_contents(temporary.name, parts);
   check(::rename(temporary.name.c_str(), target.c_str()) == 0);
   temporary.renamed = true;
   // EINVAL: the file system cannot flush folders.

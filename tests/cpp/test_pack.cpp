@@ -9,6 +9,7 @@
 #include <limits>
 #include <set>
 
+#include "base/atomic_file.h"
 #include "check.h"
 #include "fixtures.h"
 #include "weights/model.h"
@@ -286,6 +287,25 @@ TEST(outliers_are_packed_and_their_columns_checked) {
   folder.write("model.safetensors", file);
   CHECK_THROWS(tda::Engine(folder.path, options), CheckpointError,
                "layer 1, neuron 0 has an outlier in column 1000, expected 0 to ");
+}
+
+TEST(what_is_read_back_differs_from_what_was_written) {
+  const Folder folder;
+  const fs::path path = folder.path / "file";
+  const std::string long_part(3 << 20, 'x');
+  const auto expect = [&] { tda::expect_contents(path, {"head", "", long_part, "tail"}); };
+  tda::write_file_atomically(path, {"head", "", long_part, "tail"});
+  expect();
+  const std::string written = read(path);
+  CHECK(written == "head" + long_part + "tail");
+  for (const std::size_t at : {std::size_t{0}, std::size_t{2 << 20}, written.size() - 1}) {
+    std::string other = written;
+    other[at] ^= 1;
+    folder.write("file", other);
+    CHECK_THROWS(expect(), CheckpointError, "when read back, expected what was written");
+  }
+  folder.write("file", written + "x");
+  CHECK_THROWS(expect(), CheckpointError, "3145737 bytes instead of 3145736");
 }
 
 TEST(packing_writes_nothing_where_it_cannot_write_all) {
