@@ -35,7 +35,7 @@ def working_folder(destination: Path) -> Iterator[Path]:
 
     Raises CheckpointError if another process is writing the same destination."""
     with _only_writer(destination):
-        folder = destination.with_name(f".{destination.name}.partial")
+        folder = _beside(destination, "partial")
         if folder.is_symlink():
             folder.unlink()
         elif folder.exists():
@@ -50,7 +50,7 @@ def working_folder(destination: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _only_writer(destination: Path) -> Iterator[None]:
     """Holds a lock, which the system takes back however the process ends."""
-    path = destination.with_name(f".{destination.name}.lock")
+    path = _beside(destination, "lock")
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -71,6 +71,11 @@ def _only_writer(destination: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(lock)
+
+
+def _beside(destination: Path, kind: str) -> Path:
+    place = Path(os.path.abspath(destination))  # "." has no name
+    return place.parent / f".{place.name}.{kind}"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -100,6 +100,16 @@ def test_what_lies_in_the_way(folder: Path, tmp_path: Path):
         convert(folder, tmp_path / "dangling")
 
 
+def test_the_folder_one_is_in(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match=r"\.: cannot be written"):
+        convert(folder, ".")
+    assert names(tmp_path) == ["here"] and names(Path()) == []
+    convert(folder, "./out")
+    assert names(Path()) == ["out"]
+
+
 # ---- checksums
 
 
