@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ._native import CheckpointError
+from .files import open_regular
 from .tensors import read_array
 
 try:
@@ -104,11 +105,11 @@ class GgufFile:
 
 def read_gguf_file(path: Path) -> GgufFile:
     """One file, all of whose keys and tensors are within its bytes. Raises CheckpointError."""
-    try:
-        with path.open("rb") as file:
+    with open_regular(path, "a GGUF file") as file:
+        try:
             return _Header(path, file).read()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error}, expected a GGUF file") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error}, expected a GGUF file") from error
 
 
 class _Header:

@@ -61,6 +61,12 @@ def _shown(value: Value | None) -> str:
     return "missing" if value is None else f"{value!r:.80}"
 
 
+def _as_f32(value: float) -> float:
+    """1e-05 rather than 9.999999747378752e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
+
+
 class Metadata:
     """The values of keys; "@" in a key stands for the architecture. All that fails is a
     CheckpointError."""
@@ -84,9 +90,10 @@ class Metadata:
                 raise self.error(key, "nothing", kind.__name__)
             return default
         if kind is float and isinstance(value, float):
-            if not math.isfinite(value):
-                raise self.error(key, value, "a finite number")
-            return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
+            rounded = _as_f32(value)
+            if not math.isfinite(rounded):
+                raise self.error(key, value, "a finite number of 32 bits")
+            return rounded
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(key, _shown(value), kind.__name__)
         return value
@@ -112,7 +119,7 @@ class Metadata:
         """Refuses any other value than these."""
         value = self._value(key)
         if isinstance(value, float):
-            value = float(str(np.float32(value)))
+            value = _as_f32(value)
         if value is not None and value not in values:
             expected = " or ".join(map(str, values)) + (f" {condition}" if condition else "")
             raise self.error(key, _shown(value), expected)

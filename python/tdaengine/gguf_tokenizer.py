@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -243,6 +244,8 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
         raise metadata.error(
             "tokenizer.ggml.scores", f"a list of {len(scores)}", f"{len(vocabulary.tokens)} values"
         )
+    if not all(map(math.isfinite, scores)):
+        raise metadata.error("tokenizer.ggml.scores", "a list with NaN or infinity", "none")
     model = pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
@@ -258,8 +261,16 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
     normalizer.remove_extra_whitespaces = metadata.get(
         "tokenizer.ggml.remove_extra_whitespaces", bool, False
     )
-    normalizer.precompiled_charsmap = bytes(
-        metadata.get("tokenizer.ggml.precompiled_charsmap", list, [])
-    )
+    normalizer.precompiled_charsmap = _charsmap(metadata)
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+def _charsmap(metadata: Metadata) -> bytes:
+    """The rules of SentencePiece's normalisation, which may be stored as signed bytes."""
+    key = "tokenizer.ggml.precompiled_charsmap"
+    values = metadata.get_list(key, int, [])
+    for value in values:
+        if not -128 <= value <= 255:
+            raise metadata.error(key, f"a list with {value}", "bytes")
+    return bytes(value & 0xFF for value in values)

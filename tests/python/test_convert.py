@@ -110,6 +110,8 @@ def test_broken_folders_leave_nothing_behind(tmp_path: Path):
     (source / "model.safetensors").write_bytes(data)
     (source / "config.json").write_text("{")
     refused(source, parent, CheckpointError, "config.json")
+    (source / "config.json").write_text("[" * 100_000)
+    refused(source, parent, CheckpointError, "config.json", "levels")
     (source / "config.json").write_text("[]")
     refused(source, parent, CheckpointError, "config.json", "list")
     refused(tmp_path / "nowhere", parent, CheckpointError, "nowhere", "not found")

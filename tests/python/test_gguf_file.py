@@ -288,6 +288,7 @@ def seeds_of_fuzz(folder: Path) -> list[bytes]:
         "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<|im_end|>"],
         "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, 0.0],
         "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.precompiled_charsmap": [4, 0, 0, 0, -1],
     }
     yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
     chat = {"tokenizer.chat_template": "<|a|>", "tokenizer.ggml.eos_token_ids": [1, 2]}

@@ -200,6 +200,7 @@ FACTORS = {"tensors": {"rope_freqs.weight": divisors(8)}}
         ({"llama.rope.freq_base_swa": 500.0}, {}),
         ({"llama.rope.freq_base": math.nan}, {}),
         ({f"{SCALING}factor": -4.0}, {}),
+        ({f"{SCALING}factor": np.float64(1e300)}, {}),
         ({f"{SCALING}factor": math.inf}, {}),
         ({f"{SCALING}type": "longrope"}, {}),
         ({f"{SCALING}alpha": 1000.0}, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from tdaengine.tokenizer import Tokenizer
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 CONFIG = tiny.BASE | {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 16}
+
+
+SENTENCEPIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<|im_end|>"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, 0.0],
+    "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+    "tokenizer.ggml.merges": None,
+}
 
 
 def write(folder: Path, more: dict[str, int], metadata: dict | None = None) -> Path:
@@ -122,20 +132,14 @@ def test_empty_tokens_match_nothing(tmp_path: Path):
         ({"tokenizer.ggml.eos_token_ids": [999]}, ["eos_token_ids", "999"]),
         ({"tokenizer.ggml.eot_token_id": 999}, ["eot_token_id", "999"]),
         ({"tokenizer.ggml.suppress_tokens": [1]}, ["suppress_tokens"]),
+        (SENTENCEPIECE | {"tokenizer.ggml.scores": [math.nan] * 8}, ["scores", "NaN"]),
+        (SENTENCEPIECE | {"tokenizer.ggml.precompiled_charsmap": [300]}, ["charsmap", "300"]),
         ({"tokenizer.ggml.normalizer.lowercase": True}, ["normalizer.lowercase"]),
     ],
 )
 def test_refused(tmp_path: Path, metadata: dict, parts: list[str]):
     source = write(tmp_path, {}, metadata)
     refused(source, tmp_path / "parent", CheckpointError, str(source), *parts)
-
-
-SENTENCEPIECE = {
-    "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<|im_end|>"],
-    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, 0.0],
-    "tokenizer.ggml.merges": None,
-}
 
 
 @pytest.mark.parametrize("types", [[2, 3, 3, 1, 1, 1, 1, 1], [1] * 8, [2, 3, 3, 1, 1, 1, 1, 5]])
