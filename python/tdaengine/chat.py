@@ -82,25 +82,25 @@ class ChatTemplate:
             source = read_text(path, "a chat template", MAX_TEMPLATE)
             return ChatTemplate(source, tokens, str(path))
         path = folder / "tokenizer_config.json"
-        source = settings.get("chat_template")
-        if source is None:
+        named = settings.get("chat_template")
+        if named is None:
             raise CheckpointError(
                 f"{folder}: no chat template, looked for chat_template.jinja "
                 "and chat_template in tokenizer_config.json"
             )
-        return ChatTemplate(_default_of(source, path), tokens, str(path))
+        return ChatTemplate(_default_of(named, path), tokens, str(path))
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The conversation and the beginning of the assistant's answer."""
         _check_messages(messages)
         try:
-            values = {
+            values: dict[str, Any] = {
                 "messages": messages,
                 "tools": None,
                 "documents": None,
                 "add_generation_prompt": True,
             }
-            return self._environment.render(self._template, values | self._special_tokens)
+            return self._environment.render(self._template, {**values, **self._special_tokens})
         except Exception as error:  # whatever a template does with what it did not expect
             raise OptionError(f"messages: refused by the template {self._name}: {error}") from error
 

@@ -22,6 +22,7 @@ from .commands import (
     run_info,
 )
 from .conversation import TEMPERATURE, TOP_P, run_chat
+from .engine import TdaWarning
 from .options import RECOMMENDED, parse_tda
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     reads what is printed."""
     with terminal.standard_streams(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("default", TdaWarning)
         try:
             try:
                 _refuse_old_options(sys.argv[1:] if arguments is None else arguments)
@@ -86,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         _flag(added, "--json", help="print the result as JSON on stdout")
         added.set_defaults(run=run)
-        added.color = False
+        added.color = False  # type: ignore[attr-defined]
         return added
 
     _add_generate(command("generate", run_generate, "Continue a text."))

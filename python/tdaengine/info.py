@@ -37,7 +37,7 @@ def describe(values: Mapping[str, Any]) -> str:
     lines = []
     for title, section in sections.items():
         lines += ["", title]
-        lines += [f"  {name.replace('_', ' '):24} {_shown(v)}" for name, v in section.items()]
+        lines += [f"  {name:24} {_shown(value)}" for name, value in section.items()]
     return "\n".join(lines[1:])
 
 

@@ -45,6 +45,7 @@ def test_figures(engine: Engine):
     assert half["perplexity_change"] == pytest.approx(math.expm1(losses.mean()))
     assert half["perplexity_error"] == pytest.approx(losses.std(ddof=1) / math.sqrt(3))
     assert half["active_by_layer"] == [0.5, 0.5] and half["ffn_bytes"] == 0.5
+    assert (dense["tda"], half["tda"]) == ("dense", "sequence scope: 50% of neurons")
     assert half["bytes_per_token"] < dense["bytes_per_token"]
     assert everything["perplexity"] == dense["perplexity"]
     assert everything["top1_agreement"] == dense["top1_agreement"] == 1
@@ -56,7 +57,13 @@ def test_figures(engine: Engine):
 
 def test_speeds_are_medians_of_ratios():
     row = {name: 1 for name in ("log_probability", "loss", "agreed", "active", "coarse")}
-    row |= {"ffn_bytes": 1, "bytes_per_token": 1, "active_by_layer": [1], "tokens_per_second": 5}
+    row |= {
+        "tda": "dense",
+        "ffn_bytes": 1,
+        "bytes_per_token": 1,
+        "active_by_layer": [1],
+        "tokens_per_second": 5,
+    }
     of = summary([{**row, "speedup": speedup} for speedup in (1, 9, 2, 1.5, 3)], score_tokens=1)
     assert (of["speedup"], of["speedup_quartiles"]) == (2, [1.5, 3])
     one = summary([{**row, "speedup": 2}], score_tokens=1)
@@ -149,7 +156,7 @@ def test_parse_tda(int8: Engine, tmp_path: Path):
     file = tmp_path / "thresholds.json"
     int8.calibrate(TEXTS, scope="token", bytes=0.7).save(str(file))
     assert parse_tda(f"thresholds={file}").thresholds.scope == "token"
-    assert (parse_tda("recommended"), parse_tda("off")) == (TDA(), None)
+    assert (repr(parse_tda("recommended")), parse_tda("off")) == ("TDA()", None)
     assert parse_tda("scope=token,active=0.3,coarse=0.5").coarse == 0.5
     for text, message in (
         ("active", "found 'active', expected NAME=VALUE"),

@@ -203,7 +203,7 @@ def test_head_needs_planes(f32: Engine):
         ({"scope": "token", "bytes": 1.5}, "bytes 1.5"),
         ({"scope": "token", "bytes": 0.1}, "the estimates alone"),
         ({"scope": "token", "bytes": 0.7, "error": 0.1}, "error 0.1: expected only without bytes"),
-        ({"scope": "page"}, 'scope "page"'),
+        ({"scope": "page"}, 'scope is "page"'),
     ],
 )
 def test_calibration_options(int8: Engine, options: dict, message: str):
