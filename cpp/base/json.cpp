@@ -18,7 +18,28 @@ std::string describe(const nlohmann::json& value) {
   return text.size() <= 80 ? text : text.substr(0, 80) + "...";
 }
 
-nlohmann::json parse_json_object(std::string_view text, const std::string& file) {
+std::string quote_non_finite(std::string_view text) {
+  std::string result;
+  bool in_string = false;
+  for (std::size_t at = 0; at < text.size();) {
+    std::size_t size = 1;
+    if (in_string && text[at] == '\\')
+      size = 2;
+    else if (text[at] == '"')
+      in_string = !in_string;
+    else if (!in_string)
+      for (std::string_view word : {"NaN", "Infinity", "-Infinity"})
+        if (text.substr(at).starts_with(word)) size = word.size();
+    const std::string_view part = text.substr(at, size);
+    const bool quoted = !in_string && size > 2;
+    result.append(quoted ? "\"" : "").append(part).append(quoted ? "\"" : "");
+    at += size;
+  }
+  return result;
+}
+
+nlohmann::json parse_json_object(std::string_view text, const std::string& file,
+                                 NonFinite non_finite) {
   using nlohmann::json;
   std::vector<std::set<std::string>> keys;  // of each enclosing object
   std::int64_t values = 0;
@@ -40,7 +61,8 @@ nlohmann::json parse_json_object(std::string_view text, const std::string& file)
     return true;
   };
   try {
-    json result = json::parse(text, watch);
+    json result = non_finite == NonFinite::refused ? json::parse(text, watch)
+                                                   : json::parse(quote_non_finite(text), watch);
     if (result.is_object()) return result;
     throw CheckpointError(file + ": found " + describe(result) + ", expected a JSON object");
   } catch (const json::exception& e) {
@@ -51,8 +73,9 @@ nlohmann::json parse_json_object(std::string_view text, const std::string& file)
   }
 }
 
-nlohmann::json read_json_object(const std::filesystem::path& path) {
-  return parse_json_object(read_file(path, "a JSON file", kMaxJsonBytes), path.string());
+nlohmann::json read_json_object(const std::filesystem::path& path, NonFinite non_finite) {
+  return parse_json_object(read_file(path, "a JSON file", kMaxJsonBytes), path.string(),
+                           non_finite);
 }
 
 }  // namespace tda

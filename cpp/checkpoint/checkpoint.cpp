@@ -2,6 +2,7 @@
 
 #include <tda/error.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <set>
 
@@ -61,6 +62,19 @@ void add_samples(Hash& hash, const TensorView& tensor) {
   };
   if (tensor.bytes <= pieces * piece) return add(0, tensor.bytes);
   for (std::int64_t i = 0; i < pieces; ++i) add((tensor.bytes - piece) / (pieces - 1) * i, piece);
+}
+
+bool are_equal(const TensorView& a, const TensorView& b) {
+  if (a.dtype_name != b.dtype_name || a.shape != b.shape) return false;
+  constexpr std::int64_t piece = 1 << 20;
+  std::vector<std::byte> of_a(piece), of_b(piece);
+  for (std::int64_t at = 0; at < a.bytes; at += piece) {
+    const std::int64_t count = std::min(piece, a.bytes - at);
+    a.read(at, count, of_a.data());
+    b.read(at, count, of_b.data());
+    if (!std::equal(of_a.begin(), of_a.begin() + count, of_b.begin())) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -126,6 +140,12 @@ Checkpoint::Checkpoint(const fs::path& folder) {
                             " is missing, expected here by " + index.string());
   }
 
+  // A head of its own that is stored counts more than a configuration that knows of none.
+  const auto head = tensors_.find("lm_head.weight"),
+             in = tensors_.find("model.embed_tokens.weight");
+  if (config_.tied_embeddings && head != tensors_.end() && in != tensors_.end())
+    config_.tied_embeddings = are_equal(head->second, in->second);
+
   Hash hash;
   Size parameters = 0;
   for (const auto& [name, view] : tensors_) {
@@ -160,6 +180,17 @@ const TensorView& Checkpoint::tensor(std::string_view name,
     throw CheckpointError(view.file->name() + ": tensor \"" + view.name + "\" has dtype " +
                           view.dtype_name + ", expected F32, F16 or BF16");
   return view;
+}
+
+void Checkpoint::refuse_unused(const std::set<std::string_view>& used) const {
+  for (const auto& [name, view] : tensors_) {
+    // Old checkpoints store the frequencies of RoPE, which follow from the configuration.
+    if (used.contains(name) || name.ends_with("rotary_emb.inv_freq")) continue;
+    if (name == "lm_head.weight" && config_.tied_embeddings) continue;
+    throw CheckpointError(view.file->name() + ": tensor " + describe(name) +
+                          " is none that config.json makes part of a " + config_.model_type +
+                          " model, expected none that would be left out");
+  }
 }
 
 WeightFormat Checkpoint::natural_format() const {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -87,6 +88,8 @@ class Checkpoint {
   bool contains(std::string_view tensor) const;
   /// Throws CheckpointError if absent, of another shape, or of a dtype other than f32, f16, bf16.
   const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
+  /// Throws CheckpointError if there are further tensors that would change results.
+  void refuse_unused(const std::set<std::string_view>& used) const;
   /// f32 if any weight matrix is f32, else bf16: what WeightFormat::automatic means here.
   WeightFormat natural_format() const;
   /// Null for a checkpoint of single tensors.

@@ -333,30 +333,30 @@ void refuse_unsupported(const Object& config) {
     config.fail("mlp_bias", "false: biases in the feed-forward layers are not supported");
 }
 
-/// The ids that end a text; the family's default only if neither file has any.
+/// The ids that end a text. generation_config.json, where there is one, decides alone, even by
+/// saying nothing; the family's default holds only if config.json says nothing either.
 std::vector<Token> read_eos(const Object& config, const std::optional<Object>& generation,
                             const Family& family, std::int64_t vocab_size) {
-  std::vector<Token> result;
-  config.append_tokens("eos_token_id", vocab_size, result);
-  bool stated = config.find("eos_token_id") != nullptr;
+  std::vector<Token> of_config, of_generation;
+  config.append_tokens("eos_token_id", vocab_size, of_config);
   if (generation) {
-    generation->append_tokens("eos_token_id", vocab_size, result);
-    stated = stated || generation->has("eos_token_id");
+    generation->append_tokens("eos_token_id", vocab_size, of_generation);
+    return of_generation;
   }
-  if (!stated && family.eos_token) result.push_back(*family.eos_token);
-  return result;
+  if (!config.find("eos_token_id") && family.eos_token) of_config.push_back(*family.eos_token);
+  return of_config;
 }
 
 }  // namespace
 
 ModelConfig read_config(const std::filesystem::path& folder) {
-  const json config = read_json_object(folder / "config.json");
+  const json config = read_json_object(folder / "config.json", NonFinite::as_text);
   const std::filesystem::path path = folder / "generation_config.json";
   std::error_code ignored;
   // A link to nowhere is not nothing: opening it says what is wrong.
   if (!std::filesystem::exists(std::filesystem::symlink_status(path, ignored)))
     return parse_config(config, nullptr, folder);
-  const json generation = read_json_object(path);
+  const json generation = read_json_object(path, NonFinite::as_text);
   return parse_config(config, &generation, folder);
 }
 

@@ -2,6 +2,7 @@
 #include <tda/error.h>
 
 #include <cstdlib>
+#include <set>
 
 #include "base/buffer.h"
 #include "base/size.h"
@@ -105,6 +106,9 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   Layout layout(checkpoint, format, arena.get());
   auto model = std::make_shared<Model>(layout.model());
   model->storage = arena;
+  std::set<std::string_view> used;
+  for (const Copy& copy : layout.copies()) used.insert(copy.source->name);
+  checkpoint.refuse_unused(used);
   run_copies(layout.copies(), pool, progress);
   list_outliers(*model);
   return model;

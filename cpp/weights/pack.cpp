@@ -32,6 +32,8 @@ void write_config(const Model& model, json config, const fs::path& path) {
                                  {"weights", name_of(model.format)},
                                  {"fingerprint", model.fingerprint},
                                  {"parameters", model.parameters}};
+  // The head may be one of its own, whatever the checkpoint says.
+  if (!model.config.tied_embeddings) config["tie_word_embeddings"] = false;
   write_file_atomically(path, {config.dump(2), "\n"});
 }
 
@@ -48,7 +50,8 @@ void pack_checkpoint(const fs::path& source, const fs::path& destination, Weight
   const auto model = load_model(Checkpoint(source), weights, threads, progress);
   write_weights(*model, destination / "model.safetensors");
   // Last, because config.json makes the folder an engine folder.
-  write_config(*model, read_json_object(source / "config.json"), destination / "config.json");
+  write_config(*model, read_json_object(source / "config.json", NonFinite::as_text),
+               destination / "config.json");
 }
 
 }  // namespace tda

@@ -175,6 +175,35 @@ TEST(load_takes_what_the_family_adds) {
   CHECK(!model->layers[0].qkv_bias.empty() && model->layers[0].output_bias.empty());
 }
 
+TEST(load_takes_a_head_of_its_own_whatever_the_configuration_says) {
+  const json tied = updated(tiny, {{"tie_word_embeddings", true}});
+  Tensors tensors = tensors_of(tiny);
+  Folder folder;
+  write_model(folder, tied, tensors, "BF16");
+  auto model = tda::load_model(tda::Checkpoint(folder.path), WeightFormat::bf16, 1);
+  CHECK(!model->config.tied_embeddings && holds(model->head, {tensors.at("lm_head.weight")}));
+  tensors.at("lm_head.weight") = tensors.at("model.embed_tokens.weight");
+  write_model(folder, tied, tensors, "BF16");
+  model = tda::load_model(tda::Checkpoint(folder.path), WeightFormat::bf16, 1);
+  CHECK(model->config.tied_embeddings && model->head.data == model->embedding.data);
+}
+
+TEST(load_refuses_tensors_that_it_would_leave_out) {
+  for (const char* name :
+       {"model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.o_proj.bias",
+        "model.layers.0.mlp.gate_proj.bias", "model.layers.0.input_layernorm.bias",
+        "model.layers.0.self_attn.q_norm.weight", "model.norm.bias", "lm_head.bias",
+        "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.9.input_layernorm.weight",
+        "v_head.summary.weight"}) {
+    Tensors tensors = tensors_of(tiny);
+    tensors.emplace(name, pattern({6}));
+    Folder folder;
+    write_model(folder, tiny, tensors, "F32");
+    CHECK_THROWS(tda::load_model(tda::Checkpoint(folder.path), WeightFormat::bf16, 1),
+                 CheckpointError, "tensor \"" + std::string(name) + "\" is none that config.json");
+  }
+}
+
 TEST(load_measures_down_rows_as_stored) {
   Tensors tensors = tensors_of(tiny);
   Tensor& down = tensors.at("model.layers.0.mlp.down_proj.weight");

@@ -47,7 +47,7 @@ struct ModelConfig {
   /// Per layer: how many of the latest positions a token sees, including its own; 0: all.
   std::vector<std::int64_t> sliding_window;
   std::optional<Token> bos_token;
-  /// Every id that ends a text, from config.json and generation_config.json.
+  /// Every id that ends a text: those of generation_config.json, or of config.json without one.
   std::vector<Token> eos_tokens;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
