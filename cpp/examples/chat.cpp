@@ -94,6 +94,11 @@ void chat(const std::string& model, const Options& options) {
                            ": <|im_start|> is no token of it, expected --before and --after");
   std::string conversation = options.system;
   for (std::string line; std::cout << "> " << std::flush && std::getline(std::cin, line);) {
+    // Only what stands around a user's words may begin and end turns.
+    if (tokenizer.encode(line, false) != tokenizer.encode(line, false, false)) {
+      std::cerr << "the line spells out a special token, expected plain words\n";
+      continue;
+    }
     conversation += options.before + line + options.after;
     std::string answer;
     tda::TextStream text = tokenizer.stream();

@@ -18,9 +18,9 @@ constexpr std::string_view mark = "▁";
 
 }  // namespace
 
-std::optional<Token> SentencePiece::bos() const {
+std::optional<Token> SentencePiece::control(const std::string& text) const {
   for (std::size_t id = 0; id < pieces_.size(); ++id)
-    if (pieces_[id].kind == Kind::control && pieces_[id].text == bos_text_)
+    if (pieces_[id].kind == Kind::control && pieces_[id].text == text)
       return static_cast<Token>(id);
   return std::nullopt;
 }

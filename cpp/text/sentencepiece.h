@@ -29,7 +29,8 @@ class SentencePiece {
   SentencePiece(std::string_view content, const std::string& file);
 
   const std::vector<Piece>& pieces() const { return pieces_; }
-  std::optional<Token> bos() const;
+  std::optional<Token> bos() const { return control(bos_text_); }
+  std::optional<Token> eos() const { return control(eos_text_); }
 
   void encode(std::string_view text, std::vector<Token>& ids) const;
   std::string decode(Tokens ids) const;
@@ -48,6 +49,7 @@ class SentencePiece {
   void index();
   [[noreturn]] void fail(const std::string& what) const;
 
+  std::optional<Token> control(const std::string& text) const;
   const Piece& piece(Token id) const { return pieces_[static_cast<std::size_t>(id)]; }
   std::string normalize(std::string_view text) const;
   /// The longest user-defined piece at `at`, or else the next character.
@@ -64,7 +66,7 @@ class SentencePiece {
   bool remove_spaces_ = true;              // except one between words
   bool escape_spaces_ = true;              // writes a space as ▁ in pieces
   std::string unknown_text_ = " \u2047 ";  // the decoded text of unknown pieces
-  std::string bos_text_ = "<s>";
+  std::string bos_text_ = "<s>", eos_text_ = "</s>";
 
   std::unordered_map<std::string_view, Token> ids_;  // of the pieces that a text can contain
   Trie trie_;                                        // the same, for unigram

@@ -152,6 +152,9 @@ void SentencePiece::read_trainer(std::string_view message) {
       case 46:
         bos_text_ = fields.bytes().empty() ? "<s>" : fields.bytes();
         break;
+      case 47:
+        eos_text_ = fields.bytes().empty() ? "</s>" : fields.bytes();
+        break;
       default:
         break;  // the trainer's settings
     }

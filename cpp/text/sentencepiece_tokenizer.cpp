@@ -1,13 +1,14 @@
 // tokenizer.model with the conventions of Llama 2: adds <s> before every text, and a space before
-// every run of text between special tokens; with "legacy": false in tokenizer_config.json, a space
-// only at the start of the whole text.
+// every run of text between special tokens; with "legacy": false in tokenizer_config.json, the
+// default of LlamaTokenizer, a space only at the start of the whole text, and only if it has none.
 #include <algorithm>
-#include <charconv>
+#include <map>
+#include <set>
 #include <utility>
 
+#include "text/added_tokens.h"
 #include "text/impl.h"
 #include "text/sentencepiece.h"
-#include "text/trie.h"
 
 namespace tda {
 namespace {
@@ -18,44 +19,40 @@ constexpr std::string_view separator = "\uE000";
 class SentencePieceTokenizer final : public Tokenizer::Impl {
  public:
   SentencePieceTokenizer(const std::string& content, const std::string& file,
-                         const nlohmann::json* added, const std::string& added_file,
-                         const TokenizerSettings& settings)
-      : model_(content, file), legacy_(is_legacy(settings)) {
+                         TokenizerSettings& settings)
+      : model_(content, file) {
+    const bool is_llama = settings.tokenizer_class() == "LlamaTokenizer";
+    legacy_ = settings["legacy"].flag_or(!is_llama);
+    adds_space_ = !is_llama || settings["add_prefix_space"].flag_or(true);
     std::vector<Token> separators;
     model_.encode(separator, separators);
     separator_ids_ = separators.size();
     vocab_size = static_cast<std::int64_t>(model_.pieces().size());
-    for (Token id = 0; id < vocab_size; ++id) {
-      const auto& [text, score, kind] = model_.pieces()[static_cast<std::size_t>(id)];
-      if (kind == SentencePiece::Kind::byte) bytes.insert(id);
-      if (kind != SentencePiece::Kind::control && kind != SentencePiece::Kind::unknown) continue;
-      spelled_[id] = text;
-      special.insert(id);
-    }
-    if (added) read_added(Field(added, added_file));
-    if (const Field entries = settings["added_tokens_decoder"]; !entries.is_absent())
-      read_decoder(entries);
-    for (const auto& [id, text] : spelled_) {
-      vocab_size = std::max<std::int64_t>(vocab_size, id + 1);
-      spelled_ids_.insert_or_assign(text, id);
-      splitter_.add(text, id);
-    }
-    std::optional<std::string> bos;
-    if (const std::optional<Token> id = model_.bos()) bos = spelled_.at(*id);
-    before_ = around(settings, "bos", true, bos);
-    after_ = around(settings, "eos", false, std::nullopt);
+    for (Token id = 0; id < vocab_size; ++id)
+      if (model_.pieces()[static_cast<std::size_t>(id)].kind == SentencePiece::Kind::byte)
+        bytes.insert(id);
+    add_tokens(settings, is_llama);
+    special = added_.special();
+    before_ = around(settings, "bos", true);
+    after_ = around(settings, "eos", false);
   }
 
-  std::vector<Token> encode(std::string_view text, bool add_special_tokens) const override {
+  std::vector<Token> encode(std::string_view text, bool add_special_tokens,
+                            bool parse_special) const override {
     std::vector<Token> ids;
     if (add_special_tokens && before_) ids.push_back(*before_);
-    std::size_t done = 0;
-    while (const auto match = splitter_.find(text, done)) {
-      encode_part(text.substr(done, match->begin - done), done == 0, ids);
-      ids.push_back(match->value);
-      done = match->begin + match->size;
+    Pieces pieces;
+    if (!text.empty()) pieces.push_back({std::string(text), {}, true});
+    for (bool normalized : {false, true})
+      if (parse_special) added_.extract(pieces, normalized);
+    for (const Piece& piece : pieces) {
+      if (piece.token)
+        ids.push_back(*piece.token);
+      else if (parse_special)
+        encode_part(piece.text, piece.is_start, ids);
+      else
+        model_.encode(piece.text, ids);
     }
-    encode_part(text.substr(done), done == 0, ids);
     if (add_special_tokens && after_) ids.push_back(*after_);
     return ids;
   }
@@ -63,8 +60,8 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
   std::string decode(Tokens ids) const override {
     std::string text;
     for (std::size_t at = 0; at < ids.size();) {
-      if (const auto spelled = spelled_.find(ids[at]); spelled != spelled_.end()) {
-        text += spelled->second;
+      if (const std::string* spelled = added_.decoded(ids[at])) {
+        text += *spelled;
         ++at;
         continue;
       }
@@ -73,9 +70,10 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
       const auto append = [&](Token id) {
         if (static_cast<std::size_t>(id) < model_.pieces().size()) run.push_back(id);
       };
-      if (!text.empty()) std::for_each(anchor.begin(), anchor.end(), append);
-      const std::size_t behind = text.empty() ? 0 : anchor_size;
-      for (; at < ids.size() && !spelled_.contains(ids[at]); ++at) append(ids[at]);
+      const bool is_behind = !text.empty() || !adds_space_;
+      if (is_behind) std::for_each(anchor.begin(), anchor.end(), append);
+      const std::size_t behind = is_behind ? anchor_size : 0;
+      for (; at < ids.size() && !added_.decoded(ids[at]); ++at) append(ids[at]);
       const std::string decoded = model_.decode(run);
       text.append(decoded, std::min(behind, decoded.size()));
     }
@@ -83,57 +81,67 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
   }
 
  private:
-  static bool is_legacy(const TokenizerSettings& settings) {
-    return settings["legacy"].flag_or(true);
-  }
-
   void encode_part(std::string_view part, bool is_first, std::vector<Token>& ids) const {
-    if (part.empty()) return;
-    if (is_first || legacy_) return model_.encode(part, ids);
+    const bool has_space = !legacy_ && (part.starts_with(' ') || part.starts_with("▁"));
+    if (adds_space_ && (legacy_ || (is_first && !has_space))) return model_.encode(part, ids);
     std::vector<Token> found;
     model_.encode(std::string(separator) + std::string(part), found);
     ids.insert(ids.end(), found.begin() + static_cast<std::ptrdiff_t>(separator_ids_), found.end());
   }
 
-  /// added_tokens.json: text to id.
-  void read_added(const Field& entries) {
-    for (const auto& [text, id] : entries.object().items()) {
-      if (text.empty()) entries[text].fail("a token with a text");
-      spelled_[entries[text].id()] = text;
+  /// Tokens that may occur literally in a text, which SentencePiece itself does not match.
+  void add_tokens(TokenizerSettings& settings, bool is_llama) {
+    if (const std::optional<Token> id = model_.bos())
+      settings.set_default_role("bos_token", text_of(*id));
+    if (const std::optional<Token> id = model_.eos())
+      settings.set_default_role("eos_token", text_of(*id));
+    std::map<std::string, Token> ids;
+    std::vector<AddedToken> tokens;
+    std::set<std::string> present;
+    for (Token id = 0; id < vocab_size; ++id) {
+      const auto& [text, score, kind] = model_.pieces()[static_cast<std::size_t>(id)];
+      ids.emplace(text, id);
+      if (kind != SentencePiece::Kind::control && kind != SentencePiece::Kind::unknown) continue;
+      tokens.push_back({.text = text, .special = true});
+      present.insert(text);
     }
+    for (const auto& [id, token] : settings.declared()) {
+      ids.insert_or_assign(token.text, id);
+      vocab_size = std::max<std::int64_t>(vocab_size, id + 1);
+    }
+    for (const AddedToken& token : settings.tokens_to_add({}, present)) tokens.push_back(token);
+    for (AddedToken& token : tokens) {
+      if (token.text.empty()) continue;
+      if (!is_llama) token.normalized = false;  // all are found in the text as it is
+      const auto [own, is_new] = ids.emplace(token.text, static_cast<Token>(vocab_size));
+      vocab_size += is_new;
+      added_.add(token, own->second);
+    }
+    added_.splits_special = settings["split_special_tokens"].flag_or(false);
+    added_.index({}, settings.name() + "tokenizer.model");
   }
 
-  /// added_tokens_decoder: id to entry.
-  void read_decoder(const Field& entries) {
-    for (const auto& [key, value] : entries.object().items()) {
-      const Field entry = entries[key];
-      Token id = -1;
-      const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
-      if (error != std::errc() || end != key.data() + key.size() || id < 0 ||
-          id >= Field::max_tokens)
-        entry.fail("a token id as its key");
-      if (entry["content"].text().empty()) entry["content"].fail("a text");
-      spelled_[id] = entry["content"].text();
-      if (entry["special"].flag_or(false)) special.insert(id);
-    }
+  const std::string& text_of(Token id) const {
+    return model_.pieces()[static_cast<std::size_t>(id)].text;
   }
 
   std::optional<Token> around(const TokenizerSettings& settings, const std::string& kind,
-                              bool by_default, const std::optional<std::string>& or_else) const {
-    const std::optional<std::string> text = settings.around(kind, by_default, or_else);
+                              bool by_default) const {
+    const std::optional<std::string> text = settings.around(kind, by_default);
     if (!text) return std::nullopt;
-    const auto found = spelled_ids_.find(*text);
-    if (found == spelled_ids_.end()) settings.fail_unknown(kind, *text);
-    return found->second;
+    // A token that is new is none that the model has learned.
+    const std::optional<Token> found = added_.find(*text);
+    if (!found ||
+        (std::cmp_greater_equal(*found, model_.pieces().size()) && !settings.declares(*text)))
+      settings.fail_unknown(kind, *text);
+    return found;
   }
 
   SentencePiece model_;
-  bool legacy_;
+  bool legacy_ = true;
+  bool adds_space_ = true;
   std::size_t separator_ids_ = 0;
-  // Tokens that may occur literally in a text, which SentencePiece itself does not match.
-  std::map<Token, std::string> spelled_;
-  std::map<std::string, Token> spelled_ids_;
-  Trie splitter_;
+  AddedTokens added_;
   std::optional<Token> before_, after_;
 };
 
@@ -141,13 +149,8 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
 
 std::shared_ptr<Tokenizer::Impl> make_sentencepiece_tokenizer(const std::string& content,
                                                               const std::string& file,
-                                                              const std::string* added_tokens,
-                                                              const std::string& added_file,
-                                                              const TokenizerSettings& settings) {
-  nlohmann::json added;
-  if (added_tokens) added = parse_json_object(*added_tokens, added_file);
-  return std::make_shared<SentencePieceTokenizer>(content, file, added_tokens ? &added : nullptr,
-                                                  added_file, settings);
+                                                              TokenizerSettings settings) {
+  return std::make_shared<SentencePieceTokenizer>(content, file, settings);
 }
 
 }  // namespace tda

@@ -17,58 +17,23 @@ namespace fs = std::filesystem;
 
 constexpr const char* json_file = "tokenizer.json";
 constexpr const char* model_file = "tokenizer.model";
-constexpr const char* config_file = "tokenizer_config.json";
-constexpr const char* map_file = "special_tokens_map.json";
-constexpr const char* added_file = "added_tokens.json";
-
-nlohmann::json parse_or_empty(const std::string* content, const std::string& file) {
-  return content ? parse_json_object(*content, file) : nlohmann::json::object();
-}
+/// What may stand beside them.
+constexpr const char* companions[] = {"tokenizer_config.json", "special_tokens_map.json",
+                                      "added_tokens.json", "config.json"};
 
 }  // namespace
-
-TokenizerSettings::TokenizerSettings(const std::string* special_tokens_map,
-                                     const std::string* tokenizer_config, const std::string& name)
-    : map_name_(name + map_file),
-      config_name_(name + config_file),
-      map_(parse_or_empty(special_tokens_map, map_name_)),
-      config_(parse_or_empty(tokenizer_config, config_name_)) {}
-
-Field TokenizerSettings::operator[](const std::string& key) const {
-  if (!config_.contains(key) && map_.contains(key)) return Field(&map_, map_name_)[key];
-  return Field(&config_, config_name_)[key];
-}
-
-bool TokenizerSettings::decides(const std::string& kind) const {
-  const std::string key = "add_" + kind + "_token";
-  return config_.contains(key) || map_.contains(key);
-}
-
-std::optional<std::string> TokenizerSettings::around(
-    const std::string& kind, bool by_default, const std::optional<std::string>& or_else) const {
-  const bool adds = decides(kind) ? (*this)["add_" + kind + "_token"].flag_or(false) : by_default;
-  if (!adds) return std::nullopt;
-  const std::string key = kind + "_token";
-  if (!config_.contains(key) && !map_.contains(key)) return or_else;
-  const Field token = (*this)[key];
-  const Field text = token.is_object() ? token["content"] : token;
-  return text.is_absent() ? std::nullopt : std::optional(text.text());
-}
-
-void TokenizerSettings::fail_unknown(const std::string& kind, const std::string& token) const {
-  throw CheckpointError(config_name_ + ": " + kind + "_token is " + describe(token) +
-                        ", expected a token of the vocabulary");
-}
 
 Tokenizer::Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
 Tokenizer::Tokenizer(const fs::path& checkpoint, std::int64_t vocab_size) {
   std::map<std::string, std::string> files;
-  for (const char* name : {json_file, model_file, config_file, map_file, added_file}) {
+  const auto read = [&](const char* name) {
     std::error_code ignored;
     if (fs::exists(fs::symlink_status(checkpoint / name, ignored)))
       files[name] = read_file(checkpoint / name, "a tokenizer file", kMaxJsonBytes);
-  }
+  };
+  for (const char* name : {json_file, model_file}) read(name);
+  for (const char* name : companions) read(name);
   *this = from_bytes(files, checkpoint.string(), vocab_size);
 }
 
@@ -82,25 +47,25 @@ Tokenizer Tokenizer::from_bytes(const std::map<std::string, std::string>& files,
     const auto found = files.find(file);
     return found == files.end() ? nullptr : &found->second;
   };
-  const TokenizerSettings settings(content(map_file), content(config_file), prefix);
+  const TokenizerSettings settings(files, prefix);
   std::shared_ptr<Impl> impl;
   if (content(json_file))
     impl = make_json_tokenizer(*content(json_file), prefix + json_file, settings);
   else if (content(model_file))
-    impl = make_sentencepiece_tokenizer(*content(model_file), prefix + model_file,
-                                        content(added_file), prefix + added_file, settings);
+    impl = make_sentencepiece_tokenizer(*content(model_file), prefix + model_file, settings);
   else
     throw CheckpointError((name.empty() ? "files" : name) + ": no tokenizer, looked for " +
                           json_file + " and " + model_file);
   impl->vocab_size = std::max(impl->vocab_size, vocab_size);
-  impl->anchor = impl->encode("a", false);
+  impl->anchor = impl->encode("a", false, true);
   impl->anchor_size = impl->decode(impl->anchor).size();
   return Tokenizer(std::move(impl));
 }
 
 std::int64_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
 
-std::vector<Token> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
+std::vector<Token> Tokenizer::encode(std::string_view text, bool add_special_tokens,
+                                     bool parse_special) const {
   constexpr std::size_t most = std::numeric_limits<std::int32_t>::max() / 4;
   if (text.size() > most)
     throw OptionError("text: found " + std::to_string(text.size()) + " bytes, expected at most " +
@@ -112,7 +77,7 @@ std::vector<Token> Tokenizer::encode(std::string_view text, bool add_special_tok
     throw OptionError("text: found byte " + std::string(byte) + " at position " +
                       std::to_string(at) + ", expected UTF-8");
   }
-  return impl_->encode(text, add_special_tokens);
+  return impl_->encode(text, add_special_tokens, parse_special);
 }
 
 std::string Tokenizer::decode(Tokens ids, bool skip_special_tokens) const {

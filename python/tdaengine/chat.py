@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from ._native import CheckpointError, OptionError
-from .files import MAX_TEMPLATE, read_text
+from .files import MAX_TEMPLATE, read_json_object, read_text
 from .sandbox import BoundedEnvironment
-from .tokenizer import read_settings
+from .tokenizer import Tokenizer
+from .tokenizer_files import Settings
 
 
 class _GenerationBlock(Extension):
@@ -39,9 +42,21 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Unlike Jinja's own it leaves <, > and & as they are."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own it leaves <, > and & as they are; arguments may be given by position."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _environment() -> BoundedEnvironment:
@@ -70,25 +85,34 @@ class ChatTemplate:
 
     @staticmethod
     def load(folder: Path) -> ChatTemplate:
-        """From chat_template.jinja, or else tokenizer_config.json. Raises CheckpointError."""
-        settings = read_settings(folder)
-        tokens = {
-            name: token
-            for name, token in settings.items()
-            if name.endswith("_token") and isinstance(token, str)
-        }
+        """From chat_template.jinja and additional_chat_templates/, or else tokenizer_config.json.
+        Raises CheckpointError.
+        """
         path = folder / "chat_template.jinja"
+        named = {each.stem: each for each in (folder / "additional_chat_templates").glob("*.jinja")}
         if os.path.lexists(path):
+            named.setdefault("default", path)
+        if named:
+            path = _default_of(named, str(folder / "additional_chat_templates"))
             source = read_text(path, "a chat template", MAX_TEMPLATE)
-            return ChatTemplate(source, tokens, str(path))
+            return ChatTemplate(source, Settings.read(folder).special_tokens, str(path))
         path = folder / "tokenizer_config.json"
-        named = settings.get("chat_template")
-        if named is None:
+        stored = read_json_object(path, optional=True).get("chat_template")
+        if stored is None:
             raise CheckpointError(
                 f"{folder}: no chat template, looked for chat_template.jinja "
                 "and chat_template in tokenizer_config.json"
             )
-        return ChatTemplate(_default_of(named, path), tokens, str(path))
+        if isinstance(stored, list):
+            stored = {each["name"]: each["template"] for each in stored if _is_named(each)}
+        if isinstance(stored, dict):
+            stored = _default_of(stored, f"{path}: chat_template")
+        if not isinstance(stored, str):
+            found = type(stored).__name__
+            raise CheckpointError(
+                f"{path}: chat_template: found {found}, expected str or several with names"
+            )
+        return ChatTemplate(stored, Settings.read(folder).special_tokens, str(path))
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The conversation and the beginning of the assistant's answer."""
@@ -104,18 +128,71 @@ class ChatTemplate:
         except Exception as error:  # whatever a template does with what it did not expect
             raise OptionError(f"messages: refused by the template {self._name}: {error}") from error
 
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, parse_special: bool
+    ) -> list[int]:
+        """Token ids of the rendered conversation; parse_special: see Engine.chat_prompt."""
+        # The template writes all special tokens itself.
+        if parse_special:
+            return tokenizer.encode(self.render(messages), add_special_tokens=False)
+        _check_messages(messages)
+        begin, end = _unused_characters(messages)
+        control = [token for token in tokenizer.added_tokens if not token.isspace()]
+        if not control:
+            return tokenizer.encode(self.render(messages), add_special_tokens=False)
+        longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+        marked = _map_strings(
+            messages, partial(re.compile(longest_first).sub, rf"{begin}\g<0>{end}")
+        )
+        # Alternately text that may hold control tokens, and a marked one. What the template has
+        # taken apart leaves single marks behind.
+        parts = re.split(f"{begin}({longest_first}){end}|[{begin}{end}]", self.render(marked))
+        ids = tokenizer.encode(parts[0], add_special_tokens=False)
+        for i, part in enumerate(parts[1:], start=1):
+            if part:
+                found = _encode_behind(tokenizer, part, parse_special=i % 2 == 0)
+                token = tokenizer.added_tokens.get(part)
+                if i % 2 == 1 and token in found and tokenizer.is_special(token):
+                    raise OptionError(
+                        f"messages: found {part!r}, which this tokenizer can't encode as text"
+                    )
+                ids += found
+        return ids
 
-def _default_of(source: Any, path: Path) -> str:
-    """chat_template is one template, or a list of them with names."""
-    if isinstance(source, list):
-        named = {each["name"]: each["template"] for each in source if _is_named(each)}
-        if "default" not in named:
-            raise CheckpointError(f'{path}: chat_template has no "default" among {list(named)}')
-        source = named["default"]
-    if not isinstance(source, str):
-        found = type(source).__name__
-        raise CheckpointError(f"{path}: chat_template: found {found}, expected str or a list")
-    return source
+
+def _encode_behind(tokenizer: Tokenizer, part: str, parse_special: bool) -> list[int]:
+    """The part as it is encoded in the midst of a text: some tokenizers put a space before one."""
+    line = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + part, False, parse_special)
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return tokenizer.encode(part, False, parse_special)
+
+
+def _unused_characters(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Two private use characters that no string of the messages has."""
+    used: set[str] = set()
+    _map_strings(messages, used.update)
+    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    return next(unused), next(unused)
+
+
+def _map_strings(value: Any, function: Callable[[str], Any]) -> Any:
+    """The value with function(string) for all strings within."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(each, function) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(each, function) for each in value]
+    return value
+
+
+def _default_of(named: Mapping[str, Any], place: str) -> Any:
+    """Of several templates, by name."""
+    if "default" not in named:
+        raise CheckpointError(f'{place}: found no "default" among {sorted(named)}, expected one')
+    return named["default"]
 
 
 def _is_named(entry: Any) -> bool:

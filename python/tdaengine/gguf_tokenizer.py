@@ -81,6 +81,7 @@ def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any
         "add_eos_token": vocabulary.add_eos,
         "model_max_length": metadata.get("@.context_length", int),
         "clean_up_tokenization_spaces": False,
+        "legacy": True,  # a space goes before every stretch of text, as in llama.cpp
     }
     for role, token in vocabulary.roles.items():
         config[f"{role}_token"] = vocabulary.tokens[token]

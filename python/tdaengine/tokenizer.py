@@ -10,30 +10,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import sentencepiece
 import tokenizers
+from tokenizers import AddedToken, models
 
 from ._native import CheckpointError, OptionError
-from .files import MAX_TOKENIZER, read, read_json_object, read_text
+from .files import MAX_TOKENIZER, read, read_text
 from .prompt_length import JsonLengths, SentencePieceLengths
+from .tokenizer_files import Settings, stages_of_class, with_flags
 
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in FILES)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, completed by special_tokens_map.json; special tokens as strings."""
-    settings = read_json_object(folder / "special_tokens_map.json", optional=True)
-    settings |= read_json_object(folder / "tokenizer_config.json", optional=True)
-    for name, value in settings.items():
-        if name.endswith("_token") and isinstance(value, dict):
-            settings[name] = value.get("content")
-    return settings
 
 
 class Tokenizer(ABC):
@@ -44,6 +36,7 @@ class Tokenizer(ABC):
     _special: frozenset[int]  # without text under skip_special_tokens
     _lengths: JsonLengths | SentencePieceLengths
     _bytes: frozenset[int]  # tokens that stand for one byte each, written <0x0A>
+    added_tokens: dict[str, int]  # tokens that a text may spell out, and their ids
 
     @staticmethod
     def load(folder: Path | str, vocab_size: int = 0) -> Tokenizer:
@@ -54,7 +47,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         for name, kind in zip(FILES, (_JsonTokenizer, _SentencePieceTokenizer), strict=True):
             if os.path.lexists(folder / name):
-                return kind(folder / name, read_settings(folder), vocab_size)
+                return kind(folder / name, Settings.read(folder), vocab_size)
         raise CheckpointError(f"{folder}: no tokenizer, looked for {' and '.join(FILES)}")
 
     @property
@@ -62,10 +55,14 @@ class Tokenizer(ABC):
         """decode accepts ids from 0 to vocab_size - 1."""
         return self._ids.stop
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. Special tokens that are spelled out in the text become themselves;
-        add_special_tokens adds those the checkpoint wants around every text, as <s>.
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Token ids.
 
+        add_special_tokens: with those that the checkpoint wants around every text, as <s>.
+        parse_special: special and other added tokens that are spelled out in the text become
+        themselves; if False, they are encoded as any other text.
         Raises OptionError if text is no str or no valid Unicode (lone surrogates).
         """
         if not isinstance(text, str):
@@ -75,6 +72,8 @@ class Tokenizer(ABC):
         except UnicodeEncodeError as error:
             found = f"{text[error.start]!r} at position {error.start}"
             raise OptionError(f"text: found {found}, expected valid Unicode") from error
+        if not parse_special:
+            return self._around(self._encode_text(text), add_special_tokens)
         return self._encode(text, add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -95,11 +94,22 @@ class Tokenizer(ABC):
         0 where nothing is known."""
         return self._lengths.least(text.encode(errors="replace").decode())
 
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` and streams skip it."""
+        return token in self._special
+
     def stream(self) -> TextStream:
         return TextStream(self)
 
     @abstractmethod
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> list[int]:
+        """Without added tokens: neither such as the text spells out nor those around it."""
+
+    @abstractmethod
+    def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]: ...
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -125,7 +135,7 @@ class TextStream:
         self._is_first = True  # nothing returned yet
 
     def push(self, token: int) -> str:
-        if token in self._tokenizer._special:
+        if self._tokenizer.is_special(token):
             return ""
         self._pending.append(token)
         # A run of byte tokens is text or not as a whole.
@@ -140,6 +150,11 @@ class TextStream:
             return ""
         self._restart()
         return text
+
+    def hidden(self, token: int) -> str:
+        """The text of the token if it is special, which `push` does not return."""
+        tokenizer = self._tokenizer
+        return tokenizer.decode([token], False) if tokenizer.is_special(token) else ""
 
     def flush(self) -> str:
         """The rest of the text, once there are no more ids."""
@@ -161,17 +176,31 @@ class TextStream:
         self._is_first = False
 
 
-def _around(
-    path: Path, settings: dict[str, Any], vocabulary: dict[str, int]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The tokens, none or one each, that tokenizer_config.json puts before and after every text."""
-    around = []
-    for kind in ("bos", "eos"):
-        token = settings.get(f"{kind}_token") if settings.get(f"add_{kind}_token") else None
-        if token is not None and (not isinstance(token, str) or token not in vocabulary):
-            raise CheckpointError(f"{path}: {kind}_token {token!r} is not in the vocabulary")
-        around.append({} if token is None else {token: vocabulary[token]})
+def _find_around(
+    path: Path, settings: Settings, vocabulary: dict[str, int], bos_by_default: bool
+) -> tuple[list[int], list[int]]:
+    """The tokens, none or one each, that tokenizer_config.json puts before and after every text.
+    A token that is new is none that the model has learned.
+    """
+    declared = {token.content: id for id, token in settings.declared.items()}
+    around: list[list[int]] = []
+    for kind, by_default in (("bos", bos_by_default), ("eos", False)):
+        token = settings.roles[f"{kind}_token"]
+        if token is None or not settings.values.get(f"add_{kind}_token", by_default):
+            around.append([])
+        elif token.content in vocabulary:
+            around.append([vocabulary[token.content]])
+        elif token.content in declared:
+            around.append([declared[token.content]])
+        else:
+            raise CheckpointError(
+                f"{path}: {kind}_token {token.content!r} is not in the vocabulary"
+            )
     return around[0], around[1]
+
+
+def _ids_of(tokens: Iterable[str], vocabulary: dict[str, int]) -> frozenset[int]:
+    return frozenset(vocabulary[token] for token in tokens if token in vocabulary)
 
 
 class _Faults:
@@ -194,31 +223,66 @@ class _Faults:
 class _JsonTokenizer(Tokenizer):
     """tokenizer.json through the `tokenizers` library."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], vocab_size: int) -> None:
-        text = read_text(path, "a tokenizer", MAX_TOKENIZER)
+    def __init__(self, path: Path, settings: Settings, vocab_size: int) -> None:
+        content = read_text(path, "a tokenizer", MAX_TOKENIZER)
         self._faults = _Faults(path)
         with self._faults:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            file = tokenizers.Tokenizer.from_str(content)
+        own = file.get_vocab(with_added_tokens=True)
+        of_file = file.get_added_tokens_decoder()
+        self._tokenizer = file
         # Some files carry the settings of a training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if settings.tokenizer_class and isinstance(file.model, models.BPE):
+            self._tokenizer = stages_of_class(file, settings)
+        present = self._tokenizer.get_added_tokens_decoder().values()
+        more = list(settings.tokens_to_add(of_file, {token.content for token in present}))
+        special = {token.content for token in [*present, *more] if token.special}
+        with self._faults:
+            self._tokenizer.add_tokens(more)
         self._lengths = JsonLengths(self._tokenizer)
+        self._tokenizer.encode_special_tokens = settings.values.get("split_special_tokens") is True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        for id, token in settings.declared.items():
+            if token.content and token.content not in own and vocabulary[token.content] != id:
+                raise CheckpointError(
+                    f"{path.parent}: added token {token.content!r} has id {id}, expected "
+                    f"{vocabulary[token.content]}, the next one behind {path.name}"
+                )
         added = self._tokenizer.get_added_tokens_decoder()
+        self.added_tokens = {token.content: id for id, token in added.items()}
         self._ids = range(max(vocab_size, max(vocabulary.values(), default=-1) + 1))
-        self._special = frozenset(token for token, content in added.items() if content.special)
+        self._special = _ids_of(special, vocabulary)
         byte = re.compile("<0x[0-9A-Fa-f]{2}>")
         self._bytes = frozenset(vocabulary[piece] for piece in filter(byte.fullmatch, vocabulary))
-        # tokenizer_config.json overrules what tokenizer.json puts around a text.
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            bos, eos = _around(path, settings, vocabulary)
-            self._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-                single=[*bos, "$A", *eos], special_tokens=list({**bos, **eos}.items())
-            )
+        # What tokenizer.json puts around a text has the first word.
+        self._before: list[int] = []
+        self._after: list[int] = []
+        post = self._tokenizer.post_processor
+        if post is None or post.num_special_tokens_to_add(False) == 0:
+            self._before, self._after = _find_around(path, settings, own, False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         with self._faults:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        normalizer, model = self._tokenizer.normalizer, self._tokenizer.model
+        with self._faults:
+            if normalizer is not None:
+                text = normalizer.normalize_str(text)
+            words = [text]
+            if self._tokenizer.pre_tokenizer is not None:
+                words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+            return [token.id for word in words if word for token in model.tokenize(word)]
+
+    def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
+        # The tokens around the empty text are those around any.
+        around = self._encode("", add_special_tokens)
+        end = len(around) - len(self._after)
+        return [*around[:end], *ids, *around[end:]]
 
     def _decode(self, ids: list[int]) -> str:
         with self._faults:
@@ -232,40 +296,66 @@ _MARK = "\ue000"
 class _SentencePieceTokenizer(Tokenizer):
     """tokenizer.model through `sentencepiece`, by the conventions of Llama 2: <s> goes before every
     text, and a space before every stretch of text between special tokens; with `"legacy": false` in
-    tokenizer_config.json only before the text as a whole.
+    tokenizer_config.json, which LlamaTokenizer takes for granted, only before the text as a whole,
+    and only if it has none.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], vocab_size: int) -> None:
+    def __init__(self, path: Path, settings: Settings, vocab_size: int) -> None:
         content = read(path, "a SentencePiece model", MAX_TOKENIZER)
         with _Faults(path):
             self._model = model = sentencepiece.SentencePieceProcessor()
             model.load_from_serialized_proto(content)
             self._size = model.vocab_size()
+        pieces = {model.id_to_piece(i): i for i in range(self._size)}
         symbols = [i for i in range(self._size) if model.is_control(i) or model.is_unknown(i)]
-        added = _added_tokens(path.parent, settings)
         # Tokens that a text may spell out, which SentencePiece itself does not look for.
-        self._spelled = {i: model.id_to_piece(i) for i in symbols} | added
-        self._spelled_ids = {text: token for token, text in self._spelled.items()}
-        self._lengths = SentencePieceLengths(model, list(self._spelled_ids))
-        longest_first = sorted(self._spelled_ids, key=len, reverse=True)
-        self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self._ids = range(max(vocab_size, self._size, *(token + 1 for token in added)))
-        self._special = frozenset(symbols) | _special_tokens(settings)
+        tokens = [AddedToken(model.id_to_piece(i), special=True) for i in symbols]
+        tokens += settings.tokens_to_add({}, {token.content for token in tokens})
+        tokens = [token for token in tokens if token.content]
+        if settings.tokenizer_class != "LlamaTokenizer":  # all are found in the text as it is
+            tokens = [with_flags(token, normalized=False) for token in tokens]
+        ids = pieces | {token.content: id for id, token in settings.declared.items()}
+        free = itertools.count(max(ids.values(), default=-1) + 1)
+        for token in tokens:
+            if token.content not in ids:
+                ids[token.content] = next(free)
+        self.added_tokens = {token.content: ids[token.content] for token in tokens}
+        self._spelled = {id: text for text, id in self.added_tokens.items()}
+        self._lengths = SentencePieceLengths(model, list(self.added_tokens))
+        special = {token.content for token in tokens if token.special}
+        self._special = _ids_of(special, ids)
+        splits_special = settings.values.get("split_special_tokens") is True
+        self._splitter = tokenizers.Tokenizer(models.WordLevel({_MARK: 0}, _MARK))
+        self._splitter.add_tokens(tokens)
+        self._splitter.encode_special_tokens = splits_special
+        self._ids = range(max(vocab_size, self._size, *(id + 1 for id in self._spelled)))
         self._bytes = frozenset(i for i in range(self._size) if model.is_byte(i))
-        self._is_legacy = settings.get("legacy") is not False
-        defaults = {"add_bos_token": True, "bos_token": self._spelled.get(model.bos_id())}
-        bos, eos = _around(path, defaults | settings, self._spelled_ids)
-        self._bos, self._eos = list(bos.values()), list(eos.values())
+        is_llama = settings.tokenizer_class == "LlamaTokenizer"
+        self._is_legacy = bool(settings.values.get("legacy", not is_llama))
+        self._adds_space = not is_llama or settings.values.get("add_prefix_space") is not False
+        self._bos, self._eos = _find_around(path, settings, pieces, True)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = []
-        for i, part in enumerate(self._splitter.split(text)):
-            if part in self._spelled_ids:
-                ids.append(self._spelled_ids[part])
-            elif i == 0 or self._is_legacy:
-                ids += self._model.encode(part)
+        split = self._splitter.encode(text, add_special_tokens=False)
+        for found, (begin, end) in zip(split.ids, split.offsets, strict=True):
+            token = self._splitter.id_to_token(found)
+            if token in self.added_tokens:
+                ids.append(self.added_tokens[token])
             else:
-                ids += self._model.encode(_MARK + part)[len(self._model.encode(_MARK)) :]
+                ids += self._encode_part(text[begin:end], begin == 0)
+        return self._around(ids, add_special_tokens)
+
+    def _encode_part(self, part: str, is_first: bool) -> list[int]:
+        has_space = not self._is_legacy and part.startswith((" ", "▁"))
+        if self._adds_space and (self._is_legacy or (is_first and not has_space)):
+            return self._model.encode(part)
+        return self._model.encode(_MARK + part)[len(self._model.encode(_MARK)) :]
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         return [*self._bos, *ids, *self._eos] if add_special_tokens else ids
 
     def _decode(self, ids: list[int]) -> str:
@@ -275,27 +365,9 @@ class _SentencePieceTokenizer(Tokenizer):
                 text += "".join(self._spelled[token] for token in group)
                 continue
             run = [token for token in group if token < self._size]
-            if text:  # SentencePiece strips the first space
+            if text or not self._adds_space:  # SentencePiece strips the first space
                 anchor, anchor_text = self._anchor
                 text += self._model.decode(anchor + run)[len(anchor_text) :]
             else:
                 text = self._model.decode(run)
         return text
-
-
-def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, str]:
-    """Id -> text of the tokens that a checkpoint has beside its tokenizer.model."""
-    path = folder / "added_tokens.json"
-    try:
-        stored = read_json_object(path, optional=True)
-        added = {int(token): str(text) for text, token in stored.items()}
-        for token, entry in settings.get("added_tokens_decoder", {}).items():
-            added[int(token)] = str(entry["content"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: added tokens with no id or content: {error!r}") from error
-    return added
-
-
-def _special_tokens(settings: dict[str, Any]) -> frozenset[int]:
-    entries = settings.get("added_tokens_decoder", {})
-    return frozenset(int(token) for token, entry in entries.items() if entry.get("special"))

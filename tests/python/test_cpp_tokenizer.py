@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import texts
+import tokenizer_cases
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
@@ -230,6 +231,26 @@ def test_settings(tmp_path, kind, settings):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     found = ask(tmp_path, [{"encode": "x y", "special": True}])
     assert found == [Tokenizer.load(tmp_path).encode("x y")]
+
+
+# ---- what other files say -----------------------------------------------------------------------
+
+GOLDEN = json.loads(tokenizer_cases.GOLDEN.read_text())
+CASES = tokenizer_cases.make_cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_beside_the_vocabulary(tmp_path, name):
+    """Against the package's tokenizer, which test_tokenizer.py holds against transformers."""
+    tokenizer = Tokenizer.load(tokenizer_cases.write(tmp_path, CASES[name]))
+    texts = tokenizer_cases.TEXTS
+    ids = [tokenizer.encode(text) for text in texts]
+    requests = [{"encode": text, "special": True} for text in texts]
+    requests += [{"decode": each, "special": special} for each in ids for special in (False, True)]
+    requests += [{"encode": text, "special": False, "parse": False} for text in texts]
+    expected = ids + [tokenizer.decode(each, skip) for each in ids for skip in (True, False)]
+    expected += [tokenizer.encode(text, False, False) for text in texts]
+    assert ask(tmp_path, requests) == expected
 
 
 # ---- tokenizer.model ----------------------------------------------------------------------------

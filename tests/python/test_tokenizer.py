@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizer_cases
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -180,7 +181,7 @@ def test_training_settings_of_the_file_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "before", "after"),
     [
-        ({}, [1], []),
+        ({}, [], []),
         ({"add_bos_token": False}, [], []),
         ({"add_bos_token": True, "bos_token": "</s>"}, [2], []),
         ({"add_eos_token": True, "eos_token": {"content": "</s>"}}, [], [2]),
@@ -188,8 +189,15 @@ def test_training_settings_of_the_file_are_dropped(tmp_path):
         ({"add_bos_token": True, "bos_token": None}, [], []),
     ],
 )
-def test_tokens_around_a_text(tmp_path, settings, before, after):
-    write_byte_fallback(tmp_path)
+@pytest.mark.parametrize("writes_bos", [True, False])
+def test_tokens_around_a_text(tmp_path, settings, before, after, writes_bos):
+    """What tokenizer.json writes has the first word, as in transformers 5."""
+    reference = write_byte_fallback(tmp_path)
+    if writes_bos:
+        before, after = [1], []
+    else:
+        reference.post_processor = tokenizers.processors.ByteLevel()
+        reference.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer.load(tmp_path)
     plain = tokenizer.encode("x", add_special_tokens=False)
@@ -287,8 +295,11 @@ def test_sentencepiece_special_tokens(tmp_path, llama_model):
 def test_sentencepiece_space_before_the_first_text_alone(tmp_path, llama_model):
     tokenizer = load_model(tmp_path, llama_model, legacy=False)
     reference = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
-    for text in ("dog", " dog", "  ", "世", "9 dogs"):
+    for text in ("dog", "世", "9 dogs"):
         assert tokenizer.encode(text) == [1, *reference.encode(text)]
+    for text in (" dog", "  "):  # has its space already, as transformers has it
+        assert tokenizer.encode(text) == [1, *reference.encode(text[1:])]
+    for text in ("dog", " dog", "  ", "世", "9 dogs"):
         ids = tokenizer.encode("x</s>" + text, add_special_tokens=False)
         assert ids[: ids.index(2)] == reference.encode("x")
         assert tokenizer.decode(ids) == "x" + text
@@ -298,8 +309,7 @@ def test_sentencepiece_space_before_the_first_text_alone(tmp_path, llama_model):
 def test_sentencepiece_added_tokens(tmp_path, llama_model):
     size = sentencepiece.SentencePieceProcessor(model_proto=llama_model).vocab_size()
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": size, "<pad>": size + 1}))
-    decoder = {str(size + 1): {"content": "<pad>", "special": True}}
-    tokenizer = load_model(tmp_path, llama_model, added_tokens_decoder=decoder)
+    tokenizer = load_model(tmp_path, llama_model, pad_token="<pad>")
     ids = tokenizer.encode("dog<tool> dog<pad>", add_special_tokens=False)
     assert (ids.count(size), ids[-1]) == (1, size + 1)
     assert tokenizer.vocab_size == size + 2
@@ -319,6 +329,61 @@ def test_sentencepiece_tokens_around_a_text(tmp_path, llama_model, settings, bef
     tokenizer = load_model(tmp_path, llama_model, **settings)
     plain = tokenizer.encode("x", add_special_tokens=False)
     assert tokenizer.encode("x") == [*before, *plain, *after]
+
+
+# ---- what other files say -----------------------------------------------------------------------
+
+GOLDEN = json.loads(tokenizer_cases.GOLDEN.read_text())
+CASES = tokenizer_cases.make_cases()
+
+
+def differs_from_transformers(name: str, text: str) -> bool:
+    """With "legacy", SentencePiece's own prefix goes before a space, too; the class of transformers
+    leaves it out there."""
+    return name.startswith("model, LlamaTokenizer") and name.endswith(", legacy") and " " in text
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_beside_the_vocabulary(tmp_path, name):
+    """Against what transformers 5.24 makes of the same files."""
+    tokenizer = Tokenizer.load(tokenizer_cases.write(tmp_path, CASES[name]))
+    for text, (ids, shown, whole) in zip(tokenizer_cases.TEXTS, GOLDEN[name], strict=True):
+        if differs_from_transformers(name, text):
+            continue
+        assert tokenizer.encode(text) == ids, text
+        assert [tokenizer.decode(ids), tokenizer.decode(ids, False)] == [shown, whole], text
+        assert streamed(tokenizer, ids) == shown, text
+
+
+def test_tokenizer_model_begins_texts_with_bos_unless_told_otherwise(tmp_path, llama_model):
+    """So do llama.cpp and transformers 4; transformers 5 documents it."""
+    for settings, bos in (({}, [1]), ({"add_bos_token": False}, []), ({"bos_token": None}, [])):
+        tokenizer = load_model(tmp_path, llama_model, **settings)
+        assert tokenizer.encode("x") == bos + tokenizer.encode("x", False)
+
+
+@pytest.mark.parametrize("id", [tokenizer_cases.SIZE + 5, 7])
+def test_a_new_token_with_an_id_that_tokenizer_json_has_no_place_for(tmp_path, id):
+    files = {"tokenizer.json": tokenizer_cases.json_file(), "added_tokens.json": {"<end>": id}}
+    expected = f"'<end>' has id {id}, expected {tokenizer_cases.SIZE}, the next one behind"
+    with pytest.raises(CheckpointError, match=expected):
+        Tokenizer.load(tokenizer_cases.write(tmp_path, files))
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_added_tokens_as_text(tmp_path, kind):
+    content = getattr(tokenizer_cases, f"{kind}_file")()
+    config = {"extra_special_tokens": ["<end>"], "added_tokens_decoder": {}}
+    tokenizer = Tokenizer.load(
+        tokenizer_cases.write(
+            tmp_path, {f"tokenizer.{kind}": content, "tokenizer_config.json": config}
+        )
+    )
+    ids = tokenizer.encode("a<end>b</s>", parse_special=False)
+    assert ids[0] == 1 and not {2, tokenizer_cases.SIZE} & set(ids)
+    assert tokenizer.decode(ids) == "a<end>b</s>"
+    assert tokenizer.encode("a<end>b</s>", False, False) == ids[1:]
+    assert tokenizer.encode("a b", parse_special=False) == tokenizer.encode("a b")
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -356,7 +421,9 @@ def test_truncated_sentencepiece_model(tmp_path, llama_model):
 @pytest.mark.parametrize("kind", ["json", "model"])
 def test_broken_settings(tmp_path, llama_model, settings, message, kind):
     if kind == "json":
-        write_byte_fallback(tmp_path)
+        reference = write_byte_fallback(tmp_path)
+        reference.post_processor = tokenizers.processors.ByteLevel()  # leaves it to the settings
+        reference.save(str(tmp_path / "tokenizer.json"))
     else:
         (tmp_path / "tokenizer.model").write_bytes(llama_model)
     (tmp_path / "tokenizer_config.json").write_text(settings)
@@ -364,9 +431,9 @@ def test_broken_settings(tmp_path, llama_model, settings, message, kind):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("added", [{"5": "x"}, {"x": {"content": "y"}}, [5]])
+@pytest.mark.parametrize("added", [{"5": 7}, {"5": {}}, {"x": {"content": "y"}}, [5]])
 def test_broken_added_tokens(tmp_path, llama_model, added):
-    with pytest.raises(CheckpointError, match="added tokens"):
+    with pytest.raises(CheckpointError, match="added_tokens_decoder"):
         load_model(tmp_path, llama_model, added_tokens_decoder=added)
 
 

@@ -1,5 +1,5 @@
 // tokenize FOLDER: answers requests, one JSON object per line, with the C++ tokenizer of FOLDER.
-//   {"encode": TEXT, "special": BOOL} -> [ID, ...]
+//   {"encode": TEXT, "special": BOOL} -> [ID, ...]    "parse": false for added tokens as text
 //   {"decode": [ID, ...], "special": BOOL} -> TEXT
 //   {"stream": [ID, ...]} -> [PIECE, ...]    from each push() and from flush()
 // For tests/python/test_cpp_tokenizer.py. An error ends the program, with its message as last line.
@@ -14,7 +14,8 @@ using nlohmann::json;
 
 json answer(const tda::Tokenizer& tokenizer, const json& request) {
   if (request.contains("encode"))
-    return tokenizer.encode(request["encode"].get<std::string>(), request["special"].get<bool>());
+    return tokenizer.encode(request["encode"].get<std::string>(), request["special"].get<bool>(),
+                            request.value("parse", true));
   if (request.contains("decode"))
     return tokenizer.decode(request["decode"].get<std::vector<tda::Token>>(),
                             !request["special"].get<bool>());

@@ -31,16 +31,19 @@ class Tokenizer {
   explicit Tokenizer(const std::filesystem::path& checkpoint, std::int64_t vocab_size = 0);
 
   /// The same from contents by file name: tokenizer.json, tokenizer.model, tokenizer_config.json,
-  /// special_tokens_map.json, added_tokens.json. `name` stands before file names in messages.
+  /// special_tokens_map.json, added_tokens.json, config.json. `name` stands before file names in
+  /// messages.
   static Tokenizer from_bytes(const std::map<std::string, std::string>& files,
                               const std::string& name = "", std::int64_t vocab_size = 0);
 
   /// decode accepts ids from 0 to vocab_size - 1.
   std::int64_t vocab_size() const;
 
-  /// Special tokens that are spelled out in the text become themselves; add_special_tokens adds
-  /// those the checkpoint wants around every text, as <s>. Throws OptionError if text is no UTF-8.
-  std::vector<Token> encode(std::string_view text, bool add_special_tokens = true) const;
+  /// add_special_tokens adds those the checkpoint wants around every text, as <s>. parse_special:
+  /// special and other added tokens that are spelled out in the text become themselves; if false,
+  /// they are encoded as any other text. Throws OptionError if text is no UTF-8.
+  std::vector<Token> encode(std::string_view text, bool add_special_tokens = true,
+                            bool parse_special = true) const;
 
   /// UTF-8; bytes that are none become U+FFFD. Throws OptionError for an unknown id.
   std::string decode(Tokens ids, bool skip_special_tokens = true) const;
