@@ -129,17 +129,24 @@ class ChatTemplate:
             raise OptionError(f"messages: refused by the template {self._name}: {error}") from error
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, parse_special: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        parse_special: bool = True,
+        check: Callable[[str], None] = lambda text: None,
     ) -> list[int]:
-        """Token ids of the rendered conversation; parse_special: see Engine.chat_prompt."""
-        # The template writes all special tokens itself.
-        if parse_special:
-            return tokenizer.encode(self.render(messages), add_special_tokens=False)
+        """Token ids of the rendered conversation.
+
+        parse_special: see Engine.chat_prompt. check: may refuse the text before it is encoded.
+        """
+        control = [token for token in tokenizer.added_tokens if not token.isspace()]
+        if parse_special or not control:
+            text = self.render(messages)
+            check(text)
+            # The template writes all special tokens itself.
+            return tokenizer.encode(text, add_special_tokens=False)
         _check_messages(messages)
         begin, end = _unused_characters(messages)
-        control = [token for token in tokenizer.added_tokens if not token.isspace()]
-        if not control:
-            return tokenizer.encode(self.render(messages), add_special_tokens=False)
         longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
         marked = _map_strings(
             messages, partial(re.compile(longest_first).sub, rf"{begin}\g<0>{end}")
@@ -147,6 +154,7 @@ class ChatTemplate:
         # Alternately text that may hold control tokens, and a marked one. What the template has
         # taken apart leaves single marks behind.
         parts = re.split(f"{begin}({longest_first}){end}|[{begin}{end}]", self.render(marked))
+        check("".join(filter(None, parts)))
         ids = tokenizer.encode(parts[0], add_special_tokens=False)
         for i, part in enumerate(parts[1:], start=1):
             if part:

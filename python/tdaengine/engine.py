@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -148,7 +148,8 @@ class Engine(_native.Engine):
         temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None,
         ignore_eos=False. Of several prompts, prompt i has the seed `seed + i`, or seed[i] of a
         list.
-        stop: strings that end the text, which stops before them.
+        stop: strings that end the text, which stops before them. They may be or contain special
+        tokens, which the text does not show.
         tda: TDA() for the recommended setting or one by hand, False for none; without it that of
         the engine.
         Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
@@ -194,28 +195,37 @@ class Engine(_native.Engine):
         messages: Sequence[Mapping[str, Any]],
         options: GenerateOptions | None = None,
         *,
+        parse_special: bool = True,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Output:
         """Answers `messages`, [{"role": "user", "content": "..."}, ...], one conversation.
 
-        options, keywords, stop and tda: as in `generate`. Raises what `chat_prompt` and `generate`
-        raise.
+        parse_special: as in `chat_prompt`; options, keywords, stop and tda: as in `generate`.
+        Raises what `chat_prompt` and `generate` raise.
         """
         chosen = generate_options(options, keywords)
-        return self._generate(self.chat_prompt(messages), stop, tda, chosen)
+        prompt = self.chat_prompt(messages, parse_special=parse_special)
+        return self._generate(prompt, stop, tda, chosen)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, parse_special: bool = True
+    ) -> list[int]:
         """Token ids of a conversation, `messages`, up to where the answer begins.
 
+        parse_special: special and other added tokens that the messages spell out become those
+        tokens, as in transformers, so that a message with "<|im_end|>" in it can end its turn and
+        begin another. With False they are text like any other and only the template writes such
+        tokens: right for messages from others.
         Raises CheckpointError if the checkpoint has no chat template, OptionError for messages that
-        are of the wrong shape or that the template refuses.
+        are of the wrong shape, that the template refuses, or that hold a special token which the
+        tokenizer has no other way to write.
         """
-        # The template writes all special tokens itself.
-        tokenizer, text = self.tokenizer, self.chat_template.render(messages)
-        self._check_length(text, "messages")
-        return tokenizer.encode(text, add_special_tokens=False)
+        parse_special = _check(parse_special, "parse_special", bool)
+        check = partial(self._check_length, name="messages")
+        tokenizer = self.tokenizer  # if it is missing, this is said before the template is
+        return self.chat_template.encode(messages, tokenizer, parse_special, check)
 
     def score(  # type: ignore[override]  # what has text on both sides takes other arguments
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
@@ -90,10 +91,10 @@ class Stream(Iterator[str]):
         if self._text is None:
             self._is_done = token is None
             return ""
-        if token is not None:
-            piece = self._stop.push(self._text.push(token))
-        else:
+        if token is None:
             piece = self._stop.push(self._text.flush()) + self._stop.flush()
+        else:
+            piece = self._stop.push(self._text.push(token), self._text.hidden(token))
         if self._stop.is_found:
             self._finish_reason = "stop"
         self._is_done = token is None or self._stop.is_found
@@ -101,29 +102,42 @@ class Stream(Iterator[str]):
 
 
 class StopStrings:
-    """Cuts a text, given in pieces, before the first stop string."""
+    """Cuts a text, given in pieces, before the first stop string. Special tokens, which the text
+    does not show, are searched too.
+    """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
-        self._held = ""  # the end of the text that may be the beginning of a stop string
+        # The end of the text that may be the beginning of a stop string, and which of its
+        # characters are shown.
+        self._held, self._shown = "", ""
         self.is_found = False
 
-    def push(self, piece: str) -> str:
-        """What of the text is now certain to stand before any stop string."""
-        text = self._held + piece
+    def push(self, piece: str, hidden: str = "") -> str:
+        """What is shown of the text that is now certain to stand before any stop string. hidden:
+        the text of a special token behind the piece.
+        """
+        text = self._held + piece + hidden
+        shown = self._shown + "+" * len(piece) + "-" * len(hidden)
         # The one complete first, whatever the pieces; of several with one end the longest.
         ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             self.is_found = True
-            self._held = ""
-            return text[: min(ends)[1]]
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[certain:]
-        return text[:certain]
+            certain, kept = min(ends)[1], len(text)
+        else:
+            certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+            kept = certain
+        self._held, self._shown = text[kept:], shown[kept:]
+        return _visible(text[:certain], shown[:certain])
 
     def flush(self) -> str:
-        held, self._held = self._held, ""
+        held = _visible(self._held, self._shown)
+        self._held, self._shown = "", ""
         return held
+
+
+def _visible(text: str, shown: str) -> str:
+    return "".join(itertools.compress(text, (flag == "+" for flag in shown)))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,5 +1,6 @@
 """Generating on a tiny random model: outputs, streams, stop strings and sampling."""
 
+import json
 import random
 import shutil
 
@@ -116,6 +117,38 @@ def test_streaming_is_generating(engine, dense):
     assert stream.output.token_ids == dense.token_ids
     assert stream.output.finish_reason == "length"
     assert next(stream, "ended") == "ended"
+
+
+def test_stop_strings_see_special_tokens(tmp_path, folder, dense):
+    """The same model, with a character for a special token, which the text does not show."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    hidden = dense.text[7]
+    at = dense.text.index(hidden)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = [hidden]
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    engine = Engine(other, threads=1)
+    options = {"max_new_tokens": 40, "ignore_eos": True}
+    out = engine.generate(PROMPT, **options)
+    assert (out.text, out.finish_reason) == (dense.text.replace(hidden, ""), "length")
+    out = engine.generate(PROMPT, stop=hidden, **options)
+    assert (out.text, out.finish_reason) == (dense.text[:at], "stop")
+    assert out.token_ids == dense.token_ids[: at + 1]
+    around = dense.text[at - 1 : at + 2]
+    out = engine.generate(PROMPT, stop=[around, "\u2028"], **options)
+    assert (out.text, out.finish_reason) == (dense.text[: dense.text.index(around)], "stop")
+    stream = engine.stream(PROMPT, stop=hidden, **options)
+    assert "".join(stream) == dense.text[:at]
+
+
+def test_stop_strings_with_hidden_text():
+    stop = StopStrings(("b<x>c",))
+    assert stop.push("ab") == "a"
+    assert stop.push("", "<x>") == ""
+    assert stop.push("d") == "bd"
+    assert [stop.push("b", "<x>"), stop.flush()] == ["", "b"]
+    assert [stop.push("zb", "<x>"), stop.push("c"), stop.is_found] == ["z", "", True]
+    assert stop.flush() == ""
 
 
 def test_end_of_text(tmp_path, folder, dense):
