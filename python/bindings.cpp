@@ -302,6 +302,9 @@ void bind_engine(nb::module_& m) {
           "max_context", [](const Engine& e) { return e.get()->max_context(); },
           "How many tokens a prompt and what follows may have together.")
       .def_prop_ro(
+          "notices", [](const Engine& e) { return e.get()->notices(); },
+          "What to know of choices left to the engine, a sentence each.")
+      .def_prop_ro(
           "weight_bytes", [](const Engine& e) { return e.get()->weight_bytes(); },
           "Of all weights, as they lie in memory.")
       .def_prop_ro(
@@ -373,10 +376,11 @@ void bind_engine(nb::module_& m) {
         const tda::WeightFormat format = tda::parse_weight_format(weights);
         const tda::Progress report = reporting(std::move(progress));
         const GilReleased released;
-        tda::pack_checkpoint(source, destination, format, 0, report);
+        return tda::pack_checkpoint(source, destination, format, 0, report);
       },
       "source"_a, "destination"_a, "weights"_a = "auto", "progress"_a.none() = nb::none(),
-      "Writes config.json and model.safetensors of an engine folder into an empty folder.");
+      "Writes config.json and model.safetensors of an engine folder into an empty folder. Returns "
+      "the\nnotices of an Engine with such weights.");
   m.def(
       "measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
       nb::call_guard<GilReleased>(),

@@ -63,6 +63,7 @@ std::int64_t Engine::parameters() const { return runtime_->model().parameters; }
 WeightFormat Engine::weights() const { return runtime_->model().format; }
 KvFormat Engine::kv() const { return runtime_->kv; }
 std::int64_t Engine::max_context() const { return runtime_->max_context; }
+const std::vector<std::string>& Engine::notices() const { return runtime_->model().notices; }
 std::int64_t Engine::weight_bytes() const { return runtime_->model().weight_bytes; }
 int Engine::threads() const { return runtime_->backend->threads(); }
 std::string Engine::device() const { return runtime_->backend->name(); }

@@ -1,8 +1,12 @@
 // Loads a checkpoint: converts it to engine layout in one arena, or maps an engine folder's.
 #include <tda/error.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <set>
+#include <span>
+#include <string>
 
 #include "base/buffer.h"
 #include "base/size.h"
@@ -98,7 +102,8 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
                                         int threads, const Progress& progress) {
   if (checkpoint.packed()) return map_model(checkpoint, format);
   ThreadPool pool(threads);
-  if (format == WeightFormat::automatic) format = checkpoint.natural_format();
+  const bool chosen = format == WeightFormat::automatic;
+  if (chosen) format = checkpoint.natural_format();
 
   Layout measured(checkpoint, format, nullptr);
   measured.model();
@@ -110,6 +115,15 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   for (const Copy& copy : layout.copies()) used.insert(copy.source->name);
   checkpoint.refuse_unused(used);
   run_copies(layout.copies(), pool, progress);
+  const bool rounds =
+      format == WeightFormat::bf16 && std::ranges::any_of(layout.copies(), [](const Copy& copy) {
+        return copy.source->dtype == DType::f16 && copy.target.rows > 1;
+      });
+  if (chosen && rounds)
+    model->notices.push_back(
+        "weights \"auto\": " + checkpoint.name() +
+        " holds f16, which bf16 rounds from 11 significant bits to 8; \"f32\" keeps them all in "
+        "twice the memory, \"bf16\" says that this is meant");
   list_outliers(*model);
   return model;
 }

@@ -94,6 +94,7 @@ struct Model {
   std::vector<LayerWeights> layers;     // [L]
   std::shared_ptr<const void> storage;  // keeps every pointer above alive
   std::int64_t weight_bytes = 0;
+  std::vector<std::string> notices;  // of what loading chose, for the user
 
   /// FFN weight bytes of one neuron: its rows of gate, up and down.
   std::int64_t neuron_bytes() const {

@@ -39,8 +39,9 @@ void write_config(const Model& model, json config, const fs::path& path) {
 
 }  // namespace
 
-void pack_checkpoint(const fs::path& source, const fs::path& destination, WeightFormat weights,
-                     int threads, const Progress& progress) {
+std::vector<std::string> pack_checkpoint(const fs::path& source, const fs::path& destination,
+                                         WeightFormat weights, int threads,
+                                         const Progress& progress) {
   std::error_code ignored;
   if (!fs::is_directory(destination, ignored))
     throw OptionError(destination.string() + ": no such folder, expected one to write into");
@@ -52,6 +53,7 @@ void pack_checkpoint(const fs::path& source, const fs::path& destination, Weight
   // Last, because config.json makes the folder an engine folder.
   write_config(*model, read_json_object(source / "config.json", NonFinite::as_text),
                destination / "config.json");
+  return model->notices;
 }
 
 }  // namespace tda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def _pack(source: Path, folder: Path, weights: str, progress: Progress | None) -
     check_weights(source)
     files = copied_files(source)
     folder.mkdir()
-    _native.pack_checkpoint(str(source), str(folder), weights, progress)
+    for notice in _native.pack_checkpoint(str(source), str(folder), weights, progress):
+        warnings.warn(notice, stacklevel=3)
     return {name: _write_file(folder / name, content) for name, content in files.items()}
 
 

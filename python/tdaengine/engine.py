@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from ._native import (
     TDA,
     CalibrateOptions,
     ContextOverflow,
+    Error,
     GenerateOptions,
     OptionError,
     Thresholds,
@@ -83,6 +85,8 @@ class Engine(_native.Engine):
             max_context=_count(max_context, "max_context"),
             progress=_check_progress(progress),
         )
+        for notice in self.notices:
+            warnings.warn(notice, stacklevel=2)
 
     def __repr__(self) -> str:
         names = () if self.closed else ("weights", "device", "threads", "max_context")
@@ -158,10 +162,11 @@ class Engine(_native.Engine):
         if isinstance(prompt, list | tuple) and prompt and not _is_id(prompt[0]):
             encoded = [self._encode(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
             each_options = options_of_each(options, keywords, len(encoded))
-            return [
-                self._generate(ids, stop, tda, own)
-                for ids, own in zip(encoded, each_options, strict=True)
-            ]
+            outputs = []
+            for i, (ids, own) in enumerate(zip(encoded, each_options, strict=True)):
+                with _naming(f"prompt[{i}]"):
+                    outputs.append(self._generate(ids, stop, tda, own))
+            return outputs
         return self._generate(cast(Prompt, prompt), stop, tda, generate_options(options, keywords))
 
     def stream(
@@ -308,10 +313,16 @@ class Engine(_native.Engine):
         if isinstance(text, str):
             if is_prompt:
                 self._check_length(text, name)
-            return self.tokenizer.encode(text)
-        if isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
+            tokenizer = self.tokenizer  # without which no item is to blame
+            with _naming("" if name == "prompt" else name):
+                ids: Sequence[int] = tokenizer.encode(text)
+        elif isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
             raise OptionError(f"{name}: found {text!r}, expected a text or a list of token ids")
-        return text
+        else:
+            ids = text
+        if isinstance(ids, Sized) and len(ids) == 0:
+            raise OptionError(f"{name}: found {text!r}, expected at least one token")
+        return ids
 
     def _check_length(self, text: str, name: str) -> None:
         least = self.tokenizer.least_tokens(text)
@@ -334,6 +345,17 @@ def _warn(messages: list[str]) -> None:
         level, frame = level + 1, frame.f_back
     for message in messages:
         warnings.warn(message, TdaWarning, stacklevel=level)
+
+
+@contextmanager
+def _naming(item: str) -> Iterator[None]:
+    """Errors begin with the item's name, if it has one."""
+    try:
+        yield
+    except Error as error:
+        if not item:
+            raise
+        raise type(error)(f"{item}: {error}") from error
 
 
 def _is_id(value: Any) -> bool:

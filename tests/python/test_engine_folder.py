@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,22 @@ def test_gguf(tmp_path: Path):
     assert np.array_equal(plain.logits(TOKENS), packed.logits(TOKENS))
     assert plain.fingerprint == packed.fingerprint
     assert packed.tokenizer.encode("a") == plain.tokenizer.encode("a")
+
+
+def test_f16_that_auto_rounds_to_bf16_is_said(tmp_path: Path):
+    """transformers would keep it; bf16 has 8 significant bits of f16's 11."""
+    halves = tiny.write(tmp_path / "f16", "llama_f16")
+    said = 'weights "auto": f16 holds f16, which bf16 rounds from 11 significant bits to 8'
+    with pytest.warns(UserWarning, match=said):
+        engine = Engine(halves)
+    assert engine.weights == "bf16"
+    assert len(engine.notices) == 1
+    with pytest.warns(UserWarning, match=said):
+        convert(halves, tmp_path / "engine", weights="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weights in ("f32", "bf16", "int8", "bf16c"):  # asked for
+            assert Engine(halves, weights=weights).notices == []
+        for name in ("llama", "llama_bf16"):
+            assert Engine(tiny.write(tmp_path / name, name)).notices == []
+        assert Engine(tmp_path / "engine").notices == []  # said when it was made

@@ -254,3 +254,17 @@ def test_one_candidate_is_greedy(engine, dense):
             PROMPT, temperature=5.0, max_new_tokens=40, ignore_eos=True, **options
         )
         assert out.text == dense.text
+
+
+def test_an_empty_text_of_several_is_named(folder, tmp_path):
+    """This tokenizer adds no <s>, so that "" has no tokens; nothing is computed before."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    engine = Engine(model)
+    for prompt, name in (("", "prompt"), (["", "a"], "prompt[0]"), (["a", ""], "prompt[1]")):
+        with pytest.raises(OptionError) as info:
+            engine.generate(prompt)
+        assert str(info.value) == f"{name}: found '', expected at least one token"
+    with pytest.raises(OptionError, match=r"texts\[1\]: found '', expected at least one token"):
+        engine.calibrate(["a", ""])

@@ -125,6 +125,8 @@ class Engine {
   WeightFormat weights() const;
   KvFormat kv() const;
   std::int64_t max_context() const;
+  /// What the user should know of the choices that options left to the engine; one sentence each.
+  const std::vector<std::string>& notices() const;
   std::int64_t weight_bytes() const;  // resident, all weights
   int threads() const;
   std::string device() const;  // e.g. "cpu (avx2)"
@@ -200,11 +202,11 @@ class Session {
 /// Makes `destination`, a folder that exists, an engine folder: its model.safetensors holds the
 /// weights of `checkpoint` as an Engine with such weights has them in memory, so that an Engine
 /// maps and uses them in place, and its config.json says so. Throws CheckpointError or OptionError;
-/// each of the two files is written whole or not at all.
-void pack_checkpoint(const std::filesystem::path& checkpoint,
-                     const std::filesystem::path& destination,
-                     WeightFormat weights = WeightFormat::automatic, int threads = 0,
-                     const Progress& progress = {});
+/// each of the two files is written whole or not at all. Returns such an Engine's notices.
+std::vector<std::string> pack_checkpoint(const std::filesystem::path& checkpoint,
+                                         const std::filesystem::path& destination,
+                                         WeightFormat weights = WeightFormat::automatic,
+                                         int threads = 0, const Progress& progress = {});
 
 /// Bytes per second of a streaming read over `megabytes` with `threads`: the memory read roof.
 double measure_read_bandwidth(int threads, std::int64_t megabytes = 512);
