@@ -138,7 +138,7 @@ TEST(json_within_limits) {
   const fs::path large = folder.write("large", "{}");
   fs::resize_file(large, tda::kMaxJsonBytes + 1);
   CHECK_THROWS(tda::read_json_object(large), CheckpointError,
-               "large: found 100000001 bytes, expected JSON of at most 100000000");
+               "large: found 100000001 bytes, expected a JSON file of at most 100000000");
 }
 
 TEST(messages_quote_files_in_short) {
