@@ -1,5 +1,3 @@
-#include "bind_options.h"
-
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -10,6 +8,7 @@
 #include <filesystem>
 #include <string>
 
+#include "bind.h"
 #include "records.h"
 
 using namespace nb::literals;
@@ -47,42 +46,7 @@ const char* to_string(tda::RopeConfig::Scaling scaling) {
   return nullptr;
 }
 
-}  // namespace
-
-void bind_config(nb::module_& m) {
-  using tda::ModelConfig;
-  using tda::RopeConfig;
-  nb::class_<RopeConfig>(m, "RopeConfig", "Rotary position embedding and how it is stretched.")
-      .def_prop_ro("scaling", [](const RopeConfig& c) { return to_string(c.scaling); })
-      .def_ro("theta", &RopeConfig::theta)
-      .def_ro("factor", &RopeConfig::factor)
-      .def_ro("original_max_position", &RopeConfig::original_max_position);
-  nb::class_<ModelConfig>(m, "ModelConfig", "What a checkpoint's config.json says.")
-      .def_ro("model_type", &ModelConfig::model_type)
-      .def_ro("vocab_size", &ModelConfig::vocab_size)
-      .def_ro("hidden_size", &ModelConfig::hidden_size)
-      .def_ro("intermediate_size", &ModelConfig::intermediate_size)
-      .def_ro("num_layers", &ModelConfig::num_layers)
-      .def_ro("num_heads", &ModelConfig::num_heads)
-      .def_ro("num_kv_heads", &ModelConfig::num_kv_heads)
-      .def_ro("head_dim", &ModelConfig::head_dim)
-      .def_ro("max_position", &ModelConfig::max_position)
-      .def_ro("rms_norm_eps", &ModelConfig::rms_norm_eps)
-      .def_prop_ro("activation", [](const ModelConfig& c) { return to_string(c.activation); })
-      .def_ro("rope", &ModelConfig::rope)
-      .def_ro("tied_embeddings", &ModelConfig::tied_embeddings)
-      .def_ro("qkv_bias", &ModelConfig::qkv_bias)
-      .def_ro("output_bias", &ModelConfig::output_bias)
-      .def_ro("qk_norm", &ModelConfig::qk_norm)
-      .def_ro("sliding_window", &ModelConfig::sliding_window)
-      .def_ro("bos_token", &ModelConfig::bos_token)
-      .def_ro("eos_tokens", &ModelConfig::eos_tokens);
-}
-
-void bind_options(nb::module_& m) {
-  using tda::CalibrateOptions;
-  using tda::GenerateOptions;
-  using tda::TdaOptions;
+void bind_thresholds(nb::module_& m) {
   using tda::Thresholds;
   RecordClass<Thresholds>(
       m, "Thresholds",
@@ -111,7 +75,10 @@ void bind_options(nb::module_& m) {
           "load", [](const std::filesystem::path& path) { return Thresholds::load(path); },
           "path"_a, nb::sig("def load(path: str | os.PathLike[str]) -> Thresholds"),
           "Reads what `save` wrote to the file `path`. Raises CheckpointError for anything else.");
+}
 
+void bind_generate_options(nb::module_& m) {
+  using tda::GenerateOptions;
   RecordClass<GenerateOptions>(
       m, "GenerateOptions",
       "How to generate. Sampling follows the order repetition_penalty, temperature, top_k, top_p,\n"
@@ -131,7 +98,10 @@ void bind_options(nb::module_& m) {
           "def __init__(self, *, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = "
           "0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | "
           "None = None, ignore_eos: bool = False) -> None");
+}
 
+void bind_tda(nb::module_& m) {
+  using tda::TdaOptions;
   RecordClass<TdaOptions>(
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
@@ -192,7 +162,10 @@ void bind_options(nb::module_& m) {
           "For comparison: per token the share `active` of neurons whose gate is open widest, as "
           "in\n"
           "CATS (arXiv 2404.08763). Raises OptionError.");
+}
 
+void bind_calibrate_options(nb::module_& m) {
+  using tda::CalibrateOptions;
   RecordClass<CalibrateOptions>(m, "CalibrateOptions",
                                 "How to search thresholds. Raises OptionError.")
       .field("scope", &CalibrateOptions::scope, "\"sequence\" or \"token\".")
@@ -213,4 +186,43 @@ void bind_options(nb::module_& m) {
           "None, max_tokens: int = 512, sample_tokens: int = 32, self_texts: int = 16, "
           "self_tokens: "
           "int = 128, seed: int = 0) -> None");
+}
+
+}  // namespace
+
+void bind_config(nb::module_& m) {
+  using tda::ModelConfig;
+  using tda::RopeConfig;
+  nb::class_<RopeConfig>(m, "RopeConfig", "Rotary position embedding and how it is stretched.")
+      .def_prop_ro("scaling", [](const RopeConfig& c) { return to_string(c.scaling); })
+      .def_ro("theta", &RopeConfig::theta)
+      .def_ro("factor", &RopeConfig::factor)
+      .def_ro("original_max_position", &RopeConfig::original_max_position);
+  nb::class_<ModelConfig>(m, "ModelConfig", "What a checkpoint's config.json says.")
+      .def_ro("model_type", &ModelConfig::model_type)
+      .def_ro("vocab_size", &ModelConfig::vocab_size)
+      .def_ro("hidden_size", &ModelConfig::hidden_size)
+      .def_ro("intermediate_size", &ModelConfig::intermediate_size)
+      .def_ro("num_layers", &ModelConfig::num_layers)
+      .def_ro("num_heads", &ModelConfig::num_heads)
+      .def_ro("num_kv_heads", &ModelConfig::num_kv_heads)
+      .def_ro("head_dim", &ModelConfig::head_dim)
+      .def_ro("max_position", &ModelConfig::max_position)
+      .def_ro("rms_norm_eps", &ModelConfig::rms_norm_eps)
+      .def_prop_ro("activation", [](const ModelConfig& c) { return to_string(c.activation); })
+      .def_ro("rope", &ModelConfig::rope)
+      .def_ro("tied_embeddings", &ModelConfig::tied_embeddings)
+      .def_ro("qkv_bias", &ModelConfig::qkv_bias)
+      .def_ro("output_bias", &ModelConfig::output_bias)
+      .def_ro("qk_norm", &ModelConfig::qk_norm)
+      .def_ro("sliding_window", &ModelConfig::sliding_window)
+      .def_ro("bos_token", &ModelConfig::bos_token)
+      .def_ro("eos_tokens", &ModelConfig::eos_tokens);
+}
+
+void bind_options(nb::module_& m) {
+  bind_thresholds(m);
+  bind_generate_options(m);
+  bind_tda(m);
+  bind_calibrate_options(m);
 }

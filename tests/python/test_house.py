@@ -166,7 +166,9 @@ def imports(sources: dict[str, str]) -> dict[str, set[str]]:
                 names.add(node.module.split(".")[0])
             elif isinstance(node, ast.ImportFrom) and node.level == 1:
                 own = {alias.name for alias in node.names}
-                names |= own & modules.keys() or {"__init__"}
+                names |= own & modules.keys()
+                if own - modules.keys() - {"_native"}:
+                    names.add("__init__")
             elif isinstance(node, ast.ImportFrom) and node.module == "tdaengine":
                 names.add("__init__")
         found[module] = names & modules.keys()
@@ -197,23 +199,14 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 SOURCES = product_sources()
 
 
-# Still to be split; remove each with its split.
-STILL_TOO_LONG_FILES = {"python/tdaengine/commands.py"}
-
-
 def test_no_file_is_too_long():
-    assert {line.split(":")[0] for line in long_files(SOURCES)} <= STILL_TOO_LONG_FILES
+    assert long_files(SOURCES) == []
     longer = SOURCES | {"cpp/base/size.h": "\n" * (MOST_FILE_LINES + 1)}
     assert "cpp/base/size.h: 401 lines" in long_files(longer)
 
 
-# Still to be split; remove each with its split.
-STILL_TOO_LONG = {
-    ("cpp/cpu/down_rows.h", "add_down_batch"),
-    ("python/bind_options.cpp", "bind_options"),
-    ("python/bindings.cpp", "bind_engine"),
-    ("python/tdaengine/cli.py", "_parser"),
-}
+# Splitting it moves code in the AVX-512 kernel around it, which is to be measured when it is done.
+STILL_TOO_LONG = {("cpp/cpu/down_rows.h", "add_down_batch")}
 
 
 def test_no_function_is_too_long():
@@ -256,13 +249,8 @@ def test_no_headers_include_each_other_in_a_circle():
     assert cycles(includes(broken)) == ["cpp/base/buffer.h -> cpp/base/size.h -> cpp/base/buffer.h"]
 
 
-# Still to be opened.
-STILL_IN_A_CIRCLE = {"convert", "gguf", "gguf_tokenizer"}
-
-
 def test_no_modules_import_each_other_in_a_circle():
-    found = {module for cycle in cycles(imports(SOURCES)) for module in cycle.split(" -> ")}
-    assert found <= STILL_IN_A_CIRCLE
+    assert cycles(imports(SOURCES)) == []
     a, b = "python/tdaengine/a.py", "python/tdaengine/b.py"
     broken = {a: "from .b import x\n", b: "def f():\n    from . import a\n"}
     assert cycles(imports(broken)) == ["a -> b -> a"]

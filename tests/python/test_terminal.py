@@ -143,7 +143,7 @@ def test_names_and_messages_on_a_terminal(tmp_path: Path, folder: Path):
     for arguments in (
         ["info", hostile],
         ["generate", folder, "x", f"--{ESCAPE}"],
-        ["generate", folder, "x", "--tda-thresholds", hostile],
+        ["generate", folder, "x", "--tda", f"thresholds={hostile}"],
     ):
         code, seen = on_a_terminal(*arguments)
         assert code == 2
