@@ -280,7 +280,7 @@ def test_interrupt_stops_the_answer_not_the_chat(run, typed, folder, monkeypatch
 
     monkeypatch.setattr(Stream, "__next__", interrupted)
     typed("Hi.", "More.")
-    code, out, _ = run("chat", folder, *SHORT)
+    code, out, _ = run("chat", folder, *GREEDY)
     assert code == 0
     assert [len(line) for line in out.splitlines()] == [2, 8]
 
