@@ -10,7 +10,7 @@ python3 -m venv "$place/venv"
 bin=$place/venv/bin
 "$bin/pip" install -q --disable-pip-version-check build
 
-"$bin/python" -m build --outdir "$place/dist" "$source"
+"$bin/python" -m build -C cmake.define.TDA_CUDA=OFF --outdir "$place/dist" "$source"
 tar -tf "$place"/dist/*.tar.gz | sed 's,^[^/]*/,,' | sort >"$place/sdist"
 (cd "$source" && git ls-files CMakeLists.txt LICENSE README.md pyproject.toml cpp cuda python &&
   echo PKG-INFO) | sort | diff - "$place/sdist"

@@ -149,7 +149,7 @@ def test_warnings_are_told_once(run, typed, folder):
     _, _, err = run("generate", folder, PROMPT, *SHORT, "--tda", "active=0.95")
     assert err.count("warning: a sequence mask from a prompt of under 64 tokens") == 1
     typed("Hi.", "More.")
-    _, out, err = run("chat", folder, *SHORT, "--tda", "active=0.95")
+    _, out, err = run("chat", folder, *GREEDY, "--tda", "active=0.95")
     assert len(out.splitlines()) == 2
     assert err.count("warning: ") == 1
 
@@ -194,7 +194,7 @@ def test_chat_remembers_until_reset(run, typed, folder, engine):
 
 def test_chat_goes_on_after_an_error(run, typed, folder):
     typed("x" * 200, "Hi.")
-    code, out, err = run("chat", folder, *SHORT)
+    code, out, err = run("chat", folder, *GREEDY)
     assert code == 0
     assert err.startswith("error: ")
     assert "max_context 128" in err
