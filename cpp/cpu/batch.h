@@ -149,7 +149,8 @@ struct RowsAhead {
 
 /// Prefetch distance in rows of so many bytes, a multiple of `multiple`; the second prefetch is
 /// issued at half of it. kFar covers memory latency: at a longer distance more than 64 lines would
-/// be in flight when memory is slow.
+/// be in flight when memory is slow. The callers round it to whole batches and, for gate and up rows,
+/// cap it at kBatch, so that a small change of kFar may change nothing.
 inline int64_t rows_ahead(int64_t bytes, int64_t multiple) {
   constexpr int64_t kFar = 10240;
   return (kFar + bytes * multiple - 1) / (bytes * multiple) * multiple;

@@ -31,8 +31,8 @@ BROKEN_PIPE = 141
 
 
 SETTING = (
-    "a setting by hand: error=0.1; scope=token,active=0.3,coarse=0.5; thresholds=FILE; off. Alone, "
-    "without SETTING: the recommended one for the model and weights"
+    "the recommended setting for the model and weights; or SETTING by hand: "
+    "scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; off"
 )
 
 
