@@ -32,8 +32,9 @@ void write_config(const Model& model, json config, const fs::path& path) {
                                  {"weights", name_of(model.format)},
                                  {"fingerprint", model.fingerprint},
                                  {"parameters", model.parameters}};
-  // The head may be one of its own, whatever the checkpoint says.
-  if (!model.config.tied_embeddings) config["tie_word_embeddings"] = false;
+  // The checkpoint may say that its head is the embedding and hold another one, which counts.
+  if (!model.config.tied_embeddings && config.contains("tie_word_embeddings"))
+    config["tie_word_embeddings"] = false;
   write_file_atomically(path, {config.dump(2), "\n"});
 }
 
