@@ -21,8 +21,9 @@ from tdaengine.convert import convert
 from tdaengine.new_folder import CHECKSUMS, verify
 
 WAITS = """
-import sys, time
+import signal, sys, time
 from tdaengine.convert import convert
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin with it ignored
 def wait(done, total):
     print("begun", flush=True)
     time.sleep(600)
