@@ -63,9 +63,10 @@ class Numbers:
     offset: int
 
     def tolist(self) -> list[Any]:
-        if self.dtype.kind == "b":
-            return (read_array(self.file, np.dtype("u1"), self.count, self.offset) != 0).tolist()
-        return read_array(self.file, self.dtype, self.count, self.offset).tolist()
+        is_bool = self.dtype.kind == "b"  # any byte but 0 is true
+        stored = np.dtype("u1") if is_bool else self.dtype
+        values = read_array(self.file, stored, self.count, self.offset)
+        return list((values != 0 if is_bool else values).tolist())
 
 
 # Text is kept as bytes: whether it is UTF-8 matters where it is used.

@@ -349,11 +349,12 @@ class _SentencePieceTokenizer(Tokenizer):
     def _encode_part(self, part: str, is_first: bool) -> list[int]:
         has_space = not self._is_legacy and part.startswith((" ", "▁"))
         if self._adds_space and (self._is_legacy or (is_first and not has_space)):
-            return self._model.encode(part)
-        return self._model.encode(_MARK + part)[len(self._model.encode(_MARK)) :]
+            return self._encode_text(part)
+        return self._encode_text(_MARK + part)[len(self._encode_text(_MARK)) :]
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        ids: list[int] = self._model.encode(text)
+        return ids
 
     def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         return [*self._bos, *ids, *self._eos] if add_special_tokens else ids
