@@ -8,8 +8,6 @@
 
 #include "base/file.h"
 
-template class nlohmann::basic_json<>;
-
 namespace tda {
 
 std::string describe(const nlohmann::json& value) {

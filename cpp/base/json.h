@@ -7,9 +7,6 @@
 #include <string>
 #include <string_view>
 
-// Instantiated once, in json.cpp, instead of in every file that includes this.
-extern template class nlohmann::basic_json<>;
-
 namespace tda {
 
 // Far beyond what any checkpoint has; they limit the memory that a hostile file can use.
