@@ -57,7 +57,6 @@ bool Sampler::only_draws() const {
 
 Token Sampler::sample(std::span<const float> logits) {
   if (only_draws()) return draw(logits, options_.temperature, uniform());
-  argmax(logits);  // throws if they are not finite
   candidates_.resize(logits.size());
   for (std::size_t i = 0; i < logits.size(); ++i) {
     candidates_[i] = {static_cast<Token>(i), logits[i]};

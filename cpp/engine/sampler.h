@@ -16,7 +16,8 @@ class Sampler {
   /// options: already validated. prompt: its tokens count for the repetition penalty.
   Sampler(const GenerateOptions& options, Tokens prompt);
 
-  /// Chooses and remembers a token. logits: [V]. Throws Error if they are not finite.
+  /// Chooses and remembers a token. logits: [V], finite, as Session::Impl::run gives them; a plain
+  /// draw throws Error if they are not.
   Token sample(std::span<const float> logits);
   /// Whether sample() is the same as draw(logits, temperature, uniform()).
   bool only_draws() const;
