@@ -16,6 +16,7 @@ from converting import read_json, refused
 from gguf import GGMLQuantizationType, quants
 from safetensors.numpy import load_file
 from sentencepiece import sentencepiece_model_pb2 as pb2
+from tiny_gguf import divisors
 
 from tdaengine import CheckpointError, Engine
 from tdaengine.convert import convert
@@ -78,16 +79,6 @@ def test_gguf_quantized_is_bf16_unless_told(tmp_path: Path):
     assert Engine(tmp_path / "auto").weights == "bf16"
 
 
-def divisors(factor: float, original: float = 8192, head_dim: int = 12) -> np.ndarray:
-    """Llama 3's, by the formula of its paper: 1 for short waves, `factor` for long ones."""
-    result = []
-    for i in range(head_dim // 2):
-        wave = 2 * np.pi * 10000.0 ** (2 * i / head_dim)
-        smooth = min(max((original / wave - 1) / (4 - 1), 0), 1)
-        result.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(result, np.float32)
-
-
 def test_gguf_rope_scaling(tmp_path: Path):
     def scaling(name: str, **more) -> dict:
         (tmp_path / name).mkdir()
@@ -136,10 +127,19 @@ def test_gguf_rope_scaling(tmp_path: Path):
             ["token_type", "7"],
         ),
         ({"metadata": {"tokenizer.ggml.add_bos_token": True}}, ["bos_token_id", "nothing"]),
-        ({"tensors": {"blk.0.ffn_up.bias": divisors(8)}}, ["blk.0.ffn_up.bias", "unknown"]),
-        ({"tensors": {"blk.0.attn_q.bias": divisors(8)}}, ["blk.0.attn_q.bias", "[6]", "[48]"]),
+        (
+            {"tensors": {"blk.0.ffn_up.bias": divisors(8)}},
+            ["blk.0.ffn_up.bias", "unknown"],
+        ),
+        (
+            {"tensors": {"blk.0.attn_q.bias": divisors(8)}},
+            ["blk.0.attn_q.bias", "[6]", "[48]"],
+        ),
         ({"tensors": {"blk.0.attn_q.bias": np.ones(48, "f")}}, ["blk.0.attn_k.bias", "missing"]),
-        ({"tensors": {"blk.1.attn_q_norm.weight": divisors(8)}}, ["attn_q_norm", "unknown"]),
+        (
+            {"tensors": {"blk.1.attn_q_norm.weight": divisors(8)}},
+            ["attn_q_norm", "unknown"],
+        ),
         ({"drop": "model.embed_tokens.weight"}, ["token_embd.weight", "missing"]),
         ({"drop": "model.layers.1.mlp.up_proj.weight"}, ["blk.1.ffn_up.weight", "missing"]),
         ({"variant": "qwen3", "drop": "model.layers.0.self_attn.k_norm.weight"}, ["attn_k_norm"]),

@@ -11,6 +11,7 @@ import tiny
 import tiny_gguf
 from converting import read_json, refused
 from reference import Reference
+from tiny_gguf import divisors
 
 from tdaengine import CheckpointError, Engine
 from tdaengine.convert import convert
@@ -24,16 +25,6 @@ SCALING = "llama.rope.scaling."
 def write(folder: Path, metadata: dict | None = None, config: dict = CONFIG, **more) -> Path:
     weights = tiny.make_weights(config, seed=1)
     return tiny_gguf.write(folder / "model.gguf", config, weights, metadata, **more)
-
-
-def divisors(factor: float, original: float = 8192) -> np.ndarray:
-    """Llama 3's, by the formula of its paper: 1 for short waves, `factor` for long ones."""
-    result = []
-    for i in range(HEAD_DIM // 2):
-        wave = 2 * np.pi * 10000.0 ** (2 * i / HEAD_DIM)
-        smooth = min(max((original / wave - 1) / (4 - 1), 0), 1)
-        result.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(result, np.float32)
 
 
 class GgmlReference(Reference):

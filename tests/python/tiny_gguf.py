@@ -90,6 +90,16 @@ def gguf_name(name: str) -> str:
     return f"blk.{match[1]}.{NAMES[match[2]]}.{kind}" if match else f"{NAMES[stem]}.{kind}"
 
 
+def divisors(factor: float, original: float = 8192, head_dim: int = 12) -> np.ndarray:
+    """Llama 3's, by the formula of its paper: 1 for short waves, `factor` for long ones."""
+    result = []
+    for i in range(head_dim // 2):
+        wave = 2 * np.pi * 10000.0 ** (2 * i / head_dim)
+        smooth = min(max((original / wave - 1) / (4 - 1), 0), 1)
+        result.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(result, np.float32)
+
+
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows i and i + head_dim / 2 of each head, which RoPE rotates together, become neighbours."""
     size = len(rows) // heads
