@@ -63,6 +63,12 @@ class ClosableEngine {
   std::shared_ptr<const tda::Engine> engine_;
 };
 
+/// A getter that hands on what an engine's own returns.
+template <auto kGetter>
+auto value_of(const ClosableEngine& engine) {
+  return (*engine.get().*kGetter)();
+}
+
 std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const std::string& device,
                                                const std::string& weights, const std::string& kv,
                                                int threads, std::int64_t max_context,
@@ -95,40 +101,30 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
           "max_context"_a = 0, "progress"_a.none() = nb::none())
       .def("close", &Engine::close,
-           "Gives up the engine; a later use is an OptionError. The weights are freed as soon as "
-           "no\n"
-           "stream or session that is still there uses them.")
+           "Gives up the engine; a later use is an OptionError. The weights are freed when no "
+           "stream\n"
+           "or session uses them any more.")
       .def_prop_ro("closed", &Engine::closed, "Whether `close` was called.")
-      .def_prop_ro(
-          "config", [](const Engine& e) { return e.get()->config(); },
-          "What the checkpoint's config.json says.")
-      .def_prop_ro(
-          "parameters", [](const Engine& e) { return e.get()->parameters(); },
-          "How many numbers the checkpoint has.")
-      .def_prop_ro(
-          "fingerprint", [](const Engine& e) { return e.get()->fingerprint(); },
-          "Of the checkpoint's tensors.")
+      .def_prop_ro("config", value_of<&tda::Engine::config>,
+                   "What the checkpoint's config.json says.")
+      .def_prop_ro("parameters", value_of<&tda::Engine::parameters>,
+                   "How many numbers the checkpoint has.")
+      .def_prop_ro("fingerprint", value_of<&tda::Engine::fingerprint>,
+                   "Of the checkpoint's tensors.")
       .def_prop_ro(
           "weights", [](const Engine& e) { return std::string(name_of(e.get()->weights())); },
           "Their format: \"f32\", \"bf16\", \"int8\", \"int4\" or \"bf16c\".")
       .def_prop_ro(
           "kv", [](const Engine& e) { return std::string(name_of(e.get()->kv())); },
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
-      .def_prop_ro(
-          "max_context", [](const Engine& e) { return e.get()->max_context(); },
-          "How many tokens a prompt and what follows may have together.")
-      .def_prop_ro(
-          "notices", [](const Engine& e) { return e.get()->notices(); },
-          "What to know of choices left to the engine, a sentence each.")
-      .def_prop_ro(
-          "weight_bytes", [](const Engine& e) { return e.get()->weight_bytes(); },
-          "Of all weights, as they lie in memory.")
-      .def_prop_ro(
-          "threads", [](const Engine& e) { return e.get()->threads(); },
-          "How many threads compute.")
-      .def_prop_ro(
-          "device", [](const Engine& e) { return e.get()->device(); },
-          "What computes, as \"cpu (avx2)\".");
+      .def_prop_ro("max_context", value_of<&tda::Engine::max_context>,
+                   "How many tokens a prompt and what follows may have together.")
+      .def_prop_ro("notices", value_of<&tda::Engine::notices>,
+                   "What to know of choices left to the engine, a sentence each.")
+      .def_prop_ro("weight_bytes", value_of<&tda::Engine::weight_bytes>,
+                   "Of all weights, as they lie in memory.")
+      .def_prop_ro("threads", value_of<&tda::Engine::threads>, "How many threads compute.")
+      .def_prop_ro("device", value_of<&tda::Engine::device>, "What computes, as \"cpu (avx2)\".");
 }
 
 void bind_computing(nb::class_<ClosableEngine>& engine) {

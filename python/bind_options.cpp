@@ -159,7 +159,7 @@ void bind_tda(nb::module_& m) {
             return options;
           },
           "active"_a,
-          "For comparison: per token the share `active` of neurons whose gate is open widest, as "
+          "For comparison: per token the share `active` of neurons with the widest open gate, as "
           "in\n"
           "CATS (arXiv 2404.08763). Raises OptionError.");
 }
