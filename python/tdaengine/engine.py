@@ -85,8 +85,7 @@ class Engine(_native.Engine):
             max_context=_count(max_context, "max_context"),
             progress=_check_progress(progress),
         )
-        for notice in self.notices:
-            warnings.warn(notice, stacklevel=2)
+        _warn(self.notices, UserWarning)
 
     def __repr__(self) -> str:
         names = () if self.closed else ("weights", "device", "threads", "max_context")
@@ -306,7 +305,7 @@ class Engine(_native.Engine):
         needs_text = bool(stop) or has_tokenizer(self.path)
         text = self.tokenizer.stream() if needs_text else None
         generation = self.start(self._encode(prompt), options, self._tda(tda))
-        _warn(generation.stats.warnings)
+        _warn(generation.stats.warnings, TdaWarning)
         return Stream(generation, text, stop)
 
     def _encode(self, text: Prompt, name: str = "prompt", is_prompt: bool = True) -> Sequence[int]:
@@ -338,13 +337,13 @@ class Engine(_native.Engine):
         return self.tda if tda is None else _check_tda(tda)
 
 
-def _warn(messages: list[str]) -> None:
+def _warn(messages: list[str], category: type[Warning]) -> None:
     """Names the line outside of this package that called."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("tdaengine"):
         level, frame = level + 1, frame.f_back
     for message in messages:
-        warnings.warn(message, TdaWarning, stacklevel=level)
+        warnings.warn(message, category, stacklevel=level)
 
 
 @contextmanager
