@@ -254,11 +254,12 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
       }
       const __m512i(&l)[4] = lowers[0], (&u)[4] = uppers[0];
       float* const out = y + g * kGroup;
-      if (kScales ==
-          2) {  // a 128-bit lane: 16 values in the lower nibbles, the next 16 in the upper
+      // A 128-bit lane: of 2 scales, 16 values in the lower nibbles and the next 16 in the upper;
+      // of 4, 8 values of each of two scales.
+      if (kScales == 2) {
         add_lanes(l[0], l[1], l[2], l[3], step, 2 * left, out);
         add_lanes(u[0], u[1], u[2], u[3], step, 2 * left, out + 16);
-      } else {  // 8 values of each of two scales
+      } else {
         add_lanes(l[0], l[1], u[0], u[1], step, 2 * left, out);
         add_lanes(l[2], l[3], u[2], u[3], step, 2 * left, out + 16);
       }
