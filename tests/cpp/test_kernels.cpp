@@ -55,7 +55,8 @@ struct Stored {
       v = bf16_to_f32(halves.back());
     }
     if (format == WeightFormat::bf16) {
-      std::memcpy(stored.data(), halves.data(), 2 * halves.size());
+      std::copy_n(reinterpret_cast<const std::byte*>(halves.data()), 2 * halves.size(),
+                  reinterpret_cast<std::byte*>(stored.data()));
       return;
     }
     stride = bf16c_row_bytes(n);
