@@ -113,7 +113,7 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
                    "Of the checkpoint's tensors.")
       .def_prop_ro(
           "weights", [](const Engine& e) { return std::string(name_of(e.get()->weights())); },
-          "Their format: \"f32\", \"bf16\", \"int8\", \"int4\" or \"bf16c\".")
+          "Their format: \"f32\", \"bf16\", \"int8\", \"int4\",\n\"bf16c\" or \"graded\".")
       .def_prop_ro(
           "kv", [](const Engine& e) { return std::string(name_of(e.get()->kv())); },
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")

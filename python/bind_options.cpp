@@ -105,11 +105,12 @@ void bind_tda(nb::module_& m) {
   RecordClass<TdaOptions>(
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
-      "TDA() is the recommended setting for the model and weights at hand: with int8 weights\n"
-      "TDA(scope=\"token\", active=0.35, coarse=0.5, head=1e-5), with int4 weights\n"
-      "TDA(scope=\"token\", active=0.6, head=1e-5), else dense, since nothing is faster there at\n"
-      "little loss. Output.stats.tda says what was used.\n\n"
-      "For a setting by hand exactly one of error, active and thresholds is given.\n"
+      "TDA() is the recommended setting for the model and weights at hand: with graded weights\n"
+      "TDA(inputs=0.2), with int8 weights TDA(scope=\"token\", active=0.35, coarse=0.5,\n"
+      "head=1e-5), with int4 weights TDA(scope=\"token\", active=0.6, head=1e-5), else dense,\n"
+      "since nothing is faster there at little loss. Output.stats.tda says what was used.\n\n"
+      "For a setting by hand with graded weights inputs is given, and active at will; with other\n"
+      "weights exactly one of error, active and thresholds.\n"
       "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
       "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
       "Raises OptionError.")
@@ -122,6 +123,9 @@ void bind_tda(nb::module_& m) {
              "(CETT); thresholds are searched on the prompt itself.")
       .field("active", &TdaOptions::active,
              "0 < active <= 1, share of neurons kept in every layer.")
+      .field("inputs", &TdaOptions::inputs,
+             "graded weights: the share of inputs read at 8 bits, in every product but down;\n"
+             "active, 0 to 1, is then the share of down's inputs, by default half of it.")
       .field("thresholds", &TdaOptions::thresholds,
              "Thresholds, from Engine.calibrate or Thresholds.load.")
       .field("coarse", &TdaOptions::coarse,
@@ -139,7 +143,8 @@ void bind_tda(nb::module_& m) {
           "float "
           "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
           "= "
-          "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0) -> None")
+          "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0, inputs: "
+          "float | None = None) -> None")
       .def_static(
           "griffin",
           [](double active) {

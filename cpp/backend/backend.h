@@ -28,6 +28,16 @@ struct TokenThresholds {
   bool by_gate = false;         // the estimate is |act(gate[j])|, as in CATS; needs coarse == exact
 };
 
+/// The products of a layer whose inputs precision by input judges (graded weights).
+enum class Product { qkv, output, gate_up, down };
+inline constexpr int kProducts = 4;
+
+/// Of graded weights: inputs with |x[i]| * ||rest[:, i]|| of at least the threshold are read at 8
+/// bits, the others at 4. 0: all are.
+struct InputThresholds {
+  float of[kProducts] = {};
+};
+
 /// What sparse and dense decode steps have read so far.
 struct FfnReads {
   std::int64_t exact = 0, coarse = 0;  // neurons
@@ -54,6 +64,8 @@ struct Step {
   /// and computed exactly for tokens estimated to be at least `head` times as likely as the most
   /// likely one. 0: all are exact.
   float head = 0;
+  /// For a sparse step with graded weights: the threshold of the head's inputs.
+  float head_inputs = 0;
 };
 
 /// KV cache, scratch, statistic, samples and masks of one session; each backend derives its own.
@@ -130,8 +142,18 @@ class Backend {
   virtual void compact_masks(State&) const {}
   /// Throws OptionError for thresholds that contradict each other or the weight format.
   virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
+  /// |x[i]| * ||rest[:, i]|| of a product's inputs, of the tokens named by Step::samples,
+  /// [tokens, inputs]; graded weights only. Without a layer: of the head's inputs.
+  virtual std::vector<float> input_contributions(const State&, std::int64_t /*layer*/,
+                                                 Product) const {
+    return {};
+  }
+  virtual std::vector<float> head_contributions(const State&) const { return {}; }
+  virtual void set_input_thresholds(State&, std::int64_t /*layer*/, const InputThresholds&) const {}
   /// What single-token steps of this state have read so far.
   virtual FfnReads ffn_reads(const State&, std::int64_t layer) const = 0;
+  /// Bytes of q, k, v and output projections read so far by single-token steps, of all layers.
+  virtual std::int64_t attention_bytes(const State&) const { return 0; }
   /// Bytes of the head read so far for logits of single rows.
   virtual std::int64_t head_bytes(const State&) const = 0;
 

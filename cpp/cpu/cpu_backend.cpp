@@ -21,7 +21,7 @@ CpuBackend::CpuBackend(std::shared_ptr<const Model> model, int threads)
     rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
   all_neurons_.resize(config.intermediate_size);
   std::iota(all_neurons_.begin(), all_neurons_.end(), 0);
-  scratch_size_ = std::max(kBlockRows * kTaskTokens, attention_scratch());
+  scratch_size_ = std::max(std::max(kBlockRows, kStripRows) * kTaskTokens, attention_scratch());
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -120,6 +120,9 @@ void CpuBackend::begin(State& s, const Step& step) const {
       throw OptionError("token id " + std::to_string(token) + ", expected 0 to " +
                         std::to_string(config.vocab_size - 1));
 
+  if (graded() && step.ffn == FfnMode::sparse && tokens > 1)
+    throw OptionError("sparse step of " + std::to_string(tokens) +
+                      " tokens with graded weights, expected one token");
   state.step = step;
   // Only the prefill path can record gates, so it also runs a single token whose gates are sampled.
   const bool gates = !step.samples.empty() && step.estimate == Estimate::gate;
@@ -130,7 +133,7 @@ void CpuBackend::begin(State& s, const Step& step) const {
   state.normed.reserve(lanes * config.hidden_size, needed_for);
   state.qkv.reserve(lanes * model_->layers.front().qkv.rows, needed_for);
   state.attended.reserve(lanes * config.q_size(), needed_for);
-  state.hidden.reserve(lanes * config.intermediate_size, needed_for);
+  state.hidden.reserve(lanes * config.intermediate_size + kBlockInputs, needed_for);
   state.cos.reserve(lanes * (config.head_dim / 2), needed_for);
   state.sin.reserve(lanes * (config.head_dim / 2), needed_for);
   state.thread_scratch.reserve(Size(threads()) * scratch_size_, needed_for);
@@ -175,6 +178,13 @@ void CpuBackend::embed(State& s) const {
     std::fill_n(x + (layout.panels - 1) * layout.width * embedding.cols,
                 layout.width * embedding.cols, 0.0f);
   pool_.run(layout.tokens, [&](std::int64_t t, int) {
+    if (graded()) {
+      std::vector<float> row(embedding.cols);
+      read_row(embedding, state.step.tokens[t], 0, embedding.cols, row.data());
+      for (std::int64_t i = 0; i < embedding.cols; ++i)
+        x[layout.at(t, embedding.cols) + i * layout.width] = row[i];
+      return;
+    }
     rows(embedding.format)
         .load(rows_of(embedding, state.step.tokens[t]), x + layout.at(t, embedding.cols),
               layout.width);
@@ -199,7 +209,9 @@ void CpuBackend::fade_statistic(State& state, double factor) const {
 }
 
 void CpuBackend::reserve_samples(State& state, std::int64_t tokens) const {
+  CpuState::of(state).head_samples.clear();
   for (CpuState::Layer& layer : CpuState::of(state).layers) {
+    for (std::vector<float>& samples : layer.input_samples) samples.clear();
     layer.samples.clear();
     layer.samples.reserve(tokens * model_->config.intermediate_size);
   }

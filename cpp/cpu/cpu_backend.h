@@ -14,6 +14,7 @@
 #include "base/buffer.h"
 #include "base/fork_safe.h"
 #include "base/thread_pool.h"
+#include "cpu/graded.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/key_scales.h"
@@ -58,15 +59,19 @@ struct CpuState final : State {
     double tokens = 0;               // gathered in `sums`
     std::vector<float> samples;      // [tokens, F]
     TokenThresholds thresholds;
+    InputThresholds inputs;
+    std::vector<float> input_samples[kProducts];  // [tokens, inputs] x; graded weights only
     FfnReads reads;
   };
 
   std::int64_t capacity = 0;
   KvFormat kv = KvFormat::automatic;
-  Buffer<std::byte> keys, values;  // [L, kv heads, capacity, head_dim]
-  std::vector<Layer> layers;       // [L]
-  Buffer<std::byte> copies;        // the rows of all masks
-  std::int64_t head_bytes = 0;     // read so far for single rows of logits
+  Buffer<std::byte> keys, values;    // [L, kv heads, capacity, head_dim]
+  std::vector<Layer> layers;         // [L]
+  Buffer<std::byte> copies;          // the rows of all masks
+  std::int64_t head_bytes = 0;       // read so far for single rows of logits
+  std::int64_t attention_bytes = 0;  // read so far by single-token steps with graded weights
+  std::vector<float> head_samples;   // [tokens, H] the head's x
 
   // Of the current step.
   Step step;
@@ -83,6 +88,9 @@ struct CpuState final : State {
   Buffer<std::byte> prepared;    // see RowKernels::prepare, PanelKernels::prepare
   Buffer<float> logits;          // [rows, V]
   Buffer<std::int32_t> likely;   // [V] tokens whose logits are computed exactly
+  Buffer<float> padded;          // graded: x in whole blocks
+  Buffer<HighInputs> high;       // graded: x quantised
+  Buffer<RestInputs> rests;      // graded: the inputs whose rests are read
 };
 
 /// Decode: rows or neurons split evenly into tasks, in whole kernel batches.
@@ -131,6 +139,10 @@ class CpuBackend final : public Backend {
   void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
   std::int64_t head_bytes(const State&) const override;
+  std::int64_t attention_bytes(const State&) const override;
+  std::vector<float> input_contributions(const State&, std::int64_t layer, Product) const override;
+  std::vector<float> head_contributions(const State&) const override;
+  void set_input_thresholds(State&, std::int64_t layer, const InputThresholds&) const override;
 
  private:
   // cpu_backend.cpp
@@ -166,6 +178,9 @@ class CpuBackend final : public Backend {
   template <class Next>
   void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out, bool add,
                 const Next& next) const;
+  template <class Next>
+  void project(CpuState&, std::int64_t layer, Product, const Matrix& w, const float* in, float* out,
+               bool add, const Next& next) const;
   /// The same for several tokens, but out: [T, w.rows].
   void multiply_to_rows(CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;
@@ -199,6 +214,20 @@ class CpuBackend final : public Backend {
   void ffn_panels(CpuState&, std::int64_t layer) const;
   void gather(CpuState&, std::int64_t layer) const;
   void sample(CpuState&, std::int64_t layer) const;
+
+  // graded.cpp
+  /// x: [w.cols]; valid until the next call.
+  GradedInputs graded_inputs(CpuState&, const Graded& w, const float* x, float threshold) const;
+  bool graded() const { return model_->format == WeightFormat::graded; }
+  /// y = w x of one token, or += with `add`; of the rests, those of inputs at or above `threshold`
+  /// count. Returns the bytes read. x: [w.cols], y: [w.rows]
+  std::int64_t multiply_graded(CpuState&, const Matrix& w, const float* x, float threshold,
+                               float* y, bool add) const;
+  void ffn_graded(CpuState&, std::int64_t layer) const;
+  void ffn_graded_panels(CpuState&, std::int64_t layer) const;
+  /// Keeps the x of the tokens named by the step. x: [panels, n, P]
+  void sample_inputs(CpuState&, const float* x, std::int64_t n, std::vector<float>& to) const;
+  void sample_head(CpuState&) const;
 
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;

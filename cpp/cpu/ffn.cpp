@@ -32,8 +32,22 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   norm(state.layout, state.x.data(), model_->layers[layer].ffn_norm, state.normed.data());
   const FfnMode mode = state.step.ffn;
-  if (mode == FfnMode::sparse) return ffn_sparse(state, layer);
-  if (state.layout.width == 1)
+  if (graded()) {
+    CpuState::Layer& own = state.layers[layer];
+    const auto sampled = [&](Product product) -> std::vector<float>& {
+      return own.input_samples[static_cast<int>(product)];
+    };
+    const ModelConfig& config = model_->config;
+    sample_inputs(state, state.normed.data(), config.hidden_size, sampled(Product::gate_up));
+    if (state.layout.width == 1)
+      ffn_graded(state, layer);
+    else
+      ffn_graded_panels(state, layer);
+    sample_inputs(state, state.hidden.data(), config.intermediate_size, sampled(Product::down));
+    if (layer + 1 == config.num_layers) sample_head(state);
+  } else if (mode == FfnMode::sparse) {
+    return ffn_sparse(state, layer);
+  } else if (state.layout.width == 1)
     ffn_neurons(state, layer, all_neurons_, state.normed.data(), state.x.data(), 1);
   else
     ffn_panels(state, layer);

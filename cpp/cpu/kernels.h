@@ -155,11 +155,15 @@ struct SoftmaxBlock {
   std::int64_t n;       // length of an output vector
 };
 
+/// Decode and prefill kernels of the graded format.
+struct GradedKernels;
+
 struct Kernels {
   const char* name;
-  std::int64_t panel;            // P of prefill
-  RowKernels rows[5];            // f32, bf16, int8, int4, bf16c
-  PanelKernels panels[5];        // f32, bf16, int8, int4, bf16c
+  std::int64_t panel;      // P of prefill
+  RowKernels rows[5];      // f32, bf16, int8, int4, bf16c
+  PanelKernels panels[5];  // f32, bf16, int8, int4, bf16c
+  const GradedKernels* graded;
   CacheKernels caches[3];        // f32, bf16, int8
   PanelKernels cache_panels[3];  // f32, bf16, int8; without `prepare`
 

@@ -1,6 +1,7 @@
 // Prefill kernels in f32: weights, keys or values times panels of tokens; softmax and RMS norm of
 // panels.
 #include "cpu/bf16c.h"
+#include "cpu/graded.h"
 #include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
@@ -142,6 +143,39 @@ constexpr PanelKernels panel_kernels() {
   return {nullptr, nullptr, multiply<Format>, multiply_transposed<Format>, kBlockRows};
 }
 
+/// Inputs of a graded strip that are expanded at a time.
+constexpr int64_t kGradedDepth = 128;
+static_assert(kGradedDepth % kBlockInputs == 0);
+
+/// a[k][r] = w[64 strip + r][32 block + k], k < 32, without outliers.
+inline void expand(const Graded& w, int64_t strip, int64_t block, float* a) {
+  const Brick& brick = w.brick(strip, block);
+  float unit[kStripRows], base[kStripRows], rest_unit[kStripRows];
+  for (int64_t r = 0; r < kStripRows; ++r) {
+    const float step = w.steps[strip * kStripRows + r];
+    rest_unit[r] = w.rest_steps[strip * kStripRows + r];
+    unit[r] = step * brick.scales[r];
+    base[r] =
+        step * static_cast<float>(16 * brick.offsets[r] - 8 * brick.scales[r]) - 8 * rest_unit[r];
+  }
+  for (int64_t i = 0; i < kBlockInputs; ++i) {
+    const std::uint8_t* const rest = w.rest(block * kBlockInputs + i) + 32 * strip;
+    std::int8_t rests[kStripRows];
+    for (int64_t r = 0; r < kStripRows / 2; ++r) {
+      rests[r] = static_cast<std::int8_t>(rest[r] & 15);
+      rests[r + kStripRows / 2] = static_cast<std::int8_t>(rest[r] >> 4);
+    }
+    for (int64_t r = 0; r < kStripRows; r += kLanes) {
+      const Words quads = load_as<Words>(brick.codes[i / 4] + r % 32 * 4);
+      const Words codes = quads >> (i % 4 * 8 + (r < 32 ? 0 : 4)) & 15;
+      store(a + i * kStripRows + r,
+            __builtin_convertvector(codes, Floats) * load_as<Floats>(unit + r) +
+                (signed_floats(rests + r) * load_as<Floats>(rest_unit + r) +
+                 load_as<Floats>(base + r)));
+    }
+  }
+}
+
 inline Floats root(Floats v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -164,6 +198,27 @@ const PanelKernels bf16c_panels = panel_kernels<Bf16c>();
 const PanelKernels int8_panels = panel_kernels<Int8>();
 const PanelKernels int4_panels = panel_kernels<Int4>();
 #endif
+
+void multiply_graded(const Graded& w, int64_t strip, ConstPanels b, Panels c, int64_t count,
+                     bool add) {
+  alignas(64) float a[kGradedDepth * kStripRows + kTileRows];  // tiles read past the last row
+  for (int64_t r = 0; r < kTileRows; ++r) a[kGradedDepth * kStripRows + r] = 0.0f;
+  const int64_t rows = min(kStripRows, w.rows - strip * kStripRows);
+  for (int64_t k0 = 0; k0 < w.cols; k0 += kGradedDepth) {
+    const int64_t depth = min(kGradedDepth, w.cols - k0);
+    for (int64_t k = 0; k < depth; k += kBlockInputs)
+      expand(w, strip, (k0 + k) / kBlockInputs, a + k * kStripRows);
+    for (int64_t i = 0; i < kStripOutliers; ++i) {
+      const StripOutlier& outlier = w.outliers[strip * kStripOutliers + i];
+      if (outlier.value != 0 && outlier.input >= k0 && outlier.input < k0 + depth)
+        a[(outlier.input - k0) * kStripRows + outlier.row % kStripRows] += outlier.value;
+    }
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t r = 0; r < rows; r += kTileRows)
+        tile<1>(a + r, kStripRows, b.data + p * b.stride + k0 * kPanel, depth,
+                c.data + p * c.stride + r * kPanel, rows - r, add || k0 > 0);
+  }
+}
 
 void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {
   for (int half = 0; half < 2; ++half) {

@@ -56,6 +56,19 @@ NextRead CpuBackend::first_read(const Matrix& w, int thread) const {
 template <class Next>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
                           float* out, bool add, const Next& next) const {
+  if (w.format == WeightFormat::graded) {
+    const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
+    for_blocks(
+        w.rows, layout.panels,
+        [&](const Block& block, int) {
+          kernels_.graded->multiply(
+              w.graded(), block.row / kStripRows, {in + block.panel * in_stride, in_stride},
+              {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels,
+              add);
+        },
+        kStripRows);
+    return;
+  }
   if (layout.width == 1) {
     const Tasks tasks = tasks_of(w, pool_.threads());
     const void* x = prepare(state, w.format, in, w.cols);
@@ -82,12 +95,25 @@ void CpuBackend::add_bias(const Layout& layout, std::span<const float> bias, flo
       for (std::int64_t lane = 0; lane < layout.width; ++lane) *out++ += b;
 }
 
+/// multiply() for a layer's projection; graded weights decide by input.
+template <class Next>
+void CpuBackend::project(CpuState& state, std::int64_t layer, Product product, const Matrix& w,
+                         const float* in, float* out, bool add, const Next& next) const {
+  if (!graded()) return multiply(state, state.layout, w, in, out, add, next);
+  CpuState::Layer& own = state.layers[layer];
+  const int i = static_cast<int>(product);
+  sample_inputs(state, in, w.cols, own.input_samples[i]);
+  if (state.layout.width > 1) return multiply(state, state.layout, w, in, out, add, next);
+  const float threshold = state.step.ffn == FfnMode::sparse ? own.inputs.of[i] : 0.0f;
+  state.attention_bytes += multiply_graded(state, w, in, threshold, out, add);
+}
+
 void CpuBackend::qkv(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
   norm(state.layout, state.x.data(), weights.attention_norm, state.normed.data());
-  multiply(state, state.layout, weights.qkv, state.normed.data(), state.qkv.data(), false,
-           kUnknown);
+  project(state, layer, Product::qkv, weights.qkv, state.normed.data(), state.qkv.data(), false,
+          kUnknown);
   if (!weights.qkv_bias.empty()) add_bias(state.layout, weights.qkv_bias, state.qkv.data());
   append(state, layer);
 }
@@ -95,11 +121,11 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
 void CpuBackend::attention_out(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
-  multiply(state, state.layout, weights.output, state.attended.data(), state.x.data(), true,
-           [&](int thread) {
-             const bool dense = state.step.ffn != FfnMode::sparse;
-             return dense ? first_ffn_read(layer, thread) : NextRead();
-           });
+  project(state, layer, Product::output, weights.output, state.attended.data(), state.x.data(),
+          true, [&](int thread) {
+            const bool dense = state.step.ffn != FfnMode::sparse;
+            return dense ? first_ffn_read(layer, thread) : NextRead();
+          });
   if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.x.data());
 }
 
@@ -117,7 +143,10 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
 
   const Size size = Size(count) * head.rows;
   float* out = state.logits.reserve(size, "the logits");
-  if (count > 1) {
+  if (head.format == WeightFormat::graded && count == 1) {
+    const float threshold = state.step.ffn == FfnMode::sparse ? state.step.head_inputs : 0.0f;
+    state.head_bytes += multiply_graded(state, head, in, threshold, out, false);
+  } else if (count > 1) {
     multiply_to_rows(state, wanted, head, in, out);
   } else if (state.step.head > 0 && all.tokens == 1) {
     estimated_logits(state, in, out);
@@ -162,20 +191,29 @@ void CpuBackend::estimated_logits(CpuState& state, const float* in, float* out) 
 
 void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const Matrix& w,
                                   const float* in, float* out) const {
-  const PreparedPanels b = prepare(state, layout, w.format, in, w.cols);
+  const bool by_strip = w.format == WeightFormat::graded;
+  const std::int64_t block_rows = by_strip ? kStripRows : kBlockRows;
+  const PreparedPanels b = by_strip ? PreparedPanels(ConstPanels{in, w.cols * layout.width})
+                                    : prepare(state, layout, w.format, in, w.cols);
   const Layout of_block = layout_of(kTaskTokens);
-  for_blocks(w.rows, layout.panels, [&](const Block& block, int thread) {
+  const auto body = [&](const Block& block, int thread) {
     float* c = scratch(state, thread);
-    panels(w.format).multiply(rows_of(w, block.row), block.rows, b.from(block.panel),
-                              {c, kBlockRows * layout.width}, block.panels, false);
+    if (by_strip)
+      kernels_.graded->multiply(w.graded(), block.row / kStripRows,
+                                {in + block.panel * w.cols * layout.width, w.cols * layout.width},
+                                {c, block_rows * layout.width}, block.panels, false);
+    else
+      panels(w.format).multiply(rows_of(w, block.row), block.rows, b.from(block.panel),
+                                {c, block_rows * layout.width}, block.panels, false);
     const std::int64_t first = block.panel * layout.width;
     const std::int64_t tokens = std::min(layout.tokens - first, block.panels * layout.width);
     for (std::int64_t t = 0; t < tokens; ++t) {
-      const float* lane = c + of_block.at(t, kBlockRows);
+      const float* lane = c + of_block.at(t, block_rows);
       float* row = out + (first + t) * w.rows + block.row;
       for (std::int64_t r = 0; r < block.rows; ++r) row[r] = lane[r * layout.width];
     }
-  });
+  };
+  for_blocks(w.rows, layout.panels, body, block_rows);
 }
 
 }  // namespace tda

@@ -95,6 +95,10 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
 Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
                              const CalibrateOptions& options, const Progress& progress) const {
   options.validate();
+  if (runtime_->model().format == WeightFormat::graded)
+    throw OptionError(
+        "calibrate: found graded weights, expected others: thresholds of inputs come from the "
+        "prompt, see TDA(inputs=...)");
   std::vector<std::vector<Token>> own;
   if (texts.empty()) {
     own = write_texts(*this, options);

@@ -8,9 +8,11 @@ namespace {
 /// How many of the prompt's tokens the search for TdaOptions::error uses. It costs about as much as
 /// one down projection of these tokens.
 constexpr std::int64_t kPromptSamples = 64;
+/// The same for TdaOptions::inputs, whose thresholds are quantiles of all inputs of these tokens.
+constexpr std::int64_t kInputSamples = 32;
 
 bool needs_samples(const TdaOptions& tda) {
-  return tda.error || (tda.active && tda.scope == Scope::token);
+  return tda.inputs || tda.error || (tda.active && tda.scope == Scope::token);
 }
 
 class Stopwatch {
@@ -35,7 +37,8 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
       prompt_(prompt.begin(), prompt.end()),
       tda_(session_.resolve(tda, std::ssize(prompt))) {
   if (!tda_.options) return;
-  if (needs_samples(*tda_.options)) session_.sample_tokens = kPromptSamples;
+  if (needs_samples(*tda_.options))
+    session_.sample_tokens = tda_.options->inputs ? kInputSamples : kPromptSamples;
   session_.estimate = tda_.options->estimate;
 }
 

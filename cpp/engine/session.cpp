@@ -97,9 +97,11 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   step.estimate = estimate;
   step.samples = sampled;
   const std::int64_t head_before = backend.head_bytes(*state);
+  const std::int64_t attention_before = backend.attention_bytes(*state);
   const std::vector<FfnReads> decoded = reads();
   const std::span<const float> logits = run(step, rows);
   prefill_head_bytes_ += backend.head_bytes(*state) - head_before;
+  prefill_attention_bytes_ += backend.attention_bytes(*state) - attention_before;
   const std::lock_guard lock(runtime->computing);
   for (std::int64_t l = 0; l < config.num_layers; ++l)  // keeps reads() unchanged
     prefill_reads_[l] = backend.ffn_reads(*state, l) - decoded[l];
@@ -137,6 +139,7 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   step.tokens = {&token, 1};
   step.ffn = decode_mode;
   step.head = head_;
+  step.head_inputs = head_inputs_;
   const std::span<const float> logits = run(step, rows);
   if (refresh_every_ > 0) recent_.push_back(token);
   ++decoded_;
@@ -202,12 +205,17 @@ void Session::Impl::add_to(GenerationStats& stats) const {
   stats.ffn_coarse = coarse / static_cast<double>(layers);
   stats.ffn_bytes = ffn_bytes();
   const Model& model = runtime->model();
-  const double dense = static_cast<double>(decoded_) * static_cast<double>(layers * neurons) *
-                       static_cast<double>(model.neuron_bytes());
+  const double dense =
+      static_cast<double>(decoded_ * layers) * static_cast<double>(model.ffn_bytes());
   stats.ffn_bytes_fraction = static_cast<double>(stats.ffn_bytes) / dense;
   std::int64_t others = (backend.head_bytes(*state) - prefill_head_bytes_) / decoded_;
-  stats.head_bytes_fraction = static_cast<double>(others) / static_cast<double>(model.head.bytes());
-  for (const LayerWeights& layer : model.layers) others += layer.qkv.bytes() + layer.output.bytes();
+  stats.head_bytes_fraction =
+      static_cast<double>(others) / static_cast<double>(model.head.read_bytes());
+  if (model.format == WeightFormat::graded)
+    others += (backend.attention_bytes(*state) - prefill_attention_bytes_) / decoded_;
+  else
+    for (const LayerWeights& layer : model.layers)
+      others += layer.qkv.bytes() + layer.output.bytes();
   stats.bytes_per_token = others + (stats.ffn_bytes + kv_bytes_) / decoded_;
 }
 

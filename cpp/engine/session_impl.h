@@ -61,6 +61,7 @@ struct Session::Impl {
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
   void apply_sequence(const TdaOptions& options);
   void apply_token(const TdaOptions& options);
+  void apply_inputs(const TdaOptions& options);
   void check_statistic() const;
   void check(const TdaOptions& options) const;
   void check_thresholds(const Thresholds& file, Scope scope) const;
@@ -75,7 +76,9 @@ struct Session::Impl {
   std::int64_t refresh_every_ = 0;
   std::vector<Token> recent_;  // decoded since the masks were made
   std::int64_t refresh_bytes_ = 0;
-  float head_ = 0;                       // Step::head of decoded tokens
+  float head_ = 0;         // Step::head of decoded tokens
+  float head_inputs_ = 0;  // Step::head_inputs of theirs
+  std::int64_t prefill_attention_bytes_ = 0;
   std::int64_t prefill_head_bytes_ = 0;  // the backend's count after prefill
   std::int64_t decoded_ = 0;
   std::int64_t kv_bytes_ = 0;            // read while decoding

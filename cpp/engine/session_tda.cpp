@@ -1,4 +1,5 @@
 // What TdaOptions make of a session: thresholds, masks and their refreshing.
+#include <algorithm>
 #include <cmath>
 #include <mutex>
 #include <numeric>
@@ -47,11 +48,15 @@ void Session::Impl::check(const TdaOptions& options) const {
 void Session::Impl::apply(const std::optional<TdaOptions>& options) {
   if (!options) {
     head_ = 0;
+    head_inputs_ = 0;
     refresh_every_ = 0;
     decode_mode = FfnMode::dense;
     return;
   }
-  if (options->scope == Scope::token)
+  head_inputs_ = 0;
+  if (options->inputs)
+    apply_inputs(*options);
+  else if (options->scope == Scope::token)
     apply_token(*options);
   else
     apply_sequence(*options);
@@ -137,6 +142,31 @@ void Session::Impl::apply_token(const TdaOptions& options) {
   std::iota(all.begin(), all.end(), 0);
   for (std::int64_t layer = 0; layer < layers; ++layer) set_mask(layer, all);
   set_token_thresholds(chosen);
+  refresh_every_ = 0;
+}
+
+/// Thresholds on the contributions of inputs, from those of the prompt's sampled tokens.
+void Session::Impl::apply_inputs(const TdaOptions& options) {
+  if (samples_ == 0) throw no_samples("inputs");
+  const std::lock_guard lock(runtime->computing);
+  const std::int64_t layers = runtime->config().num_layers;
+  std::vector<InputThresholds> chosen(layers);
+  parallel_for(backend.threads(), layers * kProducts + 1, [&](std::int64_t i) {
+    const std::int64_t layer = i / kProducts;
+    const auto product = static_cast<Product>(i % kProducts);
+    const double share = product == Product::down ? down_share(options) : *options.inputs;
+    std::vector<float> values = layer == layers
+                                    ? backend.head_contributions(*state)
+                                    : backend.input_contributions(*state, layer, product);
+    // NaN would be neither above nor below any threshold.
+    if (!std::ranges::all_of(values, [](float v) { return std::isfinite(v); }))
+      throw Error("inputs of layer " + std::to_string(layer) +
+                  " in the prompt are not finite, expected finite numbers: activations overflow");
+    float& threshold = layer == layers ? head_inputs_ : chosen[layer].of[i % kProducts];
+    threshold = threshold_of_share(values, layer == layers ? *options.inputs : share);
+  });
+  for (std::int64_t layer = 0; layer < layers; ++layer)
+    backend.set_input_thresholds(*state, layer, chosen[layer]);
   refresh_every_ = 0;
 }
 

@@ -49,18 +49,19 @@ std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double a
   return kept;
 }
 
+float threshold_of_share(std::span<float> values, double share) {
+  const auto count = std::llround(share * static_cast<double>(values.size()));
+  if (count >= std::ssize(values)) return 0.0f;  // everything passes
+  if (count < 1) return std::numeric_limits<float>::infinity();
+  const auto nth = values.begin() + (count - 1);
+  std::nth_element(values.begin(), nth, values.end(), std::greater<>());
+  return *nth;
+}
+
 TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {
-  const auto smallest_of_top = [&](double share) {
-    const auto count = std::llround(share * static_cast<double>(estimates.size()));
-    if (count >= std::ssize(estimates)) return 0.0f;  // everything passes
-    if (count < 1) return std::numeric_limits<float>::infinity();
-    const auto nth = estimates.begin() + (count - 1);
-    std::nth_element(estimates.begin(), nth, estimates.end(), std::greater<>());
-    return *nth;
-  };
   TokenThresholdPair result;
-  result.exact = smallest_of_top(exact);
-  result.coarse = coarse > 0 ? smallest_of_top(exact + coarse) : result.exact;
+  result.exact = threshold_of_share(estimates, exact);
+  result.coarse = coarse > 0 ? threshold_of_share(estimates, exact + coarse) : result.exact;
   return result;
 }
 

@@ -39,6 +39,7 @@ std::optional<TdaOptions> recommended(const TdaFacts& facts) {
   if (facts.cuda) return {};
   if (facts.weights == WeightFormat::int8)
     return TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = head};
+  if (facts.weights == WeightFormat::graded) return TdaOptions{.inputs = 0.2};
   if (facts.weights == WeightFormat::int4)
     return TdaOptions{.scope = Scope::token, .active = 0.6, .head = head};
   return {};
@@ -51,6 +52,9 @@ std::string why_dense(const TdaFacts& facts) {
 }
 
 std::string words_of(const TdaOptions& options) {
+  if (options.inputs)
+    return "by input: " + percent(*options.inputs) + " of inputs and " +
+           percent(down_share(options)) + " of neurons at 8 bits, the others at 4";
   const bool token = options.scope == Scope::token;
   std::string words = token ? "token scope" : "sequence scope";
   if (options.estimate == Estimate::hidden) words += " (GRIFFIN)";
@@ -99,6 +103,10 @@ std::vector<std::string> warnings_of(const TdaOptions& options, const TdaFacts& 
 
 }  // namespace
 
+double down_share(const TdaOptions& options) {
+  return options.active.value_or(options.inputs.value_or(1) / 2);
+}
+
 Scope scope_of(const TdaOptions& options) {
   return options.scope.value_or(options.thresholds ? options.thresholds->scope : Scope::sequence);
 }
@@ -107,14 +115,34 @@ TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts
   if (!asked) return {.options = {}, .words = "dense", .warnings = {}};
   asked->validate();
   std::optional<TdaOptions> options = *asked == TdaOptions{} ? recommended(facts) : asked;
+  const bool graded = facts.weights == WeightFormat::graded;
+  if (options && options->inputs && !graded)
+    throw OptionError("tda inputs: expected graded weights, found " +
+                      std::string(name_of(facts.weights)));
+  if (options && !options->inputs && graded)
+    throw OptionError(
+        "tda with graded weights: expected inputs (and active), which say how many inputs are read "
+        "at 8 bits, or no option at all; masks and thresholds of neurons need other weights");
   if (!options) return {.options = {}, .words = why_dense(facts), .warnings = {}};
-  options->scope = scope_of(*options);
+  if (!options->inputs) options->scope = scope_of(*options);
   return {
       .options = options, .words = words_of(*options), .warnings = warnings_of(*options, facts)};
 }
 
 void TdaOptions::validate() const {
   if (*this == TdaOptions{}) return;
+  if (inputs) {
+    const auto share = [](const char* name, double found) {
+      if (!(found >= 0 && found <= 1))
+        throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected 0 to 1");
+    };
+    share("inputs", *inputs);
+    if (active) share("active", *active);
+    TdaOptions alone{.active = active, .inputs = inputs};
+    if (*this != alone)
+      throw OptionError("tda inputs: expected alone or with active, found further options");
+    return;
+  }
   const bool token = scope_of(*this) == Scope::token;
   const Estimate other = token ? Estimate::gate : Estimate::hidden;
   if (estimate != Estimate::contribution && estimate != other) {

@@ -28,6 +28,9 @@ struct TdaSetting {
 /// The scope that the options name or imply.
 Scope scope_of(const TdaOptions& options);
 
+/// The share of neurons whose down rows are read at 8 bits, by TdaOptions::inputs.
+double down_share(const TdaOptions& options);
+
 /// What the options come to for this model and prompt. `asked` without a value: dense. Throws
 /// OptionError for options that are invalid by themselves.
 TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts);

@@ -33,6 +33,10 @@ struct TokenThresholdPair {
 };
 TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse);
 
+/// The threshold that the share `share` of the values reaches; 0 for all of them, infinity for none.
+/// values: not negative, in any order; gets reordered.
+float threshold_of_share(std::span<float> values, double share);
+
 /// What one layer computed for a calibration text or prompt.
 struct FfnSample {
   std::vector<float> scores;  // [F] R over the whole text

@@ -95,15 +95,18 @@ Stored store_row(const Matrix& target, std::int64_t row, float* values) {
   return Stored::ok;
 }
 
+CheckpointError not_finite(const TensorView& tensor, WeightFormat format) {
+  return CheckpointError(tensor.file->name() + ": tensor \"" + tensor.name +
+                         "\" holds NaN or infinity as " + std::string(name_of(format)) +
+                         ", expected finite values only");
+}
+
 /// The same for a copy. Throws CheckpointError naming the tensor.
 void store_row(const Copy& copy, std::int64_t row, float* values) {
   const Stored stored = store_row(copy.target, row, values);
   if (stored == Stored::ok) return;
   const std::string tensor = copy.source->file->name() + ": tensor \"" + copy.source->name + "\"";
-  if (stored == Stored::not_finite)
-    throw CheckpointError(tensor + " holds NaN or infinity as " +
-                          std::string(name_of(copy.target.format)) +
-                          ", expected finite values only");
+  if (stored == Stored::not_finite) throw not_finite(*copy.source, copy.target.format);
   throw CheckpointError(tensor + ": " + (copy.transposed ? "column " : "row ") +
                         std::to_string(row) + " has more than " +
                         std::to_string(bf16c_exceptions(copy.target.cols)) +
@@ -146,6 +149,59 @@ void copy_transposed(const Copy& copy, const std::byte* data, std::int64_t begin
   }
 }
 
+// ---- graded -------------------------------------------------------------------------------------
+
+/// A tensor and a row of it; no tensor where the matrix pads.
+struct RowSource {
+  const TensorView* tensor;
+  std::int64_t row;
+};
+RowSource source_of(const GradedCopy& copy, std::int64_t row) {
+  constexpr std::int64_t kTurn = kStripRows / 2;
+  const std::int64_t sources = std::ssize(copy.sources);
+  if (copy.in_turn) {
+    const std::int64_t turn = row / kTurn, i = turn % sources;
+    const std::int64_t at = turn / sources * kTurn + row % kTurn;
+    return {at < copy.rows[i] ? copy.sources[i] : nullptr, at};
+  }
+  for (std::int64_t i = 0; i < sources; row -= copy.rows[i++])
+    if (row < copy.rows[i]) return {copy.sources[i], row};
+  return {nullptr, 0};
+}
+
+void copy_strip(const GradedCopy& copy, std::int64_t strip) {
+  const Graded target = copy.target.graded();
+  const std::int64_t stride = target.blocks * kBlockInputs;
+  std::vector<float> values(kStripRows * stride);
+  std::vector<std::byte> data;
+  for (std::int64_t r = 0; r < kStripRows; ++r) {
+    const RowSource from = source_of(copy, strip * kStripRows + r);
+    if (!from.tensor) continue;
+    data.resize(target.cols * element_bytes(*from.tensor));
+    from.tensor->read(from.row * std::ssize(data), std::ssize(data), data.data());
+    float* const row = values.data() + r * stride;
+    to_f32(from.tensor->dtype, data.data(), target.cols, row);
+    if (!std::all_of(row, row + target.cols, [](float v) { return std::isfinite(v); }))
+      throw not_finite(*from.tensor, WeightFormat::graded);
+  }
+  quantize_graded(target, strip, values.data());
+}
+
+void measure_columns(const GradedCopy& copy, std::int64_t first, std::int64_t end) {
+  const Graded target = copy.target.graded();
+  measure_rests(target, first, end);
+  if (!copy.lengths) return;
+  std::vector<double> squares(end - first);
+  std::vector<float> row(end - first);
+  const std::int64_t count = std::min(end, target.cols) - first;
+  for (std::int64_t r = 0; r < target.rows; ++r) {
+    dequantize_graded(target, r, first, count, row.data());
+    for (std::int64_t i = 0; i < count; ++i) squares[i] += static_cast<double>(row[i]) * row[i];
+  }
+  for (std::int64_t i = 0; i < count; ++i)
+    copy.lengths[first + i] = static_cast<float>(std::sqrt(squares[i]));
+}
+
 /// Runs body(begin, end) over [0, n) in parts of `step` on the pool. Calls report(end) from time to
 /// time, when everything before `end` is done. Rethrows the error of the first part that failed.
 template <class Body, class Report>
@@ -171,10 +227,27 @@ void in_parts(ThreadPool& pool, std::int64_t n, std::int64_t step, const Body& b
 
 }  // namespace
 
-void run_copies(const std::vector<Copy>& copies, ThreadPool& pool, const Progress& progress) {
+void run_copies(const std::vector<Copy>& copies, const std::vector<GradedCopy>& graded,
+                ThreadPool& pool, const Progress& progress) {
   constexpr std::int64_t kPartElements = 1 << 18;
   std::int64_t done = 0, total = 0;
   for (const Copy& copy : copies) total += copy.target.bytes();
+  for (const GradedCopy& copy : graded) total += copy.target.bytes();
+  for (const GradedCopy& copy : graded) {
+    const Graded target = copy.target.graded();
+    const auto report = [&](std::int64_t strips) {
+      if (progress) progress(done + copy.target.bytes() / target.strips * strips, total);
+    };
+    const auto strips = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t s = begin; s < end; ++s) copy_strip(copy, s);
+    };
+    in_parts(pool, target.strips, 1, strips, report);
+    const auto columns = [&](std::int64_t begin, std::int64_t end) {
+      measure_columns(copy, begin, end);
+    };
+    in_parts(pool, target.blocks * kBlockInputs, kBlockInputs, columns, [](std::int64_t) {});
+    done += copy.target.bytes();
+  }
   Buffer<std::byte> whole;  // the source of a transposed copy
   for (const Copy& copy : copies) {
     const TensorView& source = *copy.source;

@@ -19,8 +19,18 @@ struct Copy {
   float* lengths;   // [rows] where to put the L2 norms of the target's rows; null: not wanted
 };
 
+/// Tensors to convert to one graded matrix.
+struct GradedCopy {
+  std::vector<const TensorView*> sources;
+  std::vector<std::int64_t> rows;  // of each
+  Matrix target;                   // in the arena
+  bool in_turn;                    // 32 rows of each source in turn, else one after the other
+  float* lengths;  // [cols] where to put the L2 norms of the columns; null: not wanted
+};
+
 /// Throws CheckpointError for values that are not finite or that the format cannot hold, and for
 /// files that change meanwhile. `progress` counts bytes written.
-void run_copies(const std::vector<Copy>& copies, ThreadPool& pool, const Progress& progress);
+void run_copies(const std::vector<Copy>& copies, const std::vector<GradedCopy>& graded,
+                ThreadPool& pool, const Progress& progress);
 
 }  // namespace tda

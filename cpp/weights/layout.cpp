@@ -64,6 +64,25 @@ void Layout::allocate_records(std::initializer_list<Plane> planes, std::int64_t 
   }
 }
 
+Matrix Layout::graded(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
+                      std::int64_t cols, bool in_turn, bool by_block, float* lengths) {
+  Matrix result{WeightFormat::graded, 0, cols};
+  Size size = 0;
+  for (std::int64_t n : rows) {
+    result.rows += in_turn ? round_up(n, kStripRows / 2) : n;
+    size = size + Size(n) * cols;
+  }
+  result.by_block = by_block;
+  result.data = size.too_large() ? allocate(size, 2) : allocate(1, result.bytes());
+  if (checkpoint_.packed()) return result;
+  if (memory_) std::fill_n(const_cast<std::byte*>(result.data), result.bytes(), std::byte{});
+  GradedCopy copy{{}, rows, result, in_turn, lengths};
+  for (std::size_t i = 0; i < names.size(); ++i)
+    copy.sources.push_back(&checkpoint_.tensor(names[i], {rows[i], cols}));
+  if (memory_) graded_copies_.push_back(std::move(copy));
+  return result;
+}
+
 void Layout::fill(const Matrix& target, const std::string& name) {
   if (checkpoint_.packed()) return;
   const TensorView& source = checkpoint_.tensor(name, {target.rows, target.cols});
@@ -78,6 +97,7 @@ void Layout::fill_transposed(const Matrix& target, const std::string& name, floa
 
 Matrix Layout::matrix(WeightFormat format, const std::vector<std::string>& names,
                       const std::vector<std::int64_t>& rows, std::int64_t cols) {
+  if (format == WeightFormat::graded) return graded(names, rows, cols);
   Matrix result{format, 0, cols};
   for (std::int64_t n : rows) result.rows += n;
   allocate(result);
@@ -132,10 +152,17 @@ LayerWeights Layout::layer(const std::string& prefix) {
   if (config.output_bias) w.output_bias = vector(attention + "o_proj.bias", hidden);
   w.ffn_norm = vector(prefix + "post_attention_layernorm.weight", hidden);
   float* const lengths = floats(neurons);
-  allocate_neurons(w, neurons, hidden);
-  fill(w.gate, ffn + "gate_proj.weight");
-  fill(w.up, ffn + "up_proj.weight");
-  fill_transposed(w.down, ffn + "down_proj.weight", lengths);
+  const std::string gate = ffn + "gate_proj.weight", up = ffn + "up_proj.weight";
+  const std::string down = ffn + "down_proj.weight";
+  if (format_ == WeightFormat::graded) {
+    w.gate_up = graded({gate, up}, {neurons, neurons}, hidden, true);
+    w.down = graded({down}, {hidden}, neurons, false, true, lengths);
+  } else {
+    allocate_neurons(w, neurons, hidden);
+    fill(w.gate, gate);
+    fill(w.up, up);
+    fill_transposed(w.down, down, lengths);
+  }
   w.down_lengths = {lengths, lengths ? static_cast<std::size_t>(neurons) : 0};
   return w;
 }

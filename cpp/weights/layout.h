@@ -24,6 +24,7 @@ class Layout {
   Model model();
   Size bytes() const { return used_; }
   const std::vector<Copy>& copies() const { return copies_; }
+  const std::vector<GradedCopy>& graded_copies() const { return graded_copies_; }
 
  private:
   /// Some matrices' rows of one plane, to be interleaved with others'.
@@ -40,6 +41,10 @@ class Layout {
                         std::int64_t alignment);
   float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count, 4)); }
 
+  /// A graded matrix of the tensors' rows, one tensor after the other or, `in_turn`, 32 of each.
+  Matrix graded(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
+                std::int64_t cols, bool in_turn = false, bool by_block = false,
+                float* lengths = nullptr);
   void fill(const Matrix& target, const std::string& name);
   void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths);
 
@@ -66,6 +71,7 @@ class Layout {
   std::byte* const memory_;
   Size used_ = 0;
   std::vector<Copy> copies_;
+  std::vector<GradedCopy> graded_copies_;
 };
 
 }  // namespace tda

@@ -48,6 +48,32 @@ void list_outliers(Model& model) {
   }
 }
 
+/// Checks a graded matrix's f32 vectors, and the places of its outliers.
+template <class Check>
+void check_graded(const Matrix& matrix, const std::string& file, const std::string& where,
+                  const Check& check) {
+  if (matrix.format != WeightFormat::graded) return;
+  const Graded w = matrix.graded();
+  const auto count = static_cast<std::size_t>(w.strips * kStripRows);
+  check(where + "steps", {w.steps, count});
+  check(where + "steps of the rests", {w.rest_steps, count});
+  check(where + "lengths of the rests",
+        {w.rest_lengths, static_cast<std::size_t>(w.blocks * kBlockInputs)});
+  for (std::int64_t k = 0; k < w.strips * kStripOutliers; ++k) {
+    const StripOutlier& outlier = w.outliers[k];
+    const std::int64_t first = k / kStripOutliers * kStripRows;
+    check(where + "outlier", {&outlier.value, 1});
+    if (outlier.value == 0) continue;
+    if (outlier.row < first || outlier.row >= std::min(w.rows, first + kStripRows) ||
+        outlier.input < 0 || outlier.input >= w.cols)
+      throw CheckpointError(file + ": " + where + "outlier in row " + std::to_string(outlier.row) +
+                            ", input " + std::to_string(outlier.input) + ", expected rows " +
+                            std::to_string(first) + " to " +
+                            std::to_string(first + kStripRows - 1) + ", inputs 0 to " +
+                            std::to_string(w.cols - 1) + ": the file is damaged");
+  }
+}
+
 void check_vectors(const Model& model, const std::string& file) {
   const auto check = [&](const std::string& what, std::span<const float> values) {
     const auto bad = std::ranges::find_if_not(values, [](float v) { return std::isfinite(v); });
@@ -66,10 +92,14 @@ void check_vectors(const Model& model, const std::string& file) {
     check(layer + "bias behind attention", w.output_bias);
     check(layer + "norm before the feed-forward network", w.ffn_norm);
     check(layer + "lengths of the down rows", w.down_lengths);
+    for (const Matrix* m : {&w.qkv, &w.output, &w.gate_up, &w.down})
+      check_graded(*m, file, layer, check);
     for (const std::int32_t j : w.outlier_neurons)
       check(layer + "outlier of neuron " + std::to_string(j), {&w.down.outliers[j].value, 1});
   }
   check("last norm", model.final_norm);
+  check_graded(model.head, file, "head, ", check);
+  check_graded(model.embedding, file, "embedding, ", check);
 }
 
 /// Uses the file's pages in place: processes share them, and each is read at its first use. Checked
@@ -113,8 +143,10 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   model->storage = arena;
   std::set<std::string_view> used;
   for (const Copy& copy : layout.copies()) used.insert(copy.source->name);
+  for (const GradedCopy& copy : layout.graded_copies())
+    for (const TensorView* source : copy.sources) used.insert(source->name);
   checkpoint.refuse_unused(used);
-  run_copies(layout.copies(), pool, progress);
+  run_copies(layout.copies(), layout.graded_copies(), pool, progress);
   const bool rounds =
       format == WeightFormat::bf16 && std::ranges::any_of(layout.copies(), [](const Copy& copy) {
         return copy.source->dtype == DType::f16 && copy.target.rows > 1;

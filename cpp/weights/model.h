@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "weights/graded.h"
 #include "weights/quantize.h"
 
 namespace tda {
@@ -26,6 +27,7 @@ struct Outlier {
 
 /// A row-major matrix [rows, cols] in one of the weight formats; does not own its data. Rows are
 /// contiguous and begin 64-byte aligned. int8 has two planes (see quantize.h), each with its rows.
+/// graded has no rows in memory: its layout is that of weights/graded.h.
 struct Matrix {
   WeightFormat format = WeightFormat::automatic;  // anything but automatic
   std::int64_t rows = 0;
@@ -35,6 +37,7 @@ struct Matrix {
   std::int64_t gap = 0;               // bytes of other matrices between two rows of data, and
   std::int64_t low_gap = 0;           // of low; int8 and int4 only
   const Outlier* outliers = nullptr;  // [rows]; null: no row has one
+  bool by_block = false;              // graded only: the order of its bricks
 
   std::int64_t row_bytes() const {  // of data
     switch (format) {
@@ -53,7 +56,17 @@ struct Matrix {
   std::int64_t low_row_bytes() const {
     return format == WeightFormat::int8 ? tda::low_row_bytes(cols) : 0;
   }
-  std::int64_t bytes() const { return rows * (row_bytes() + low_row_bytes()); }
+  std::int64_t bytes() const {
+    return format == WeightFormat::graded ? graded_bytes(rows, cols)
+                                          : rows * (row_bytes() + low_row_bytes());
+  }
+  /// Bytes that a product reads: the rests of graded lie further apart than they need.
+  std::int64_t read_bytes() const {
+    return format == WeightFormat::graded
+               ? graded_high_bytes(rows, cols) + cols * graded_rest_bytes(rows)
+               : bytes();
+  }
+  Graded graded() const { return {data, rows, cols, by_block}; }
   /// Bytes from one row to the next.
   std::int64_t stride() const { return row_bytes() + gap; }
   std::int64_t low_stride() const { return low_row_bytes() + low_gap; }
@@ -77,7 +90,9 @@ struct LayerWeights {
   // Neuron-major: row j of each of the three is all that neuron j needs. Rows read together are
   // interleaved: in int8 the high planes of gate and up, their low planes, and both planes of down;
   // in int4 gate and up.
-  Matrix gate, up, down;                      // [F, H]; down is W_down transposed
+  Matrix gate, up, down;  // [F, H]; down is W_down transposed
+  // graded: gate and up are one matrix of 32 rows of each in turn, and down is W_down.
+  Matrix gate_up;                             // [2 F, H], F rounded up to 32
   std::span<const float> down_lengths;        // [F] ||W_down[:,j]||_2
   std::vector<std::int32_t> outlier_neurons;  // those whose down row has an outlier, ascending
 };
@@ -96,10 +111,16 @@ struct Model {
   std::int64_t weight_bytes = 0;
   std::vector<std::string> notices;  // of what loading chose, for the user
 
-  /// FFN weight bytes of one neuron: its rows of gate, up and down.
+  /// FFN weight bytes of one neuron: its rows of gate, up and down. graded has none such.
   std::int64_t neuron_bytes() const {
-    const Matrix& gate = layers.front().gate;
-    return 3 * (gate.row_bytes() + gate.low_row_bytes());
+    const LayerWeights& layer = layers.front();
+    return 3 * (layer.gate.row_bytes() + layer.gate.low_row_bytes());
+  }
+  /// FFN weight bytes of a layer that a dense decode step reads.
+  std::int64_t ffn_bytes() const {
+    const LayerWeights& layer = layers.front();
+    return format == WeightFormat::graded ? layer.gate_up.read_bytes() + layer.down.read_bytes()
+                                          : config.intermediate_size * neuron_bytes();
   }
 };
 

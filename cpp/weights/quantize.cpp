@@ -289,6 +289,9 @@ void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::i
     case WeightFormat::int8:
       dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
       break;
+    case WeightFormat::graded:
+      dequantize_graded(matrix.graded(), row, first, count, out);
+      break;
     case WeightFormat::bf16c:
       expand_bf16(matrix.row(row), matrix.cols, first, count, out);
       break;

@@ -169,8 +169,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         parser,
         "--weights",
         metavar="FORMAT",
-        help="write an engine folder with f32, bf16, bf16c, int8 or int4 weights, which loads in "
-        "milliseconds",
+        help="write an engine folder with weights as f32, bf16, bf16c, int8, int4 or graded, which "
+        "loads in milliseconds",
         shown="a Hugging Face folder",
     )
 
@@ -207,7 +207,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _flag(
         parser,
         "--frontier",
-        help="six settings of each kind of TDA, of GRIFFIN and of CATS, masks compact on the CPU",
+        help="settings of each kind of TDA that the weights allow, of GRIFFIN and of CATS, masks "
+        "compact on the CPU",
     )
     _option(
         parser,
@@ -261,8 +262,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="auto",
         metavar="FORMAT",
-        help="f32, bf16, int8, int4, bf16c (bf16 compressed without loss), or auto: f32 for an f32 "
-        "checkpoint, the format of an engine folder, else bf16",
+        help="f32, bf16, int8, int4, bf16c (bf16 compressed without loss), graded (8 bits of which "
+        "--tda reads 4 or 8), or auto: f32 for an f32 checkpoint, the format of an engine folder, "
+        "else bf16",
     )
     _option(
         group,

@@ -53,7 +53,8 @@ class Engine(_native.Engine):
 
     model: a checkpoint folder, or a Hugging Face hub id.
     device: auto | cpu | cuda (f32 and bf16 weights).
-    weights: auto | f32 | bf16 | int8 | int4 | bf16c (bf16, compressed without loss).
+    weights: auto | f32 | bf16 | int8 | int4 | bf16c (bf16, compressed without loss)
+        | graded (8 bits of which TDA reads 4 or 8).
     kv: how keys and values are cached, auto | f32 | bf16 | int8.
     threads: default as many as this process may run on, by its CPU affinity and its control
     groups' CPU quota, rounded up.

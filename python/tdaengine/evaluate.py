@@ -20,9 +20,10 @@ from .options import RECOMMENDED
 DENSE = "dense"
 
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-GRADED = ((0.45, 0.45), (0.35, 0.5), (0.3, 0.5), (0.3, 0.4), (0.2, 0.5), (0.1, 0.5))
+PLANES = ((0.45, 0.45), (0.35, 0.5), (0.3, 0.5), (0.3, 0.4), (0.2, 0.5), (0.1, 0.5))
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 HEAD = 1e-5
+INPUTS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 Rows = list[dict[str, Any]]  # one per text: its "text" (a digest) and the figures of every setting
 
@@ -30,16 +31,19 @@ Rows = list[dict[str, Any]]  # one per text: its "text" (a digest) and the figur
 def frontier(engine: Engine) -> dict[str, dict[str, TDA]]:
     """Families of settings from harmless to harmful, by name, that fit this engine. Masks are
     compact where they can be."""
+    if engine.weights == "graded":
+        settings = {f"inputs {share:g}": TDA(inputs=share) for share in INPUTS}
+        return {"by input": settings | {"all at 4 bits": TDA(inputs=0)}}
     int8, compact = engine.weights == "int8", engine.device.startswith("cpu")
 
-    def graded(name: str, head: float) -> dict[str, TDA]:
+    def planes(name: str, head: float) -> dict[str, TDA]:
         return {
             f"{name} {a:g} + {c:g}": TDA(scope="token", active=a, coarse=c, head=head)
-            for a, c in GRADED
+            for a, c in PLANES
         }
 
-    planes = {"graded": graded("graded", 0), "graded, head": graded("graded, head", HEAD)}
-    return (planes if int8 else {}) | {
+    estimated = {"estimated": planes("estimated", 0), "with head": planes("with head", HEAD)}
+    return (estimated if int8 else {}) | {
         "one threshold": {f"token {a:g}": TDA(scope="token", active=a) for a in SHARES},
         "sequence TDA": {f"sequence, error {e:g}": TDA(error=e, compact=compact) for e in ERRORS},
         "GRIFFIN": {

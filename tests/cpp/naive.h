@@ -38,6 +38,7 @@ struct Session {
   KvFormat kv = KvFormat::f32;
   std::vector<std::vector<Vector>> keys, values_;  // [L][position]
   std::vector<std::vector<std::int32_t>> masks;    // [L]
+  std::vector<tda::InputThresholds> inputs;        // [L] of sparse steps with graded weights
   bool rounds = false;  // a step of several tokens and bf16 weights rounds activations to bf16
   Step step;
   std::vector<Vector> x, queries, attended, hidden;
@@ -47,6 +48,7 @@ struct Session {
     keys.resize(layers);
     values_.resize(layers);
     masks.resize(layers);
+    inputs.resize(layers);
     for (auto& mask : masks) {
       mask.resize(model->config.intermediate_size);
       std::iota(mask.begin(), mask.end(), 0);
@@ -64,10 +66,21 @@ struct Session {
     return in;
   }
 
-  static Vector product(const Matrix& w, const Vector& in) {
+  double threshold(std::int64_t layer, tda::Product of) const {
+    return step.ffn == FfnMode::sparse ? inputs[layer].of[static_cast<int>(of)] : 0;
+  }
+
+  /// Inputs of graded weights whose contribution is below the threshold use the high parts alone.
+  static Vector product(const Matrix& w, const Vector& in, double threshold = 0) {
     Vector out(w.rows);
     for (std::int64_t r = 0; r < w.rows; ++r) {
-      const Vector row = values(w, r);
+      Vector row = values(w, r);
+      if (threshold > 0) {
+        std::vector<float> high(w.cols);
+        tda::dequantize_graded(w.graded(), r, 0, w.cols, high.data(), true);
+        for (std::int64_t i = 0; i < w.cols; ++i)
+          if (std::abs(in[i]) * w.graded().rest_lengths[i] < threshold) row[i] = high[i];
+      }
       out[r] = std::inner_product(row.begin(), row.end(), in.begin(), 0.0);
     }
     return out;
@@ -132,7 +145,8 @@ struct Session {
     keys[layer].resize(step.position);
     values_[layer].resize(step.position);
     for (std::size_t t = 0; t < x.size(); ++t) {
-      Vector out = product(w.qkv, rounded(norm(x[t].data(), w.attention_norm)));
+      Vector out = product(w.qkv, rounded(norm(x[t].data(), w.attention_norm)),
+                           threshold(layer, tda::Product::qkv));
       for (std::size_t i = 0; i < w.qkv_bias.size(); ++i) out[i] += w.qkv_bias[i];
       for (std::int64_t head = 0; head < c.num_heads + c.num_kv_heads; ++head) {
         double* vector = out.data() + head * c.head_dim;
@@ -180,13 +194,31 @@ struct Session {
   void attention_out(std::int64_t layer) {
     const LayerWeights& w = model->layers[layer];
     for (std::size_t t = 0; t < x.size(); ++t) {
-      const Vector out = product(w.output, rounded(attended[t]));
+      const Vector out =
+          product(w.output, rounded(attended[t]), threshold(layer, tda::Product::output));
       for (std::size_t i = 0; i < out.size(); ++i)
         x[t][i] += out[i] + (w.output_bias.empty() ? 0 : w.output_bias[i]);
     }
   }
 
+  /// Gate and up of neuron j are rows j % 32 and 32 + j % 32 of strip j / 32.
+  void ffn_graded(std::int64_t layer) {
+    const LayerWeights& w = model->layers[layer];
+    hidden.assign(x.size(), Vector(w.down.cols));
+    for (std::size_t t = 0; t < x.size(); ++t) {
+      const Vector both = product(w.gate_up, norm(x[t].data(), w.ffn_norm),
+                                  threshold(layer, tda::Product::gate_up));
+      for (std::int64_t j = 0; j < w.down.cols; ++j) {
+        const std::int64_t row = j / 32 * 64 + j % 32;
+        hidden[t][j] = activate(model->config.activation, both[row]) * both[row + 32];
+      }
+      const Vector out = product(w.down, hidden[t], threshold(layer, tda::Product::down));
+      for (std::size_t i = 0; i < out.size(); ++i) x[t][i] += out[i];
+    }
+  }
+
   void ffn(std::int64_t layer) {
+    if (model->format == WeightFormat::graded) return ffn_graded(layer);
     const LayerWeights& w = model->layers[layer];
     hidden.assign(x.size(), Vector(w.gate.rows));
     for (std::size_t t = 0; t < x.size(); ++t) {
@@ -207,7 +239,8 @@ struct Session {
   /// A token's logits; `alone`: in a call for its row only.
   Vector logits(std::int64_t t, bool alone = true) const {
     const Vector in = norm(x[t].data(), model->final_norm);
-    return product(model->head, alone ? in : rounded(in));
+    const double least = step.ffn == FfnMode::sparse ? step.head_inputs : 0;
+    return product(model->head, alone ? in : rounded(in), least);
   }
 };
 

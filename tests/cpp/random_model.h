@@ -1,6 +1,7 @@
 // Small models of random weights, and tokens to run them on.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -81,10 +82,18 @@ class RandomModel {
       w.output = matrix(format, config.hidden_size, config.q_size(), 0);
       if (config.output_bias) w.output_bias = vector(config.hidden_size, 0, 0.5);
       w.ffn_norm = vector(config.hidden_size, 1, 0.2);
+      const double down = 2 / std::sqrt(static_cast<double>(config.intermediate_size));
+      if (format == WeightFormat::graded) {
+        const std::int64_t neurons = config.intermediate_size, padded = (neurons + 31) / 32 * 32;
+        w.gate_up = matrix(format, 2 * padded, config.hidden_size, 0, neurons);
+        w.down = matrix(format, config.hidden_size, neurons, down, 0, true);
+        w.down_lengths = keep(column_lengths(w.down));
+        model->layers.push_back(w);
+        continue;
+      }
       w.gate = matrix(format, config.intermediate_size, config.hidden_size, 0);
       w.up = matrix(format, config.intermediate_size, config.hidden_size, 0);
-      w.down = matrix(format, config.intermediate_size, config.hidden_size,
-                      2 / std::sqrt(static_cast<double>(config.intermediate_size)));
+      w.down = matrix(format, config.intermediate_size, config.hidden_size, down);
       if (format == WeightFormat::int8) add_outliers(w, {0, config.intermediate_size / 2});
       std::vector<float> lengths;
       for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
@@ -119,11 +128,16 @@ class RandomModel {
     for (float& v : data) v = static_cast<float>(normal(random_));
     return keep(data);
   }
-  /// deviation: 0 means 1 / sqrt(cols)
-  Matrix matrix(WeightFormat format, std::int64_t rows, std::int64_t cols, double deviation) {
+  /// deviation: 0 means 1 / sqrt(cols). graded: rows of gate and up in turn have so many `neurons`,
+  /// and zeros past them.
+  Matrix matrix(WeightFormat format, std::int64_t rows, std::int64_t cols, double deviation,
+                std::int64_t neurons = 0, bool by_block = false) {
     if (deviation == 0) deviation = 1 / std::sqrt(static_cast<double>(cols));
     const std::span<const float> data = vector(rows * cols, 0, deviation);
     Matrix m{format, rows, cols, reinterpret_cast<const std::byte*>(data.data())};
+    m.by_block = by_block;
+    if (format == WeightFormat::graded)
+      quantize(m, data, static_cast<float>(30 * deviation), neurons);
     if (format == WeightFormat::int8) {
       m.data =
           reinterpret_cast<std::byte*>(keep(std::vector<float>(rows * m.row_bytes() / 4)).data());
@@ -141,6 +155,34 @@ class RandomModel {
       }
     }
     return m;
+  }
+
+  static std::vector<float> column_lengths(const Matrix& m) {
+    Vector squares(m.cols);
+    for (std::int64_t r = 0; r < m.rows; ++r) {
+      const Vector row = values(m, r);
+      for (std::int64_t i = 0; i < m.cols; ++i) squares[i] += row[i] * row[i];
+    }
+    for (double& v : squares) v = std::sqrt(v);
+    return {squares.begin(), squares.end()};
+  }
+
+  /// Stores the values as graded, with an outlier in every strip.
+  void quantize(Matrix& m, std::span<const float> data, float outlier, std::int64_t neurons) {
+    m.data = reinterpret_cast<std::byte*>(keep(std::vector<float>(m.bytes() / 4)).data());
+    const tda::Graded to = m.graded();
+    const std::int64_t stride = 32 * to.blocks;
+    for (std::int64_t s = 0; s < to.strips; ++s) {
+      std::vector<float> strip(64 * stride);
+      const std::int64_t rows = std::min<std::int64_t>(64, m.rows - 64 * s);
+      for (std::int64_t r = 0; r < rows; ++r)
+        if (neurons == 0 || 32 * s + r % 32 < neurons)
+          std::copy_n(data.data() + (64 * s + r) * m.cols, m.cols, strip.data() + r * stride);
+      strip[s % std::min<std::int64_t>(rows, 5) * stride + (s * 31 + m.cols / 2) % m.cols] =
+          outlier;
+      tda::quantize_graded(to, s, strip.data());
+    }
+    tda::measure_rests(to, 0, stride);
   }
 
   /// Gives each of these neurons' down rows an outlier, which is stored apart.

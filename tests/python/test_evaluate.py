@@ -214,7 +214,7 @@ def test_the_frontier_with_its_picture(
     out, err = capsys.readouterr()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(out.splitlines()) == 2 + 1 + 1 + 6 * 6 + 1
-    assert "| graded 0.35 + 0.5 | " in out and "\n| int4 dense | 1.00 + 0.00 | " in out
+    assert "| estimated 0.35 + 0.5 | " in out and "\n| int4 dense | 1.00 + 0.00 | " in out
     assert "2/2" in err
     assert not cli.main([*command, "--json"])  # nothing is left to do
     out, err = capsys.readouterr()

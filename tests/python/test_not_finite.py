@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tdaengine import TDA, CheckpointError, Engine, Error
 from tdaengine.convert import convert
 
-FORMATS = ("f32", "bf16", "bf16c", "int8", "int4")
+FORMATS = ("f32", "bf16", "bf16c", "int8", "int4", "graded")
 TOKENS = tiny.tokens("llama")[:40]
 PROMPT = 30
 LAYER = "model.layers.1."
@@ -63,6 +63,8 @@ def calls(engine: Engine) -> dict[str, Callable[[], object]]:
         "token": TDA(scope="token", active=0.5),
         "cats": TDA.cats(active=0.5),
     }
+    if engine.weights == "graded":
+        scopes = {"dense": None, "inputs": TDA(inputs=0.3)}
     if engine.weights in ("int8", "int4"):
         scopes["head"] = TDA(active=0.5, head=0.01)
     result: dict[str, Callable[[], object]] = {
@@ -108,6 +110,8 @@ def test_a_token_that_fails_leaves_the_session_as_it_was(folder: Path, tmp_path:
         assert session.position == len(good)
         for token in good[:5]:
             assert np.array_equal(session.decode(token), untouched.decode(token))
+        if weights == "graded":  # makes no use of the statistic
+            continue
         with pytest.raises(Error, match="finite"):  # what it has seen is in the statistic
             session.apply(TDA(active=0.5))
 
@@ -172,6 +176,7 @@ def test_tokens_out_of_a_window_do_not_sort_what_is_not_finite(tmp_path: Path, w
     assert np.isfinite(engine.score(tokens, 55)).all()  # two windows of 16 later
     with pytest.raises(Error, match="not finite"):
         engine.logits(tokens)
-    for tda in (TDA(scope="token", active=0.5), TDA(scope="token", error=0.1), TDA(active=0.5)):
+    settings = (TDA(scope="token", active=0.5), TDA(scope="token", error=0.1), TDA(active=0.5))
+    for tda in (TDA(inputs=0.5),) if weights == "graded" else settings:
         with pytest.raises(Error, match="finite"):
             engine.score(tokens, 55, tda=tda)

@@ -13,6 +13,11 @@
 // become exact; with a second, lower threshold, those in between are computed from their high 4
 // bits. With other formats gate and up are read for all neurons, and down rows are saved.
 //
+// Precision by input (ours; graded weights): in y = W x every weight has 4 bits that are always read
+// and a 4-bit rest. Inputs with |x[i]| * ||rest[:, i]|| at or above a threshold are read at 8 bits,
+// the others at 4 (TdaOptions::inputs). For the down projection that number is |n[t,j]| with the
+// rest's length in the place of the column's.
+//
 // With either scope the output head can be treated the same way if its weights have two planes: the
 // high plane estimates all logits, and those within a threshold of the largest are made exact
 // (TdaOptions::head).
@@ -80,6 +85,11 @@ struct TdaOptions {
   /// Keep this share of every layer's neurons, those with the largest R; 0 < active <= 1. Scope
   /// "token": the share that the prompt's own tokens would have kept on average.
   std::optional<double> active = {};
+  /// graded weights, instead of scope, error or thresholds: the share of inputs that are read at 8
+  /// bits in every product but down, 0 <= inputs <= 1. `active`, 0 to 1, is then the share of down's
+  /// inputs, the neurons, at 8 bits; unset: half of `inputs`. The shares are those that the prompt's
+  /// own tokens would have taken on average.
+  std::optional<double> inputs = {};
   /// Calibrated beforehand, see Engine::calibrate.
   std::shared_ptr<const Thresholds> thresholds = {};
   /// Scope "token" with int8 weights and `active`: a further share that stays at 4 bits.

@@ -1,0 +1,217 @@
+// The graded format's products with AVX2 (with VNNI where there is AVX-512).
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/graded.h"
+#include "cpu/simd.h"
+
+namespace tda {
+namespace {
+
+inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline __m256i lower_four(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline __m256i upper_four(__m256i v) { return lower_four(_mm256_srli_epi16(v, 4)); }
+inline __m256 floats_of(__m256i v) { return _mm256_cvtepi32_ps(v); }
+inline __m256 unsigned_bytes(const std::uint8_t* p) {
+  return floats_of(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline __m256 signed_bytes(const std::int8_t* p) {
+  return floats_of(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+
+/// How far ahead bricks are prefetched.
+constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
+
+/// Adds four products of bytes to each of kSums. With AVX2 these are 16 sums of two products: eight
+/// steps of codes up to 15 stay below 2^15.
+struct QuadSums {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  static __m256i add(__m256i sums, __m256i codes, __m256i q) {
+    return _mm256_dpbusd_epi32(sums, codes, q);
+  }
+  static __m256 total(__m256i sums) { return floats_of(sums); }
+#else
+  static __m256i add(__m256i sums, __m256i codes, __m256i q) {
+    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, q));
+  }
+  static __m256 total(__m256i sums) {
+    return floats_of(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+  }
+#endif
+};
+
+inline __m256i four_inputs(const std::int8_t* q) {
+  int32_t four;
+  __builtin_memcpy(&four, q, 4);
+  return _mm256_set1_epi32(four);
+}
+
+/// sums: [64] += the brick's rows times x. Prefetches the brick at `ahead`.
+template <bool kExcess>
+[[gnu::always_inline]] inline void add_brick(const Brick& brick, const HighInputs& x, float* sums,
+                                             const char* ahead) {
+  __m256i dots[8] = {};  // of the rows 8 k ... 8 k + 7
+#pragma GCC unroll 8
+  for (int q = 0; q < kBlockInputs / 4; ++q) {
+    const __m256i inputs = four_inputs(x.q + 4 * q);
+    prefetch_l1(ahead + 128 * q);
+    prefetch_l1(ahead + 128 * q + kLineBytes);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m256i codes = load_bytes(brick.codes[q] + 32 * k);
+      dots[k] = QuadSums::add(dots[k], lower_four(codes), inputs);
+      dots[4 + k] = QuadSums::add(dots[4 + k], upper_four(codes), inputs);
+    }
+  }
+  prefetch_l1(ahead + 1024);
+  prefetch_l1(ahead + 1024 + kLineBytes);
+  const __m256 scale = _mm256_set1_ps(x.scale), centre = _mm256_set1_ps(-8 * x.sum);
+  const __m256 sum = _mm256_set1_ps(16 * x.sum);
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) {
+    __m256 centred = _mm256_fmadd_ps(QuadSums::total(dots[k]), scale, centre);
+    if (kExcess) {
+      const __m256i codes = load_bytes(brick.codes[x.excess_quad] + 32 * (k % 4));
+      const __m256i dot =
+          QuadSums::add(_mm256_setzero_si256(), k < 4 ? lower_four(codes) : upper_four(codes),
+                        four_inputs(x.excess));
+      centred = _mm256_fmadd_ps(QuadSums::total(dot), _mm256_set1_ps(x.excess_scale), centred);
+    }
+    __m256 total = _mm256_loadu_ps(sums + 8 * k);
+    total = _mm256_fmadd_ps(unsigned_bytes(brick.scales + 8 * k), centred, total);
+    total = _mm256_fmadd_ps(signed_bytes(brick.offsets + 8 * k), sum, total);
+    _mm256_storeu_ps(sums + 8 * k, total);
+  }
+}
+
+void add_high(const Graded& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
+  const auto* const end = reinterpret_cast<const char*>(
+      &w.brick(strips.end - 1, blocks.end - 1));  // nothing is prefetched past it
+  const auto add = [&](int64_t s, int64_t b) __attribute__((always_inline)) {
+    const Brick& brick = w.brick(s, b);
+    const HighInputs& inputs = x[b - blocks.first];
+    float* const out = sums + (s - strips.first) * kStripRows;
+    const char* ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance;
+    ahead = ahead < end ? ahead : end;
+    if (inputs.excess_quad < 0)
+      add_brick<false>(brick, inputs, out, ahead);
+    else
+      add_brick<true>(brick, inputs, out, ahead);
+  };
+  if (w.by_block)
+    for (int64_t b = blocks.first; b < blocks.end; ++b)
+      for (int64_t s = strips.first; s < strips.end; ++s) add(s, b);
+  else
+    for (int64_t s = strips.first; s < strips.end; ++s)
+      for (int64_t b = blocks.first; b < blocks.end; ++b) add(s, b);
+}
+
+// ---- rests ------------------------------------------------------------------------------------
+
+/// Inputs per sweep over the rows. While one runs, the rests of the next are prefetched.
+constexpr int kSweep = 8;
+/// Rows of a sweep, whose sums stay in the first-level cache.
+constexpr int64_t kSweepStrips = 32;
+
+/// The sums of 16 products of signed bytes and codes of 4 bits fit into 16 bits only around their
+/// centre: they start at -8 times the sum of q and may wrap around on the way.
+struct alignas(32) RestSums {
+  __m256i rows[4];  // of the rows {0 ... 7, 16 ... 23}, {8 ... 15, 24 ... 31}, and 32 + these
+};
+
+/// Adds the rests of inputs a and b. q: their coefficients, 16 times
+[[gnu::always_inline]] inline void add_pair(const std::uint8_t* a, const std::uint8_t* b, __m256i q,
+                                            RestSums& sums) {
+  const __m256i of_a = load_bytes(a), of_b = load_bytes(b);
+  const __m256i pairs[2] = {_mm256_unpacklo_epi8(of_a, of_b), _mm256_unpackhi_epi8(of_a, of_b)};
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    sums.rows[k] = _mm256_add_epi16(sums.rows[k], _mm256_maddubs_epi16(lower_four(pairs[k]), q));
+    sums.rows[2 + k] =
+        _mm256_add_epi16(sums.rows[2 + k], _mm256_maddubs_epi16(upper_four(pairs[k]), q));
+  }
+}
+
+inline void add_to(float* out, __m128i sums, __m256 scale) {
+  const __m256 values = floats_of(_mm256_cvtepi16_epi32(sums));
+  _mm256_storeu_ps(out, _mm256_fmadd_ps(values, scale, _mm256_loadu_ps(out)));
+}
+
+inline void finish(const RestSums& sums, __m256 scale, float* out) {
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    float* const to = out + k / 2 * 32 + k % 2 * 8;
+    add_to(to, _mm256_castsi256_si128(sums.rows[k]), scale);
+    add_to(to + 16, _mm256_extracti128_si256(sums.rows[k], 1), scale);
+  }
+}
+
+/// One sweep: inputs [first, end) of x over the strips; meanwhile prefetches the rests of the inputs
+/// `later`. The sums lie in `partial`; the sweep that is the first of x starts them, and the last one
+/// adds them to `sums`.
+inline void sweep(const Graded& w, Span strips, const RestInputs& x, int first, int end, int start,
+                  const std::int32_t* later, RestSums* partial, float* sums) {
+  __m256i q[kSweep / 2];
+  const int pairs = (end - first + 1) / 2;
+  for (int p = 0; p < pairs; ++p) {
+    std::int16_t both;
+    __builtin_memcpy(&both, x.q + first + 2 * p, 2);
+    q[p] = _mm256_set1_epi16(both);
+  }
+  const std::uint8_t* runs[kSweep];
+  const std::uint8_t* ahead[kSweep];
+  for (int k = 0; k < kSweep; ++k) {
+    runs[k] = w.rest(x.ids[first + k]);
+    ahead[k] = w.rest(later[k]);
+  }
+  const bool last = end == x.count;
+  const __m256 scale = _mm256_set1_ps(x.scale);
+  for (int64_t s = strips.first; s < strips.end; ++s) {
+    if (s % 2 == 0 || s == strips.first)
+#pragma GCC unroll 8
+      for (int k = 0; k < kSweep; ++k) prefetch_l1(ahead[k] + 32 * s);
+    RestSums& kept = partial[s - strips.first];
+    RestSums here;
+    if (first == 0)
+      for (__m256i& rows : here.rows) rows = _mm256_set1_epi16(static_cast<short>(start));
+    else
+      here = kept;
+    if (pairs == kSweep / 2) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kSweep / 2; ++p)
+        add_pair(runs[2 * p] + 32 * s, runs[2 * p + 1] + 32 * s, q[p], here);
+    } else {
+      for (int p = 0; p < pairs; ++p)
+        add_pair(runs[2 * p] + 32 * s, runs[2 * p + 1] + 32 * s, q[p], here);
+    }
+    if (last)
+      finish(here, scale, sums + (s - strips.first) * kStripRows);
+    else
+      kept = here;
+  }
+}
+
+void add_rests(const Graded& w, Span strips, const RestInputs* x, int64_t count, float* sums) {
+  RestSums partial[kSweepStrips];
+  const int64_t last = (count - 1) / kSweep * kSweep;
+  for (Span part = strips; part.first < strips.end; part.first = part.end) {
+    part.end = min(strips.end, part.first + kSweepStrips);
+    float* const out = sums + (part.first - strips.first) * kStripRows;
+    int start = 0;
+    for (int64_t k = 0; k < count; k += kSweep) {
+      const RestInputs& inputs = x[k / kBlockInputs];
+      const auto first = static_cast<int>(k % kBlockInputs);
+      if (first == 0) {
+        start = 0;
+        for (const std::int8_t q : inputs.q) start -= 8 * q;
+      }
+      const int64_t later = min(k + kSweep, last);
+      sweep(w, part, inputs, first, first + kSweep < inputs.count ? first + kSweep : inputs.count,
+            start, x[later / kBlockInputs].ids + later % kBlockInputs, partial, out);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tda

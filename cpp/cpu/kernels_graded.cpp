@@ -1,0 +1,117 @@
+// Decode kernels of the graded format: what all instruction sets share.
+#include "cpu/graded.h"
+#include "cpu/kernels_isa.h"
+#include "cpu/simd.h"
+#if defined(__AVX2__)
+#include "cpu/graded_avx2.h"
+#else
+#include "cpu/graded_portable.h"
+#endif
+
+namespace tda {
+namespace {
+
+/// |v| as an integer, in the order of the values; infinity is above all numbers and NaN above that,
+/// so that neither gets lost in a maximum.
+inline int32_t size_bits(float v) { return __builtin_bit_cast(int32_t, v) & 0x7fffffff; }
+
+inline float largest_size(const float* x, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i)
+    largest = size_bits(x[i]) > largest ? size_bits(x[i]) : largest;
+  return __builtin_bit_cast(float, largest);
+}
+
+/// 127 / limit; 0 for NaN, and for limits so small that it would be infinite.
+inline float inverse_of(float limit) { return limit > 1e-36f ? 127.0f / limit : 0.0f; }
+
+/// Rounds a number of |v| <= 2^22.
+inline float round_to_nearest(float v) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
+  return (v + kShift) - kShift;
+}
+
+/// Whatever is not finite gets a scale that is not, so that all products become NaN or infinite.
+void prepare(const float* x, int64_t blocks, HighInputs* out) {
+  for (int64_t b = 0; b < blocks; ++b, x += kBlockInputs) {
+    HighInputs& block = out[b];
+    int32_t largest = 0, second = 0;
+    int64_t at = 0;
+    for (int64_t i = 0; i < kBlockInputs; ++i) {
+      const int32_t size = size_bits(x[i]);
+      if (size > largest) {
+        second = largest;
+        largest = size;
+        at = i;
+      } else if (size > second) {
+        second = size;
+      }
+    }
+    const float most = __builtin_bit_cast(float, largest), next = __builtin_bit_cast(float, second);
+    const bool apart = most > 2 * next && most < __builtin_inff();
+    const float limit = apart ? next : most;
+    const float inverse = inverse_of(limit);
+    block.scale = limit / 127.0f;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < kBlockInputs; ++i) {
+      const float scaled = x[i] * inverse;
+      const float within = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+      block.q[i] = static_cast<std::int8_t>(static_cast<int32_t>(round_to_nearest(within)));
+      sum += block.q[i];
+    }
+    block.sum = block.scale * static_cast<float>(sum);
+    block.excess_quad = -1;
+    if (!apart) continue;
+    const float excess = x[at] - block.scale * block.q[at];
+    for (std::int8_t& q : block.excess) q = 0;
+    block.excess[at % 4] = excess < 0 ? -127 : 127;
+    block.excess_scale = __builtin_fabsf(excess) / 127.0f;
+    block.excess_quad = static_cast<int32_t>(at / 4);
+    block.sum += excess;
+  }
+}
+
+int64_t choose(const float* x, const float* lengths, Span inputs, float threshold,
+               RestInputs* out) {
+  RestInputs* block = out;
+  int64_t total = 0;
+  int32_t count = 0;
+  for (int64_t first = inputs.first; first < inputs.end; first += kBlockInputs) {
+    const int64_t end = min(inputs.end, first + kBlockInputs);
+    int32_t chosen[kBlockInputs];
+    int32_t found = 0;
+    for (int64_t i = first; i < end; ++i) {
+      chosen[found] = static_cast<int32_t>(i);
+      found += !(__builtin_fabsf(x[i]) * lengths[i] < threshold);  // NaN compares false: chosen
+    }
+    total += found;
+    for (int32_t k = 0; k < found; ++k) {
+      if (count == kBlockInputs) {
+        ++block;
+        count = 0;
+      }
+      block->ids[count++] = chosen[k];
+      block->count = count;
+    }
+  }
+  for (RestInputs* b = out; b < out + (total + kBlockInputs - 1) / kBlockInputs; ++b) {
+    float values[kBlockInputs] = {};
+    for (int32_t k = 0; k < b->count; ++k) values[k] = x[b->ids[k]];
+    const float most = largest_size(values, kBlockInputs);
+    const float inverse = inverse_of(most);
+    b->scale = most / 127.0f;
+    for (int64_t k = 0; k < kBlockInputs; ++k)
+      b->q[k] =
+          static_cast<std::int8_t>(static_cast<int32_t>(round_to_nearest(values[k] * inverse)));
+    for (int64_t k = b->count; k < kBlockInputs; ++k) b->ids[k] = b->ids[b->count - 1];
+  }
+  return total;
+}
+
+}  // namespace
+
+namespace TDA_ISA {
+const GradedKernels graded = {prepare, choose, add_high, add_rests, multiply_graded};
+}  // namespace TDA_ISA
+
+}  // namespace tda

@@ -1,0 +1,211 @@
+// How graded weights round values: every code is the nearest, scales and steps are no worse than
+// simple ones, and outliers are kept apart.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "check.h"
+#include "kernel_tests.h"
+#include "weights/graded.h"
+
+using namespace tda;
+
+namespace {
+
+/// A quantised matrix.
+struct Stored {
+  std::int64_t rows, cols;
+  AlignedBytes memory;
+  Graded w;
+
+  Stored(std::int64_t row_count, const std::vector<float>& values, bool by_block = false)
+      : rows(row_count),
+        cols(std::ssize(values) / row_count),
+        memory(graded_bytes(rows, cols)),
+        w(memory.data(), rows, cols, by_block) {
+    const std::int64_t stride = 32 * w.blocks;
+    for (std::int64_t s = 0; s < w.strips; ++s) {
+      std::vector<float> strip(64 * stride);
+      for (std::int64_t r = 64 * s; r < std::min(rows, 64 * s + 64); ++r)
+        std::copy_n(values.data() + r * cols, cols, strip.data() + (r - 64 * s) * stride);
+      quantize_graded(w, s, strip.data());
+    }
+    measure_rests(w, 0, stride);
+  }
+
+  const Brick& brick(std::int64_t r, std::int64_t i) const { return w.brick(r / 64, i / 32); }
+  int scale(std::int64_t r, std::int64_t i) const { return brick(r, i).scales[r % 64]; }
+  int offset(std::int64_t r, std::int64_t i) const { return brick(r, i).offsets[r % 64]; }
+  double unit(std::int64_t r, std::int64_t i) const { return double{w.steps[r]} * scale(r, i); }
+  double high(std::int64_t r, std::int64_t i) const {
+    const int byte = brick(r, i).codes[i % 32 / 4][4 * (r % 32) + i % 4];
+    const int code = (r % 64 < 32 ? byte & 15 : byte >> 4) - 8;
+    return double{w.steps[r]} * (scale(r, i) * code + 16 * offset(r, i));
+  }
+  double rest(std::int64_t r, std::int64_t i) const {
+    const int byte = w.rest(i)[r / 64 * 32 + r % 32];
+    return double{w.rest_steps[r]} * ((r % 64 < 32 ? byte & 15 : byte >> 4) - 8);
+  }
+  double outlier(std::int64_t r, std::int64_t i) const {
+    for (std::int64_t k = r / 64 * 4; k < r / 64 * 4 + 4; ++k)
+      if (w.outliers[k].value != 0 && w.outliers[k].row == r && w.outliers[k].input == i)
+        return w.outliers[k].value;
+    return 0;
+  }
+};
+
+/// The distance of a value to the nearest of 16 multiples of `step`, -8 to 7.
+double distance(double value, double step) {
+  double least = std::abs(value);
+  for (int code = -8; code < 8; ++code) least = std::min(least, std::abs(value - step * code));
+  return least;
+}
+
+/// The most that the best scale and offset for 32 values may miss one of them by, in the mean of
+/// squares: those of the whole range miss none by more.
+double bound_of_group(const double* values, double step) {
+  const auto [low, high] = std::minmax_element(values, values + 32);
+  const double range = *high - *low, unit = std::max(range / 15 + step / 2, step);
+  // Offsets are 16 steps apart and at most 127. Scales are a step apart, half of which counts 7.5
+  // times at the ends of the range.
+  const double beyond = std::max(0.0, std::abs(*high + *low) / 2 + unit / 2 - 127 * 16 * step);
+  return std::max(unit / 2, 11.75 * step + beyond);
+}
+
+/// Returns the error relative to the values, in the L2 norm.
+double check_rounding(const Stored& s, const std::vector<float>& values) {
+  double error = 0, size = 0;
+  for (std::int64_t r = 0; r < s.rows; ++r) {
+    std::vector<double> row(32 * s.w.blocks), rests(row.size());
+    std::vector<float> found(s.cols);
+    dequantize_graded(s.w, r, 0, s.cols, found.data());
+    double row_error = 0, simple_error = 0, largest_unit = 0;
+    for (std::int64_t i = 0; i < std::ssize(row); ++i) {
+      const double value = i < s.cols ? values[r * s.cols + i] : 0, outlier = s.outlier(r, i);
+      CHECK(outlier == 0 || outlier == value);
+      row[i] = value - outlier;
+      rests[i] = row[i] - s.high(r, i);
+      largest_unit = std::max(largest_unit, s.unit(r, i));
+      const double base = double{s.w.steps[r]} * 16 * s.offset(r, i);
+      CHECK_NEAR(std::abs(rests[i]), distance(row[i] - base, s.unit(r, i)), 1e-3 * s.unit(r, i));
+      const double step = s.w.rest_steps[r], missed = rests[i] - s.rest(r, i);
+      CHECK_NEAR(std::abs(missed), distance(rests[i], step), 1e-3 * step + 1e-44);
+      row_error += missed * missed;
+      if (i < s.cols) CHECK_NEAR(found[i], value - missed, 1e-5 * std::abs(value) + 1e-3 * step);
+      error += i < s.cols ? missed * missed : 0;
+      size += value * value;
+    }
+    for (std::int64_t i = 0; i < std::ssize(row); ++i) {
+      const double simple = distance(rests[i], largest_unit / 16);
+      simple_error += simple * simple;
+    }
+    CHECK(row_error <= simple_error * 1.001);
+    for (std::int64_t first = 0; first < std::ssize(row); first += 32) {
+      double squares = 0;
+      for (std::int64_t i = first; i < first + 32; ++i) squares += rests[i] * rests[i];
+      CHECK(std::sqrt(squares / 32) <= 1.002 * bound_of_group(row.data() + first, s.w.steps[r]));
+      CHECK(s.scale(r, first) >= 1);
+    }
+  }
+  for (std::int64_t r = s.rows; r < 64 * s.w.strips; ++r)
+    CHECK(s.w.steps[r] == 0 && s.w.rest_steps[r] == 0);
+  for (std::int64_t i = 0; i < s.cols; ++i) {
+    double squares = 0;
+    for (std::int64_t r = 0; r < s.rows; ++r) squares += s.rest(r, i) * s.rest(r, i);
+    CHECK_NEAR(s.w.rest_lengths[i], std::sqrt(squares), 1e-5 * std::sqrt(squares));
+  }
+  return std::sqrt(error / size);
+}
+
+}  // namespace
+
+TEST(graded_rounds_to_the_nearest_codes_at_any_size) {
+  for (const float size : {1e-38f, 1e-20f, 1e-6f, 1.0f, 1e30f})
+    for (const std::int64_t rows : {1, 63, 64, 100})
+      for (const std::int64_t cols : {1, 31, 32, 70, 160}) {
+        const std::vector<float> values = random_floats(rows * cols, size);
+        const double error = check_rounding(Stored(rows, values, cols % 2 == 0), values);
+        // The range of 32 normal numbers is about 4.1 of their deviations, so that a step of 8 bits
+        // is 1/60 of one and rounding to it costs 1/60 / sqrt(12) = 0.005; up to twice that where a
+        // row's widest group sets the rest's step. In a single row a clipped value may miss by a
+        // step of 4 bits, 1/4 of a deviation: 1/4 / sqrt(32).
+        CHECK(error < (rows > 1 ? 0.01 : 0.045));
+      }
+}
+
+TEST(graded_rounds_groups_of_unlike_sizes_and_centres) {
+  for (const std::int64_t cols : {70, 320}) {
+    std::vector<float> values = random_floats(130 * cols);
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const std::size_t row = i / cols, group = i % cols / 32;
+      values[i] = values[i] * std::ldexp(1.0f, -2 * static_cast<int>((row + group) % 6)) +
+                  static_cast<float>(group % 4) * static_cast<float>(row % 3);
+    }
+    CHECK(check_rounding(Stored(130, values), values) < 0.02);
+  }
+}
+
+TEST(graded_zeros_stay_zero) {
+  const std::int64_t cols = 160;
+  std::vector<float> values = random_floats(100 * cols);
+  for (std::int64_t r = 0; r < 100; ++r)
+    std::fill_n(values.begin() + r * cols + 32 * (r % 5), r % 7 == 0 ? cols - 32 * (r % 5) : 32,
+                0.0f);
+  std::fill_n(values.begin() + 50 * cols, cols, 0.0f);
+  const Stored s(100, values);
+  std::vector<float> row(cols);
+  for (std::int64_t r = 0; r < 100; ++r) {
+    dequantize_graded(s.w, r, 0, cols, row.data());
+    for (std::int64_t i = 0; i < cols; ++i)
+      if (r == 50 || i / 32 == r % 5) CHECK(row[i] == 0);
+  }
+  const Stored nothing(1, std::vector<float>(70));
+  dequantize_graded(nothing.w, 0, 0, 70, row.data());
+  CHECK(std::all_of(row.begin(), row.begin() + 70, [](float v) { return v == 0; }));
+}
+
+TEST(graded_rows_next_to_nothing_stay_small) {
+  for (const float size : {1e-45f, 1e-43f, 1e-41f}) {
+    const std::vector<float> values = random_floats(64 * 40, size);
+    const Stored s(64, values);
+    std::vector<float> row(40);
+    for (std::int64_t r = 0; r < 64; ++r) {
+      dequantize_graded(s.w, r, 0, 40, row.data());
+      for (std::int64_t i = 0; i < 40; ++i) CHECK_NEAR(row[i], values[r * 40 + i], 4 * size);
+    }
+  }
+}
+
+TEST(graded_keeps_the_four_largest_outliers_of_a_strip_exactly) {
+  const std::int64_t cols = 70;
+  std::vector<float> values(200 * cols);
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = i % 3 == 0 ? 0.01f : -0.01f;
+  const auto set = [&](std::int64_t r, std::int64_t i, float value) {
+    values[r * cols + i] = value;
+    return StripOutlier{static_cast<std::int32_t>(r), static_cast<std::int32_t>(i), value};
+  };
+  const StripOutlier first = set(7, 69, -0.81f), second = set(3, 3, 0.6f), third = set(3, 40, 0.5f),
+                     fourth = set(60, 0, 0.4f), alone = set(199, 33, 1e6f);
+  set(9, 9, 0.3f);      // one too many
+  set(130, 9, 0.079f);  // not 8 times its neighbours
+  std::fill_n(values.begin() + 140 * cols, 32, 0.0f);
+  set(140, 9, 5);  // whose neighbours lose nothing
+  const Stored s(200, values);
+  const auto equal = [](const StripOutlier& a, const StripOutlier& b) {
+    return a.row == b.row && a.input == b.input && a.value == b.value;
+  };
+  const std::vector<StripOutlier> expected = {first, second, third, fourth};
+  CHECK(std::equal(expected.begin(), expected.end(), s.w.outliers, equal));
+  for (std::int64_t k = 4; k < 16; ++k) CHECK(k == 12 || s.w.outliers[k].value == 0);
+  CHECK(equal(s.w.outliers[12], alone));
+  check_rounding(s, values);
+  for (const StripOutlier& o : {first, second, third, fourth}) {
+    float value = 0;
+    dequantize_graded(s.w, o.row, o.input, 1, &value);
+    CHECK_NEAR(value, o.value, 0.001);  // of the neighbours' size
+    dequantize_graded(s.w, o.row, o.input, 1, &value, true);
+    CHECK_NEAR(value, o.value, 0.01);
+  }
+}
+
+int main() { return run_tests(); }

@@ -1,0 +1,137 @@
+"""Graded weights: precision by input, its options, and what it leaves as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from tdaengine import TDA, Engine, Error, OptionError
+
+PROMPT = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("graded") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def graded(folder: Path) -> Engine:
+    return Engine(folder, weights="graded", threads=2)
+
+
+def score(engine: Engine, tda: TDA | None = None, variant: str = "llama") -> np.ndarray:
+    return engine.score(tiny.tokens(variant), prompt_tokens=PROMPT, tda=tda)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_dense_is_nearly_as_good_as_int8(tmp_path: Path, variant: str):
+    """In every architecture, in prefill and in decode."""
+    source = tiny.write(tmp_path / variant, variant)
+    exact = Engine(source, weights="f32")
+    tokens = tiny.tokens(variant)[: min(80, exact.max_context)]
+    prompt = len(tokens) // 2
+    expected = exact.logits(tokens)
+
+    def errors(weights: str) -> np.ndarray:
+        engine = Engine(source, weights=weights)
+        session = engine.session(len(tokens))
+        session.prefill(tokens[:prompt])
+        decoded = np.stack([session.decode(token) for token in tokens[prompt:]])
+        found = engine.logits(tokens)
+        return np.array(
+            [np.abs(found - expected).mean(), np.abs(decoded - expected[prompt:]).mean()]
+        )
+
+    assert (errors("graded") < 1.8 * errors("int8")).all()
+
+
+def test_all_inputs_are_dense_to_the_bit(graded: Engine):
+    assert np.array_equal(score(graded, TDA(inputs=1, active=1)), score(graded))
+
+
+@pytest.mark.parametrize("tda", [None, TDA(), TDA(inputs=0.5, active=0), TDA(inputs=0)])
+def test_threads_change_no_bit(folder: Path, tda: TDA | None):
+    one, *others = (score(Engine(folder, weights="graded", threads=n), tda) for n in (1, 2, 3))
+    for other in others:
+        assert np.array_equal(other, one)
+
+
+def test_fewer_inputs_are_farther_from_dense(graded: Engine):
+    dense = score(graded)
+    shares = (0.0, 0.25, 0.5, 0.75)
+    errors = [np.abs(score(graded, TDA(inputs=s, active=s)) - dense).mean() for s in shares]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < errors[0] / 4
+
+
+def test_bytes_follow_the_shares(smollm2: Path):
+    engine = Engine(smollm2, weights="graded")
+    prompt = engine.tokenizer.encode("The history of the lighthouse begins in the year " * 10)
+
+    def stats(tda: TDA | None):
+        return engine.generate(prompt, max_new_tokens=30, ignore_eos=True, tda=tda).stats
+
+    dense, none = stats(None), stats(TDA(inputs=0))
+    rests = dense.bytes_per_token - none.bytes_per_token
+    assert 0.42 < rests / dense.bytes_per_token < 0.48  # 4 bits of about 8.6
+    fifth = stats(TDA(inputs=0.2, active=0.2))
+    share = (fifth.bytes_per_token - none.bytes_per_token) / rests
+    assert 0.1 < share < 0.35
+    assert (dense.ffn_active, dense.ffn_coarse, none.ffn_coarse) == (1, 0, 1)
+    assert 0.1 < 1 - fifth.ffn_coarse < 0.35
+
+
+def test_the_recommended_setting(smollm2: Path):
+    engine = Engine(smollm2, weights="graded")
+    question = [
+        {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    ]
+    out = engine.chat(question, temperature=0, tda=TDA())
+    assert out.text == "The capital of France is Paris."
+    assert out.stats.tda.startswith("by input: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": -0.1}, "tda inputs -0.1: expected 0 to 1"),
+        ({"inputs": 1.5}, "tda inputs 1.5: expected 0 to 1"),
+        ({"inputs": float("nan")}, "tda inputs nan: expected 0 to 1"),
+        ({"inputs": 0.2, "active": 2}, "tda active 2: expected 0 to 1"),
+        ({"inputs": 0.2, "coarse": 0.5}, "inputs: expected alone or with active"),
+        ({"inputs": 0.2, "scope": "token"}, "inputs: expected alone or with active"),
+        ({"inputs": 0.2, "head": 0.1}, "inputs: expected alone or with active"),
+    ],
+)
+def test_bad_options(options: dict[str, float], message: str):
+    with pytest.raises(OptionError, match=message):
+        TDA(**options)
+
+
+def test_options_that_do_not_fit_the_weights(folder: Path, graded: Engine):
+    with pytest.raises(OptionError, match="tda inputs: expected graded weights, found int8"):
+        score(Engine(folder, weights="int8"), TDA(inputs=0.2))
+    for tda in (TDA(error=0.1), TDA(active=0.5), TDA.cats(active=0.5), TDA.griffin(active=0.5)):
+        with pytest.raises(OptionError, match="tda with graded weights: expected inputs"):
+            score(graded, tda)
+    with pytest.raises(OptionError, match="calibrate: found graded weights"):
+        graded.calibrate()
+    with pytest.raises(OptionError, match="mask of layer 0: found graded weights"):
+        graded.session(10).set_mask(0, [1])
+    session = graded.session(60)
+    session.prefill(tiny.tokens("llama")[:PROMPT])
+    with pytest.raises(OptionError, match="tda inputs: the session remembers no tokens"):
+        session.apply(TDA(inputs=0.2))
+
+
+def test_a_single_token_prompt(graded: Engine):
+    assert len(graded.generate([5], max_new_tokens=3, ignore_eos=True, tda=TDA()).token_ids) == 3
+
+
+def test_cuda_refuses_them(folder: Path):
+    with pytest.raises(Error, match="cuda"):
+        Engine(folder, weights="graded", device="cuda")
