@@ -1,4 +1,4 @@
-"""A small real model answers a question in int8, dense and with the recommended TDA setting.
+"""A small real model answers a question: dense in int8, and with TDA, which reads 4 or 8 bits.
 
 usage: demo.py MODEL_FOLDER
 """
@@ -9,7 +9,7 @@ import sys
 from tdaengine import TDA, Engine, GenerationStats, measure_read_bandwidth
 
 QUESTION = "What is the capital of France?"
-SETTINGS = {"dense": None, "TDA": TDA()}
+SETTINGS = {"dense": ("int8", None), "TDA": ("graded", TDA())}
 ROUNDS = 3
 NEW_TOKENS = 64
 # Of the read roof: dense decode above one share is bound by memory, below the other by computing.
@@ -18,20 +18,21 @@ AT_THE_ROOF, COMPUTING = 0.75, 0.5
 
 
 def main() -> None:
-    engine = Engine(sys.argv[1], weights="int8")
     messages = [{"role": "user", "content": QUESTION}]
-    print(f"{sys.argv[1]}: {engine.weights} on {engine.device}, {engine.threads} threads\n")
-    for name, tda in SETTINGS.items():
+    engines = {}
+    for name, (weights, tda) in SETTINGS.items():
+        engine = engines[name] = Engine(sys.argv[1], weights=weights)
         out = engine.chat(messages, max_new_tokens=NEW_TOKENS, tda=tda)
-        print(f"[{name}] {QUESTION}\n{out}\n")
+        print(f"[{name}, {weights} weights] {QUESTION}\n{out}\n")
+    print(f"{sys.argv[1]} on {engine.device}, {engine.threads} threads:\n")
 
     # Speed by itself, always over the same number of tokens, in turn; the roof beside it.
     runs: dict[str, list[GenerationStats]] = {name: [] for name in SETTINGS}
     roofs = []
     for _ in range(ROUNDS):
         roofs.append(measure_read_bandwidth(engine.threads, megabytes=256))
-        for name, tda in SETTINGS.items():
-            out = engine.chat(messages, max_new_tokens=NEW_TOKENS, ignore_eos=True, tda=tda)
+        for name, (_, tda) in SETTINGS.items():
+            out = engines[name].chat(messages, max_new_tokens=NEW_TOKENS, ignore_eos=True, tda=tda)
             runs[name].append(out.stats)
     report(runs, roofs)
 
@@ -59,7 +60,7 @@ def why(ratio: float, dense_share: float) -> str:
     """One sentence on the speed."""
     share = f"dense decode reads at {dense_share:.0%} of what this memory gives"
     if ratio > 1.02:
-        return f"Fewer bytes per token win because {share}: memory is what it waits for."
+        return f"Fewer bytes per token win; {share}."
     if dense_share < COMPUTING:
         return f"No speed is won because {share}: computing is what it waits for, not memory."
     if dense_share > AT_THE_ROOF:
