@@ -4,8 +4,8 @@
 //   high[r, i] = step[r] * (scale * (code - 8) + 16 * offset)     0 <= code <= 15
 //   rest[r, i] = rest_step[r] * (code - 8)                        w = high + rest
 //
-// `scale` (1 to 255; 0 where rows or inputs only pad) and `offset` (-127 to 127) hold for the 32
-// inputs of a brick. High parts lie in bricks of 64 rows x 32 inputs, which a decode step reads from
+// `scale` (1 to 255) and `offset` (-127 to 127) hold for the 32 inputs of a brick. Rows that only pad
+// have steps of 0. High parts lie in bricks of 64 rows x 32 inputs, which a decode step reads from
 // first to last; rests lie by input, so that what one input needs is one run for as many rows as a
 // task has. In both, the lower half of a byte belongs to one of a strip's first 32 rows, the upper
 // half to the row 32 after it.

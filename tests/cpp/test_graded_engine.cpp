@@ -211,7 +211,7 @@ TEST(graded_options_say_what_does_not_fit) {
   session.prefill(kPrompt);
   CHECK_THROWS(session.apply(of_inputs(0.2)), OptionError, "sample_tokens");
   const std::vector<std::int32_t> mask = {1, 2};
-  CHECK_THROWS(session.set_mask(1, mask), OptionError, "mask of neurons: found graded weights");
+  CHECK_THROWS(session.set_mask(1, mask), OptionError, "mask of layer 1: found graded weights");
 }
 
 TEST(graded_shares_of_inputs_are_what_is_read) {

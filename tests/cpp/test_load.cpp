@@ -87,7 +87,7 @@ TEST(names_are_parsed_back) {
   CHECK_THROWS(tda::parse_device("gpu"), tda::OptionError,
                "device is \"gpu\", expected auto, cpu or cuda");
   CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError,
-               "auto, f32, bf16, int8, int4 or bf16c");
+               "auto, f32, bf16, int8, int4, bf16c or graded");
 }
 
 void check_layer(const tda::LayerWeights& layer, const Tensors& tensors,
