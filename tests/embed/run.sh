@@ -51,7 +51,7 @@ installed() {  # shared or static
 }
 
 rm -rf "$work"/prefix-*
-$configure -S . -B "$work/shared" -DBUILD_SHARED_LIBS=ON -DTDA_PORTABLE=ON  # half the time
+$configure -S . -B "$work/shared" -DBUILD_SHARED_LIBS=ON
 "$bin/cmake" --build "$work/shared"
 "$bin/cmake" --install "$work/shared" --prefix "$work/prefix-shared"
 installed shared
