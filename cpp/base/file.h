@@ -32,7 +32,7 @@ class File {
   /// The whole file, mapped until its last owner is gone. Changes to the file show in the mapping,
   /// and access to a page that was truncated raises SIGBUS: only for files that nobody truncates.
   std::shared_ptr<const std::byte> map() const;
-  /// Asks the system to start reading the whole file.
+  /// Prefetches the whole file into the page cache.
   void prefetch() const;
 
  private:

@@ -60,7 +60,8 @@ struct CpuState final : State {
     std::vector<float> samples;      // [tokens, F]
     TokenThresholds thresholds;
     InputThresholds inputs;
-    std::vector<float> input_samples[kProducts];  // [tokens, inputs] x; graded weights only
+    // [tokens, inputs] x of graded products, but of down, whose inputs are `samples`
+    std::vector<float> input_samples[kProducts - 1];
     FfnReads reads;
   };
 
@@ -223,6 +224,9 @@ class CpuBackend final : public Backend {
   /// count. Returns the bytes read. x: [w.cols], y: [w.rows]
   std::int64_t multiply_graded(CpuState&, const Matrix& w, const float* x, float threshold,
                                float* y, bool add) const;
+  /// The same for several tokens and all rests. in: [panels, w.cols, P], out: [panels, w.rows, P]
+  void multiply_graded_panels(const Layout&, const Matrix& w, const float* in, float* out,
+                              bool add) const;
   void ffn_graded(CpuState&, std::int64_t layer) const;
   void ffn_graded_panels(CpuState&, std::int64_t layer) const;
   /// Keeps the x of the tokens named by the step. x: [panels, n, P]

@@ -33,18 +33,13 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   norm(state.layout, state.x.data(), model_->layers[layer].ffn_norm, state.normed.data());
   const FfnMode mode = state.step.ffn;
   if (graded()) {
-    CpuState::Layer& own = state.layers[layer];
-    const auto sampled = [&](Product product) -> std::vector<float>& {
-      return own.input_samples[static_cast<int>(product)];
-    };
-    const ModelConfig& config = model_->config;
-    sample_inputs(state, state.normed.data(), config.hidden_size, sampled(Product::gate_up));
+    sample_inputs(state, state.normed.data(), model_->config.hidden_size,
+                  state.layers[layer].input_samples[static_cast<int>(Product::gate_up)]);
     if (state.layout.width == 1)
       ffn_graded(state, layer);
     else
       ffn_graded_panels(state, layer);
-    sample_inputs(state, state.hidden.data(), config.intermediate_size, sampled(Product::down));
-    if (layer + 1 == config.num_layers) sample_head(state);
+    if (layer + 1 == model_->config.num_layers) sample_head(state);
   } else if (mode == FfnMode::sparse) {
     return ffn_sparse(state, layer);
   } else if (state.layout.width == 1)
@@ -303,14 +298,9 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
 
 /// Appends the tokens named by the step to the samples.
 void CpuBackend::sample(CpuState& state, std::int64_t layer) const {
-  const Layout& layout = state.layout;
-  const std::int64_t neurons = model_->config.intermediate_size;
   const bool gates = state.step.estimate == Estimate::gate;
-  const Buffer<float>& values = gates ? state.gates : state.hidden;
-  for (const std::int64_t t : state.step.samples)
-    for (std::int64_t j = 0; j < neurons; ++j)
-      state.layers[layer].samples.push_back(
-          values.data()[layout.at(t, neurons) + j * layout.width]);
+  sample_inputs(state, (gates ? state.gates : state.hidden).data(),
+                model_->config.intermediate_size, state.layers[layer].samples);
 }
 
 }  // namespace tda

@@ -196,13 +196,20 @@ void CpuBackend::ffn_graded_panels(CpuState& state, std::int64_t layer) const {
         }
       },
       kStripRows);
+  multiply_graded_panels(state.layout, weights.down, state.hidden.data(), state.x.data(), true);
+}
+
+void CpuBackend::multiply_graded_panels(const Layout& layout, const Matrix& matrix, const float* in,
+                                        float* out, bool add) const {
+  const Graded w = matrix.graded();
+  const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
   for_blocks(
-      down.rows, panels,
+      w.rows, layout.panels,
       [&](const Block& block, int) {
         kernels_.graded->multiply(
-            down, block.row / kStripRows, {state.hidden.data() + block.panel * h_stride, h_stride},
-            {state.x.data() + block.panel * x_stride + block.row * width, x_stride}, block.panels,
-            true);
+            w, block.row / kStripRows, {in + block.panel * in_stride, in_stride},
+            {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels,
+            add);
       },
       kStripRows);
 }
@@ -248,7 +255,8 @@ std::vector<float> CpuBackend::input_contributions(const State& state, std::int6
   const Matrix* const matrices[kProducts] = {&weights.qkv, &weights.output, &weights.gate_up,
                                              &weights.down};
   const int i = static_cast<int>(product);
-  return contributions(*matrices[i], CpuState::of(state).layers[layer].input_samples[i]);
+  const CpuState::Layer& own = CpuState::of(state).layers[layer];
+  return contributions(*matrices[i], product == Product::down ? own.samples : own.input_samples[i]);
 }
 
 std::vector<float> CpuBackend::head_contributions(const State& state) const {

@@ -23,7 +23,7 @@ inline __m256 signed_bytes(const std::int8_t* p) {
 /// How far ahead bricks are prefetched.
 constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
 
-/// Adds four products of bytes to each of kSums. With AVX2 these are 16 sums of two products: eight
+/// Adds four products of bytes to each of 8 sums. With AVX2 these are 16 sums of two products: eight
 /// steps of codes up to 15 stay below 2^15.
 struct QuadSums {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)

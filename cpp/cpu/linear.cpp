@@ -56,19 +56,7 @@ NextRead CpuBackend::first_read(const Matrix& w, int thread) const {
 template <class Next>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
                           float* out, bool add, const Next& next) const {
-  if (w.format == WeightFormat::graded) {
-    const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
-    for_blocks(
-        w.rows, layout.panels,
-        [&](const Block& block, int) {
-          kernels_.graded->multiply(
-              w.graded(), block.row / kStripRows, {in + block.panel * in_stride, in_stride},
-              {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels,
-              add);
-        },
-        kStripRows);
-    return;
-  }
+  if (w.format == WeightFormat::graded) return multiply_graded_panels(layout, w, in, out, add);
   if (layout.width == 1) {
     const Tasks tasks = tasks_of(w, pool_.threads());
     const void* x = prepare(state, w.format, in, w.cols);

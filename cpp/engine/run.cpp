@@ -44,7 +44,9 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
 
 std::span<const float> Run::prefill() {
   Stopwatch watch;
-  const auto logits = session_.prefill(prompt_, tda_.options ? FfnMode::gather : FfnMode::dense);
+  const bool gather =
+      tda_.options && !tda_.options->inputs;  // thresholds of inputs need samples alone
+  const auto logits = session_.prefill(prompt_, gather ? FfnMode::gather : FfnMode::dense);
   stats_.prefill_seconds = watch.lap();
   if (tda_.options) {
     session_.apply(tda_.options);

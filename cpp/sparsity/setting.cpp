@@ -104,7 +104,7 @@ std::vector<std::string> warnings_of(const TdaOptions& options, const TdaFacts& 
 }  // namespace
 
 double down_share(const TdaOptions& options) {
-  return options.active.value_or(options.inputs.value_or(1) / 2);
+  return options.active.value_or(*options.inputs / 2);
 }
 
 Scope scope_of(const TdaOptions& options) {
@@ -131,15 +131,18 @@ TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts
 
 void TdaOptions::validate() const {
   if (*this == TdaOptions{}) return;
+  // Written so that NaN, for which every comparison is false, is out of range.
+  const auto check = [](bool in_range, const char* name, double found, const char* expected) {
+    if (in_range) return;
+    throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected " + expected);
+  };
   if (inputs) {
-    const auto share = [](const char* name, double found) {
-      if (!(found >= 0 && found <= 1))
-        throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected 0 to 1");
+    const auto check_share = [&](const char* name, double share) {
+      check(share >= 0 && share <= 1, name, share, "0 to 1");
     };
-    share("inputs", *inputs);
-    if (active) share("active", *active);
-    TdaOptions alone{.active = active, .inputs = inputs};
-    if (*this != alone)
+    check_share("inputs", *inputs);
+    if (active) check_share("active", *active);
+    if (*this != TdaOptions{.active = active, .inputs = inputs})
       throw OptionError("tda inputs: expected alone or with active, found further options");
     return;
   }
@@ -160,11 +163,6 @@ void TdaOptions::validate() const {
                       ", expected exactly one of error, active and thresholds" +
                       (given.empty() ? ", or no option at all for the recommended setting" : ""));
   }
-  // Written so that NaN, for which every comparison is false, is out of range.
-  const auto check = [](bool in_range, const char* name, double found, const char* expected) {
-    if (in_range) return;
-    throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected " + expected);
-  };
   if (error) check(*error >= 0 && *error < 1, "error", *error, "0 or more, less than 1");
   if (active) check(*active > 0 && *active <= 1, "active", *active, "more than 0, at most 1");
   check(coarse >= 0 && coarse <= 1, "coarse", coarse, "0 to 1");

@@ -1,7 +1,6 @@
 #include "weights/graded.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -48,42 +47,42 @@ float code_of(float value, float inverse_step) {  // -8 ... 7
   return nearest(std::min(std::max(value * inverse_step, -8.0f), 7.0f));
 }
 
-/// Errors are summed in so many lanes, which compilers make a vector of.
-constexpr std::int64_t kLanes = 8;
-float sum(const float (&lanes)[kLanes]) {
+/// The squared error of n values, a multiple of 8, as `base` and 4-bit codes of `step`. Summed in lanes,
+/// which compilers make a vector of.
+float squared_error(const float* values, std::int64_t n, float base, float step) {
+  constexpr std::int64_t kLanes = 8;
+  const float inverse = 1 / step;
+  float lanes[kLanes] = {};
+  for (std::int64_t i = 0; i < n; i += kLanes)
+    for (std::int64_t k = 0; k < kLanes; ++k) {
+      const float value = values[i + k] - base;
+      const float missed = value - step * code_of(value, inverse);
+      lanes[k] += missed * missed;
+    }
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
          ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-/// A brick's row: 32 values, in steps, as scale, offset and codes.
-struct Coded {
+/// How a brick codes 32 values of a row, in steps.
+struct Coding {
   float scale = 1, offset = 0;
-  std::array<float, kBlockInputs> codes = {};  // minus 8
 };
 
-Coded code_values(const float* values) {
+/// The best of five clippings of the values' range.
+Coding choose_coding(const float* values) {
   const auto [low, high] = std::minmax_element(values, values + kBlockInputs);
   const float middle = (*low + *high) / 2, range = *high - *low;
-  Coded best;
+  Coding best;
   float least = std::numeric_limits<float>::infinity();
   for (const float clip : {1.0f, 0.95f, 0.9f, 0.85f, 0.8f}) {
-    Coded coded;
-    coded.scale = std::clamp(nearest(range * clip / 15), 1.0f, 255.0f);
+    Coding coding;
+    coding.scale = std::clamp(nearest(range * clip / 15), 1.0f, 255.0f);
     // Codes -8 ... 7 lie around -0.5.
-    coded.offset = std::clamp(nearest((middle + 0.5f * coded.scale) / 16), -127.0f, 127.0f);
-    const float inverse = 1 / coded.scale, base = 16 * coded.offset;
-    float errors[kLanes] = {};
-    for (std::int64_t i = 0; i < kBlockInputs; i += kLanes)
-      for (std::int64_t k = 0; k < kLanes; ++k) {
-        const float code = code_of(values[i + k] - base, inverse);
-        const float missed = values[i + k] - base - code * coded.scale;
-        coded.codes[i + k] = code;
-        errors[k] += missed * missed;
-      }
-    const float error = sum(errors);
+    coding.offset = std::clamp(nearest((middle + 0.5f * coding.scale) / 16), -127.0f, 127.0f);
+    const float error = squared_error(values, kBlockInputs, 16 * coding.offset, coding.scale);
     if (error < least) {
       least = error;
-      best = coded;
+      best = coding;
     }
   }
   return best;
@@ -132,15 +131,8 @@ void take_outliers(float* values, std::int64_t cols, std::int64_t stride, std::i
 float choose_rest_step(const float* rests, std::int64_t n, float largest) {
   float best = 0, least = std::numeric_limits<float>::infinity();
   for (int k = 4; k <= 12; ++k) {
-    const float step = largest / 160 * static_cast<float>(k), inverse = 1 / step;
-    float errors[kLanes] = {};
-    for (std::int64_t i = 0; i < n; i += kLanes)
-      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-        const float rest = rests[i + lane];
-        const float missed = rest - step * code_of(rest, inverse);
-        errors[lane] += missed * missed;
-      }
-    const float error = sum(errors);
+    const float step = largest / 160 * static_cast<float>(k);
+    const float error = squared_error(rests, n, 0, step);
     if (error < least) {
       least = error;
       best = step;
@@ -201,15 +193,15 @@ void quantize_graded(const Graded& target, std::int64_t strip, float* values) {
     for (std::int64_t b = 0; b < target.blocks; ++b) {
       auto& brick = const_cast<Brick&>(target.brick(strip, b));
       float* const group = row + b * kBlockInputs;
-      const Coded coded = code_values(group);
-      largest = std::max(largest, coded.scale);
-      brick.scales[r] = static_cast<std::uint8_t>(coded.scale);
-      brick.offsets[r] = static_cast<std::int8_t>(coded.offset);
+      const auto [scale, offset] = choose_coding(group);
+      largest = std::max(largest, scale);
+      brick.scales[r] = static_cast<std::uint8_t>(scale);
+      brick.offsets[r] = static_cast<std::int8_t>(offset);
       for (std::int64_t i = 0; i < kBlockInputs; ++i) {
-        const auto code = static_cast<std::uint8_t>(coded.codes[i] + 8);
+        const float code = code_of(group[i] - 16 * offset, 1 / scale);
         brick.codes[i / 4][4 * (r % 32) + i % 4] |=
-            static_cast<std::uint8_t>(r < 32 ? code : code << 4);
-        group[i] -= coded.scale * coded.codes[i] + 16 * coded.offset;
+            static_cast<std::uint8_t>(static_cast<int>(code + 8) << (r < 32 ? 0 : 4));
+        group[i] -= scale * code + 16 * offset;
       }
     }
     const float rest_step = choose_rest_step(row, n, largest);

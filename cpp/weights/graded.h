@@ -13,7 +13,7 @@
 // In memory, each part 64-byte aligned:
 //   bricks                 [strips][blocks], or [blocks][strips] if `by_block`
 //   step, rest_step        f32 [strips * 64] each
-//   outliers               [strips][kOutliers]
+//   outliers               [strips][kStripOutliers]
 //   rest_lengths           f32 [blocks * 32]: the length of an input's column of rests
 //   rests                  [blocks * 32][rest_stride bytes]
 #pragma once
