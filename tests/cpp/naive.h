@@ -11,6 +11,7 @@
 #include "backend/rope.h"
 #include "base/half.h"
 #include "cpu/key_scales.h"
+#include "model/forward.h"
 #include "random_model.h"
 
 namespace naive {
@@ -243,5 +244,25 @@ struct Session {
     return product(model->head, alone ? in : rounded(in), least);
   }
 };
+
+/// Runs a step; logits of its last `rows` tokens, [rows, V].
+inline std::vector<float> run(const tda::Backend& backend, tda::State& state, const Step& step,
+                              std::int64_t rows) {
+  const auto logits = tda::forward(backend, state, step, rows);
+  return {logits.begin(), logits.end()};
+}
+
+/// The same here, for the last token.
+inline Vector run(Session& session, const Step& step) {
+  session.begin(step);
+  session.embed();
+  for (std::int64_t l = 0; l < session.model->config.num_layers; ++l) {
+    session.qkv(l);
+    session.attention(l);
+    session.attention_out(l);
+    session.ffn(l);
+  }
+  return session.logits(std::ssize(step.tokens) - 1);
+}
 
 }  // namespace naive

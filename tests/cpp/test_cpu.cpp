@@ -18,17 +18,13 @@
 
 using namespace tda;
 using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
+using naive::run;
 
 // By default sanitizers abort on allocations that the system would refuse.
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace {
-
-std::vector<float> run(const Backend& backend, State& state, const Step& step, std::int64_t rows) {
-  const auto logits = forward(backend, state, step, rows);
-  return {logits.begin(), logits.end()};
-}
 
 /// Logits of every position, [T, V], from steps of the given sizes.
 std::vector<float> all_logits(const Backend& backend, Tokens tokens,

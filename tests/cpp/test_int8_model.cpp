@@ -10,30 +10,12 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "kernel_tests.h"
-#include "model/forward.h"
 #include "naive.h"
 
 using namespace tda;
+using naive::run;
 
 namespace {
-
-std::vector<float> run(const Backend& backend, State& state, const Step& step, std::int64_t rows) {
-  const auto logits = forward(backend, state, step, rows);
-  return {logits.begin(), logits.end()};
-}
-
-/// The last token's logits.
-naive::Vector run(naive::Session& session, const Step& step) {
-  session.begin(step);
-  session.embed();
-  for (std::int64_t l = 0; l < session.model->config.num_layers; ++l) {
-    session.qkv(l);
-    session.attention(l);
-    session.attention_out(l);
-    session.ffn(l);
-  }
-  return session.logits(std::ssize(step.tokens) - 1);
-}
 
 ModelConfig wide_config() {
   ModelConfig config = naive::small_config();
