@@ -167,6 +167,63 @@ inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step
     if (i < lanes) store(y, load_as<Floats>(y) + step * to_floats((Ints)ordered[i]));
 }
 
+// The pieces of add_down_batch. Inlined always, so that sums stay in registers.
+
+/// Writes each part / the largest |part|, in 1/32768. Returns the value of one such step times
+/// `unit`; NaN if a part is NaN, so that NaN reaches y.
+[[gnu::always_inline]] inline float to_relative(const float (&parts)[kLargeDownBatch], float unit,
+                                                std::int16_t* relative) {
+  const __m512 values = _mm512_load_ps(parts);
+  float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
+  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q)) most = __builtin_nanf("");
+  const float step = most * (32768.0f / 32767.0f) * unit;
+  const __m512i words =
+      _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
+  _mm256_store_si256((__m256i*)relative, _mm512_cvtepi32_epi16(words));
+  return step;
+}
+
+/// Starts the sums of two groups' products: by byte of the multipliers, of codes in lower and in
+/// upper nibbles. at: the first group's scale in the multipliers
+template <int kScales, int kBytes, class Multipliers>
+[[gnu::always_inline]] inline void start_sums(const Multipliers& multipliers, int64_t at,
+                                              __m512i (&lowers)[kBytes][4],
+                                              __m512i (&uppers)[kBytes][4]) {
+#pragma GCC unroll 2
+  for (int byte = 0; byte < kBytes; ++byte) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      lowers[byte][i] = uppers[byte][i] = lanes_of_scales<kScales>(multipliers.start[byte] + at, i);
+  }
+}
+
+/// Joins the sums by the multipliers' high and low bytes into those of the first.
+template <int kBytes>
+[[gnu::always_inline]] inline void join_bytes(__m512i (&lowers)[kBytes][4],
+                                              __m512i (&uppers)[kBytes][4]) {
+  if (kBytes == 1) return;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    lowers[0][i] = _mm512_add_epi32(_mm512_slli_epi32(lowers[0][i], 8), lowers[kBytes - 1][i]);
+    uppers[0][i] = _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
+  }
+}
+
+/// y += step * the sums of lower nibbles, l, and of upper ones, u. groups: 1 or 2
+template <int kScales>
+[[gnu::always_inline]] inline void add_sums(const __m512i (&l)[4], const __m512i (&u)[4],
+                                            float step, int64_t groups, float* y) {
+  // A 128-bit lane: of 2 scales, 16 values in the lower nibbles and the next 16 in the upper; of 4,
+  // 8 values of each of two scales.
+  if (kScales == 2) {
+    add_lanes(l[0], l[1], l[2], l[3], step, 2 * groups, y);
+    add_lanes(u[0], u[1], u[2], u[3], step, 2 * groups, y + 16);
+  } else {
+    add_lanes(l[0], l[1], u[0], u[1], step, 2 * groups, y);
+    add_lanes(l[2], l[3], u[2], u[3], step, 2 * groups, y + 16);
+  }
+}
+
 /// y += sum over a batch of h[i] row[i], or, if not kExact, of the rows' high planes. y: whole
 /// groups. Works on two groups at a time: bytes of four rows are interleaved while each still holds
 /// two nibbles.
@@ -190,17 +247,11 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
     scales[r] = row.scales.scales;
     if (r < count) parts[r] = h[r] * row.scales.step();
   }
-  const __m512 values = _mm512_load_ps(parts);
-  float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
-  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q)) most = __builtin_nanf("");  // NaN reaches y
-  const float step = most * (32768.0f / 32767.0f) * (kBytes == 2 ? 1.0f / 256 : kUnit);
-  const __m512i relative =
-      _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 32767.0f / most : 0)));
-  alignas(32) std::int16_t words[kLargeDownBatch];
-  _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16(relative));
+  alignas(32) std::int16_t relative[kLargeDownBatch];
+  const float step = to_relative(parts, kBytes == 2 ? 1.0f / 256 : kUnit, relative);
   QuantizedMultipliers multipliers;
   for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
-    multipliers.quantize(scales, words, count, (groups - g0) * kScales);
+    multipliers.quantize(scales, relative, count, (groups - g0) * kScales);
     for (int64_t r = 0; r < kRows; ++r) {
       ahead.prefetch_scales(r, g0 * kScales);
       scales[r] += QuantizedMultipliers::kBlockScales;
@@ -212,13 +263,7 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
       const int64_t at = (g - g0) * kScales, bytes = g * kGroupBytes, left = min(groups - g, 2);
       const __mmask64 some = left == 2 ? ~0ull : 0xffffffffull;
       __m512i lowers[kBytes][4], uppers[kBytes][4];
-#pragma GCC unroll 2
-      for (int byte = 0; byte < kBytes; ++byte) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-          lowers[byte][i] = uppers[byte][i] =
-              lanes_of_scales<kScales>(multipliers.start[byte] + at, i);
-      }
+      start_sums<kScales>(multipliers, at, lowers, uppers);
       for (int64_t q = 0; 4 * q < count; ++q) {
         __m512i loaded[4], nibbles[2][4];
 #pragma GCC unroll 2
@@ -243,26 +288,8 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
           }
         }
       }
-      if (kBytes == 2) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          lowers[0][i] =
-              _mm512_add_epi32(_mm512_slli_epi32(lowers[0][i], 8), lowers[kBytes - 1][i]);
-          uppers[0][i] =
-              _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
-        }
-      }
-      const __m512i(&l)[4] = lowers[0], (&u)[4] = uppers[0];
-      float* const out = y + g * kGroup;
-      // A 128-bit lane: of 2 scales, 16 values in the lower nibbles and the next 16 in the upper;
-      // of 4, 8 values of each of two scales.
-      if (kScales == 2) {
-        add_lanes(l[0], l[1], l[2], l[3], step, 2 * left, out);
-        add_lanes(u[0], u[1], u[2], u[3], step, 2 * left, out + 16);
-      } else {
-        add_lanes(l[0], l[1], u[0], u[1], step, 2 * left, out);
-        add_lanes(l[2], l[3], u[2], u[3], step, 2 * left, out + 16);
-      }
+      join_bytes(lowers, uppers);
+      add_sums<kScales>(lowers[0], uppers[0], step, left, y + g * kGroup);
     }
   }
 }
