@@ -53,6 +53,10 @@ void Session::Impl::apply(const std::optional<TdaOptions>& options) {
     decode_mode = FfnMode::dense;
     return;
   }
+  if (options->estimate != estimate)
+    throw OptionError("tda estimate \"" + std::string(name_of(options->estimate)) +
+                      "\": found a session that judges neurons by \"" +
+                      std::string(name_of(estimate)) + "\", expected a call of generate or score");
   head_inputs_ = 0;
   if (options->inputs)
     apply_inputs(*options);

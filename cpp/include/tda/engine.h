@@ -185,7 +185,8 @@ class Session {
   /// The layer's active neurons, strictly ascending; all of them until set.
   std::vector<std::int32_t> mask(std::int64_t layer) const;
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);
-  /// Masks or thresholds of all layers by the rules of TdaOptions, from the prompt seen so far.
+  /// Masks or thresholds of all layers by the rules of TdaOptions, from the prompt seen so far. Its
+  /// statistic is that of contributions: throws OptionError for another Estimate.
   void apply(const TdaOptions& options);
   /// Feed-forward weight bytes that decode() has read so far.
   std::int64_t ffn_bytes() const;
