@@ -256,15 +256,12 @@ void CudaBackend::count_reads(const CudaState& s) const {
   copy(stream_, exact.data(), state.exact.data(), std::ssize(exact));
   clear(state.exact);
   stream_.wait();
-  const std::int64_t row = model_->layers.front().gate.row_bytes();
   const bool sparse = state.step.ffn == FfnMode::sparse;
   for (std::size_t l = 0; l < exact.size(); ++l) {
     CudaState::Layer& layer = state.layers[l];
     const std::int64_t considered =
         steps * (sparse ? layer.active : model_->config.intermediate_size);
-    layer.reads.exact += exact[l];
-    layer.reads.bytes += layer.thresholds.by_gate ? considered * row + 2 * exact[l] * row
-                                                  : considered * 2 * row + exact[l] * row;
+    state.add_reads(layer.reads, model_->layers[l].gate, considered, exact[l]);
   }
 }
 

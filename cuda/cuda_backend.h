@@ -61,7 +61,6 @@ struct CudaState final : State {
   cuda::Graph graphs[2];             // of single-token steps: dense, sparse
 
   // Of the current step.
-  Step step;
   Recording recording = Recording::none;
   cuda::Memory<std::uint32_t> inputs;  // see Inputs
   cuda::PinnedMemory<std::uint32_t> host_inputs;

@@ -33,8 +33,7 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
   CudaState& state = CudaState::of(s);
   const Step& step = state.step;
   if (!skips(state)) {
-    const bool gates = !step.samples.empty() && step.estimate == Estimate::gate;
-    if (step.ffn == FfnMode::sparse || (state.tokens() == 1 && !gates))
+    if (step.ffn == FfnMode::sparse || (state.tokens() == 1 && !state.samples_gates()))
       for (std::int64_t t = 0; t < state.tokens(); ++t) ffn_one(state, layer, t);
     else
       ffn_tokens(state, layer);
@@ -58,7 +57,7 @@ void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t tok
   const TokenThresholds& thresholds = state.layers[layer].thresholds;
   const bool sparse = state.step.ffn == FfnMode::sparse;
   const Select select = !sparse || thresholds.exact <= 0 ? Select::all
-                        : thresholds.by_gate             ? Select::gate
+                        : by_gate(state.estimate)        ? Select::gate
                                                          : Select::contribution;
   const std::int64_t hidden = config.hidden_size, neurons = config.intermediate_size;
   Neurons a = {};
@@ -106,13 +105,12 @@ void CudaBackend::ffn_tokens(CudaState& state, std::int64_t layer) const {
   gemm(state, weights.down, true, h, nullptr, state.x.data(), tokens, hidden, neurons, true);
 }
 
-/// Adds the step's tokens to the statistic: each neuron's |h[j]| ||down[j]|| squared, relative to
-/// the token's sum of them.
+/// Adds the step's tokens to the statistic: each neuron's h[j] w[j] squared, relative to the token's
+/// sum of them.
 void CudaBackend::gather(CudaState& state, std::int64_t layer) const {
   const int neurons = static_cast<int>(model_->config.intermediate_size);
   const int tokens = static_cast<int>(state.tokens());
-  const float* lengths =
-      state.step.estimate == Estimate::hidden ? nullptr : layers_[layer].down_lengths.data();
+  const float* lengths = estimate_weights(state.estimate, layers_[layer].down_lengths.data());
   launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, kWarps * 8, token_weights_kernel,
          state.hidden.data(), lengths, neurons, state.token_weights.data());
   launch(stream_, {blocks_of(neurons, kThreads), 1, 1}, kThreads, 0, gather_kernel,
@@ -125,10 +123,9 @@ void CudaBackend::gather(CudaState& state, std::int64_t layer) const {
 void CudaBackend::sample(CudaState& state, std::int64_t layer) const {
   const std::int64_t neurons = model_->config.intermediate_size, pitch = state.sample_room;
   const auto count = std::ssize(state.step.samples);
-  const bool gates = state.step.estimate == Estimate::gate;
   CudaState::Layer& of_layer = state.layers[layer];
   launch(stream_, {static_cast<unsigned>(count), 1, 1}, kThreads, 0, sample_kernel,
-         (gates ? state.ups : state.hidden).data(), inputs(state).samples,
+         (state.samples_gates() ? state.ups : state.hidden).data(), inputs(state).samples,
          static_cast<int>(neurons), static_cast<int>(pitch),
          state.samples.data() + layer * neurons * pitch + of_layer.sampled);
   of_layer.sampled += count;

@@ -47,14 +47,14 @@ void Backend::check_mask(std::int64_t layer, std::span<const std::int32_t> neuro
 }
 
 void Backend::check_thresholds(std::int64_t layer, const TokenThresholds& thresholds) const {
-  const auto [exact, coarse, by_gate] = thresholds;
+  const auto [exact, coarse] = thresholds;
   const std::string where = "thresholds of layer " + std::to_string(layer) + ": exact " +
                             std::to_string(exact) + ", coarse " + std::to_string(coarse);
   if (!(coarse >= 0 && exact >= coarse))
     throw OptionError(where + ", expected 0 <= coarse <= exact");
-  if (exact > coarse && (by_gate || !model().layers[layer].gate.low))
-    throw OptionError(where + (by_gate ? " with a gate estimate" : " with weights of one plane") +
-                      ", expected the same, since no neuron can be coarse");
+  if (exact > coarse && !model().layers[layer].gate.low)
+    throw OptionError(where +
+                      " with weights of one plane, expected the same: no neuron can be coarse");
 }
 
 }  // namespace tda

@@ -20,14 +20,6 @@ enum class FfnMode {
   sparse,  // the neurons of the state's mask that its thresholds select for each token
 };
 
-/// Which neurons of a mask are computed for a token, by an estimate of the length of their
-/// contribution, |h[j]| * ||down[j]||: at least `exact`, exactly; at least `coarse`, at 4 bits
-/// (int8 weights only); below that, not at all. The default selects all.
-struct TokenThresholds {
-  float exact = 0, coarse = 0;  // 0 <= coarse <= exact; equal: no neuron is coarse
-  bool by_gate = false;         // the estimate is |act(gate[j])|, as in CATS; needs coarse == exact
-};
-
 /// The products of a layer whose inputs precision by input judges (graded weights).
 enum class Product { qkv, output, gate_up, down };
 inline constexpr int kProducts = 4;
@@ -55,9 +47,6 @@ struct Step {
   /// The length of the whole sequence, of which this step may be a part; dynamic RoPE scales by it.
   std::int64_t sequence_length = 0;
   FfnMode ffn = FfnMode::dense;
-  /// Of a gathering step. contribution: statistic of |n|, samples of h; hidden: statistic of |h|,
-  /// samples of h; gate: statistic of |n|, samples of act(gate).
-  Estimate estimate = Estimate::contribution;
   /// Ascending indices of tokens to add to the state's samples; ignored in a sparse step.
   std::span<const std::int64_t> samples = {};
   /// For a step of one token with int8 weights: logits are estimated from the head's high plane,
@@ -72,6 +61,19 @@ struct Step {
 class State {
  public:
   virtual ~State() = default;
+
+  /// Whether the current step's samples are of act(gate).
+  bool samples_gates() const { return !step.samples.empty() && by_gate(estimate); }
+  /// Adds what was read for `considered` neurons of a layer, see selected_bytes.
+  void add_reads(FfnReads& reads, const Matrix& gate, std::int64_t considered, std::int64_t exact,
+                 std::int64_t coarse = 0) const {
+    reads.exact += exact;
+    reads.coarse += coarse;
+    reads.bytes += selected_bytes(estimate, gate, considered, exact, coarse);
+  }
+
+  Estimate estimate = Estimate::contribution;  // what neurons are judged by; set before all steps
+  Step step;                                   // the current one
 };
 
 /// A model on a device. Const: everything that changes is in a State. Calls with a State are not
@@ -111,8 +113,8 @@ class Backend {
     return tda::draw(logits(state, 1), temperature, u);
   }
 
-  // TDA: the statistic and the samples of tokens. Both may be in device memory.
-  /// sum over gathered tokens t of (|n[t,j]| / ||n[t,:]||)^2, [F].
+  // TDA: the statistic and the samples of tokens (v and w: see sparsity.h), maybe in device memory.
+  /// sum over gathered tokens t of (h[t,j] w[j])^2 / ||h[t,:] w||^2, [F].
   virtual std::vector<double> statistic(const State&, std::int64_t layer) const = 0;
   /// The number of gathered tokens.
   virtual double gathered(const State&, std::int64_t layer) const = 0;
@@ -120,7 +122,7 @@ class Backend {
   virtual void fade_statistic(State&, double factor) const = 0;
   /// Drops all samples and makes room for those of `tokens` tokens.
   virtual void reserve_samples(State&, std::int64_t tokens) const = 0;
-  /// h or act(gate) (see Estimate) of the tokens named by Step::samples since then, [tokens, F].
+  /// v of the tokens named by Step::samples since then, [tokens, F].
   virtual std::vector<float> samples(const State&, std::int64_t layer) const = 0;
 
   // TDA: thresholds and masks. The first three work on all layers, by default with the functions of

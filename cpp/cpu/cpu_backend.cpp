@@ -125,8 +125,7 @@ void CpuBackend::begin(State& s, const Step& step) const {
                       " tokens with graded weights, expected one token");
   state.step = step;
   // Only the prefill path can record gates, so it also runs a single token whose gates are sampled.
-  const bool gates = !step.samples.empty() && step.estimate == Estimate::gate;
-  state.layout = gates ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
+  state.layout = state.samples_gates() ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
   const Size lanes = state.layout.lanes();
   const char* needed_for = "a step's activations";
   state.x.reserve(lanes * config.hidden_size, needed_for);

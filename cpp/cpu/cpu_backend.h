@@ -75,7 +75,6 @@ struct CpuState final : State {
   std::vector<float> head_samples;   // [tokens, H] the head's x
 
   // Of the current step.
-  Step step;
   Layout layout;
   Buffer<float> x;               // [panels, H, P] the residual stream
   Buffer<float> normed;          // [panels, H, P]
@@ -210,8 +209,6 @@ class CpuBackend final : public Backend {
   static void add_outliers(const LayerWeights&, std::span<const std::int32_t> neurons,
                            const float* h, std::int64_t h_stride, float* x, std::int64_t x_stride,
                            std::int64_t lanes);
-  void count_reads(CpuState&, std::int64_t layer, std::int64_t considered,
-                   const SelectedCounts&) const;
   void ffn_panels(CpuState&, std::int64_t layer) const;
   void gather(CpuState&, std::int64_t layer) const;
   void sample(CpuState&, std::int64_t layer) const;

@@ -135,7 +135,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   const void* prepared = prepare(state, weights.gate.format, in, n);
   const Activation activation = model_->config.activation;
   const TokenThresholds& thresholds = state.layers[layer].thresholds;
-  const Selection selection = {thresholds.exact, thresholds.coarse, thresholds.by_gate,
+  const Selection selection = {thresholds.exact, thresholds.coarse, by_gate(state.estimate),
                                weights.down_lengths.data()};
   const bool select = state.step.ffn == FfnMode::sparse && thresholds.exact > 0;
   const std::optional<NeuronRows>& copy = state.layers[layer].copy;
@@ -167,7 +167,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     }
   });
   if (state.layout.tokens == 1 && state.step.ffn != FfnMode::gather)
-    count_reads(state, layer, count, {exact, coarse});
+    state.add_reads(state.layers[layer].reads, weights.gate, count, exact, coarse);
   const auto add_up = [&](std::int64_t first, std::int64_t end) {
     float sums[kColumns] = {};
     for (std::int64_t task = 0; task < tasks.count; ++task)
@@ -197,23 +197,6 @@ void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::
   }
 }
 
-/// Counts the reads of a token that selected neurons among `considered`.
-void CpuBackend::count_reads(CpuState& state, std::int64_t layer, std::int64_t considered,
-                             const SelectedCounts& counts) const {
-  const LayerWeights& weights = model_->layers[layer];
-  const std::int64_t row = weights.gate.row_bytes(), low = weights.gate.low_row_bytes();
-  const TokenThresholds& thresholds = state.layers[layer].thresholds;
-  FfnReads& reads = state.layers[layer].reads;
-  reads.exact += counts.exact;
-  reads.coarse += counts.coarse;
-  // Each considered neuron's estimate reads two high rows (by gate: both planes of the gate row).
-  // An exact neuron then reads the remaining planes of its three rows, a coarse one its high down
-  // row.
-  reads.bytes += thresholds.by_gate
-                     ? considered * (row + low) + 2 * counts.exact * (row + low)
-                     : considered * 2 * row + counts.exact * (row + 3 * low) + counts.coarse * row;
-}
-
 /// Prefill: h = act(gate) * up, then x += Wᵀ_down h, dense.
 void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   const LayerWeights& weights = model_->layers[layer];
@@ -222,9 +205,8 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   const std::int64_t n = model_->config.hidden_size, neurons = model_->config.intermediate_size;
   const std::int64_t x_stride = n * width, h_stride = neurons * width;
 
-  float* const gates = !state.step.samples.empty() && state.step.estimate == Estimate::gate
-                           ? state.gates.reserve(Size(panels) * h_stride, "gates")
-                           : nullptr;
+  float* const gates =
+      state.samples_gates() ? state.gates.reserve(Size(panels) * h_stride, "gates") : nullptr;
 
   const PreparedPanels prepared =
       prepare(state, state.layout, weights.gate.format, state.normed.data(), n);
@@ -257,13 +239,14 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
                  state.x.data() + panel * x_stride, width, width);
 }
 
-/// Adds the step's tokens to the statistic: for each token the squares of its contribution lengths
-/// |h[j]| * ||down[j]||, relative to the norm of all of them.
+/// Adds the step's tokens to the statistic: for each token the squares of h[j] * w[j], relative to
+/// the norm of all of them.
 void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
   const Layout& layout = state.layout;
   const std::int64_t neurons = model_->config.intermediate_size, width = layout.width;
-  const std::vector<float> ones(state.step.estimate == Estimate::hidden ? neurons : 0, 1.0f);
-  const float* lengths = ones.empty() ? model_->layers[layer].down_lengths.data() : ones.data();
+  const float* const of_neuron =
+      estimate_weights(state.estimate, model_->layers[layer].down_lengths.data());
+  const auto w = [&](std::int64_t j) { return of_neuron ? of_neuron[j] : 1.0f; };
   CpuState::Layer& statistic = state.layers[layer];
 
   // 1 / ||contributions||² per token; 0 for a token without any, and for lanes past the last token.
@@ -273,7 +256,7 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
     const float* h = state.hidden.data() + panel * neurons * width;
     for (std::int64_t j = 0; j < neurons; ++j)
       for (std::int64_t lane = 0; lane < width; ++lane) {
-        const double length = static_cast<double>(h[j * width + lane]) * lengths[j];
+        const double length = static_cast<double>(h[j * width + lane]) * w(j);
         weight[lane] += length * length;
       }
     for (std::int64_t lane = 0; lane < width; ++lane) {
@@ -288,8 +271,7 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
         // Only real tokens: past the last one a window may hold no keys, which makes h NaN.
         for (std::int64_t lane = 0; lane < std::min(width, layout.tokens - panel * width); ++lane) {
           const double length =
-              static_cast<double>(state.hidden.data()[(panel * neurons + j) * width + lane]) *
-              lengths[j];
+              static_cast<double>(state.hidden.data()[(panel * neurons + j) * width + lane]) * w(j);
           statistic.sums[j] += length * length * weights[panel * width + lane];
         }
   });
@@ -298,8 +280,7 @@ void CpuBackend::gather(CpuState& state, std::int64_t layer) const {
 
 /// Appends the tokens named by the step to the samples.
 void CpuBackend::sample(CpuState& state, std::int64_t layer) const {
-  const bool gates = state.step.estimate == Estimate::gate;
-  sample_inputs(state, (gates ? state.gates : state.hidden).data(),
+  sample_inputs(state, (state.samples_gates() ? state.gates : state.hidden).data(),
                 model_->config.intermediate_size, state.layers[layer].samples);
 }
 

@@ -62,10 +62,7 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     for (const FfnSample& sample : samples[layer])
       h[layer].insert(h[layer].end(), sample.h.begin(), sample.h.end());
-    contributions[layer] = h[layer];
-    for (std::size_t i = 0; i < h[layer].size(); ++i)
-      contributions[layer][i] =
-          std::abs(h[layer][i]) * model.layers[layer].down_lengths[i % neurons];
+    contributions[layer] = estimates_of(h[layer], model.layers[layer].down_lengths.data(), neurons);
   }
   result.values.resize(layers);
   result.reached.resize(layers);

@@ -39,7 +39,7 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
   if (!tda_.options) return;
   if (needs_samples(*tda_.options))
     session_.sample_tokens = tda_.options->inputs ? kInputSamples : kPromptSamples;
-  session_.estimate = tda_.options->estimate;
+  session_.state->estimate = tda_.options->estimate;
 }
 
 std::span<const float> Run::prefill() {

@@ -94,7 +94,6 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   Step step;
   step.tokens = tokens;
   step.ffn = mode;
-  step.estimate = estimate;
   step.samples = sampled;
   const std::int64_t head_before = backend.head_bytes(*state);
   const std::int64_t attention_before = backend.attention_bytes(*state);
@@ -255,15 +254,13 @@ std::vector<float> Session::statistic(std::int64_t layer) const {
 std::vector<float> Session::contributions(std::int64_t layer) const {
   const Model& model = impl_->runtime->model();
   check_layer(model.config, layer);
-  std::vector<float> values = impl_->samples(layer);
+  const std::vector<float> values = impl_->samples(layer);
   if (values.empty())
     throw OptionError(
         "contributions: the session remembers no tokens, make it with sample_tokens > 0 "
         "and prefill a prompt");
-  const std::span<const float> lengths = model.layers[layer].down_lengths;
-  for (std::size_t i = 0; i < values.size(); ++i)
-    values[i] = std::abs(values[i]) * lengths[i % lengths.size()];
-  return values;
+  return estimates_of(values, model.layers[layer].down_lengths.data(),
+                      model.config.intermediate_size);
 }
 
 std::vector<std::int32_t> Session::mask(std::int64_t layer) const {

@@ -33,7 +33,7 @@ struct Session::Impl {
   /// decode(), then the token that draw() takes.
   Token decode_and_draw(Token token, double temperature, double u);
   std::vector<float> statistic(std::int64_t layer) const;
-  /// [T, F] of the last prefill: h (or act(gate), see Estimate) of its sampled tokens.
+  /// [T, F] of the last prefill's sampled tokens, see Backend::samples.
   std::vector<float> samples(std::int64_t layer) const;
   /// What the options come to for this model and so many prompt tokens, before any work. Throws
   /// CheckpointError or OptionError where they do not fit the model.
@@ -55,7 +55,6 @@ struct Session::Impl {
   std::stop_token stop;  // checked before every step
   UseFlag in_use;
   FfnMode decode_mode = FfnMode::dense;
-  Estimate estimate = Estimate::contribution;  // of prefills to come
 
  private:
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);

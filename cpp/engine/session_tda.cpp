@@ -53,10 +53,11 @@ void Session::Impl::apply(const std::optional<TdaOptions>& options) {
     decode_mode = FfnMode::dense;
     return;
   }
-  if (options->estimate != estimate)
+  if (options->estimate != state->estimate)
     throw OptionError("tda estimate \"" + std::string(name_of(options->estimate)) +
                       "\": found a session that judges neurons by \"" +
-                      std::string(name_of(estimate)) + "\", expected a call of generate or score");
+                      std::string(name_of(state->estimate)) +
+                      "\", expected a call of generate or score");
   head_inputs_ = 0;
   if (options->inputs)
     apply_inputs(*options);
@@ -122,23 +123,18 @@ void Session::Impl::apply_token(const TdaOptions& options) {
                        file.coarse.empty() ? file.values[layer] : file.coarse[layer]};
   } else {
     if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
-    const bool by_gate = options.estimate == Estimate::gate;
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
       statistic(layer);  // for its check: what is not finite cannot be sorted
       const LayerWeights& weights = model.layers[layer];
       const std::vector<float> values = samples(layer);
-      std::vector<float> estimates = values;
-      for (std::size_t i = 0; i < estimates.size(); ++i)
-        estimates[i] =
-            std::abs(estimates[i]) * (by_gate ? 1.0f : weights.down_lengths[i % neurons]);
+      std::vector<float> estimates = estimates_of(
+          values, estimate_weights(state->estimate, weights.down_lengths.data()), neurons);
       if (options.error) {
         const float threshold =
             search_token_threshold(values, estimates, weights.down, *options.error).threshold;
         chosen[layer] = {threshold, threshold};
       } else {
-        const auto [exact, coarse] =
-            thresholds_of_shares(estimates, *options.active, options.coarse);
-        chosen[layer] = {exact, coarse, by_gate};
+        chosen[layer] = thresholds_of_shares(estimates, *options.active, options.coarse);
       }
     });
   }
@@ -202,7 +198,6 @@ void Session::Impl::refresh() {
   Step step;
   step.tokens = recent_;
   step.ffn = FfnMode::gather;
-  step.estimate = estimate;
   run(step, 0);
   const std::int64_t steps = (std::ssize(recent_) + backend.max_step() - 1) / backend.max_step();
   refresh_bytes_ += steps * runtime->model().neuron_bytes() * runtime->config().intermediate_size *

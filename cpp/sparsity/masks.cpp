@@ -10,6 +10,19 @@
 
 namespace tda {
 
+std::vector<float> estimates_of(std::vector<float> v, const float* w, std::int64_t neurons) {
+  for (std::size_t i = 0; i < v.size(); ++i)
+    v[i] = std::abs(v[i]) * (w ? w[i % static_cast<std::size_t>(neurons)] : 1.0f);
+  return v;
+}
+
+std::int64_t selected_bytes(Estimate estimate, const Matrix& gate, std::int64_t considered,
+                            std::int64_t exact, std::int64_t coarse) {
+  const std::int64_t high = gate.row_bytes(), low = gate.low_row_bytes();
+  if (by_gate(estimate)) return (considered + 2 * exact) * (high + low);
+  return (2 * considered + exact + coarse) * high + 3 * exact * low;
+}
+
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens) {
   std::vector<float> scores(sums.size());
   for (std::size_t j = 0; j < sums.size(); ++j) {
@@ -58,8 +71,8 @@ float threshold_of_share(std::span<float> values, double share) {
   return *nth;
 }
 
-TokenThresholdPair thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {
-  TokenThresholdPair result;
+TokenThresholds thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {
+  TokenThresholds result;
   result.exact = threshold_of_share(estimates, exact);
   result.coarse = coarse > 0 ? threshold_of_share(estimates, exact + coarse) : result.exact;
   return result;

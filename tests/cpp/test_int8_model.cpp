@@ -178,7 +178,6 @@ TEST(int8_thresholds_are_checked) {
   const auto state = backend->new_state(4, KvFormat::f32);
   CHECK_THROWS(backend->set_thresholds(*state, 0, {1, 2}), OptionError, "coarse <= exact");
   CHECK_THROWS(backend->set_thresholds(*state, 0, {NAN, 0}), OptionError, "exact nan");
-  CHECK_THROWS(backend->set_thresholds(*state, 0, {2, 1, true}), OptionError, "gate estimate");
   const auto backend16 = make_cpu_backend(bf16.get(), 1);
   const auto state16 = backend16->new_state(4, KvFormat::f32);
   CHECK_THROWS(backend16->set_thresholds(*state16, 0, {2, 1}), OptionError, "one plane");

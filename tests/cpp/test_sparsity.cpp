@@ -255,6 +255,9 @@ TEST(tda_options) {
   CHECK_THROWS((TdaOptions{.estimate = Estimate::hidden, .error = 0.1}.validate()), OptionError,
                "with active only");
   CHECK_THROWS((TdaOptions{.active = 0.5, .coarse = 0.1}.validate()), OptionError, "tda coarse");
+  TdaOptions cats = {.scope = Scope::token, .estimate = Estimate::gate, .active = 0.5};
+  cats.coarse = 0.1;
+  CHECK_THROWS(cats.validate(), OptionError, "tda coarse");
   CHECK_THROWS((TdaOptions{.scope = Scope::token, .error = 0.5, .coarse = 0.1}.validate()),
                OptionError, "tda coarse");
   TdaOptions{.active = 0.5, .compact = true, .head = 1}.validate();

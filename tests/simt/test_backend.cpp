@@ -234,13 +234,14 @@ TEST(what_overflows_within_a_layer_is_seen) {
 }
 
 TEST(a_nan_of_a_neuron_is_selected_and_seen) {
-  for (const bool by_gate : {false, true}) {
+  for (const Estimate estimate : {Estimate::contribution, Estimate::gate}) {
     const RandomModel random(small_config(), WeightFormat::f32, 8);
     const auto model = random.get();
     RandomModel::poison(model->layers[0].gate, 3);
     const CudaBackend backend(model, 1);
     const auto state = backend.new_state(1, KvFormat::f32);
-    backend.set_thresholds(*state, 0, {1e6f, 1e6f, by_gate});  // no neuron passes
+    state->estimate = estimate;
+    backend.set_thresholds(*state, 0, {1e6f, 1e6f});  // no neuron passes
     const Token token = 5;
     forward(backend, *state, step_of({&token, 1}, 0, FfnMode::sparse), 0);
     CHECK_THROWS(backend.draw(*state, 0, 0), Error, "not finite");
@@ -435,7 +436,7 @@ TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
   ModelConfig config = small_config();
   config.num_layers = 1;
   config.intermediate_size = 301;  // the selection has several words
-  for (const bool by_gate : {false, true}) {
+  for (const bool gate_alone : {false, true}) {
     const RandomModel random(config, WeightFormat::f32, 4);
     const auto model = random.get();
     const LayerWeights& w = model->layers[0];
@@ -450,14 +451,15 @@ TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
     const naive::Vector gate = session.product(w.gate, in), up = session.product(w.up, in);
     const auto estimate = [&](std::int64_t j) {
       const double active = naive::activate(config.activation, gate[j]);
-      return std::abs(by_gate ? active : active * up[j] * w.down_lengths[j]);
+      return std::abs(gate_alone ? active : active * up[j] * w.down_lengths[j]);
     };
     naive::Vector estimates;
     for (std::int64_t j = 0; j < config.intermediate_size; ++j) estimates.push_back(estimate(j));
     std::sort(estimates.begin(), estimates.end());
     // A threshold between two estimates, so that rounding does not matter.
     const auto threshold = static_cast<float>((estimates[150] + estimates[151]) / 2);
-    backend.set_thresholds(*state, 0, {threshold, threshold, by_gate});
+    if (gate_alone) state->estimate = Estimate::gate;
+    backend.set_thresholds(*state, 0, {threshold, threshold});
     std::int64_t selected = 0;
     for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
       const double active = naive::activate(config.activation, gate[j]);

@@ -178,6 +178,7 @@ TEST(samples_are_those_of_the_cpu_backend) {
     std::vector<std::vector<float>> seen[2];
     for (const Backend* backend : std::initializer_list<const Backend*>{&cuda, cpu.get()}) {
       const auto state = backend->new_state(9, KvFormat::f32);
+      state->estimate = estimate;
       backend->reserve_samples(*state, 20);
       backend->reserve_samples(*state, 5);
       std::int64_t position = 0;
@@ -188,7 +189,6 @@ TEST(samples_are_those_of_the_cpu_backend) {
         Step step = step_of(Tokens(tokens).subspan(position, size), position,
                             position == 6 ? FfnMode::dense : FfnMode::gather);
         step.samples = sampled;
-        step.estimate = estimate;
         forward(*backend, *state, step, 0);
         position += size;
       }
