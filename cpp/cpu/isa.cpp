@@ -20,16 +20,21 @@ namespace avx512bf16 {
 const Kernels& kernels();
 }
 
+// The build defines TDA_HAS_... for the instruction sets it has kernels for.
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables = {&portable::kernels()};
-#ifdef TDA_X86
+#ifdef TDA_HAS_avx2
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (avx2) tables.push_back(&avx2::kernels());
+#endif
+#ifdef TDA_HAS_avx512
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   if (avx512) tables.push_back(&avx512::kernels());
+#endif
+#ifdef TDA_HAS_avx512bf16
   if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::kernels());
 #endif
   return tables;

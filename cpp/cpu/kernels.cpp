@@ -54,6 +54,7 @@ std::uint64_t read(const void* data, int64_t bytes) {
 namespace TDA_ISA {
 
 const Kernels& kernels() {
+  using namespace TDA_DECODE_ISA;
   static const Kernels table = {TDA_NAME(TDA_ISA),
                                 panel,
                                 {f32_rows, bf16_rows, int8_rows, int4_rows, bf16c_rows},

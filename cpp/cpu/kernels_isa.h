@@ -4,7 +4,9 @@
 #include "cpu/graded.h"
 #include "cpu/kernels.h"
 
-namespace tda::TDA_ISA {
+// Of the instruction set TDA_DECODE_ISA, which is another than TDA_ISA where that adds nothing to
+// decoding. TDA_ISA's table takes them from there.
+namespace tda::TDA_DECODE_ISA {
 
 // kernels_decode.cpp
 extern const RowKernels f32_rows, bf16_rows, bf16c_rows;
@@ -18,6 +20,10 @@ extern const GradedKernels graded;
 
 // kernels_int4.cpp
 extern const RowKernels int4_rows;
+
+}  // namespace tda::TDA_DECODE_ISA
+
+namespace tda::TDA_ISA {
 
 // kernels_prefill.cpp
 extern const std::int64_t panel;

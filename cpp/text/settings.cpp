@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <tuple>
 
 #include "text/impl.h"
 
@@ -36,7 +37,7 @@ TokenizerSettings::File TokenizerSettings::read(const std::map<std::string, std:
       result.extra_keys.push_back(key.get<std::string>());
     return true;
   };
-  (void)nlohmann::json::parse(quote_non_finite(found->second), note);
+  std::ignore = nlohmann::json::parse(quote_non_finite(found->second), note);
   return result;
 }
 

@@ -47,7 +47,7 @@ class TokenizerSettings {
     nlohmann::json content = nlohmann::json::object();
     bool is_there = false;
     // In the order of the file, as ids are given to new tokens.
-    std::vector<std::string> keys, extra_keys;  // of extra_special_tokens
+    std::vector<std::string> keys = {}, extra_keys = {};  // of extra_special_tokens
   };
   struct Role {
     std::string name;

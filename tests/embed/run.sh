@@ -2,11 +2,12 @@
 # Builds the README's C++ program in an empty folder with find_package and with pkg-config, against
 # the installed shared and static library, and with add_subdirectory, and compares its text with
 # Python's. Per library it also does so for the same program with ids instead of text.
+# TDA_MAX_ISA: as the CMake option, for quicker builds.
 # From the repository's root, after `make build`, `make model` and `.venv/bin/pip install pkgconf`.
 set -euo pipefail
 bin=$PWD/.venv/bin
 work=$PWD/build/embed
-configure="$bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$bin/ninja -DPython_EXECUTABLE=$bin/python"
+configure="$bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$bin/ninja -DPython_EXECUTABLE=$bin/python -DTDA_MAX_ISA=${TDA_MAX_ISA:-}"
 { read -r expected_ids; expected=$(cat); } < <("$bin/python" - <<'PYTHON'
 from tdaengine import TDA, Engine
 

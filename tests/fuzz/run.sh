@@ -14,7 +14,7 @@ clang=$(command -v clang++-16 clang++-19 clang++ | head -1) ||
 mkdir -p build/fuzz
 "$bin/cmake" -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DCMAKE_CXX_COMPILER="$clang" \
   -DPython_EXECUTABLE="$bin/python" -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -gline-tables-only" \
-  -DTDA_PORTABLE=ON -DTDA_CUDA=OFF -DTDA_FUZZ=ON -DTDA_SANITIZE=address,undefined >build/fuzz/log
+  -DTDA_MAX_ISA=portable -DTDA_UNITY=OFF -DTDA_CUDA=OFF -DTDA_FUZZ=ON -DTDA_SANITIZE=address,undefined >build/fuzz/log
 "$bin/cmake" --build build/fuzz "${targets[@]/#/--target=fuzz_}" >>build/fuzz/log || { cat build/fuzz/log; exit 1; }
 cd build/fuzz
 
