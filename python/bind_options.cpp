@@ -50,8 +50,8 @@ void bind_thresholds(nb::module_& m) {
   using tda::Thresholds;
   RecordClass<Thresholds>(
       m, "Thresholds",
-      "One threshold per layer on what neurons contribute, and where it came from. Made by\n"
-      "Engine.calibrate; for TDA(thresholds=...).")
+      "What Engine.calibrate found, for TDA(thresholds=...): one threshold per layer on what\n"
+      "neurons contribute, or, for graded weights, what fewer inputs at 8 bits cost.")
       .field("model", &Thresholds::model, "Folder name of the model, for messages.")
       .field("fingerprint", &Thresholds::fingerprint,
              "Of the checkpoint's tensors; must be that of the model they are used with.")
@@ -64,6 +64,10 @@ void bind_thresholds(nb::module_& m) {
              "The second, lower ones (scope \"token\", int8), or none.")
       .field("reached", &Thresholds::reached,
              "Per layer the error, or share of bytes, on the calibration text.")
+      .field("inputs", &Thresholds::inputs,
+             "graded weights, instead of the above: values of TDA's inputs, descending,")
+      .field("losses", &Thresholds::losses, "by how much perplexity rose with each, 0.02 for 2%,")
+      .field("loss_errors", &Thresholds::loss_errors, "and the standard errors of that.")
       .field("source", &Thresholds::source, "\"texts\" or \"self-generated\".")
       .field("texts", &Thresholds::texts, "How many texts were used.")
       .field("tokens", &Thresholds::tokens, "How many tokens they had.")
@@ -109,6 +113,8 @@ void bind_tda(nb::module_& m) {
       "TDA(inputs=0.2), with int8 weights TDA(scope=\"token\", active=0.35, coarse=0.5,\n"
       "head=1e-5), with int4 weights TDA(scope=\"token\", active=0.6, head=1e-5), else dense,\n"
       "since nothing is faster there at little loss. Output.stats.tda says what was used.\n\n"
+      "TDA(loss=0.02), with graded weights, is the cheapest that cost at most 2% perplexity on\n"
+      "the text that the model was calibrated on.\n"
       "For a setting by hand with graded weights inputs is given, and active at will; with other\n"
       "weights exactly one of error, active and thresholds.\n"
       "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
@@ -126,6 +132,11 @@ void bind_tda(nb::module_& m) {
       .field("inputs", &TdaOptions::inputs,
              "graded weights: the share of inputs read at 8 bits, in every product but down;\n"
              "active, 0 to 1, is then the share of down's inputs, by default half of it.")
+      .field(
+          "loss", &TdaOptions::loss,
+          "graded weights, instead of inputs: the fewest inputs whose calibrated loss, the rise\n"
+          "of perplexity, is at most this; 0.02: 2%. Needs thresholds, or the file tda.json in\n"
+          "the model's folder that `tdaengine calibrate` writes.")
       .field("thresholds", &TdaOptions::thresholds,
              "Thresholds, from Engine.calibrate or Thresholds.load.")
       .field("coarse", &TdaOptions::coarse,
@@ -144,7 +155,7 @@ void bind_tda(nb::module_& m) {
           "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
           "= "
           "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0, inputs: "
-          "float | None = None) -> None")
+          "float | None = None, loss: float | None = None) -> None")
       .def_static(
           "griffin",
           [](double active) {

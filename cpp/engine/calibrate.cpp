@@ -52,6 +52,57 @@ std::vector<std::vector<Token>> write_texts(const Engine& engine, const Calibrat
   return texts;
 }
 
+/// Graded weights have no thresholds to search: those of inputs come from each prompt.
+void expect_no_target(const CalibrateOptions& options) {
+  CalibrateOptions bare = options;
+  const CalibrateOptions defaults;
+  bare.scope = defaults.scope;
+  bare.error = defaults.error;
+  bare.bytes = defaults.bytes;
+  bare.sample_tokens = defaults.sample_tokens;
+  if (bare != options)
+    throw OptionError(
+        "calibrate: found graded weights, expected neither scope, error, bytes nor sample_tokens: "
+        "it measures what every share of inputs costs, for tda loss");
+}
+
+// Shares of inputs from harmless to harmful.
+constexpr double kShares[] = {0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0};
+
+/// What each share costs in log-probability of the second halves of the texts.
+void measure_losses(const Engine& engine, std::span<const std::vector<Token>> texts,
+                    const CalibrateOptions& options, Thresholds& result, const Progress& progress) {
+  constexpr std::size_t kCount = std::size(kShares);
+  double sums[kCount] = {}, squares[kCount] = {};
+  std::int64_t scored = 0, done = 0;
+  for (const std::vector<Token>& text : texts) {
+    const auto length = std::min(static_cast<std::int64_t>(text.size()), options.max_tokens);
+    if (length < 2)
+      throw OptionError("calibrate: text " + std::to_string(done) + " has " +
+                        std::to_string(length) + " tokens, expected 2 or more");
+    const Tokens tokens = Tokens(text).first(length);
+    const std::vector<float> dense = engine.score(tokens, length / 2).log_probabilities;
+    for (std::size_t i = 0; i < kCount; ++i) {
+      const ScoreResult found = engine.score(tokens, length / 2, TdaOptions{.inputs = kShares[i]});
+      for (std::size_t t = 0; t < dense.size(); ++t) {
+        const double rise = static_cast<double>(dense[t]) - found.log_probabilities[t];
+        sums[i] += rise;
+        squares[i] += rise * rise;
+      }
+    }
+    scored += std::ssize(dense);
+    result.tokens += length;
+    if (progress) progress(++done, result.texts);
+  }
+  const auto n = static_cast<double>(scored);
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const double mean = sums[i] / n, variance = std::max(squares[i] / n - mean * mean, 0.0);
+    result.inputs.push_back(static_cast<float>(kShares[i]));
+    result.losses.push_back(static_cast<float>(std::expm1(mean)));
+    result.loss_errors.push_back(static_cast<float>(std::sqrt(variance / n)));
+  }
+}
+
 void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
                       std::span<const std::vector<Token>> texts, const CalibrateOptions& options,
                       const std::vector<std::vector<FfnSample>>& samples, Thresholds& result,
@@ -92,10 +143,8 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
 Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
                              const CalibrateOptions& options, const Progress& progress) const {
   options.validate();
-  if (runtime_->model().format == WeightFormat::graded)
-    throw OptionError(
-        "calibrate: found graded weights, expected others: thresholds of inputs come from the "
-        "prompt, see TDA(inputs=...)");
+  const bool graded = runtime_->model().format == WeightFormat::graded;
+  if (graded) expect_no_target(options);
   std::vector<std::vector<Token>> own;
   if (texts.empty()) {
     own = write_texts(*this, options);
@@ -113,6 +162,10 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
   result.source = own.empty() ? "texts" : "self-generated";
   result.texts = static_cast<std::int64_t>(texts.size());
 
+  if (graded) {
+    measure_losses(*this, texts, options, result, progress);
+    return result;
+  }
   std::vector<std::vector<FfnSample>> samples(layers);  // [L][texts]
   for (const std::vector<Token>& text : texts) {
     const auto length = std::min(static_cast<std::int64_t>(text.size()), options.max_tokens);

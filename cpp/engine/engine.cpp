@@ -44,7 +44,8 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
   return std::make_shared<const Runtime>(
       std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
-      options.max_context ? options.max_context : model->config.max_position, options.before_step);
+      options.max_context ? options.max_context : model->config.max_position, options.before_step,
+      folder);
 } catch (const std::bad_alloc&) {
   throw DeviceError("out of memory while loading " + folder.string());
 }

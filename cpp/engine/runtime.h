@@ -15,11 +15,12 @@ namespace tda {
 class Runtime {
  public:
   Runtime(std::unique_ptr<Backend> backend, KvFormat kv, std::int64_t max_context,
-          std::function<void()> before_step)
+          std::function<void()> before_step, const std::filesystem::path& checkpoint)
       : backend(std::move(backend)),
         kv(kv),
         max_context(max_context),
-        before_step(std::move(before_step)) {}
+        before_step(std::move(before_step)),
+        calibration(std::filesystem::absolute(checkpoint) / "tda.json") {}
 
   const Model& model() const { return backend->model(); }
   const ModelConfig& config() const { return model().config; }
@@ -28,6 +29,7 @@ class Runtime {
   const KvFormat kv;
   const std::int64_t max_context;
   const std::function<void()> before_step;  // see EngineOptions; may be empty
+  const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists
   mutable ForkSafeMutex computing;          // held during a step
 };
 

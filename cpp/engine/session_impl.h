@@ -63,7 +63,7 @@ struct Session::Impl {
   void apply_inputs(const TdaOptions& options);
   void check_statistic() const;
   void check(const TdaOptions& options) const;
-  void check_thresholds(const Thresholds& file, Scope scope) const;
+  void check_thresholds(const Thresholds& file, std::optional<Scope> scope) const;
   void set_token_thresholds(std::span<const TokenThresholds> chosen);  // [L]
   void mask_from_statistic();
   void refresh();

@@ -21,17 +21,21 @@ static OptionError no_samples(const std::string& what) {
 TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
                                   std::int64_t prompt_tokens) const {
   const Model& model = runtime->model();
-  TdaSetting setting = tda::resolve(asked, {.weights = model.format,
-                                            .head = model.head.format,
-                                            .cuda = backend.name().starts_with("cuda"),
-                                            .parameters = model.parameters,
-                                            .prompt_tokens = prompt_tokens});
+  std::optional<TdaOptions> options = asked;
+  const std::filesystem::path& file = runtime->calibration;
+  if (options && options->loss && !options->thresholds && std::filesystem::exists(file))
+    options->thresholds = std::make_shared<const Thresholds>(Thresholds::load(file));
+  TdaSetting setting = tda::resolve(options, {.weights = model.format,
+                                              .head = model.head.format,
+                                              .cuda = backend.name().starts_with("cuda"),
+                                              .parameters = model.parameters,
+                                              .prompt_tokens = prompt_tokens});
   if (setting.options) check(*setting.options);
   return setting;
 }
 
 void Session::Impl::check(const TdaOptions& options) const {
-  if (options.thresholds) check_thresholds(*options.thresholds, *options.scope);
+  if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
   const WeightFormat format = runtime->model().format;
   if (options.coarse > 0 && format != WeightFormat::int8) {
     throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
@@ -69,7 +73,7 @@ void Session::Impl::apply(const std::optional<TdaOptions>& options) {
   decode_mode = FfnMode::sparse;
 }
 
-void Session::Impl::check_thresholds(const Thresholds& file, Scope scope) const {
+void Session::Impl::check_thresholds(const Thresholds& file, std::optional<Scope> scope) const {
   const Model& model = runtime->model();
   const std::string who = "thresholds of model \"" + file.model + "\"";
   if (file.fingerprint != model.fingerprint) {
@@ -80,9 +84,10 @@ void Session::Impl::check_thresholds(const Thresholds& file, Scope scope) const 
     throw CheckpointError(who + " are for " + file.weights + " weights, found " +
                           std::string(name_of(model.format)));
   }
-  if (file.scope != scope) {
+  if (!scope) return;  // of inputs
+  if (file.scope != *scope) {
     throw OptionError(who + " are for scope \"" + std::string(name_of(file.scope)) +
-                      "\", found scope \"" + std::string(name_of(scope)) + "\"");
+                      "\", found scope \"" + std::string(name_of(*scope)) + "\"");
   }
   if (std::ssize(file.values) != model.config.num_layers) {
     throw CheckpointError(who + ": found " + std::to_string(file.values.size()) +

@@ -68,7 +68,8 @@ float threshold_of_share(std::span<float> values, double share) {
   if (count < 1) return std::numeric_limits<float>::infinity();
   const auto nth = values.begin() + (count - 1);
   std::nth_element(values.begin(), nth, values.end(), std::greater<>());
-  return *nth;
+  // What contributes nothing (behind ReLU, most) does not pass with the others that tie at 0.
+  return std::max(*nth, std::numeric_limits<float>::min());
 }
 
 TokenThresholds thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {

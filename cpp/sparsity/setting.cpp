@@ -54,7 +54,8 @@ std::string why_dense(const TdaFacts& facts) {
 std::string words_of(const TdaOptions& options) {
   if (options.inputs)
     return "by input: " + percent(*options.inputs) + " of inputs and " +
-           percent(down_share(options)) + " of neurons at 8 bits, the others at 4";
+           percent(down_share(options)) + " of neurons at 8 bits, the others at 4" +
+           (options.loss ? ", for a loss of " + percent(*options.loss) : "");
   const bool token = options.scope == Scope::token;
   std::string words = token ? "token scope" : "sequence scope";
   if (options.estimate == Estimate::hidden) words += " (GRIFFIN)";
@@ -107,6 +108,13 @@ double down_share(const TdaOptions& options) {
   return options.active.value_or(*options.inputs / 2);
 }
 
+double inputs_within(const Thresholds& calibrated, double loss) {
+  double inputs = 1;
+  for (std::size_t i = 0; i < calibrated.inputs.size() && calibrated.losses[i] <= loss; ++i)
+    inputs = calibrated.inputs[i];
+  return inputs;
+}
+
 Scope scope_of(const TdaOptions& options) {
   return options.scope.value_or(options.thresholds ? options.thresholds->scope : Scope::sequence);
 }
@@ -116,14 +124,22 @@ TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts
   asked->validate();
   std::optional<TdaOptions> options = *asked == TdaOptions{} ? recommended(facts) : asked;
   const bool graded = facts.weights == WeightFormat::graded;
-  if (options && options->inputs && !graded)
-    throw OptionError("tda inputs: expected graded weights, found " +
-                      std::string(name_of(facts.weights)));
-  if (options && !options->inputs && graded)
+  if (options && (options->inputs || options->loss) && !graded)
+    throw OptionError(std::string("tda ") + (options->loss ? "loss" : "inputs") +
+                      ": expected graded weights, found " + std::string(name_of(facts.weights)));
+  if (options && !options->inputs && !options->loss && graded)
     throw OptionError(
         "tda with graded weights: expected inputs (and active), which say how many inputs are read "
-        "at 8 bits, or no option at all; masks and thresholds of neurons need other weights");
+        "at 8 bits, or loss, or no option at all; masks and thresholds of neurons need other "
+        "weights");
   if (!options) return {.options = {}, .words = why_dense(facts), .warnings = {}};
+  if (options->loss) {
+    if (!options->thresholds)
+      throw OptionError(
+          "tda loss: expected thresholds, or a file tda.json in the model's folder: run "
+          "\"tdaengine calibrate MODEL --weights graded\"");
+    options->inputs = inputs_within(*options->thresholds, *options->loss);
+  }
   if (!options->inputs) options->scope = scope_of(*options);
   return {
       .options = options, .words = words_of(*options), .warnings = warnings_of(*options, facts)};
@@ -136,6 +152,12 @@ void TdaOptions::validate() const {
     if (in_range) return;
     throw OptionError(std::string("tda ") + name + " " + text_of(found) + ": expected " + expected);
   };
+  if (loss) {
+    check(*loss >= 0 && std::isfinite(*loss), "loss", *loss, "0 or more, as 0.02 for 2%");
+    if (*this != TdaOptions{.loss = loss, .thresholds = thresholds})
+      throw OptionError("tda loss: expected alone or with thresholds, found further options");
+    return;
+  }
   if (inputs) {
     const auto check_share = [&](const char* name, double share) {
       check(share >= 0 && share <= 1, name, share, "0 to 1");

@@ -28,6 +28,10 @@ struct TdaSetting {
 /// The scope that the options name or imply.
 Scope scope_of(const TdaOptions& options);
 
+/// The fewest inputs whose calibrated loss, and that of every larger share, is at most `loss`; 1 if
+/// there are none.
+double inputs_within(const Thresholds& calibrated, double loss);
+
 /// The share of neurons whose down rows are read at 8 bits, by TdaOptions::inputs.
 double down_share(const TdaOptions& options);
 

@@ -23,6 +23,30 @@ constexpr std::int64_t kVersion = 2;
   throw CheckpointError(path.string() + ": " + key + ": found " + found + ", expected " + expected);
 }
 
+/// Of graded weights.
+void check_losses(const Thresholds& t, const std::filesystem::path& path) {
+  if (!t.values.empty())
+    reject(path, "values", std::to_string(t.values.size()) + " numbers", "none for graded weights");
+  if (t.inputs.empty()) reject(path, "inputs", "none", "one or more shares");
+  for (std::size_t i = 0; i < t.inputs.size(); ++i) {
+    const float above = i == 0 ? 1 : t.inputs[i - 1];
+    if (!(t.inputs[i] >= 0 && t.inputs[i] < above))
+      reject(path, "inputs[" + std::to_string(i) + "]", text_of(t.inputs[i]),
+             "0 or more, less than " + text_of(above));
+  }
+  const auto one_each = [&](const char* key, const std::vector<float>& numbers) {
+    if (numbers.size() != t.inputs.size())
+      reject(path, key, std::to_string(numbers.size()) + " numbers",
+             std::to_string(t.inputs.size()) + ", as many as inputs");
+    for (std::size_t i = 0; i < numbers.size(); ++i)
+      if (!std::isfinite(numbers[i]))
+        reject(path, std::string(key) + "[" + std::to_string(i) + "]", text_of(numbers[i]),
+               "a finite number");
+  };
+  one_each("losses", t.losses);
+  one_each("loss_errors", t.loss_errors);
+}
+
 /// What a file may hold; checked before writing one and after reading one.
 void check_values(const Thresholds& t, const std::filesystem::path& path) {
   const auto at_least_zero = [&](const std::string& key, auto number) {
@@ -45,7 +69,14 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
   if (!(t.error >= 0 && t.error < 1)) {
     reject(path, "error", text_of(t.error), "0 or more, less than 1");
   }
-  if (t.values.empty()) reject(path, "values", "none", "one for each layer");
+  if (t.weights == name_of(WeightFormat::graded)) {
+    check_losses(t, path);
+  } else {
+    if (t.values.empty()) reject(path, "values", "none", "one for each layer");
+    if (!t.inputs.empty())
+      reject(path, "inputs", std::to_string(t.inputs.size()) + " numbers",
+             "none but for graded weights");
+  }
   if (t.reached.size() != t.values.size()) {
     reject(path, "reached", std::to_string(t.reached.size()) + " numbers",
            std::to_string(t.values.size()) + ", as many as values");
@@ -126,13 +157,18 @@ class Fields {
 
 void Thresholds::save(const std::filesystem::path& path) const {
   check_values(*this, path);
-  const nlohmann::ordered_json json = {{"format", kFormat},  {"version", kVersion},
-                                       {"model", model},     {"fingerprint", fingerprint},
-                                       {"weights", weights}, {"scope", name_of(scope)},
-                                       {"error", error},     {"bytes", bytes},
-                                       {"values", values},   {"coarse", coarse},
-                                       {"reached", reached}, {"source", source},
-                                       {"texts", texts},     {"tokens", tokens}};
+  nlohmann::ordered_json json = {{"format", kFormat},  {"version", kVersion},
+                                 {"model", model},     {"fingerprint", fingerprint},
+                                 {"weights", weights}, {"scope", name_of(scope)},
+                                 {"error", error},     {"bytes", bytes},
+                                 {"values", values},   {"coarse", coarse},
+                                 {"reached", reached}, {"source", source},
+                                 {"texts", texts},     {"tokens", tokens}};
+  if (!inputs.empty()) {
+    json["inputs"] = inputs;
+    json["losses"] = losses;
+    json["loss_errors"] = loss_errors;
+  }
   // Folder names need not be UTF-8, JSON must: `model` is for messages only.
   write_file_atomically(path,
                         {json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace), "\n"});
@@ -164,6 +200,11 @@ Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem
   result.error = fields.number("error");
   result.values = fields.numbers("values");
   result.reached = fields.numbers("reached");
+  if (result.weights == name_of(WeightFormat::graded)) {
+    result.inputs = fields.numbers("inputs");
+    result.losses = fields.numbers("losses");
+    result.loss_errors = fields.numbers("loss_errors");
+  }
   result.source = fields.string("source");
   result.texts = fields.integer("texts");
   result.tokens = fields.integer("tokens");

@@ -32,7 +32,7 @@ BROKEN_PIPE = 141
 
 SETTING = (
     "the recommended setting for the model and weights; or SETTING by hand: "
-    "scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; off"
+    "inputs=0.2; loss=0.02; scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; off"
 )
 
 
@@ -96,7 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_convert(
         command("convert", run_convert, "Write a checkpoint or GGUF file as a new folder.")
     )
-    _add_calibrate(command("calibrate", run_calibrate, "Search TDA thresholds that meet a target."))
+    _add_calibrate(
+        command(
+            "calibrate",
+            run_calibrate,
+            "Search TDA thresholds; with graded weights, measure what fewer inputs cost.",
+        )
+    )
     _add_evaluate(
         command("evaluate", run_evaluate, "Quality and speed of TDA settings against dense.")
     )
@@ -195,8 +201,14 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="instead, with scope token: share of FFN bytes to read, as 0.6",
         shown="none",
     )
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="where the thresholds go, as JSON"
+    _option(
+        parser,
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the thresholds go, as JSON",
+        shown="tda.json in the model's folder, where --tda loss=0.02 finds it",
     )
 
 

@@ -123,25 +123,34 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
-    check_output(args.output)
+    if args.output is not None:
+        check_output(args.output)
     texts = None if args.data is None else _read_texts(Path(args.data))
     engine = open_engine(args)
+    output = args.output or engine.path / "tda.json"
+    check_output(output)
     ids = None if texts is None else _encoded(args, engine, texts, 1)
     with _progress_bar(unit="step", disable=args.json) as progress:
         thresholds = engine.calibrate(
             ids, error=args.error, scope=args.scope, bytes=args.bytes, progress=progress
         )
-    thresholds.save(args.output)
+    thresholds.save(output)
     if args.json:
         print_json(fields_of(thresholds))
+        return
+    own = "own " if thresholds.source == "self-generated" else ""
+    on = f"on {thresholds.tokens} tokens of {thresholds.texts} {own}texts"
+    if thresholds.inputs:
+        print(f"{output}: perplexity {on}, relative to dense")
+        columns = (thresholds.inputs, thresholds.losses, thresholds.loss_errors)
+        for share, loss, error in zip(*columns, strict=True):
+            print(f"  inputs {share:<4g}  {loss:+7.1%} ± {error:.1%}")
     else:
         reached = sum(thresholds.reached) / len(thresholds.reached)
         what = "bytes" if thresholds.bytes else "error"
-        own = "own " if thresholds.source == "self-generated" else ""
         print(
-            f"{args.output}: thresholds of {len(thresholds.values)} layers, {what} {reached:.3f} "
-            f"reached (target {getattr(thresholds, what)}) on {thresholds.tokens} tokens of "
-            f"{thresholds.texts} {own}texts"
+            f"{output}: thresholds of {len(thresholds.values)} layers, {what} {reached:.3f} "
+            f"reached (target {getattr(thresholds, what)}) {on}"
         )
 
 

@@ -256,7 +256,9 @@ class Engine(_native.Engine):
         **options: Unpack[CalibrateKeywords],
     ) -> Thresholds:
         """Searches, per layer, the largest threshold whose error (see TDA) on the texts stays at or
-        under `error` (default 0.1). Without texts the model writes its own.
+        under `error` (default 0.1). With graded weights it measures instead what fewer inputs at 8
+        bits cost, for TDA(loss=...): each text's first half is the prompt, its second is scored.
+        Without texts the model writes its own.
 
         options: the further fields of CalibrateOptions, scope="sequence" or "token"; bytes: instead
         of error, with scope "token", the share of FFN bytes to read; max_tokens=512 and

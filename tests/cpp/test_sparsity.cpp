@@ -221,6 +221,30 @@ TEST(mask_at_least) {
   CHECK(mask_at_least({}, 0.0f).empty());
 }
 
+TEST(a_threshold_of_a_share) {
+  std::vector<float> values = {5, 1, 4, 2, 3};
+  CHECK(threshold_of_share(values, 0.4) == 4);
+  CHECK(threshold_of_share(values, 1) == 0);
+  CHECK(threshold_of_share(values, 0) > 1e30f);
+  // What is 0 does not pass with the share, though the share reaches down to it.
+  values = {0, 1, 0, 0, 0};
+  const float threshold = threshold_of_share(values, 0.6);
+  CHECK(threshold > 0);
+  CHECK(threshold < 1);
+}
+
+TEST(the_fewest_inputs_within_a_loss) {
+  Thresholds calibrated;
+  calibrated.inputs = {0.5f, 0.3f, 0.2f, 0.1f};
+  calibrated.losses = {-0.001f, 0.0625f, 0.25f, 0.125f};  // the last one by luck
+  CHECK(inputs_within(calibrated, 0.0) == 0.5f);
+  CHECK(inputs_within(calibrated, 0.0625) == 0.3f);
+  CHECK(inputs_within(calibrated, 0.2) == 0.3f);
+  CHECK(inputs_within(calibrated, 0.25) == 0.1f);
+  calibrated.losses[0] = 0.001f;
+  CHECK(inputs_within(calibrated, 0.0) == 1);
+}
+
 TEST(mask_top_share) {
   const std::vector<float> scores = {1, 3, 2, 3, 2, 0};
   CHECK((mask_top_share(scores, 0.5) == Ids{1, 2, 3}));

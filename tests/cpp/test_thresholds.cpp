@@ -51,7 +51,54 @@ void check_example(const Thresholds& found) {
   CHECK(found.tokens == expected.tokens);
 }
 
+Thresholds graded_example() {
+  return {.model = "smol",
+          .fingerprint = "0123456789abcdef",
+          .weights = "graded",
+          .inputs = {0.5f, 0.1f, 0.0f},
+          .losses = {-0.001f, 0.02f, 0.2f},
+          .loss_errors = {0.001f, 0.002f, 0.003f},
+          .source = "texts",
+          .texts = 2,
+          .tokens = 2048};
+}
+
 }  // namespace
+
+TEST(losses_round_trip) {
+  const Folder folder;
+  const auto path = folder.path / "thresholds.json";
+  graded_example().save(path);
+  const Thresholds found = Thresholds::load(path);
+  CHECK(found.weights == "graded");
+  CHECK(found.inputs == graded_example().inputs);
+  CHECK(found.losses == graded_example().losses);
+  CHECK(found.loss_errors == graded_example().loss_errors);
+  CHECK(found.values.empty());
+}
+
+TEST(losses_that_contradict_each_other) {
+  const Folder folder;
+  const auto saved = [&](auto change) {
+    Thresholds thresholds = graded_example();
+    change(thresholds);
+    thresholds.save(folder.path / "thresholds.json");
+  };
+  CHECK_THROWS(saved([](Thresholds& t) { t.inputs = {}; }), CheckpointError,
+               "inputs: found none, expected one or more shares");
+  CHECK_THROWS(saved([](Thresholds& t) { t.inputs[1] = 0.5f; }), CheckpointError,
+               "inputs[1]: found 0.5, expected 0 or more, less than 0.5");
+  CHECK_THROWS(saved([](Thresholds& t) { t.inputs[0] = 1; }), CheckpointError,
+               "inputs[0]: found 1, expected 0 or more, less than 1");
+  CHECK_THROWS(saved([](Thresholds& t) { t.losses.pop_back(); }), CheckpointError,
+               "losses: found 2 numbers, expected 3, as many as inputs");
+  CHECK_THROWS(saved([](Thresholds& t) { t.loss_errors[2] = NAN; }), CheckpointError,
+               "loss_errors[2]: found nan, expected a finite number");
+  CHECK_THROWS(saved([](Thresholds& t) { t.values = {1}; }), CheckpointError,
+               "values: found 1 numbers, expected none for graded weights");
+  CHECK_THROWS(saved([](Thresholds& t) { t.weights = "int8", t.values = t.reached = {1}; }),
+               CheckpointError, "inputs: found 3 numbers, expected none but for graded weights");
+}
 
 TEST(thresholds_round_trip) {
   const Folder folder;

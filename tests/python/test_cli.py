@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,6 +320,20 @@ def test_calibrate_json(run, folder, tmp_path):
     result = json.loads(out)
     assert result["error"] == 0.1
     assert result["values"] == Thresholds.load(str(output)).values
+
+
+def test_calibrate_losses_into_the_folder(run, folder, tmp_path):
+    """Where TDA(loss=...) looks for them without being told."""
+    model, data = tmp_path / "model", tmp_path / "texts.jsonl"
+    shutil.copytree(folder, model)
+    data.write_text('{"text": "One text."}\n{"text": "Another."}')
+    code, out, _ = run("calibrate", model, "--weights", "graded", "--data", data)
+    assert code == 0
+    assert "inputs 0.5" in out
+    assert out.count("%") == 2 * len(Thresholds.load(model / "tda.json").inputs)
+    setting = ("--weights", "graded", "--tda", "loss=0.1", "--json")
+    code, out, _ = run("generate", model, PROMPT, *SHORT, *setting)
+    assert "for a loss of 10%" in json.loads(out)["stats"]["tda"]
 
 
 def test_info(run, folder, engine):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tdaengine import TDA, Engine, Error, OptionError
+from tdaengine import TDA, CheckpointError, Engine, Error, OptionError, Thresholds
 
 PROMPT = 40
 
@@ -95,9 +95,64 @@ def test_the_recommended_setting(smollm2: Path):
     assert out.stats.tda.startswith("by input: ")
 
 
+@pytest.fixture(scope="module")
+def calibrated(graded: Engine) -> Thresholds:
+    return graded.calibrate([tiny.tokens("llama"), tiny.tokens("llama")[:50]])
+
+
+def test_calibrated_losses(graded: Engine, calibrated: Thresholds):
+    """They are those of the texts' second halves, measured by `score`."""
+    texts = [tiny.tokens("llama"), tiny.tokens("llama")[:50]]
+
+    def log_probabilities(tda: TDA | None) -> np.ndarray:
+        scores = [graded.score(t, prompt_tokens=len(t) // 2, tda=tda) for t in texts]
+        return np.concatenate(scores).astype(np.float64)
+
+    dense = log_probabilities(None)
+    for share, loss, error in zip(
+        calibrated.inputs, calibrated.losses, calibrated.loss_errors, strict=True
+    ):
+        rises = dense - log_probabilities(TDA(inputs=round(share, 4)))
+        assert loss == pytest.approx(np.expm1(rises.mean()), rel=1e-4, abs=1e-7)
+        assert error == pytest.approx(rises.std() / len(rises) ** 0.5, rel=1e-4)
+    assert (calibrated.weights, calibrated.texts) == ("graded", 2)
+    assert calibrated.tokens == sum(map(len, texts))
+    assert calibrated.values == []
+
+
+def test_a_loss_becomes_a_share(graded: Engine, calibrated: Thresholds):
+    for loss in (0.0, max(calibrated.losses)):
+        kept = 1.0
+        for share, found in zip(calibrated.inputs, calibrated.losses, strict=True):
+            if found > loss:
+                break
+            kept = share
+        by_hand = score(graded, TDA(inputs=kept))
+        assert np.array_equal(score(graded, TDA(loss=loss, thresholds=calibrated)), by_hand)
+    assert kept == 0  # and so the second differs from the first
+
+
+def test_a_loss_by_the_file_in_the_folder(tmp_path: Path):
+    folder = tiny.write(tmp_path / "llama", "llama")
+    engine = Engine(folder, weights="graded")
+    with pytest.raises(OptionError, match="tda loss: expected thresholds, or a file"):
+        score(engine, TDA(loss=0.1))
+    found = engine.calibrate([tiny.tokens("llama")])
+    found.save(folder / "tda.json")
+    expected = score(engine, TDA(loss=0.1, thresholds=found))
+    assert np.array_equal(score(engine, TDA(loss=0.1)), expected)
+    int8 = Engine(folder, weights="int8").calibrate([tiny.tokens("llama")])
+    int8.save(folder / "tda.json")
+    with pytest.raises(CheckpointError, match="are for int8 weights, found graded"):
+        score(engine, TDA(loss=0.1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"loss": -0.1}, "tda loss -0.1: expected 0 or more"),
+        ({"loss": float("inf")}, "tda loss inf: expected 0 or more"),
+        ({"loss": 0.1, "inputs": 0.2}, "tda loss: expected alone or with thresholds"),
         ({"inputs": -0.1}, "tda inputs -0.1: expected 0 to 1"),
         ({"inputs": 1.5}, "tda inputs 1.5: expected 0 to 1"),
         ({"inputs": float("nan")}, "tda inputs nan: expected 0 to 1"),
@@ -118,8 +173,11 @@ def test_options_that_do_not_fit_the_weights(folder: Path, graded: Engine):
     for tda in (TDA(error=0.1), TDA(active=0.5), TDA.cats(active=0.5), TDA.griffin(active=0.5)):
         with pytest.raises(OptionError, match="tda with graded weights: expected inputs"):
             score(graded, tda)
-    with pytest.raises(OptionError, match="calibrate: found graded weights"):
-        graded.calibrate()
+    for target in ({"error": 0.2}, {"scope": "token"}, {"sample_tokens": 3}):
+        with pytest.raises(OptionError, match="calibrate: found graded weights, expected neither"):
+            graded.calibrate([tiny.tokens("llama")], **target)
+    with pytest.raises(OptionError, match="tda loss: expected graded weights, found int8"):
+        score(Engine(folder, weights="int8"), TDA(loss=0.02))
     with pytest.raises(OptionError, match="mask of layer 0: found graded weights"):
         graded.session(10).set_mask(0, [1])
     session = graded.session(60)

@@ -149,8 +149,9 @@ class Engine {
                     const std::optional<TdaOptions>& = {}) const;
 
   /// Searches per layer the largest threshold whose mean CETT on the texts stays at or under
-  /// options.error. With no texts the model writes its own. `progress` counts texts, then (for a
-  /// budget of bytes) layers.
+  /// options.error; with graded weights, what TdaOptions::inputs of one half down to 0 costs when
+  /// each text's first half is the prompt and its second is scored. With no texts the model writes
+  /// its own. `progress` counts texts, then (for a budget of bytes) layers.
   Thresholds calibrate(std::span<const std::vector<Token>> texts, const CalibrateOptions& = {},
                        const Progress& progress = {}) const;
 

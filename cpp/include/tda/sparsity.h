@@ -51,20 +51,24 @@ std::string_view name_of(Estimate);
 Scope parse_scope(std::string_view);
 Estimate parse_estimate(std::string_view);
 
-/// One threshold per layer (or two), and where it came from. Stored as JSON.
+/// What calibration found, and on what text: one threshold per layer (or two), or, for graded
+/// weights, what reading fewer inputs at 8 bits costs. Stored as JSON.
 struct Thresholds {
   std::string model;        // folder name of the model, for messages
   std::string fingerprint;  // of the checkpoint's tensors; must match the model used with
   std::string weights;      // format of the weights, "int8": must match, too
   Scope scope = Scope::sequence;
-  double error = 0;            // the CETT that the search was asked to meet, see TdaOptions,
-  double bytes = 0;            // or else the share of FFN bytes, see CalibrateOptions
-  std::vector<float> values;   // [L] on R ("sequence") or |n| ("token")
-  std::vector<float> coarse;   // [L] scope "token", int8: the second threshold; else empty
-  std::vector<float> reached;  // [L] CETT at values, or the share of bytes, on the calibration text
-  std::string source;          // "texts" or "self-generated"
-  std::int64_t texts = 0;      // calibration texts used
-  std::int64_t tokens = 0;     // tokens in them
+  double error = 0;                 // the CETT that the search was asked to meet, see TdaOptions,
+  double bytes = 0;                 // or else the share of FFN bytes, see CalibrateOptions
+  std::vector<float> values = {};   // [L] on R ("sequence") or |n| ("token")
+  std::vector<float> coarse = {};   // [L] scope "token", int8: the second threshold; else empty
+  std::vector<float> reached = {};  // [L] CETT at values, or share of bytes, on the text
+  /// graded weights, instead of the above: values of TdaOptions::inputs, descending; by how much
+  /// perplexity rose with each, 0.02 for 2%; and the standard error of that over the tokens. [N]
+  std::vector<float> inputs = {}, losses = {}, loss_errors = {};
+  std::string source;       // "texts" or "self-generated"
+  std::int64_t texts = 0;   // calibration texts used
+  std::int64_t tokens = 0;  // tokens in them
 
   /// Written atomically (temporary name, fsync, rename). Throws CheckpointError naming the file.
   void save(const std::filesystem::path&) const;
@@ -90,6 +94,10 @@ struct TdaOptions {
   /// inputs, the neurons, at 8 bits; unset: half of `inputs`. The shares are those that the prompt's
   /// own tokens would have taken on average.
   std::optional<double> inputs = {};
+  /// graded weights, instead of inputs: the fewest inputs whose calibrated loss, the rise of
+  /// perplexity, is at most this; 0.02: 2%. Needs `thresholds`, or a file tda.json in the model's
+  /// folder that Engine::calibrate has made.
+  std::optional<double> loss = {};
   /// Calibrated beforehand, see Engine::calibrate.
   std::shared_ptr<const Thresholds> thresholds = {};
   /// Scope "token" with int8 weights and `active`: a further share that stays at 4 bits.
@@ -111,6 +119,7 @@ struct TdaOptions {
   void validate() const;
 };
 
+/// With graded weights scope, error, bytes and sample_tokens have no meaning and stay as they are.
 struct CalibrateOptions {
   Scope scope = Scope::sequence;
   double error = 0.1;  // the CETT to meet in every layer
@@ -124,6 +133,7 @@ struct CalibrateOptions {
   std::int64_t self_tokens = 128;   // each so long, sampled at temperature 1,
   std::uint64_t seed = 0;           // from this seed on
 
+  bool operator==(const CalibrateOptions&) const = default;
   /// Throws OptionError.
   void validate() const;
 };
