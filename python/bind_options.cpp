@@ -130,8 +130,9 @@ void bind_tda(nb::module_& m) {
       .field("active", &TdaOptions::active,
              "0 < active <= 1, share of neurons kept in every layer.")
       .field("inputs", &TdaOptions::inputs,
-             "graded weights: the share of inputs read at 8 bits, in every product but down;\n"
-             "active, 0 to 1, is then the share of down's inputs, by default half of it.")
+             "graded weights: the share of inputs read at 8 bits in q, k, v, output, gate and up;\n"
+             "the head, where they count most, has its square root. active, 0 to 1, is then the\n"
+             "share of down's inputs, by default half of inputs.")
       .field(
           "loss", &TdaOptions::loss,
           "graded weights, instead of inputs: the fewest inputs whose calibrated loss, the rise\n"

@@ -159,7 +159,9 @@ void Session::Impl::apply_inputs(const TdaOptions& options) {
   parallel_for(backend.threads(), layers * kProducts + 1, [&](std::int64_t i) {
     const std::int64_t layer = i / kProducts;
     const auto product = static_cast<Product>(i % kProducts);
-    const double share = product == Product::down ? down_share(options) : *options.inputs;
+    const double share = layer == layers            ? head_share(options)
+                         : product == Product::down ? down_share(options)
+                                                    : *options.inputs;
     std::vector<float> values = layer == layers
                                     ? backend.head_contributions(*state)
                                     : backend.input_contributions(*state, layer, product);

@@ -115,6 +115,8 @@ double inputs_within(const Thresholds& calibrated, double loss) {
   return inputs;
 }
 
+double head_share(const TdaOptions& options) { return std::sqrt(*options.inputs); }
+
 Scope scope_of(const TdaOptions& options) {
   return options.scope.value_or(options.thresholds ? options.thresholds->scope : Scope::sequence);
 }

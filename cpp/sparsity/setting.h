@@ -32,8 +32,10 @@ Scope scope_of(const TdaOptions& options);
 /// there are none.
 double inputs_within(const Thresholds& calibrated, double loss);
 
-/// The share of neurons whose down rows are read at 8 bits, by TdaOptions::inputs.
+/// By TdaOptions::inputs, the shares that two products have for themselves: of neurons whose down
+/// rows are read at 8 bits, and of the head's inputs.
 double down_share(const TdaOptions& options);
+double head_share(const TdaOptions& options);
 
 /// What the options come to for this model and prompt. `asked` without a value: dense. Throws
 /// OptionError for options that are invalid by themselves.

@@ -90,9 +90,10 @@ struct TdaOptions {
   /// "token": the share that the prompt's own tokens would have kept on average.
   std::optional<double> active = {};
   /// graded weights, instead of scope, error or thresholds: the share of inputs that are read at 8
-  /// bits in every product but down, 0 <= inputs <= 1. `active`, 0 to 1, is then the share of down's
-  /// inputs, the neurons, at 8 bits; unset: half of `inputs`. The shares are those that the prompt's
-  /// own tokens would have taken on average.
+  /// bits in q, k, v, output, gate and up, 0 <= inputs <= 1. The head, where they count most, has
+  /// its square root. `active`, 0 to 1, is then the share of down's inputs, the neurons, at 8 bits;
+  /// unset: half of `inputs`. The shares are those that the prompt's own tokens would have taken on
+  /// average.
   std::optional<double> inputs = {};
   /// graded weights, instead of inputs: the fewest inputs whose calibrated loss, the rise of
   /// perplexity, is at most this; 0.02: 2%. Needs `thresholds`, or a file tda.json in the model's
