@@ -170,7 +170,7 @@ void Session::Impl::apply_inputs(const TdaOptions& options) {
       throw Error("inputs of layer " + std::to_string(layer) +
                   " in the prompt are not finite, expected finite numbers: activations overflow");
     float& threshold = layer == layers ? head_inputs_ : chosen[layer].of[i % kProducts];
-    threshold = threshold_of_share(values, layer == layers ? *options.inputs : share);
+    threshold = threshold_of_share(values, share);
   });
   for (std::int64_t layer = 0; layer < layers; ++layer)
     backend.set_input_thresholds(*state, layer, chosen[layer]);
@@ -201,11 +201,17 @@ void Session::Impl::refresh() {
     const std::lock_guard lock(runtime->computing);
     backend.fade_statistic(*state, count / backend.gathered(*state, 0));
   }
+  const std::int64_t end = position;
   position -= std::ssize(recent_);
   Step step;
   step.tokens = recent_;
   step.ffn = FfnMode::gather;
-  run(step, 0);
+  try {
+    run(step, 0);
+  } catch (...) {  // interrupted: the next decode renews again
+    position = end;
+    throw;
+  }
   const std::int64_t steps = (std::ssize(recent_) + backend.max_step() - 1) / backend.max_step();
   refresh_bytes_ += steps * runtime->model().neuron_bytes() * runtime->config().intermediate_size *
                     runtime->config().num_layers;

@@ -471,6 +471,30 @@ TEST(what_before_step_throws_ends_the_call) {
   CHECK(generate(engine, tokens(20)) == whole);
 }
 
+TEST(an_interrupted_refresh_is_made_up_for) {
+  const TinyCheckpoint checkpoint;
+  tda::EngineOptions engine_options;
+  bool stop = false;
+  engine_options.before_step = [&] {
+    if (stop) throw tda::Error("enough");
+  };
+  const tda::Engine engine(checkpoint.folder(), engine_options);
+  auto options = with_active(0.3);
+  options.refresh = 3;
+  const auto last_logits = [&](bool interrupted) {
+    tda::Session session = engine.session(40);
+    session.prefill(std::span(kPrompt).first(6));
+    session.apply(options);
+    for (int i = 6; i < 9; ++i) session.decode(kPrompt[i]);
+    stop = interrupted;
+    if (stop) CHECK_THROWS(session.decode(kPrompt[9]), tda::Error, "enough");
+    stop = false;
+    CHECK(session.position() == 9);
+    return session.decode(kPrompt[9]);
+  };
+  CHECK(last_logits(true) == last_logits(false));
+}
+
 TEST(threads_share_an_engine_step_by_step) {
   const TinyCheckpoint checkpoint;
   const tda::Engine engine(checkpoint.folder(), {.threads = 2});
