@@ -21,7 +21,8 @@ using tda::CheckpointError;
 using tda::OptionError;
 using tda::WeightFormat;
 
-constexpr WeightFormat kFormats[] = {WeightFormat::f32, WeightFormat::bf16, WeightFormat::int8};
+constexpr WeightFormat kFormats[] = {WeightFormat::f32, WeightFormat::bf16, WeightFormat::int8,
+                                     WeightFormat::graded};
 const std::vector<tda::Token> kTokens = {1, 5, 0, 3, 6, 2, 4, 4};
 
 std::string read(const fs::path& path) {
@@ -72,8 +73,12 @@ void check_same(const tda::Engine& expected, const tda::Engine& found) {
   CHECK(std::set<float>(logits.begin(), logits.end()).size() > kTokens.size());
   CHECK(found.logits(kTokens) == logits);
   tda::TdaOptions tda;
-  tda.scope = tda::Scope::token;
-  tda.active = 0.5;
+  if (expected.weights() == WeightFormat::graded) {
+    tda.inputs = 0.5;
+  } else {
+    tda.scope = tda::Scope::token;
+    tda.active = 0.5;
+  }
   CHECK(found.score(kTokens, 4, tda).log_probabilities ==
         expected.score(kTokens, 4, tda).log_probabilities);
 }
@@ -210,7 +215,7 @@ TEST(damaged_weights_are_refused) {
 
 /// Otherwise fuzzing never gets past the first check. To renew: tests/fuzz/make_corpus.py.
 TEST(the_fuzz_corpus_has_engine_folders_of_this_layout) {
-  for (const char* format : {"f32", "bf16", "int8", "int4", "bf16c"}) {
+  for (const char* format : {"f32", "bf16", "int8", "int4", "bf16c", "graded"}) {
     const std::string seed =
         read(fs::path(TDA_CORPUS) / "folder" / ("packed_" + std::string(format)));
     const std::size_t zero = seed.find('\0');

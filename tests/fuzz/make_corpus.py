@@ -195,6 +195,9 @@ def main() -> None:
     write("thresholds", "token", json.dumps(THRESHOLDS).encode())
     sequence = THRESHOLDS | {"scope": "sequence", "coarse": [], "source": "self-generated"}
     write("thresholds", "sequence", json.dumps(sequence).encode())
+    shares = {"inputs": [0.5, 0.1], "losses": [-0.001, 0.02], "loss_errors": [0.001, 0.002]}
+    graded = THRESHOLDS | {"weights": "graded", "values": [], "coarse": [], "reached": []} | shares
+    write("thresholds", "graded", json.dumps(graded).encode())
 
     tensors = {"a": ("BF16", [1, 2], b"abcd"), "b": ("F4", [2], b"e"), "c": ("F32", [0, 5], b"")}
     write("safetensors", "three", safetensors(tensors))
@@ -208,7 +211,7 @@ def main() -> None:
         write("folder", name, json.dumps(config).encode() + b"\0" + weights(config, dtype))
     qwen3 = CONFIGS["qwen3"] | {"head_dim": 4}
     write("folder", "qwen3", json.dumps(qwen3).encode() + b"\0" + weights(qwen3, "F16"))
-    for packed in "f32", "bf16", "int8", "int4", "bf16c":
+    for packed in "f32", "bf16", "int8", "int4", "bf16c", "graded":
         with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
             Path(source, "config.json").write_text(json.dumps(LLAMA))
             Path(source, "model.safetensors").write_bytes(weights(LLAMA, "F32"))
