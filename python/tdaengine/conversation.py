@@ -13,7 +13,7 @@ from typing import Any
 from ._native import CheckpointError, Error, OptionError
 from .commands import answer, open_engine, read_prompt, sampling
 from .engine import Engine
-from .files import check_output, read_json_object
+from .files import check_output, read_json_object, write
 
 # Where generation_config.json says nothing.
 TEMPERATURE, TOP_P = 0.7, 0.9
@@ -101,7 +101,8 @@ class Conversation:
     def save(self, path: str) -> None:
         check_output(path)
         text = json.dumps(self.messages, ensure_ascii=False, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        # What is no Unicode becomes an escape, as JSON writes it.
+        write(Path(path), (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def run_chat(args: argparse.Namespace) -> None:

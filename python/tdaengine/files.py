@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +101,21 @@ def check_output(path: str | os.PathLike[str]) -> None:
         reason = getattr(error, "strerror", None) or str(error)
     if reason is not None:
         raise OptionError(f"{path}: cannot be written: {reason}")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Makes `content` the file's, or leaves what was there; of a symbolic link its target's. Raises
+    OSError."""
+    target = Path(os.path.realpath(path))
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        new = Path(folder, target.name)
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            new.chmod(stat.S_IMODE(target.stat().st_mode))
+        new.replace(target)
 
 
 def _why_not_writable(path: Path) -> str | None:

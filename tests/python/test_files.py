@@ -1,5 +1,6 @@
 """Files that are no regular files, endless, huge, hostile, or not to be replaced."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from conftest import MESSAGES, PROMPT, write_checkpoint
 from tdaengine import CheckpointError, Engine, OptionError, Thresholds, cli
 from tdaengine.convert import convert
 from tdaengine.evaluate import evaluate
-from tdaengine.files import MAX_JSON_DEPTH, parse_json
+from tdaengine.files import MAX_JSON_DEPTH, parse_json, write
 from tdaengine.tokenizer import Tokenizer
 
 
@@ -210,6 +211,25 @@ def test_symbolic_links_to_outputs_stay(tmp_path: Path, folder: Path, engine: En
     evaluate(engine, [PROMPT * 3], {}, prompt_tokens=8, score_tokens=8, output=link)
     assert len(target.read_text().splitlines()) == 2
     assert link.is_symlink()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_text("old")
+    path.chmod(0o640)
+    link.symlink_to("file")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "fsync", full)
+        write(link, b"new")
+    assert path.read_text() == "old"
+    write(link, b"new")
+    assert (path.read_text(), link.is_symlink()) == ("new", True)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def test_a_file_keeps_its_permissions(tmp_path: Path, engine: Engine):
