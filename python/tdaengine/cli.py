@@ -30,6 +30,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
+DATA = 'JSONL with a field "text"'
 SETTING = (
     "the recommended setting for the model and weights; or SETTING by hand: "
     "inputs=0.2; loss=0.02; scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; off"
@@ -187,7 +188,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         parser,
         "--data",
         metavar="FILE",
-        help='JSONL with a field "text"',
+        help=DATA,
         shown="the model writes its own texts",
     )
     _option(parser, "--scope", default="sequence", help="sequence or token")
@@ -214,6 +215,17 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    _option(source, "--data", metavar="FILE", help=DATA, shown="none")
+    _option(
+        source,
+        "--tasks",
+        nargs="+",
+        metavar="FILE",
+        help="instead, JSONL with query, choices and gold, or contexts, continuation and gold, or "
+        "context and continuation: accuracies",
+        shown="none",
+    )
     _add_texts(parser)
     _add_settings(parser)
     _flag(
@@ -246,6 +258,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = DEFINITIONS
     _add_engine(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help=DATA)
     _add_texts(parser)
     _option(parser, "--active", type=float, default=0.5, help="share of neurons in a set")
 
@@ -348,13 +361,12 @@ def _add_tda(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="FILE", help='JSONL with a field "text"')
     _option(
         parser,
         "--texts",
         type=int,
         metavar="N",
-        help="only the first N texts that are long enough",
+        help="only the first N texts that are long enough, or the first N items of each task",
         shown="all of them",
     )
     _option(parser, "--prompt-tokens", type=int, default=256, metavar="N", help="of each text")

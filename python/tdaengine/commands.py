@@ -20,12 +20,14 @@ from .analyze import table as overlaps
 from .bench import bench
 from .engine import Engine
 from .evaluate import evaluate, frontier, table
-from .files import MAX_DATA, MAX_LINE, check_output, open_regular, parse_json, read
+from .files import MAX_DATA, check_output, read, read_texts
 from .hub import find
 from .info import describe, fields_of, file_sizes, info
 from .new_folder import verify
 from .options import parse_tda
 from .stream import Output, Stream
+from .tasks import evaluate_tasks, read_items
+from .tasks import table as accuracies
 from .terminal import for_bars
 
 
@@ -125,7 +127,7 @@ def run_convert(args: argparse.Namespace) -> None:
 def run_calibrate(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_output(args.output)
-    texts = None if args.data is None else _read_texts(Path(args.data))
+    texts = None if args.data is None else read_texts(Path(args.data))
     engine = open_engine(args)
     output = args.output or engine.path / "tda.json"
     check_output(output)
@@ -155,6 +157,9 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    if args.tasks:
+        run_tasks(args)
+        return
     texts = _texts(args)
     families = {name: {name: tda} for name, tda in _settings(args).items()}
     _check_unique("--also", args.also)
@@ -182,6 +187,37 @@ def run_evaluate(args: argparse.Namespace) -> None:
         print_json(results)
     else:
         print(table(results))
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """evaluate --tasks"""
+    lengths = (args.prompt_tokens, args.score_tokens)
+    for name, given in (
+        ("--plot", args.plot),
+        ("--prompt-tokens, --score-tokens", lengths != (256, 256)),
+    ):
+        if given:
+            raise OptionError(f"{name}: expected with --data only")
+    if args.texts is not None and args.texts < 1:
+        raise OptionError(f"--texts {args.texts}: expected 1 or more")
+    names = [Path(path).stem for path in args.tasks]
+    _check_unique("--tasks", names)
+    tasks = {Path(path).stem: read_items(Path(path), args.texts) for path in args.tasks}
+    settings = _settings(args)
+    _check_unique("--also", args.also)
+    engine = open_engine(args)
+    others = {f"{also} dense": open_engine(args, weights=also) for also in args.also}
+    if args.frontier:
+        for family in frontier(engine).values():
+            settings |= family
+    with _progress_bar(unit="item", disable=args.json) as progress:
+        results = evaluate_tasks(
+            engine, tasks, settings, others=others, output=args.output, progress=progress
+        )
+    if args.json:
+        print_json(results)
+    else:
+        print(accuracies(results))
 
 
 def run_analyze(args: argparse.Namespace) -> None:
@@ -229,7 +265,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
         raise OptionError(f"--texts {args.texts}: expected 1 or more")
     if args.plot:
         plots.check(args.plot)
-    return _read_texts(Path(args.data))
+    return read_texts(Path(args.data))
 
 
 def _encoded(
@@ -317,34 +353,6 @@ def _lengths(args: argparse.Namespace, name: str) -> list[int]:
         raise OptionError(
             f"--{name}: found {text!r}, expected numbers of tokens, as 128,512"
         ) from None
-
-
-def _read_texts(path: Path) -> list[str]:
-    """The field "text" of every line; blank lines count for nothing."""
-    texts: list[str] = []
-    for number, line in enumerate(_lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = parse_json(line)
-        except ValueError as error:
-            raise OptionError(f"{path}, line {number}: {error}") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise OptionError(f'{path}, line {number}: expected {{"text": "..."}}')
-        texts.append(entry["text"])
-    if not texts:
-        raise OptionError(f"{path}: found no texts")
-    return texts
-
-
-def _lines_of(path: Path) -> Iterator[bytes]:
-    with open_regular(path, "a JSONL file", OptionError) as file:
-        while line := file.readline(MAX_LINE + 1):
-            if len(line) > MAX_LINE:
-                raise OptionError(f"{path}: found a line of more than {MAX_LINE} bytes")
-            if file.tell() > MAX_DATA:
-                raise OptionError(f"{path}: found more than {MAX_DATA} bytes of texts")
-            yield line
 
 
 def run_info(args: argparse.Namespace) -> None:

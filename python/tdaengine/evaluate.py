@@ -97,9 +97,9 @@ def evaluate(
         "model": engine.fingerprint,
         "prompt_tokens": prompt_tokens,
         "score_tokens": score_tokens,
-        "settings": {name: _describe(*run) for name, run in runs.items()},
+        "settings": {name: describe_run(*run) for name, run in runs.items()},
     }
-    rows = [] if output is None else _begin(output, header, encoded)
+    rows = [] if output is None else begin_rows(output, header, encoded)
     names = list(runs)
     for i in range(len(rows), len(encoded)):
         turn = i % len(names)
@@ -108,9 +108,9 @@ def evaluate(
             for name in names[turn:] + names[:turn]
         }
         row = {name: _figures(scores[name], scores[DENSE]) for name in names}
-        rows.append({"text": _digest(encoded[i]), **row})
+        rows.append({"text": digest(encoded[i]), **row})
         if output is not None:
-            _append(output, rows[-1])
+            append_row(output, rows[-1])
         if progress:
             progress(i + 1, len(encoded))
     return {name: summary([row[name] for row in rows], score_tokens) for name in names}
@@ -202,36 +202,39 @@ def _figures(score: _native.ScoreResult, dense: _native.ScoreResult) -> dict[str
     }
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Stands for what is too long to be written to every row."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _describe(engine: Engine, tda: TDA | None) -> dict[str, Any]:
+def describe_run(engine: Engine, tda: TDA | None) -> dict[str, Any]:
     """What must be the same for results to be put together."""
     options = {} if tda is None else {name: getattr(tda, name) for name in TDA.fields}
     if thresholds := options.get("thresholds"):
-        options["thresholds"] = _digest([thresholds.values, thresholds.coarse])
+        names = ("values", "coarse", "inputs", "losses")
+        options["thresholds"] = digest([getattr(thresholds, name) for name in names])
     names = ("weights", "kv", "device", "threads")
     return {name: getattr(engine, name) for name in names} | {"tda": options or None}
 
 
-def _begin(path: Path, header: dict[str, Any], encoded: list[list[int]]) -> Rows:
+def begin_rows(path: Path, header: dict[str, Any], texts: Sequence[Any]) -> Rows:
     """The rows that stand in the file, which is ready for more: a last line that was cut off while
-    it was written is cut away."""
+    it was written is cut away. texts: what the rows are of, in order. Raises OptionError for a file
+    of something else."""
     check_output(path)
     content = read(path, "results", MAX_DATA, OptionError) if path.exists() else b""
     if not content:
-        _append(path, header)
+        append_row(path, header)
         return []
     whole = content[: content.rfind(b"\n") + 1]
     try:
         found, *rows = map(parse_json, whole.splitlines())
         for name, expected in json.loads(json.dumps(header)).items():
             _compare(path, name, found[name], expected)
-        if len(rows) > len(encoded):
-            raise OptionError(f"{path}: found {len(rows)} texts, expected at most {len(encoded)}")
+        if len(rows) > len(texts):
+            raise OptionError(f"{path}: found {len(rows)} texts, expected at most {len(texts)}")
         for i, row in enumerate(rows):
-            _compare(path, f"text {i}", row["text"], _digest(encoded[i]))
+            _compare(path, f"text {i}", row["text"], digest(texts[i]))
     except (ValueError, TypeError, KeyError):
         raise OptionError(f"{path}: found something else than results of evaluate") from None
     if whole != content:
@@ -239,7 +242,8 @@ def _begin(path: Path, header: dict[str, Any], encoded: list[list[int]]) -> Rows
     return rows
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def append_row(path: Path, line: dict[str, Any]) -> None:
+    """On disk when this returns."""
     with path.open("ab") as file:
         file.write((json.dumps(line) + "\n").encode())
         file.flush()

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,6 +70,35 @@ def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: found {type(content).__name__}, expected a JSON object")
     return content
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Of a JSONL file. Raises OptionError."""
+    with open_regular(path, "a JSONL file", OptionError) as file:
+        while line := file.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise OptionError(f"{path}: found a line of more than {MAX_LINE} bytes")
+            if file.tell() > MAX_DATA:
+                raise OptionError(f"{path}: found more than {MAX_DATA} bytes of texts")
+            yield line
+
+
+def read_texts(path: Path) -> list[str]:
+    """The field "text" of every line; blank lines count for nothing."""
+    texts: list[str] = []
+    for number, line in enumerate(lines_of(path), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_json(line)
+        except ValueError as error:
+            raise OptionError(f"{path}, line {number}: {error}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise OptionError(f'{path}, line {number}: expected {{"text": "..."}}')
+        texts.append(entry["text"])
+    if not texts:
+        raise OptionError(f"{path}: found no texts")
+    return texts
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -135,7 +135,7 @@ def test_texts_are_regular_files(tmp_path: Path, capsys, folder: Path, make: Cal
 
 
 def test_texts_beyond_the_limit(tmp_path: Path, capsys, folder: Path, monkeypatch):
-    monkeypatch.setattr("tdaengine.commands.MAX_DATA", 100)
+    monkeypatch.setattr("tdaengine.files.MAX_DATA", 100)
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "Some text."}\n' * 5)
     arguments = ["calibrate", str(folder), "--data", str(path), "-o", str(tmp_path / "out")]

@@ -1,0 +1,165 @@
+"""`tdaengine evaluate --tasks`: choices as the logits say, figures that fit together, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tdaengine import TDA, Engine, OptionError, cli
+from tdaengine.tasks import Item, choose, encode_pair, evaluate_tasks, read_items, summary, table
+
+CHOICES = [
+    {"query": "The sky is", "choices": ["blue.", "a long answer", "x"], "gold": 0},
+    {"query": "Two:\n", "choices": ["2", "three", "5 or so"], "gold": 2},
+    {"query": "One more", "choices": ["b", "aa", "ccc"], "gold": 1},
+]
+CONTEXTS = [
+    {"contexts": ["Ann was ill so Ann", "Ann was ill so Bea"], "continuation": "slept.", "gold": 1}
+]
+
+
+def write(path: Path, items: list[dict]) -> Path:
+    path.write_text("\n".join(json.dumps(item) for item in items) + "\n\n")
+    return path
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def likelihood(engine: Engine, context: str, continuation: str) -> float:
+    """From the logits of the whole text, without `score`. A token is a character here."""
+    before = engine.tokenizer.encode(context)
+    ids = engine.tokenizer.encode(context + continuation)
+    assert ids[: len(before)] == before
+    rows = log_softmax(engine.logits(ids))[len(before) - 1 : -1]
+    return float(sum(row[token] for row, token in zip(rows, ids[len(before) :], strict=True)))
+
+
+def test_the_likeliest_choice(engine: Engine, tmp_path: Path):
+    for item, source in zip(read_items(write(tmp_path / "t.jsonl", CHOICES)), CHOICES, strict=True):
+        query, choices = source["query"], source["choices"]
+        space = "" if query[-1].isspace() else " "
+        # The gap belongs to the continuation, as it may be part of its first token.
+        bare = query.rstrip()
+        gap = query[len(bare) :] + space
+        sums = [likelihood(engine, bare, gap + choice) for choice in choices]
+        lengths = [len(choice.encode()) for choice in choices]
+        expected = [int(np.argmax(sums)), int(np.argmax(np.divide(sums, lengths)))]
+        assert choose(engine, None, item) == expected
+
+
+def test_the_likeliest_context(engine: Engine, tmp_path: Path):
+    (item,) = read_items(write(tmp_path / "t.jsonl", CONTEXTS))
+    sums = [likelihood(engine, context, " slept.") for context in CONTEXTS[0]["contexts"]]
+    assert choose(engine, None, item)[0] == int(np.argmax(sums))
+
+
+def test_the_last_word_is_what_greedy_decoding_gives(smollm2: Path):
+    engine = Engine(smollm2)
+    for word, expected in (("Paris", 0), ("Lyon", -1)):
+        item = Item((("The capital of France is", word),), 0)
+        assert choose(engine, None, item) == [expected] * 2
+
+
+def test_how_texts_are_joined(engine: Engine):
+    for context, continuation, whole in (
+        ("A question?", "Yes", "A question? Yes"),
+        ("A question?\n", "Yes", "A question?\nYes"),
+    ):
+        ids, prompt = encode_pair(engine, context, continuation)
+        assert ids == engine.tokenizer.encode(whole)
+        assert ids[:prompt] == engine.tokenizer.encode("A question?")
+
+
+def test_figures():
+    gold = [0, 1, 2, 1]
+    dense = [[0, 0], [1, 0], [0, 2], [0, 1]]
+    chosen = [[0, 0], [0, 1], [2, 2], [1, 0]]
+    found = summary(chosen, dense, gold)
+    assert (found["items"], found["as_dense"]) == (4, 0.25)
+    assert found["raw"]["accuracy"] == 0.75 and found["raw"]["change"] == 0.25
+    assert found["raw"]["error"] == pytest.approx(0.25)
+    changes = np.array([0, -1, 1, 1])
+    assert found["raw"]["change_error"] == pytest.approx(changes.std(ddof=1) / 2)
+    assert found["by_length"]["accuracy"] == 0.75 and found["by_length"]["change"] == 0
+
+
+def test_settings_beside_dense_and_going_on(engine: Engine, tmp_path: Path):
+    tasks = {
+        "choices": read_items(write(tmp_path / "choices.jsonl", CHOICES)),
+        "contexts": read_items(write(tmp_path / "contexts.jsonl", CONTEXTS)),
+    }
+    settings = {"all": TDA(error=0), "few": TDA(active=0.1)}
+    output = tmp_path / "rows"
+    whole = evaluate_tasks(engine, tasks, settings, output=output)
+    assert list(whole) == ["dense", "all", "few"]
+    for task, count in (("choices", 3), ("contexts", 1)):
+        assert whole["all"][task] == whole["dense"][task]
+        assert whole["dense"][task]["items"] == count
+        assert whole["dense"][task]["raw"]["change"] == 0
+    lines = output.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    output.write_text("".join(lines[:3]) + lines[3][:9])
+    steps: list[tuple[int, int]] = []
+    again = evaluate_tasks(
+        engine, tasks, settings, output=output, progress=lambda *step: steps.append(step)
+    )
+    assert again == whole
+    assert steps == [(3, 4), (4, 4)]
+    assert output.read_text() == "".join(lines)
+    with pytest.raises(OptionError, match="these are other results"):
+        evaluate_tasks(engine, tasks, {"all": TDA(active=0.5)}, output=output)
+    rows = table(whole).splitlines()
+    assert rows[0] == "| setting | choices (3) | contexts (1) | chosen as dense |"
+    assert rows[3].startswith("| all | ") and rows[3].endswith("(+0.0 ± 0.0) | 1.000 |")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: "),
+        ("[1]", "found none, expected query, choices, gold; or contexts"),
+        ('{"text": "x"}', "found text, expected query, choices, gold"),
+        ('{"query": 1, "choices": ["a"], "gold": 0}', "query: found 1, expected a text"),
+        ('{"query": "q", "choices": [], "gold": 0}', r"choices: found \[\], expected a list"),
+        ('{"query": "q", "choices": ["a", 2], "gold": 0}', "choices: found"),
+        ('{"query": "q", "choices": ["a"], "gold": 1}', "gold: found 1, expected 0 to 0"),
+        ('{"query": "q", "choices": ["a"], "gold": true}', "gold: found True, expected 0 to 0"),
+        ('{"query": " ", "choices": ["a"], "gold": 0}', "found an empty text"),
+        ('{"context": "c", "continuation": ""}', "found an empty text"),
+        ("", "found no items"),
+    ],
+)
+def test_bad_items(tmp_path: Path, line: str, message: str):
+    path = tmp_path / "task.jsonl"
+    path.write_text(line)
+    with pytest.raises(OptionError, match=message):
+        read_items(path)
+
+
+def test_command(folder: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files = [
+        str(write(tmp_path / "choices.jsonl", CHOICES)),
+        str(write(tmp_path / "two.jsonl", CONTEXTS)),
+    ]
+    command = ["evaluate", str(folder), "--weights", "f32", "--tasks", *files]
+    setting = ["--tda", "active=0.5", "--texts", "2"]
+    assert cli.main([*command, *setting]) == 0
+    assert "| setting | choices (2) | two (1) |" in capsys.readouterr().out
+    assert cli.main([*command, *setting, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    items = {"choices": read_items(Path(files[0]), 2), "two": read_items(Path(files[1]))}
+    assert found == evaluate_tasks(engine, items, {"active=0.5": TDA(active=0.5)})
+    for more, message in (
+        (["--plot", "x.png"], "--plot: expected with --data only"),
+        (["--score-tokens", "8"], "--score-tokens: expected with --data only"),
+        ([files[0]], "--tasks: found 'choices' twice"),
+        (["--texts", "0"], "--texts 0: expected 1 or more"),
+    ):
+        assert cli.main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
