@@ -141,6 +141,7 @@ TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts
           "tda loss: expected thresholds, or a file tda.json in the model's folder: run "
           "\"tdaengine calibrate MODEL --weights graded\"");
     options->inputs = inputs_within(*options->thresholds, *options->loss);
+    if (*options->inputs == 1) options->active = 1;  // dense
   }
   if (!options->inputs) options->scope = scope_of(*options);
   return {

@@ -245,6 +245,19 @@ TEST(the_fewest_inputs_within_a_loss) {
   CHECK(inputs_within(calibrated, 0.0) == 1);
 }
 
+TEST(a_loss_that_no_share_meets_is_dense) {
+  auto thresholds = std::make_shared<Thresholds>();
+  thresholds->inputs = {0.5f, 0.25f};
+  thresholds->losses = {0.125f, 0.5f};
+  const auto found = [&](double loss) {
+    return resolve(TdaOptions{.loss = loss, .thresholds = thresholds},
+                   {.weights = WeightFormat::graded})
+        .options.value();
+  };
+  CHECK(found(0.1).inputs == 1 && down_share(found(0.1)) == 1 && head_share(found(0.1)) == 1);
+  CHECK(found(0.125).inputs == 0.5 && down_share(found(0.125)) == 0.25);
+}
+
 TEST(mask_top_share) {
   const std::vector<float> scores = {1, 3, 2, 3, 2, 0};
   CHECK((mask_top_share(scores, 0.5) == Ids{1, 2, 3}));
