@@ -54,13 +54,9 @@ std::vector<std::vector<Token>> write_texts(const Engine& engine, const Calibrat
 
 /// Graded weights have no thresholds to search: those of inputs come from each prompt.
 void expect_no_target(const CalibrateOptions& options) {
-  CalibrateOptions bare = options;
   const CalibrateOptions defaults;
-  bare.scope = defaults.scope;
-  bare.error = defaults.error;
-  bare.bytes = defaults.bytes;
-  bare.sample_tokens = defaults.sample_tokens;
-  if (bare != options)
+  if (options.scope != defaults.scope || options.error != defaults.error || options.bytes ||
+      options.sample_tokens != defaults.sample_tokens)
     throw OptionError(
         "calibrate: found graded weights, expected neither scope, error, bytes nor sample_tokens: "
         "it measures what every share of inputs costs, for tda loss");

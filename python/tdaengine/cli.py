@@ -202,15 +202,15 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="instead, with scope token: share of FFN bytes to read, as 0.6",
         shown="none",
     )
-    _option(
+    _add_output(
         parser,
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where the thresholds go, as JSON",
-        shown="tda.json in the model's folder, where --tda loss=0.02 finds it",
+        "where the thresholds go, as JSON",
+        "tda.json in the model's folder, where --tda loss=0.02 finds it",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser, help: str, shown: str) -> None:
+    _option(parser, "-o", "--output", type=Path, metavar="FILE", help=help, shown=shown)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -243,14 +243,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="dense with other weights, too, as int4; repeatable",
         shown="none",
     )
-    _option(
+    _add_output(
         parser,
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="takes each text's figures as they come; if it exists, goes on behind them",
-        shown="none",
+        "takes each text's or item's figures as they come; if it exists, goes on behind them",
+        "none",
     )
 
 

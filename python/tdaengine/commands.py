@@ -161,19 +161,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
         run_tasks(args)
         return
     texts = _texts(args)
-    families = {name: {name: tda} for name, tda in _settings(args).items()}
-    _check_unique("--also", args.also)
-    engine = open_engine(args)
-    others = {f"{also} dense": open_engine(args, weights=also) for also in args.also}
-    if args.frontier:
-        families |= frontier(engine)
+    engine, families, settings, others = _open_runs(args)
     ids = _encoded(args, engine, texts, args.prompt_tokens + args.score_tokens)
     lengths = {name: getattr(args, name) for name in ("prompt_tokens", "score_tokens")}
     with _progress_bar(unit="text", disable=args.json) as progress:
         results = evaluate(
             engine,
             ids,
-            {name: tda for family in families.values() for name, tda in family.items()},
+            settings,
             others=others,
             output=args.output,
             progress=progress,
@@ -191,25 +186,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_tasks(args: argparse.Namespace) -> None:
     """evaluate --tasks"""
-    lengths = (args.prompt_tokens, args.score_tokens)
-    for name, given in (
-        ("--plot", args.plot),
-        ("--prompt-tokens, --score-tokens", lengths != (256, 256)),
-    ):
-        if given:
-            raise OptionError(f"{name}: expected with --data only")
-    if args.texts is not None and args.texts < 1:
-        raise OptionError(f"--texts {args.texts}: expected 1 or more")
+    if args.plot:
+        raise OptionError("--plot: expected with --data only")
+    if (args.prompt_tokens, args.score_tokens) != (256, 256):
+        raise OptionError("--prompt-tokens, --score-tokens: expected with --data only")
+    _check_count(args)
     names = [Path(path).stem for path in args.tasks]
     _check_unique("--tasks", names)
     tasks = {Path(path).stem: read_items(Path(path), args.texts) for path in args.tasks}
-    settings = _settings(args)
-    _check_unique("--also", args.also)
-    engine = open_engine(args)
-    others = {f"{also} dense": open_engine(args, weights=also) for also in args.also}
-    if args.frontier:
-        for family in frontier(engine).values():
-            settings |= family
+    engine, _, settings, others = _open_runs(args)
     with _progress_bar(unit="item", disable=args.json) as progress:
         results = evaluate_tasks(
             engine, tasks, settings, others=others, output=args.output, progress=progress
@@ -218,6 +203,20 @@ def run_tasks(args: argparse.Namespace) -> None:
         print_json(results)
     else:
         print(accuracies(results))
+
+
+def _open_runs(
+    args: argparse.Namespace,
+) -> tuple[Engine, dict[str, dict[str, TDA]], dict[str, TDA], dict[str, Engine]]:
+    """What evaluate compares: families of settings, all of these, engines with other weights."""
+    families = {name: {name: tda} for name, tda in _settings(args).items()}
+    _check_unique("--also", args.also)
+    engine = open_engine(args)
+    others = {f"{also} dense": open_engine(args, weights=also) for also in args.also}
+    if args.frontier:
+        families |= frontier(engine)
+    settings = {name: tda for family in families.values() for name, tda in family.items()}
+    return engine, families, settings, others
 
 
 def run_analyze(args: argparse.Namespace) -> None:
@@ -259,10 +258,14 @@ def _check_unique(option: str, given: list[str]) -> None:
             raise OptionError(f"{option}: found {value!r} twice")
 
 
-def _texts(args: argparse.Namespace) -> list[str]:
-    """Of --data."""
+def _check_count(args: argparse.Namespace) -> None:
     if args.texts is not None and args.texts < 1:
         raise OptionError(f"--texts {args.texts}: expected 1 or more")
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """Of --data."""
+    _check_count(args)
     if args.plot:
         plots.check(args.plot)
     return read_texts(Path(args.data))

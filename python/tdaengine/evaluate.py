@@ -76,17 +76,7 @@ def evaluate(
     Returns per name what summary() says. Raises OptionError for a text that is too short, a name
     given twice, or an output file of something else.
     """
-    runs: dict[str, tuple[Engine, TDA | None]] = {DENSE: (engine, None)}
-    for name, run in (
-        *((name, (engine, tda)) for name, tda in settings.items()),
-        *((name, (other, None)) for name, other in (others or {}).items()),
-    ):
-        if name in runs:
-            raise OptionError(f"settings: found {name!r} twice ({DENSE!r} is always there)")
-        runs[name] = run
-    for name, other in (others or {}).items():
-        if other.fingerprint != engine.fingerprint:
-            raise OptionError(f"{name}: found another checkpoint, expected that of the model")
+    runs = runs_of(engine, settings, others or {})
     if prompt_tokens < 1 or score_tokens < 2:
         raise OptionError(
             f"prompt_tokens {prompt_tokens}, score_tokens {score_tokens}: expected at least 1 and 2"
@@ -114,6 +104,25 @@ def evaluate(
         if progress:
             progress(i + 1, len(encoded))
     return {name: summary([row[name] for row in rows], score_tokens) for name in names}
+
+
+def runs_of(
+    engine: Engine, settings: Mapping[str, TDA], others: Mapping[str, Engine]
+) -> dict[str, tuple[Engine, TDA | None]]:
+    """Dense, every setting and, dense, every other engine, by name. Raises OptionError for a name
+    given twice or an engine of another checkpoint."""
+    runs: dict[str, tuple[Engine, TDA | None]] = {DENSE: (engine, None)}
+    for name, run in (
+        *((name, (engine, tda)) for name, tda in settings.items()),
+        *((name, (other, None)) for name, other in others.items()),
+    ):
+        if name in runs:
+            raise OptionError(f"settings: found {name!r} twice ({DENSE!r} is always there)")
+        runs[name] = run
+    for name, other in others.items():
+        if other.fingerprint != engine.fingerprint:
+            raise OptionError(f"{name}: found another checkpoint, expected that of the model")
+    return runs
 
 
 def encode(engine: Engine, texts: Sequence[Prompt], length: int) -> list[list[int]]:

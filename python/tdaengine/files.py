@@ -72,29 +72,32 @@ def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
     return content
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
-    """Of a JSONL file. Raises OptionError."""
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a JSONL file stands, for messages, and its value; blank lines count for
+    nothing. Raises OptionError."""
     with open_regular(path, "a JSONL file", OptionError) as file:
+        number = 0
         while line := file.readline(MAX_LINE + 1):
+            number += 1
             if len(line) > MAX_LINE:
                 raise OptionError(f"{path}: found a line of more than {MAX_LINE} bytes")
             if file.tell() > MAX_DATA:
                 raise OptionError(f"{path}: found more than {MAX_DATA} bytes of texts")
-            yield line
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                yield where, parse_json(line)
+            except ValueError as error:
+                raise OptionError(f"{where}: {error}") from error
 
 
 def read_texts(path: Path) -> list[str]:
-    """The field "text" of every line; blank lines count for nothing."""
+    """The field "text" of every line of a JSONL file. Raises OptionError."""
     texts: list[str] = []
-    for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = parse_json(line)
-        except ValueError as error:
-            raise OptionError(f"{path}, line {number}: {error}") from error
+    for where, entry in json_lines(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise OptionError(f'{path}, line {number}: expected {{"text": "..."}}')
+            raise OptionError(f'{where}: expected {{"text": "..."}}')
         texts.append(entry["text"])
     if not texts:
         raise OptionError(f"{path}: found no texts")

@@ -13,16 +13,14 @@ from typing import Any
 from . import __version__, _native
 from ._native import TDA, OptionError
 from .engine import Engine
-from .evaluate import DENSE, append_row, begin_rows, describe_run, digest
-from .files import lines_of, parse_json
+from .evaluate import DENSE, append_row, begin_rows, describe_run, digest, runs_of
+from .files import json_lines
 
-KINDS = {  # what a line holds: how it is scored
-    ("query", "choices", "gold"): "the choice that is likeliest after the query",
-    ("contexts", "continuation", "gold"): "the context after which the continuation is likeliest",
-    ("context", "continuation"): "whether greedy decoding gives the continuation",
-}
-
-Rows = list[dict[str, Any]]  # one per item: its "text" (a digest) and what each setting chose
+KINDS = (  # what a line may hold
+    ("query", "choices", "gold"),
+    ("contexts", "continuation", "gold"),
+    ("context", "continuation"),
+)
 Results = dict[str, dict[str, dict[str, Any]]]  # by setting, then by task
 
 
@@ -38,21 +36,16 @@ class Item:
 def read_items(path: Path, most: int | None = None) -> list[Item]:
     """The first `most` items of a JSONL file. Raises OptionError for one that is none."""
     items: list[Item] = []
-    for number, line in enumerate(lines_of(path), 1):
+    for where, found in json_lines(path):
         if most is not None and len(items) == most:
             break
-        if line.strip():
-            items.append(_parse(line, f"{path}, line {number}"))
+        items.append(_parse(found, where))
     if not items:
         raise OptionError(f"{path}: found no items")
     return items
 
 
-def _parse(line: bytes, where: str) -> Item:
-    try:
-        found = parse_json(line)
-    except ValueError as error:
-        raise OptionError(f"{where}: {error}") from None
+def _parse(found: Any, where: str) -> Item:
     fields = tuple(found) if isinstance(found, dict) else ()
     kind = next((kind for kind in KINDS if set(kind) <= set(fields)), None)
     if kind is None:
@@ -99,9 +92,7 @@ def evaluate_tasks(
     """Lets dense, every setting and, dense, every other engine (of the same checkpoint in another
     format of weights) do all items. output: as in `evaluate`. Returns per setting and task what
     summary() says. Raises OptionError."""
-    runs: dict[str, tuple[Engine, TDA | None]] = {DENSE: (engine, None)}
-    runs |= {name: (engine, tda) for name, tda in settings.items()}
-    runs |= {name: (other, None) for name, other in (others or {}).items()}
+    runs = runs_of(engine, settings, others or {})
     items = [(task, item) for task, some in tasks.items() for item in some]
     identities = [[task, item.candidates, item.gold] for task, item in items]
     header = {

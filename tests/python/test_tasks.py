@@ -114,6 +114,8 @@ def test_settings_beside_dense_and_going_on(engine: Engine, tmp_path: Path):
     assert output.read_text() == "".join(lines)
     with pytest.raises(OptionError, match="these are other results"):
         evaluate_tasks(engine, tasks, {"all": TDA(active=0.5)}, output=output)
+    with pytest.raises(OptionError, match="found 'dense' twice"):
+        evaluate_tasks(engine, tasks, {"dense": TDA(active=0.5)})
     rows = table(whole).splitlines()
     assert rows[0] == "| setting | choices (3) | contexts (1) | chosen as dense |"
     assert rows[3].startswith("| all | ") and rows[3].endswith("(+0.0 ± 0.0) | 1.000 |")

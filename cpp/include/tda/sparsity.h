@@ -134,7 +134,6 @@ struct CalibrateOptions {
   std::int64_t self_tokens = 128;   // each so long, sampled at temperature 1,
   std::uint64_t seed = 0;           // from this seed on
 
-  bool operator==(const CalibrateOptions&) const = default;
   /// Throws OptionError.
   void validate() const;
 };
