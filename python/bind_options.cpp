@@ -109,13 +109,15 @@ void bind_tda(nb::module_& m) {
   RecordClass<TdaOptions>(
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
-      "TDA() is the recommended setting for the model and weights at hand: with graded weights\n"
-      "TDA(inputs=0.2), with int8 weights TDA(scope=\"token\", active=0.35, coarse=0.5,\n"
-      "head=1e-5), with int4 weights TDA(scope=\"token\", active=0.6, head=1e-5), else dense,\n"
-      "since nothing is faster there at little loss. Output.stats.tda says what was used.\n\n"
-      "TDA(loss=0.02), with graded weights, is the cheapest that cost at most 2% perplexity on\n"
+      "TDA() is the recommended setting for the model and weights at hand: with graded and int4\n"
+      "weights TDA(inputs=0.2), with int8 weights TDA(scope=\"token\", active=0.35, coarse=0.5,\n"
+      "head=1e-5), else dense, since nothing is faster there at little loss. Output.stats.tda "
+      "says\n"
+      "what was used.\n\n"
+      "TDA(loss=0.02), with graded or int4 weights, is the cheapest that cost at most 2% "
+      "perplexity on\n"
       "the text that the model was calibrated on.\n"
-      "For a setting by hand with graded weights inputs is given, and active at will; with other\n"
+      "For a setting by hand with such weights inputs is given, and active at will; with other\n"
       "weights exactly one of error, active and thresholds.\n"
       "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
       "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
@@ -132,12 +134,13 @@ void bind_tda(nb::module_& m) {
       .field("inputs", &TdaOptions::inputs,
              "graded weights: the share of inputs read at 8 bits in q, k, v, output, gate and up;\n"
              "the head, where they count most, has its square root. active, 0 to 1, is then the\n"
-             "share of down's inputs, by default half of inputs.")
-      .field(
-          "loss", &TdaOptions::loss,
-          "graded weights, instead of inputs: the fewest inputs whose calibrated loss, the rise\n"
-          "of perplexity, is at most this; 0.02: 2%. Needs thresholds, or the file tda.json in\n"
-          "the model's folder that `tdaengine calibrate` writes.")
+             "share of down's inputs, by default half of inputs. int4 weights have 8 bits in the\n"
+             "head alone.")
+      .field("loss", &TdaOptions::loss,
+             "graded or int4 weights, instead of inputs: the fewest inputs whose calibrated loss, "
+             "the rise\n"
+             "of perplexity, is at most this; 0.02: 2%. Needs thresholds, or the file tda.json in\n"
+             "the model's folder that `tdaengine calibrate` writes.")
       .field("thresholds", &TdaOptions::thresholds,
              "Thresholds, from Engine.calibrate or Thresholds.load.")
       .field("coarse", &TdaOptions::coarse,
@@ -148,7 +151,7 @@ void bind_tda(nb::module_& m) {
              "Scope \"sequence\", CPU: copy the mask's rows to one place, to be read as fast as\n"
              "dense ones; takes their memory once more.")
       .field("head", &TdaOptions::head,
-             "int8 and int4 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
+             "int8 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
              "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
       .from_keywords(
           "def __init__(self, *, scope: str | None = None, error: float | None = None, active: "

@@ -36,9 +36,10 @@ void Backend::mask_top_share(State& state, double active) const {
 
 void Backend::check_mask(std::int64_t layer, std::span<const std::int32_t> neurons) const {
   const std::int64_t size = model().config.intermediate_size;
-  if (model().format == WeightFormat::graded)
-    throw OptionError("mask of layer " + std::to_string(layer) +
-                      ": found graded weights, which decide by input, expected others");
+  if (in_bricks(model().format))
+    throw OptionError("mask of layer " + std::to_string(layer) + ": found " +
+                      std::string(name_of(model().format)) +
+                      " weights, which decide by input, expected others");
   for (std::size_t i = 0; i < neurons.size(); ++i)
     if (neurons[i] < 0 || neurons[i] >= size || (i > 0 && neurons[i] <= neurons[i - 1]))
       throw OptionError("mask of layer " + std::to_string(layer) + ": neuron " +

@@ -35,4 +35,17 @@ namespace tda {
   return std::bit_cast<float>(bits | sign);
 }
 
+/// Rounds to nearest, ties to even; overflow gives infinity. Not for NaN.
+[[maybe_unused]] static inline std::uint16_t f32_to_f16(float value) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+  const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
+  const float size = std::bit_cast<float>(bits & 0x7fffffffu);
+  // Below the least normal f16, adding 0.5 leaves multiples of 2^-24 in the low bits.
+  if (size < 6.103515625e-5f)
+    return sign | static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(size + 0.5f) & 0x7fffu);
+  const std::uint32_t exact = (bits & 0x7fffffffu) - (112u << 23);
+  const std::uint32_t rounded = (exact + 0xfff + (exact >> 13 & 1)) >> 13;
+  return sign | static_cast<std::uint16_t>(rounded < 0x7c00u ? rounded : 0x7c00u);
+}
+
 }  // namespace tda

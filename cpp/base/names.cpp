@@ -10,8 +10,8 @@ namespace {
 
 // In the order of the enumerators.
 constexpr std::string_view device_names[] = {"auto", "cpu", "cuda"};
-constexpr std::string_view weight_format_names[] = {"auto", "f32",   "bf16",  "int8",
-                                                    "int4", "bf16c", "graded"};
+constexpr std::string_view weight_format_names[] = {"auto",  "f32",  "bf16",  "int8",
+                                                    "bf16c", "int4", "graded"};
 constexpr std::string_view kv_format_names[] = {"auto", "f32", "bf16", "int8"};
 constexpr std::string_view scope_names[] = {"sequence", "token"};
 constexpr std::string_view estimate_names[] = {"contribution", "hidden", "gate"};

@@ -1,6 +1,7 @@
 // Engine folders: config.json describes the weights in model.safetensors.
 #include <tda/error.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -43,6 +44,14 @@ class Description {
   }
 
   std::int64_t parameters() const { return positive("parameters"); }
+
+  std::vector<std::string> matrices() const {
+    constexpr const char* expected = "a list of names";
+    const json& list = field("matrices", expected);
+    const auto is_text = [](const json& v) { return v.is_string(); };
+    if (!list.is_array() || !std::ranges::all_of(list, is_text)) fail("matrices", expected);
+    return list.get<std::vector<std::string>>();
+  }
 
  private:
   [[noreturn]] void fail(const char* key, const std::string& expected) const {
@@ -106,6 +115,7 @@ std::optional<PackedWeights> read_packed(const std::filesystem::path& folder) {
   packed.format = description.format();
   packed.fingerprint = description.fingerprint();
   packed.parameters = description.parameters();
+  if (packed.format == WeightFormat::int4) packed.matrices = description.matrices();
   const std::filesystem::path path = folder / "model.safetensors";
   packed.arena = find_arena(read_safetensors(path), path.string());
   const std::shared_ptr<const std::byte> mapping = packed.arena.file->map();

@@ -1,6 +1,6 @@
 // What the decode kernels of integer formats share: batches of rows and software prefetch.
 //
-// A Row (int8.h, int4.h) has kScales scales per group of 64 values, one for each run of
+// A Row (int8.h) has kScales scales per group of 64 values, one for each run of
 // 64 / kScales; its codes are stored with kOffset added. Included by kernel sources only, like
 // simd.h.
 #pragma once

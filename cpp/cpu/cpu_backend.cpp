@@ -120,9 +120,9 @@ void CpuBackend::begin(State& s, const Step& step) const {
       throw OptionError("token id " + std::to_string(token) + ", expected 0 to " +
                         std::to_string(config.vocab_size - 1));
 
-  if (graded() && step.ffn == FfnMode::sparse && tokens > 1)
-    throw OptionError("sparse step of " + std::to_string(tokens) +
-                      " tokens with graded weights, expected one token");
+  if (in_bricks() && step.ffn == FfnMode::sparse && tokens > 1)
+    throw OptionError("sparse step of " + std::to_string(tokens) + " tokens with " +
+                      std::string(name_of(model_->format)) + " weights, expected one token");
   state.step = step;
   // Only the prefill path can record gates, so it also runs a single token whose gates are sampled.
   state.layout = state.samples_gates() ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
@@ -177,7 +177,7 @@ void CpuBackend::embed(State& s) const {
     std::fill_n(x + (layout.panels - 1) * layout.width * embedding.cols,
                 layout.width * embedding.cols, 0.0f);
   pool_.run(layout.tokens, [&](std::int64_t t, int) {
-    if (graded()) {
+    if (in_bricks()) {
       std::vector<float> row(embedding.cols);
       read_row(embedding, state.step.tokens[t], 0, embedding.cols, row.data());
       for (std::int64_t i = 0; i < embedding.cols; ++i)

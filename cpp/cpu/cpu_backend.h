@@ -14,7 +14,7 @@
 #include "base/buffer.h"
 #include "base/fork_safe.h"
 #include "base/thread_pool.h"
-#include "cpu/graded.h"
+#include "cpu/bricks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/key_scales.h"
@@ -60,7 +60,7 @@ struct CpuState final : State {
     std::vector<float> samples;      // [tokens, F]
     TokenThresholds thresholds;
     InputThresholds inputs;
-    // [tokens, inputs] x of graded products, but of down, whose inputs are `samples`
+    // [tokens, inputs] x of products with bricks, but of down, whose inputs are `samples`
     std::vector<float> input_samples[kProducts - 1];
     FfnReads reads;
   };
@@ -71,7 +71,7 @@ struct CpuState final : State {
   std::vector<Layer> layers;         // [L]
   Buffer<std::byte> copies;          // the rows of all masks
   std::int64_t head_bytes = 0;       // read so far for single rows of logits
-  std::int64_t attention_bytes = 0;  // read so far by single-token steps with graded weights
+  std::int64_t attention_bytes = 0;  // read so far by single-token steps with bricks
   std::vector<float> head_samples;   // [tokens, H] the head's x
 
   // Of the current step.
@@ -88,8 +88,8 @@ struct CpuState final : State {
   Buffer<std::byte> prepared;    // see RowKernels::prepare, PanelKernels::prepare
   Buffer<float> logits;          // [rows, V]
   Buffer<std::int32_t> likely;   // [V] tokens whose logits are computed exactly
-  Buffer<float> padded;          // graded: x in whole blocks
-  Buffer<HighInputs> high;       // graded: x quantised
+  Buffer<float> padded;          // bricks: x in whole blocks
+  Buffer<HighInputs> high;       // bricks: x quantised
   Buffer<RestInputs> rests;      // graded: the inputs whose rests are read
 };
 
@@ -213,19 +213,19 @@ class CpuBackend final : public Backend {
   void gather(CpuState&, std::int64_t layer) const;
   void sample(CpuState&, std::int64_t layer) const;
 
-  // graded.cpp
+  // bricks.cpp
   /// x: [w.cols]; valid until the next call.
-  GradedInputs graded_inputs(CpuState&, const Graded& w, const float* x, float threshold) const;
-  bool graded() const { return model_->format == WeightFormat::graded; }
+  BrickInputs brick_inputs(CpuState&, const Bricks& w, const float* x, float threshold) const;
+  bool in_bricks() const { return tda::in_bricks(model_->format); }
   /// y = w x of one token, or += with `add`; of the rests, those of inputs at or above `threshold`
   /// count. Returns the bytes read. x: [w.cols], y: [w.rows]
-  std::int64_t multiply_graded(CpuState&, const Matrix& w, const float* x, float threshold,
+  std::int64_t multiply_bricks(CpuState&, const Matrix& w, const float* x, float threshold,
                                float* y, bool add) const;
   /// The same for several tokens and all rests. in: [panels, w.cols, P], out: [panels, w.rows, P]
-  void multiply_graded_panels(const Layout&, const Matrix& w, const float* in, float* out,
+  void multiply_bricks_panels(const Layout&, const Matrix& w, const float* in, float* out,
                               bool add) const;
-  void ffn_graded(CpuState&, std::int64_t layer) const;
-  void ffn_graded_panels(CpuState&, std::int64_t layer) const;
+  void ffn_bricks(CpuState&, std::int64_t layer) const;
+  void ffn_bricks_panels(CpuState&, std::int64_t layer) const;
   /// Keeps the x of the tokens named by the step. x: [panels, n, P]
   void sample_inputs(CpuState&, const float* x, std::int64_t n, std::vector<float>& to) const;
   void sample_head(CpuState&) const;

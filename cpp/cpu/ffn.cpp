@@ -32,13 +32,13 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   norm(state.layout, state.x.data(), model_->layers[layer].ffn_norm, state.normed.data());
   const FfnMode mode = state.step.ffn;
-  if (graded()) {
+  if (in_bricks()) {
     sample_inputs(state, state.normed.data(), model_->config.hidden_size,
                   state.layers[layer].input_samples[static_cast<int>(Product::gate_up)]);
     if (state.layout.width == 1)
-      ffn_graded(state, layer);
+      ffn_bricks(state, layer);
     else
-      ffn_graded_panels(state, layer);
+      ffn_bricks_panels(state, layer);
     if (layer + 1 == model_->config.num_layers) sample_head(state);
   } else if (mode == FfnMode::sparse) {
     return ffn_sparse(state, layer);

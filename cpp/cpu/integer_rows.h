@@ -1,4 +1,4 @@
-// Decode for integer rows, int8 and int4: dot products with an x that is quantised, too.
+// Decode for integer rows, int8: dot products with an x that is quantised, too.
 //
 // Activations are quantised per weight group: x = scale q, with q of 8 bits and one scale for each
 // scale of the weights. VPDPBUSD multiplies unsigned by signed bytes, so codes carry the offset

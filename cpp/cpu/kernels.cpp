@@ -57,9 +57,9 @@ const Kernels& kernels() {
   using namespace TDA_DECODE_ISA;
   static const Kernels table = {TDA_NAME(TDA_ISA),
                                 panel,
-                                {f32_rows, bf16_rows, int8_rows, int4_rows, bf16c_rows},
-                                {f32_panels, bf16_panels, int8_panels, int4_panels, bf16c_panels},
-                                &graded,
+                                {f32_rows, bf16_rows, int8_rows, bf16c_rows},
+                                {f32_panels, bf16_panels, int8_panels, bf16c_panels},
+                                &bricks,
                                 {f32_cache, bf16_cache, int8_cache},
                                 {f32_cache_panels, bf16_cache_panels, int8_cache_panels},
                                 rms_norm,

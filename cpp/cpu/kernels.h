@@ -44,9 +44,8 @@ struct PreparedPanels {
   }
 };
 
-/// Weight rows of n values each, from some row on. For int8, int4 and bf16c `stride` is the number
-/// of bytes from row to row, for int8's low plane `low_stride`; rows of f32 and bf16 are
-/// contiguous.
+/// Weight rows of n values each, from some row on. For int8 and bf16c `stride` is the number of
+/// bytes from row to row, for int8's low plane `low_stride`; rows of f32 and bf16 are contiguous.
 struct Rows {
   const std::byte* data;
   const std::byte* low;
@@ -155,15 +154,15 @@ struct SoftmaxBlock {
   std::int64_t n;       // length of an output vector
 };
 
-/// Decode and prefill kernels of the graded format.
-struct GradedKernels;
+/// Decode and prefill kernels of the formats in bricks.
+struct BrickKernels;
 
 struct Kernels {
   const char* name;
   std::int64_t panel;      // P of prefill
-  RowKernels rows[5];      // f32, bf16, int8, int4, bf16c
-  PanelKernels panels[5];  // f32, bf16, int8, int4, bf16c
-  const GradedKernels* graded;
+  RowKernels rows[4];      // f32, bf16, int8, bf16c
+  PanelKernels panels[4];  // f32, bf16, int8, bf16c
+  const BrickKernels* bricks;
   CacheKernels caches[3];        // f32, bf16, int8
   PanelKernels cache_panels[3];  // f32, bf16, int8; without `prepare`
 

@@ -1,7 +1,7 @@
 // The parts of one instruction set's kernel table, each defined in a source of its own.
 #pragma once
 
-#include "cpu/graded.h"
+#include "cpu/bricks.h"
 #include "cpu/kernels.h"
 
 // Of the instruction set TDA_DECODE_ISA, which is another than TDA_ISA where that adds nothing to
@@ -15,11 +15,8 @@ extern const CacheKernels f32_cache, bf16_cache, int8_cache;
 // kernels_int8.cpp
 extern const RowKernels int8_rows;
 
-// kernels_graded.cpp
-extern const GradedKernels graded;
-
-// kernels_int4.cpp
-extern const RowKernels int4_rows;
+// kernels_bricks.cpp
+extern const BrickKernels bricks;
 
 }  // namespace tda::TDA_DECODE_ISA
 
@@ -29,8 +26,8 @@ namespace tda::TDA_ISA {
 extern const std::int64_t panel;
 extern const PanelKernels f32_panels, f32_cache_panels, bf16_cache_panels, int8_cache_panels;
 extern const PanelKernels bf16_panels, bf16c_panels;  // or kernels_prefill_bf16.cpp
-extern const PanelKernels int8_panels, int4_panels;   // or kernels_prefill_integer.cpp
-void multiply_graded(const Graded& w, std::int64_t strip, ConstPanels b, Panels c,
+extern const PanelKernels int8_panels;                // or kernels_prefill_integer.cpp
+void multiply_bricks(const Bricks& w, std::int64_t strip, ConstPanels b, Panels c,
                      std::int64_t count, bool add);
 void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
 void rms_norm_panel(const float* x, const float* weight, float eps, std::int64_t n, float* out);

@@ -1,8 +1,8 @@
 // Prefill kernels in f32: weights, keys or values times panels of tokens; softmax and RMS norm of
 // panels.
+#include "base/half.h"
 #include "cpu/bf16c.h"
-#include "cpu/graded.h"
-#include "cpu/int4.h"
+#include "cpu/bricks.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/simd.h"
@@ -43,7 +43,7 @@ inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, 
   }
 }
 
-/// out[i] = w[r][first + i], i < n. For Int8 and Int4 `first` is a multiple of 16, and n is rounded
+/// out[i] = w[r][first + i], i < n. For Int8 `first` is a multiple of 16, and n is rounded
 /// up to one.
 template <class Format>
 inline void convert(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
@@ -56,12 +56,6 @@ inline void convert(const Rows& w, int64_t r, int64_t first, int64_t n, float* o
 template <>
 inline void convert<Int8>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
   const Int8Row row(w, r);
-  for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
-}
-
-template <>
-inline void convert<Int4>(const Rows& w, int64_t r, int64_t first, int64_t n, float* out) {
-  const Int4Row row(w, r);
   for (int64_t i = 0; i < n; i += 16) row.load(first + i, out + i);
 }
 
@@ -143,37 +137,65 @@ constexpr PanelKernels panel_kernels() {
   return {nullptr, nullptr, multiply<Format>, multiply_transposed<Format>, kBlockRows};
 }
 
-/// Inputs of a graded strip that are expanded at a time.
-constexpr int64_t kGradedDepth = 128;
-static_assert(kGradedDepth % kBlockInputs == 0);
+/// Inputs of a strip that are expanded at a time.
+constexpr int64_t kBrickDepth = 128;
+static_assert(kBrickDepth % kBlockInputs == 0);
+
+/// The codes of rows r ... r + kLanes - 1 for input i of a brick.
+inline Floats codes_of(const BrickCodes& codes, int64_t r, int64_t i) {
+  const Words quads = load_as<Words>(codes[i / 4] + r % 32 * 4);
+  return __builtin_convertvector(quads >> (i % 4 * 8 + (r < 32 ? 0 : 4)) & 15, Floats);
+}
 
 /// a[k][r] = w[64 strip + r][32 block + k], k < 32, without outliers.
-inline void expand(const Graded& w, int64_t strip, int64_t block, float* a) {
-  const Brick& brick = w.brick(strip, block);
-  float unit[kStripRows], base[kStripRows], rest_unit[kStripRows];
+inline void expand_centred(const Bricks& w, int64_t strip, int64_t block, float* a) {
+  const auto& brick = w.brick<CentredBrick>(strip, block);
+  for (int64_t half = 0; half < 2; ++half) {
+    float unit[kStripRows], base[kStripRows];
+    for (int64_t r = 0; r < kStripRows; ++r) {
+      unit[r] = w.steps[strip * kStripRows + r] * brick.scales[half][r];
+      base[r] = -8 * unit[r];
+    }
+    for (int64_t i = half * kScaleInputs; i < (half + 1) * kScaleInputs; ++i)
+      for (int64_t r = 0; r < kStripRows; r += kLanes)
+        store(a + i * kStripRows + r,
+              codes_of(brick.codes, r, i) * load_as<Floats>(unit + r) + load_as<Floats>(base + r));
+  }
+}
+
+inline void expand_lines(const Bricks& w, int64_t strip, int64_t block, float* a) {
+  const auto& brick = w.brick<LineBrick>(strip, block);
+  float unit[kStripRows], base[kStripRows];
   for (int64_t r = 0; r < kStripRows; ++r) {
     const float step = w.steps[strip * kStripRows + r];
-    rest_unit[r] = w.rest_steps[strip * kStripRows + r];
-    unit[r] = step * brick.scales[r];
-    base[r] =
-        step * static_cast<float>(16 * brick.offsets[r] - 8 * brick.scales[r]) - 8 * rest_unit[r];
+    unit[r] = step * f16_to_f32(brick.scales[r]);
+    base[r] = step * f16_to_f32(brick.minima[r]);
   }
+  for (int64_t i = 0; i < kBlockInputs; ++i)
+    for (int64_t r = 0; r < kStripRows; r += kLanes)
+      store(a + i * kStripRows + r,
+            codes_of(brick.codes, r, i) * load_as<Floats>(unit + r) + load_as<Floats>(base + r));
+}
+
+inline void add_rests(const Bricks& w, int64_t strip, int64_t block, float* a) {
+  const float* const unit = w.rest_steps + strip * kStripRows;
   for (int64_t i = 0; i < kBlockInputs; ++i) {
     const std::uint8_t* const rest = w.rest(block * kBlockInputs + i) + 32 * strip;
     std::int8_t rests[kStripRows];
     for (int64_t r = 0; r < kStripRows / 2; ++r) {
-      rests[r] = static_cast<std::int8_t>(rest[r] & 15);
-      rests[r + kStripRows / 2] = static_cast<std::int8_t>(rest[r] >> 4);
+      rests[r] = static_cast<std::int8_t>((rest[r] & 15) - 8);
+      rests[r + kStripRows / 2] = static_cast<std::int8_t>((rest[r] >> 4) - 8);
     }
     for (int64_t r = 0; r < kStripRows; r += kLanes) {
-      const Words quads = load_as<Words>(brick.codes[i / 4] + r % 32 * 4);
-      const Words codes = quads >> (i % 4 * 8 + (r < 32 ? 0 : 4)) & 15;
-      store(a + i * kStripRows + r,
-            __builtin_convertvector(codes, Floats) * load_as<Floats>(unit + r) +
-                (signed_floats(rests + r) * load_as<Floats>(rest_unit + r) +
-                 load_as<Floats>(base + r)));
+      float* const at = a + i * kStripRows + r;
+      store(at, signed_floats(rests + r) * load_as<Floats>(unit + r) + load_as<Floats>(at));
     }
   }
+}
+
+inline void expand(const Bricks& w, int64_t strip, int64_t block, float* a) {
+  (w.kind == BrickKind::lines ? expand_lines : expand_centred)(w, strip, block, a);
+  if (w.has_rests()) add_rests(w, strip, block, a);
 }
 
 inline Floats root(Floats v) {
@@ -196,16 +218,15 @@ const PanelKernels bf16c_panels = panel_kernels<Bf16c>();
 #endif
 #if !defined(__AVX512VNNI__)  // kernels_prefill_integer.cpp
 const PanelKernels int8_panels = panel_kernels<Int8>();
-const PanelKernels int4_panels = panel_kernels<Int4>();
 #endif
 
-void multiply_graded(const Graded& w, int64_t strip, ConstPanels b, Panels c, int64_t count,
+void multiply_bricks(const Bricks& w, int64_t strip, ConstPanels b, Panels c, int64_t count,
                      bool add) {
-  alignas(64) float a[kGradedDepth * kStripRows + kTileRows];  // tiles read past the last row
-  for (int64_t r = 0; r < kTileRows; ++r) a[kGradedDepth * kStripRows + r] = 0.0f;
+  alignas(64) float a[kBrickDepth * kStripRows + kTileRows];  // tiles read past the last row
+  for (int64_t r = 0; r < kTileRows; ++r) a[kBrickDepth * kStripRows + r] = 0.0f;
   const int64_t rows = min(kStripRows, w.rows - strip * kStripRows);
-  for (int64_t k0 = 0; k0 < w.cols; k0 += kGradedDepth) {
-    const int64_t depth = min(kGradedDepth, w.cols - k0);
+  for (int64_t k0 = 0; k0 < w.cols; k0 += kBrickDepth) {
+    const int64_t depth = min(kBrickDepth, w.cols - k0);
     for (int64_t k = 0; k < depth; k += kBlockInputs)
       expand(w, strip, (k0 + k) / kBlockInputs, a + k * kStripRows);
     for (int64_t i = 0; i < kStripOutliers; ++i) {

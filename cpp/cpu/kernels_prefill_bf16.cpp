@@ -1,4 +1,4 @@
-// Prefill kernels for bf16, bf16c, int8 and int4 rows with AVX512-BF16 (VDPBF16PS): tokens and
+// Prefill kernels for bf16, bf16c and int8 rows with AVX512-BF16 (VDPBF16PS): tokens and
 // dequantised integer weights are rounded to bf16, and products are summed in f32.
 // kernels_prefill_integer.cpp and kernels_prefill.cpp are for other machines.
 //
@@ -6,7 +6,6 @@
 // enough costs more time than they save (int8: 0.92 of this speed, and less accurate).
 #include "cpu/bf16c.h"
 #include "cpu/dwords.h"
-#include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 
@@ -38,7 +37,7 @@ inline __mmask32 first_lanes(int64_t count) {
   return count <= 0 ? 0 : 0xffffffffu >> (32 - min(32, count));
 }
 
-/// The interface of Int8Row and Int4Row, for bf16.
+/// The interface of Int8Row, for bf16.
 struct Bf16Row {
   static constexpr int kScales = 0;
   static constexpr bool kPlanes = false;
@@ -237,7 +236,6 @@ namespace TDA_ISA {
 const PanelKernels bf16_panels = panel_kernels<Bf16Row>();
 const PanelKernels bf16c_panels = panel_kernels<Bf16cPanelRow>();
 const PanelKernels int8_panels = panel_kernels<Int8Row>();
-const PanelKernels int4_panels = panel_kernels<Int4Row>();
 }  // namespace TDA_ISA
 
 }  // namespace tda

@@ -1,14 +1,12 @@
-// Prefill kernels for int8 and int4 rows with AVX512-VNNI (VPDPBUSD), for machines without
+// Prefill kernels for int8 rows with AVX512-VNNI (VPDPBUSD), for machines without
 // AVX512-BF16 (kernels_prefill_bf16.cpp); kernels_prefill.cpp is for all others.
 //
-// Activations are quantised with one scale for each scale of the weights (for int8, parts of 16
-// would cost a third of the speed and gain 0.1% perplexity): for int4 to one byte, x = scale q, for
-// int8 to two, x = scale (256 q + residual), since 8 bits alone would cost as much perplexity as
-// the int8 weights do. A dword of four consecutive values of a row is broadcast to all lanes and
+// Activations are quantised with one scale for each scale of the weights (parts of 16 would
+// cost a third of the speed and gain 0.1% perplexity), to two bytes, x = scale (256 q + residual),
+// since 8 bits alone would cost as much perplexity as the int8 weights do. A dword of four consecutive values of a row is broadcast to all lanes and
 // multiplied with the same four of each token. int8 codes are 16 high + low, which is offset by
 // 136, so accumulators start at -136 sum(q).
 #include "cpu/dwords.h"
-#include "cpu/int4.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
 
@@ -312,7 +310,6 @@ constexpr PanelKernels panel_kernels() {
 
 namespace TDA_ISA {
 const PanelKernels int8_panels = panel_kernels<Int8Row>();
-const PanelKernels int4_panels = panel_kernels<Int4Row>();
 }  // namespace TDA_ISA
 
 }  // namespace tda

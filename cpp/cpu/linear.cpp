@@ -56,7 +56,7 @@ NextRead CpuBackend::first_read(const Matrix& w, int thread) const {
 template <class Next>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
                           float* out, bool add, const Next& next) const {
-  if (w.format == WeightFormat::graded) return multiply_graded_panels(layout, w, in, out, add);
+  if (w.in_bricks()) return multiply_bricks_panels(layout, w, in, out, add);
   if (layout.width == 1) {
     const Tasks tasks = tasks_of(w, pool_.threads());
     const void* x = prepare(state, w.format, in, w.cols);
@@ -83,17 +83,17 @@ void CpuBackend::add_bias(const Layout& layout, std::span<const float> bias, flo
       for (std::int64_t lane = 0; lane < layout.width; ++lane) *out++ += b;
 }
 
-/// multiply() for a layer's projection; graded weights decide by input.
+/// multiply() for a layer's projection; bricks decide by input.
 template <class Next>
 void CpuBackend::project(CpuState& state, std::int64_t layer, Product product, const Matrix& w,
                          const float* in, float* out, bool add, const Next& next) const {
-  if (!graded()) return multiply(state, state.layout, w, in, out, add, next);
+  if (!in_bricks()) return multiply(state, state.layout, w, in, out, add, next);
   CpuState::Layer& own = state.layers[layer];
   const int i = static_cast<int>(product);
   sample_inputs(state, in, w.cols, own.input_samples[i]);
   if (state.layout.width > 1) return multiply(state, state.layout, w, in, out, add, next);
   const float threshold = state.step.ffn == FfnMode::sparse ? own.inputs.of[i] : 0.0f;
-  state.attention_bytes += multiply_graded(state, w, in, threshold, out, add);
+  state.attention_bytes += multiply_bricks(state, w, in, threshold, out, add);
 }
 
 void CpuBackend::qkv(State& s, std::int64_t layer) const {
@@ -131,9 +131,9 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
 
   const Size size = Size(count) * head.rows;
   float* out = state.logits.reserve(size, "the logits");
-  if (head.format == WeightFormat::graded && count == 1) {
+  if (head.in_bricks() && count == 1) {
     const float threshold = state.step.ffn == FfnMode::sparse ? state.step.head_inputs : 0.0f;
-    state.head_bytes += multiply_graded(state, head, in, threshold, out, false);
+    state.head_bytes += multiply_bricks(state, head, in, threshold, out, false);
   } else if (count > 1) {
     multiply_to_rows(state, wanted, head, in, out);
   } else if (state.step.head > 0 && all.tokens == 1) {
@@ -179,7 +179,7 @@ void CpuBackend::estimated_logits(CpuState& state, const float* in, float* out) 
 
 void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const Matrix& w,
                                   const float* in, float* out) const {
-  const bool by_strip = w.format == WeightFormat::graded;
+  const bool by_strip = w.in_bricks();
   const std::int64_t block_rows = by_strip ? kStripRows : kBlockRows;
   const PreparedPanels b = by_strip ? PreparedPanels(ConstPanels{in, w.cols * layout.width})
                                     : prepare(state, layout, w.format, in, w.cols);
@@ -187,7 +187,7 @@ void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const M
   const auto body = [&](const Block& block, int thread) {
     float* c = scratch(state, thread);
     if (by_strip)
-      kernels_.graded->multiply(w.graded(), block.row / kStripRows,
+      kernels_.bricks->multiply(w.bricks(), block.row / kStripRows,
                                 {in + block.panel * w.cols * layout.width, w.cols * layout.width},
                                 {c, block_rows * layout.width}, block.panels, false);
     else

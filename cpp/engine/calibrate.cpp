@@ -52,14 +52,14 @@ std::vector<std::vector<Token>> write_texts(const Engine& engine, const Calibrat
   return texts;
 }
 
-/// Graded weights have no thresholds to search: those of inputs come from each prompt.
-void expect_no_target(const CalibrateOptions& options) {
+/// Weights in bricks have no thresholds to search: those of inputs come from each prompt.
+void expect_no_target(const CalibrateOptions& options, WeightFormat format) {
   const CalibrateOptions defaults;
   if (options.scope != defaults.scope || options.error != defaults.error || options.bytes ||
       options.sample_tokens != defaults.sample_tokens)
-    throw OptionError(
-        "calibrate: found graded weights, expected neither scope, error, bytes nor sample_tokens: "
-        "it measures what every share of inputs costs, for tda loss");
+    throw OptionError("calibrate: found " + std::string(name_of(format)) +
+                      " weights, expected neither scope, error, bytes nor sample_tokens: "
+                      "it measures what every share of inputs costs, for tda loss");
 }
 
 // Shares of inputs from harmless to harmful.
@@ -139,8 +139,9 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
 Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
                              const CalibrateOptions& options, const Progress& progress) const {
   options.validate();
-  const bool graded = runtime_->model().format == WeightFormat::graded;
-  if (graded) expect_no_target(options);
+  const WeightFormat format = runtime_->model().format;
+  const bool by_input = in_bricks(format);
+  if (by_input) expect_no_target(options, format);
   std::vector<std::vector<Token>> own;
   if (texts.empty()) {
     own = write_texts(*this, options);
@@ -158,7 +159,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
   result.source = own.empty() ? "texts" : "self-generated";
   result.texts = static_cast<std::int64_t>(texts.size());
 
-  if (graded) {
+  if (by_input) {
     measure_losses(*this, texts, options, result, progress);
     return result;
   }

@@ -210,7 +210,7 @@ void Session::Impl::add_to(GenerationStats& stats) const {
   std::int64_t others = (backend.head_bytes(*state) - prefill_head_bytes_) / decoded_;
   stats.head_bytes_fraction =
       static_cast<double>(others) / static_cast<double>(model.head.read_bytes());
-  if (model.format == WeightFormat::graded)
+  if (in_bricks(model.format))
     others += (backend.attention_bytes(*state) - prefill_attention_bytes_) / decoded_;
   else
     for (const LayerWeights& layer : model.layers)

@@ -26,7 +26,6 @@ TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
   if (options && options->loss && !options->thresholds && std::filesystem::exists(file))
     options->thresholds = std::make_shared<const Thresholds>(Thresholds::load(file));
   TdaSetting setting = tda::resolve(options, {.weights = model.format,
-                                              .head = model.head.format,
                                               .cuda = backend.name().starts_with("cuda"),
                                               .parameters = model.parameters,
                                               .prompt_tokens = prompt_tokens});
@@ -44,8 +43,8 @@ void Session::Impl::check(const TdaOptions& options) const {
   if (options.compact && !backend.can_compact())
     throw OptionError("tda compact: expected device cpu, found " + backend.name());
   if (options.head > 0 && runtime->model().head.format != WeightFormat::int8) {
-    throw OptionError("tda head " + text_of(options.head) +
-                      ": expected int8 or int4 weights, found " + std::string(name_of(format)));
+    throw OptionError("tda head " + text_of(options.head) + ": expected int8 weights, found " +
+                      std::string(name_of(format)));
   }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/text_of.h"
+#include "weights/bricks.h"
 
 namespace tda {
 namespace {
@@ -35,13 +36,10 @@ std::string power(double number) {
 
 /// The recommended setting; nothing where dense is as fast.
 std::optional<TdaOptions> recommended(const TdaFacts& facts) {
-  const double head = facts.head == WeightFormat::int8 ? 1e-5 : 0;
   if (facts.cuda) return {};
   if (facts.weights == WeightFormat::int8)
-    return TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = head};
-  if (facts.weights == WeightFormat::graded) return TdaOptions{.inputs = 0.2};
-  if (facts.weights == WeightFormat::int4)
-    return TdaOptions{.scope = Scope::token, .active = 0.6, .head = head};
+    return TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = 1e-5};
+  if (in_bricks(facts.weights)) return TdaOptions{.inputs = 0.2};
   return {};
 }
 
@@ -51,7 +49,11 @@ std::string why_dense(const TdaFacts& facts) {
          " weights no setting is faster at little loss; weights=\"int8\" has one";
 }
 
-std::string words_of(const TdaOptions& options) {
+std::string words_of(const TdaOptions& options, const TdaFacts& facts) {
+  if (options.inputs && facts.weights == WeightFormat::int4)
+    return "by input: " + percent(head_share(options)) +
+           " of the head's inputs at 8 bits, everything else at 4" +
+           (options.loss ? ", for a loss of " + percent(*options.loss) : "");
   if (options.inputs)
     return "by input: " + percent(*options.inputs) + " of inputs and " +
            percent(down_share(options)) + " of neurons at 8 bits, the others at 4" +
@@ -125,27 +127,30 @@ TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts
   if (!asked) return {.options = {}, .words = "dense", .warnings = {}};
   asked->validate();
   std::optional<TdaOptions> options = *asked == TdaOptions{} ? recommended(facts) : asked;
-  const bool graded = facts.weights == WeightFormat::graded;
-  if (options && (options->inputs || options->loss) && !graded)
+  const bool by_input = in_bricks(facts.weights);
+  if (options && (options->inputs || options->loss) && !by_input)
     throw OptionError(std::string("tda ") + (options->loss ? "loss" : "inputs") +
-                      ": expected graded weights, found " + std::string(name_of(facts.weights)));
-  if (options && !options->inputs && !options->loss && graded)
+                      ": expected graded or int4 weights, found " +
+                      std::string(name_of(facts.weights)));
+  if (options && !options->inputs && !options->loss && by_input)
     throw OptionError(
-        "tda with graded weights: expected inputs (and active), which say how many inputs are read "
-        "at 8 bits, or loss, or no option at all; masks and thresholds of neurons need other "
-        "weights");
+        "tda with " + std::string(name_of(facts.weights)) +
+        " weights: expected inputs (and active), which say how many inputs are read at 8 bits, or "
+        "loss, or no option at all; masks and thresholds of neurons need other weights");
   if (!options) return {.options = {}, .words = why_dense(facts), .warnings = {}};
   if (options->loss) {
     if (!options->thresholds)
       throw OptionError(
           "tda loss: expected thresholds, or a file tda.json in the model's folder: run "
-          "\"tdaengine calibrate MODEL --weights graded\"");
+          "\"tdaengine calibrate MODEL --weights " +
+          std::string(name_of(facts.weights)) + "\"");
     options->inputs = inputs_within(*options->thresholds, *options->loss);
     if (*options->inputs == 1) options->active = 1;  // dense
   }
   if (!options->inputs) options->scope = scope_of(*options);
-  return {
-      .options = options, .words = words_of(*options), .warnings = warnings_of(*options, facts)};
+  return {.options = options,
+          .words = words_of(*options, facts),
+          .warnings = warnings_of(*options, facts)};
 }
 
 void TdaOptions::validate() const {

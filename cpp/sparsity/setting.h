@@ -13,7 +13,6 @@ namespace tda {
 /// What a setting depends on besides itself.
 struct TdaFacts {
   WeightFormat weights = WeightFormat::bf16;
-  WeightFormat head = WeightFormat::bf16;
   bool cuda = false;
   std::int64_t parameters = 0;
   std::int64_t prompt_tokens = 0;

@@ -23,10 +23,16 @@ constexpr std::int64_t kVersion = 2;
   throw CheckpointError(path.string() + ": " + key + ": found " + found + ", expected " + expected);
 }
 
-/// Of graded weights.
+/// Whether the file is for weights that TDA reads by input.
+bool by_input(const Thresholds& t) {
+  return t.weights == name_of(WeightFormat::graded) || t.weights == name_of(WeightFormat::int4);
+}
+
+/// Of weights read by input.
 void check_losses(const Thresholds& t, const std::filesystem::path& path) {
   if (!t.values.empty())
-    reject(path, "values", std::to_string(t.values.size()) + " numbers", "none for graded weights");
+    reject(path, "values", std::to_string(t.values.size()) + " numbers",
+           "none for " + t.weights + " weights");
   if (t.inputs.empty()) reject(path, "inputs", "none", "one or more shares");
   for (std::size_t i = 0; i < t.inputs.size(); ++i) {
     const float above = i == 0 ? 1 : t.inputs[i - 1];
@@ -69,13 +75,13 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
   if (!(t.error >= 0 && t.error < 1)) {
     reject(path, "error", text_of(t.error), "0 or more, less than 1");
   }
-  if (t.weights == name_of(WeightFormat::graded)) {
+  if (by_input(t)) {
     check_losses(t, path);
   } else {
     if (t.values.empty()) reject(path, "values", "none", "one for each layer");
     if (!t.inputs.empty())
       reject(path, "inputs", std::to_string(t.inputs.size()) + " numbers",
-             "none but for graded weights");
+             "none but for graded and int4 weights");
   }
   if (t.reached.size() != t.values.size()) {
     reject(path, "reached", std::to_string(t.reached.size()) + " numbers",
@@ -200,7 +206,7 @@ Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem
   result.error = fields.number("error");
   result.values = fields.numbers("values");
   result.reached = fields.numbers("reached");
-  if (result.weights == name_of(WeightFormat::graded)) {
+  if (by_input(result)) {
     result.inputs = fields.numbers("inputs");
     result.losses = fields.numbers("losses");
     result.loss_errors = fields.numbers("loss_errors");

@@ -37,6 +37,13 @@ void to_f32(DType dtype, const std::byte* data, std::int64_t count, float* out) 
     for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
 }
 
+/// A row of a matrix [rows, cols] as f32.
+void read_tensor_row(const TensorView& tensor, std::int64_t row, std::int64_t cols, float* out) {
+  std::vector<std::byte> data(cols * element_bytes(tensor));
+  tensor.read(row * std::ssize(data), std::ssize(data), data.data());
+  to_f32(tensor.dtype, data.data(), cols, out);
+}
+
 /// Removes a row's largest value if it is so much larger than the rest of its group that the
 /// group's scale would leave the others few codes or none. A few neurons have such a value: they
 /// write and cancel the residual stream's massive activations, and rounding it costs as much as all
@@ -82,9 +89,6 @@ Stored store_row(const Matrix& target, std::int64_t row, float* values) {
       break;
     case WeightFormat::bf16c:
       if (!compress_bf16(rounded, cols, data)) return Stored::not_compressible;
-      break;
-    case WeightFormat::int4:
-      quantize_int4(values, cols, data);
       break;
     case WeightFormat::int8:
       quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
@@ -149,14 +153,14 @@ void copy_transposed(const Copy& copy, const std::byte* data, std::int64_t begin
   }
 }
 
-// ---- graded -------------------------------------------------------------------------------------
+// ---- bricks -------------------------------------------------------------------------------------
 
 /// A tensor and a row of it; no tensor where the matrix pads.
 struct RowSource {
   const TensorView* tensor;
   std::int64_t row;
 };
-RowSource source_of(const GradedCopy& copy, std::int64_t row) {
+RowSource source_of(const BrickCopy& copy, std::int64_t row) {
   constexpr std::int64_t kTurn = kStripRows / 2;
   const std::int64_t sources = std::ssize(copy.sources);
   if (copy.in_turn) {
@@ -169,33 +173,30 @@ RowSource source_of(const GradedCopy& copy, std::int64_t row) {
   return {nullptr, 0};
 }
 
-void copy_strip(const GradedCopy& copy, std::int64_t strip) {
-  const Graded target = copy.target.graded();
+void copy_strip(const BrickCopy& copy, std::int64_t strip) {
+  const Bricks target = copy.target.bricks();
   const std::int64_t stride = target.blocks * kBlockInputs;
   std::vector<float> values(kStripRows * stride);
-  std::vector<std::byte> data;
   for (std::int64_t r = 0; r < kStripRows; ++r) {
     const RowSource from = source_of(copy, strip * kStripRows + r);
     if (!from.tensor) continue;
-    data.resize(target.cols * element_bytes(*from.tensor));
-    from.tensor->read(from.row * std::ssize(data), std::ssize(data), data.data());
     float* const row = values.data() + r * stride;
-    to_f32(from.tensor->dtype, data.data(), target.cols, row);
+    read_tensor_row(*from.tensor, from.row, target.cols, row);
     if (!std::all_of(row, row + target.cols, [](float v) { return std::isfinite(v); }))
-      throw not_finite(*from.tensor, WeightFormat::graded);
+      throw not_finite(*from.tensor, copy.target.format);
   }
-  quantize_graded(target, strip, values.data());
+  quantize_bricks(target, strip, values.data());
 }
 
-void measure_columns(const GradedCopy& copy, std::int64_t first, std::int64_t end) {
-  const Graded target = copy.target.graded();
-  measure_rests(target, first, end);
+void measure_columns(const BrickCopy& copy, std::int64_t first, std::int64_t end) {
+  const Bricks target = copy.target.bricks();
+  if (target.has_rests()) measure_rests(target, first, end);
   if (!copy.lengths) return;
   std::vector<double> squares(end - first);
   std::vector<float> row(end - first);
   const std::int64_t count = std::min(end, target.cols) - first;
   for (std::int64_t r = 0; r < target.rows; ++r) {
-    dequantize_graded(target, r, first, count, row.data());
+    dequantize_bricks(target, r, first, count, row.data());
     for (std::int64_t i = 0; i < count; ++i) squares[i] += static_cast<double>(row[i]) * row[i];
   }
   for (std::int64_t i = 0; i < count; ++i)
@@ -227,14 +228,27 @@ void in_parts(ThreadPool& pool, std::int64_t n, std::int64_t step, const Body& b
 
 }  // namespace
 
-void run_copies(const std::vector<Copy>& copies, const std::vector<GradedCopy>& graded,
+bool had_four_bits(const TensorView& tensor) {
+  constexpr std::int64_t kRows = 8;
+  const std::int64_t rows = tensor.shape[0], cols = tensor.shape[1];
+  std::vector<float> row(cols);
+  std::int64_t groups = 0;
+  for (std::int64_t k = 0; k < std::min(kRows, rows); ++k) {
+    read_tensor_row(tensor, k * rows / std::min(kRows, rows), cols, row.data());
+    for (std::int64_t first = 0; first + kBlockInputs <= cols; first += kBlockInputs, ++groups)
+      if (!on_a_line(row.data() + first)) return false;
+  }
+  return groups > 0;
+}
+
+void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& bricks,
                 ThreadPool& pool, const Progress& progress) {
   constexpr std::int64_t kPartElements = 1 << 18;
   std::int64_t done = 0, total = 0;
   for (const Copy& copy : copies) total += copy.target.bytes();
-  for (const GradedCopy& copy : graded) total += copy.target.bytes();
-  for (const GradedCopy& copy : graded) {
-    const Graded target = copy.target.graded();
+  for (const BrickCopy& copy : bricks) total += copy.target.bytes();
+  for (const BrickCopy& copy : bricks) {
+    const Bricks target = copy.target.bricks();
     const auto report = [&](std::int64_t strips) {
       if (progress) progress(done + copy.target.bytes() / target.strips * strips, total);
     };

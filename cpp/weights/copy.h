@@ -19,8 +19,12 @@ struct Copy {
   float* lengths;   // [rows] where to put the L2 norms of the target's rows; null: not wanted
 };
 
-/// Tensors to convert to one graded matrix.
-struct GradedCopy {
+/// Whether samples of a tensor [rows, cols] tell that its groups of 32 values had 4 bits before, as
+/// GGUF's Q4_0 and Q4_1, and most others, have them. Throws CheckpointError.
+bool had_four_bits(const TensorView& tensor);
+
+/// Tensors to convert to one matrix in bricks.
+struct BrickCopy {
   std::vector<const TensorView*> sources;
   std::vector<std::int64_t> rows;  // of each
   Matrix target;                   // in the arena
@@ -30,7 +34,7 @@ struct GradedCopy {
 
 /// Throws CheckpointError for values that are not finite or that the format cannot hold, and for
 /// files that change meanwhile. `progress` counts bytes written.
-void run_copies(const std::vector<Copy>& copies, const std::vector<GradedCopy>& graded,
+void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& bricks,
                 ThreadPool& pool, const Progress& progress);
 
 }  // namespace tda

@@ -28,7 +28,7 @@ void Layout::allocate(Matrix& matrix) {
   if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows, matrix.low_row_bytes());
 }
 
-/// The FFN matrices, [F, H] each; int8 and int4 rows are interleaved (see LayerWeights).
+/// The FFN matrices, [F, H] each; int8 rows are interleaved (see LayerWeights).
 void Layout::allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden) {
   for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
   if (format_ == WeightFormat::int8) {
@@ -36,9 +36,6 @@ void Layout::allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_
     allocate_records({{w.gate}, {w.up}}, neurons, 64);
     allocate_records({{w.gate, true}, {w.up, true}}, neurons, 64);
     allocate_records({{w.down}, {w.down, true}}, neurons, 64);
-  } else if (format_ == WeightFormat::int4) {
-    allocate_records({{w.gate}, {w.up}}, neurons, 1);
-    allocate_records({{w.down}}, neurons, 1);
   } else {
     for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
     return;
@@ -64,9 +61,11 @@ void Layout::allocate_records(std::initializer_list<Plane> planes, std::int64_t 
   }
 }
 
-Matrix Layout::graded(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
-                      std::int64_t cols, bool in_turn, bool by_block, float* lengths) {
-  Matrix result{WeightFormat::graded, 0, cols};
+Matrix Layout::bricks(WeightFormat format, const std::vector<std::string>& names,
+                      const std::vector<std::int64_t>& rows, std::int64_t cols, bool in_turn,
+                      bool by_block, float* lengths) {
+  Matrix result{format, 0, cols};
+  if (format == WeightFormat::int4) result.kind = int4_kind(names, rows, cols);
   Size size = 0;
   for (std::int64_t n : rows) {
     result.rows += in_turn ? round_up(n, kStripRows / 2) : n;
@@ -76,11 +75,30 @@ Matrix Layout::graded(const std::vector<std::string>& names, const std::vector<s
   result.data = size.too_large() ? allocate(size, 2) : allocate(1, result.bytes());
   if (checkpoint_.packed()) return result;
   if (memory_) std::fill_n(const_cast<std::byte*>(result.data), result.bytes(), std::byte{});
-  GradedCopy copy{{}, rows, result, in_turn, lengths};
+  BrickCopy copy{{}, rows, result, in_turn, lengths};
   for (std::size_t i = 0; i < names.size(); ++i)
     copy.sources.push_back(&checkpoint_.tensor(names[i], {rows[i], cols}));
-  if (memory_) graded_copies_.push_back(std::move(copy));
+  if (memory_) brick_copies_.push_back(std::move(copy));
   return result;
+}
+
+/// Of the next matrix. Lines if its tensors had 4 bits before, as samples of them tell.
+BrickKind Layout::int4_kind(const std::vector<std::string>& names,
+                            const std::vector<std::int64_t>& rows, std::int64_t cols) {
+  const std::size_t i = kinds_++;
+  if (checkpoint_.packed()) {
+    const std::vector<std::string>& kinds = checkpoint_.packed()->matrices;
+    const auto known = std::ranges::find(kBrickKinds, i < kinds.size() ? kinds[i] : "");
+    if (known == std::end(kBrickKinds))
+      throw CheckpointError(checkpoint_.name() + "/config.json: " + PackedWeights::kKey +
+                            ".matrices[" + std::to_string(i) + "] is " +
+                            (i < kinds.size() ? '"' + kinds[i] + '"' : "missing") +
+                            ", expected \"graded\", \"int4\" or \"lines\"");
+    return static_cast<BrickKind>(known - std::begin(kBrickKinds));
+  }
+  for (std::size_t i = 0; i < names.size(); ++i)
+    if (!had_four_bits(checkpoint_.tensor(names[i], {rows[i], cols}))) return BrickKind::int4;
+  return BrickKind::lines;
 }
 
 void Layout::fill(const Matrix& target, const std::string& name) {
@@ -97,7 +115,7 @@ void Layout::fill_transposed(const Matrix& target, const std::string& name, floa
 
 Matrix Layout::matrix(WeightFormat format, const std::vector<std::string>& names,
                       const std::vector<std::int64_t>& rows, std::int64_t cols) {
-  if (format == WeightFormat::graded) return graded(names, rows, cols);
+  if (in_bricks(format)) return bricks(format, names, rows, cols);
   Matrix result{format, 0, cols};
   for (std::int64_t n : rows) result.rows += n;
   allocate(result);
@@ -154,9 +172,9 @@ LayerWeights Layout::layer(const std::string& prefix) {
   float* const lengths = floats(neurons);
   const std::string gate = ffn + "gate_proj.weight", up = ffn + "up_proj.weight";
   const std::string down = ffn + "down_proj.weight";
-  if (format_ == WeightFormat::graded) {
-    w.gate_up = graded({gate, up}, {neurons, neurons}, hidden, true);
-    w.down = graded({down}, {hidden}, neurons, false, true, lengths);
+  if (in_bricks(format_)) {
+    w.gate_up = bricks(format_, {gate, up}, {neurons, neurons}, hidden, true);
+    w.down = bricks(format_, {down}, {hidden}, neurons, false, true, lengths);
   } else {
     allocate_neurons(w, neurons, hidden);
     fill(w.gate, gate);
@@ -177,7 +195,7 @@ Model Layout::model() {
   model.parameters = checkpoint_.parameters();
   // The vocabulary's rows stay at 8 bits: at 4 they lose more quality than the saved bytes are
   // worth (tools/bench).
-  const WeightFormat outer = format_ == WeightFormat::int4 ? WeightFormat::int8 : format_;
+  const WeightFormat outer = format_ == WeightFormat::int4 ? WeightFormat::graded : format_;
   const auto vocabulary = [&](const char* name) {
     return matrix(outer, {name}, {config.vocab_size}, config.hidden_size);
   };

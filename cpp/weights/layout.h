@@ -24,7 +24,7 @@ class Layout {
   Model model();
   Size bytes() const { return used_; }
   const std::vector<Copy>& copies() const { return copies_; }
-  const std::vector<GradedCopy>& graded_copies() const { return graded_copies_; }
+  const std::vector<BrickCopy>& brick_copies() const { return brick_copies_; }
 
  private:
   /// Some matrices' rows of one plane, to be interleaved with others'.
@@ -41,10 +41,12 @@ class Layout {
                         std::int64_t alignment);
   float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count, 4)); }
 
-  /// A graded matrix of the tensors' rows, one tensor after the other or, `in_turn`, 32 of each.
-  Matrix graded(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
-                std::int64_t cols, bool in_turn = false, bool by_block = false,
-                float* lengths = nullptr);
+  /// A matrix in bricks of the tensors' rows, one tensor after the other or, `in_turn`, 32 of each.
+  Matrix bricks(WeightFormat format, const std::vector<std::string>& names,
+                const std::vector<std::int64_t>& rows, std::int64_t cols, bool in_turn = false,
+                bool by_block = false, float* lengths = nullptr);
+  BrickKind int4_kind(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
+                      std::int64_t cols);
   void fill(const Matrix& target, const std::string& name);
   void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths);
 
@@ -70,8 +72,9 @@ class Layout {
   const WeightFormat format_;
   std::byte* const memory_;
   Size used_ = 0;
+  std::size_t kinds_ = 0;  // of matrices in bricks so far
   std::vector<Copy> copies_;
-  std::vector<GradedCopy> graded_copies_;
+  std::vector<BrickCopy> brick_copies_;
 };
 
 }  // namespace tda

@@ -48,17 +48,19 @@ void list_outliers(Model& model) {
   }
 }
 
-/// Checks a graded matrix's f32 vectors, and the places of its outliers.
+/// Checks the f32 vectors of a matrix in bricks, and the places of its outliers.
 template <class Check>
-void check_graded(const Matrix& matrix, const std::string& file, const std::string& where,
+void check_bricks(const Matrix& matrix, const std::string& file, const std::string& where,
                   const Check& check) {
-  if (matrix.format != WeightFormat::graded) return;
-  const Graded w = matrix.graded();
+  if (!matrix.in_bricks()) return;
+  const Bricks w = matrix.bricks();
   const auto count = static_cast<std::size_t>(w.strips * kStripRows);
   check(where + "steps", {w.steps, count});
-  check(where + "steps of the rests", {w.rest_steps, count});
-  check(where + "lengths of the rests",
-        {w.rest_lengths, static_cast<std::size_t>(w.blocks * kBlockInputs)});
+  if (w.has_rests()) {
+    check(where + "steps of the rests", {w.rest_steps, count});
+    check(where + "lengths of the rests",
+          {w.rest_lengths, static_cast<std::size_t>(w.blocks * kBlockInputs)});
+  }
   for (std::int64_t k = 0; k < w.strips * kStripOutliers; ++k) {
     const StripOutlier& outlier = w.outliers[k];
     const std::int64_t first = k / kStripOutliers * kStripRows;
@@ -92,14 +94,13 @@ void check_vectors(const Model& model, const std::string& file) {
     check(layer + "bias behind attention", w.output_bias);
     check(layer + "norm before the feed-forward network", w.ffn_norm);
     check(layer + "lengths of the down rows", w.down_lengths);
-    for (const Matrix* m : {&w.qkv, &w.output, &w.gate_up, &w.down})
-      check_graded(*m, file, layer, check);
+    for (const Matrix* m : w.in_bricks()) check_bricks(*m, file, layer, check);
     for (const std::int32_t j : w.outlier_neurons)
       check(layer + "outlier of neuron " + std::to_string(j), {&w.down.outliers[j].value, 1});
   }
   check("last norm", model.final_norm);
-  check_graded(model.head, file, "head, ", check);
-  check_graded(model.embedding, file, "embedding, ", check);
+  check_bricks(model.head, file, "head, ", check);
+  check_bricks(model.embedding, file, "embedding, ", check);
 }
 
 /// Uses the file's pages in place: processes share them, and each is read at its first use. Checked
@@ -143,10 +144,10 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   model->storage = arena;
   std::set<std::string_view> used;
   for (const Copy& copy : layout.copies()) used.insert(copy.source->name);
-  for (const GradedCopy& copy : layout.graded_copies())
+  for (const BrickCopy& copy : layout.brick_copies())
     for (const TensorView* source : copy.sources) used.insert(source->name);
   checkpoint.refuse_unused(used);
-  run_copies(layout.copies(), layout.graded_copies(), pool, progress);
+  run_copies(layout.copies(), layout.brick_copies(), pool, progress);
   const bool rounds =
       format == WeightFormat::bf16 && std::ranges::any_of(layout.copies(), [](const Copy& copy) {
         return copy.source->dtype == DType::f16 && copy.target.rows > 1;

@@ -4,6 +4,7 @@
 #include <tda/model_config.h>
 #include <tda/types.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -11,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "weights/graded.h"
+#include "weights/bricks.h"
 #include "weights/quantize.h"
 
 namespace tda {
@@ -27,7 +28,7 @@ struct Outlier {
 
 /// A row-major matrix [rows, cols] in one of the weight formats; does not own its data. Rows are
 /// contiguous and begin 64-byte aligned. int8 has two planes (see quantize.h), each with its rows.
-/// graded has no rows in memory: its layout is that of weights/graded.h.
+/// graded and int4 have no rows in memory: their layout is that of weights/bricks.h.
 struct Matrix {
   WeightFormat format = WeightFormat::automatic;  // anything but automatic
   std::int64_t rows = 0;
@@ -35,9 +36,11 @@ struct Matrix {
   const std::byte* data = nullptr;    // int8: the high plane
   const std::byte* low = nullptr;     // int8: the low plane; else null
   std::int64_t gap = 0;               // bytes of other matrices between two rows of data, and
-  std::int64_t low_gap = 0;           // of low; int8 and int4 only
+  std::int64_t low_gap = 0;           // of low; int8 only
   const Outlier* outliers = nullptr;  // [rows]; null: no row has one
-  bool by_block = false;              // graded only: the order of its bricks
+  // graded and int4 only: what their bricks are, and in which order
+  BrickKind kind = BrickKind::graded;
+  bool by_block = false;
 
   std::int64_t row_bytes() const {  // of data
     switch (format) {
@@ -45,8 +48,6 @@ struct Matrix {
         return cols * 4;
       case WeightFormat::int8:
         return high_row_bytes(cols);
-      case WeightFormat::int4:
-        return int4_row_bytes(cols);
       case WeightFormat::bf16c:
         return bf16c_row_bytes(cols);
       default:
@@ -56,17 +57,15 @@ struct Matrix {
   std::int64_t low_row_bytes() const {
     return format == WeightFormat::int8 ? tda::low_row_bytes(cols) : 0;
   }
+  bool in_bricks() const { return tda::in_bricks(format); }
+  Bricks bricks() const { return {data, rows, cols, kind, by_block}; }
   std::int64_t bytes() const {
-    return format == WeightFormat::graded ? graded_bytes(rows, cols)
-                                          : rows * (row_bytes() + low_row_bytes());
+    return in_bricks() ? bricks().bytes() : rows * (row_bytes() + low_row_bytes());
   }
   /// Bytes that a product reads: the rests of graded lie further apart than they need.
   std::int64_t read_bytes() const {
-    return format == WeightFormat::graded
-               ? graded_high_bytes(rows, cols) + cols * graded_rest_bytes(rows)
-               : bytes();
+    return in_bricks() ? bricks().high_bytes() + cols * bricks().rest_bytes() : bytes();
   }
-  Graded graded() const { return {data, rows, cols, by_block}; }
   /// Bytes from one row to the next.
   std::int64_t stride() const { return row_bytes() + gap; }
   std::int64_t low_stride() const { return low_row_bytes() + low_gap; }
@@ -87,14 +86,16 @@ struct LayerWeights {
   Matrix output;                          // [H, q_size]
   std::span<const float> output_bias;     // [H]
   std::span<const float> ffn_norm;        // [H]
-  // Neuron-major: row j of each of the three is all that neuron j needs. Rows read together are
-  // interleaved: in int8 the high planes of gate and up, their low planes, and both planes of down;
-  // in int4 gate and up.
+  // Neuron-major: row j of each of the three is all that neuron j needs. In int8, rows read together
+  // are interleaved: the high planes of gate and up, their low planes, and both planes of down.
   Matrix gate, up, down;  // [F, H]; down is W_down transposed
-  // graded: gate and up are one matrix of 32 rows of each in turn, and down is W_down.
+  // In bricks: gate and up are one matrix of 32 rows of each in turn, and down is W_down.
   Matrix gate_up;                             // [2 F, H], F rounded up to 32
   std::span<const float> down_lengths;        // [F] ||W_down[:,j]||_2
   std::vector<std::int32_t> outlier_neurons;  // those whose down row has an outlier, ascending
+
+  /// The matrices of a layer in bricks, in the order of reading.
+  std::array<const Matrix*, 4> in_bricks() const { return {&qkv, &output, &gate_up, &down}; }
 };
 
 struct Model {
@@ -111,7 +112,7 @@ struct Model {
   std::int64_t weight_bytes = 0;
   std::vector<std::string> notices;  // of what loading chose, for the user
 
-  /// FFN weight bytes of one neuron: its rows of gate, up and down. graded has none such.
+  /// FFN weight bytes of one neuron: its rows of gate, up and down. Bricks have none such.
   std::int64_t neuron_bytes() const {
     const LayerWeights& layer = layers.front();
     return 3 * (layer.gate.row_bytes() + layer.gate.low_row_bytes());
@@ -119,8 +120,8 @@ struct Model {
   /// FFN weight bytes of a layer that a dense decode step reads.
   std::int64_t ffn_bytes() const {
     const LayerWeights& layer = layers.front();
-    return format == WeightFormat::graded ? layer.gate_up.read_bytes() + layer.down.read_bytes()
-                                          : config.intermediate_size * neuron_bytes();
+    return in_bricks(format) ? layer.gate_up.read_bytes() + layer.down.read_bytes()
+                             : config.intermediate_size * neuron_bytes();
   }
 };
 

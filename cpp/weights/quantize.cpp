@@ -16,13 +16,7 @@ namespace {
 constexpr int kMostScale = 127;
 constexpr int kLeast = -128, kLargest = 119;  // int8 codes: two nibbles, each less 8
 constexpr int kOffset = 136;                  // 16 * 8 + 8
-constexpr std::int64_t kInt8Group = kGroup / kInt8Scales, kInt4Group = kGroup / kInt4Scales;
-
-float largest_of(const float* values, std::int64_t count) {
-  float largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
-  return largest;
-}
+constexpr std::int64_t kInt8Group = kGroup / kInt8Scales;
 
 /// A row's scales and step, which follow its nibbles.
 struct Scales {
@@ -101,103 +95,6 @@ void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t c
     const int code = (static_cast<int>(high[at]) >> shift & 15) * 16 +
                      (static_cast<int>(low[at]) >> shift & 15) - kOffset;
     out[i] = scales[(first + i) / kInt8Group] * static_cast<float>(code);
-  }
-}
-
-namespace {
-
-/// The int4 code, less 8, of a value: the nearest multiple of the scale. Adding and subtracting 1.5
-/// * 2^23 rounds to the nearest integer, ties to even, and unlike std::nearbyint it vectorises on
-/// every machine.
-float int4_code(float value, float inverse_scale) {
-  constexpr float kShift = 3 << 22;
-  const float code = value * inverse_scale + kShift - kShift;
-  const float above = code < -8 ? -8 : code;
-  return above > 7 ? 7 : above;
-}
-
-/// The scales tried for a group: those that put its largest value at 70% to 110% of code 8, with
-/// either sign, without repeats.
-struct ScaleCandidates {
-  static constexpr int kMost = 2 * 21;
-  int count = 0;
-  float scales[kMost], inverses[kMost];
-
-  explicit ScaleCandidates(float largest) {
-    int last = 0;
-    for (int percent = 70; percent <= 110; percent += 2) {
-      const int scale = std::min(
-          kMostScale, static_cast<int>(std::lround(largest * static_cast<float>(percent) / 800)));
-      if (scale == last) continue;
-      last = scale;
-      for (const int signed_scale : {scale, -scale}) {
-        scales[count] = static_cast<float>(signed_scale);
-        inverses[count] = 1 / scales[count];
-        ++count;
-      }
-    }
-  }
-};
-
-/// The scale of least squared error for a group of kInt4Group values in steps, and their codes.
-std::int8_t choose_scale(const float* values, std::uint8_t* codes) {
-  const ScaleCandidates tried(largest_of(values, kInt4Group));
-  float errors[ScaleCandidates::kMost] = {};
-  float least = 0;  // of scale 0
-  for (std::int64_t i = 0; i < kInt4Group; ++i) {
-    // Candidates are the inner loop so that it vectorises and each sum keeps its order.
-    for (int c = 0; c < tried.count; ++c) {
-      const float difference =
-          values[i] - int4_code(values[i], tried.inverses[c]) * tried.scales[c];
-      errors[c] += difference * difference;
-    }
-    least += values[i] * values[i];
-  }
-  float best = 0, inverse = 0;
-  for (int c = 0; c < tried.count; ++c) {
-    if (errors[c] >= least) continue;
-    least = errors[c];
-    best = tried.scales[c];
-    inverse = tried.inverses[c];
-  }
-  for (std::int64_t i = 0; i < kInt4Group; ++i)
-    codes[i] = static_cast<std::uint8_t>(static_cast<int>(int4_code(values[i], inverse)) + 8);
-  return static_cast<std::int8_t>(best);
-}
-
-}  // namespace
-
-void quantize_int4(const float* values, std::int64_t cols, std::byte* row) {
-  const std::int64_t groups = groups_of(cols);
-  std::memset(row, 0, static_cast<std::size_t>(int4_row_bytes(cols)));
-  const Scales scales(row, cols, kInt4Scales);
-  const float largest = largest_of(values, cols);
-  // With the largest scale, the row's largest value is code 8 / 1.1.
-  constexpr float kLargestInSteps = 8 * kMostScale / 1.1f;
-  const float step = largest / kLargestInSteps;
-  std::memcpy(scales.step, &step, 4);
-  for (std::int64_t g = 0; g < groups * kInt4Scales; ++g) {
-    const std::int64_t first = g * kInt4Group, end = std::min(first + kInt4Group, cols);
-    float group[kInt4Group] = {};  // in steps
-    for (std::int64_t i = first; i < end && largest > 0; ++i)
-      group[i - first] = values[i] / largest * kLargestInSteps;
-    std::uint8_t codes[kInt4Group];
-    scales.scales[g] = static_cast<std::byte>(choose_scale(group, codes));
-    for (std::int64_t i = 0; i < kInt4Group; ++i) {
-      const auto [byte, shift] = nibble_place(first % kGroup + i, kInt4Group);
-      row[first / kGroup * kGroupBytes + byte] |= static_cast<std::byte>(codes[i] << shift);
-    }
-  }
-}
-
-void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first,
-                     std::int64_t count, float* out) {
-  const Scales scales(row, cols, kInt4Scales);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const auto [byte, shift] = nibble_place((first + i) % kGroup, kInt4Group);
-    const std::byte both = row[(first + i) / kGroup * kGroupBytes + byte];
-    const int code = (static_cast<int>(both) >> shift & 15) - 8;
-    out[i] = scales[(first + i) / kInt4Group] * static_cast<float>(code);
   }
 }
 
@@ -283,14 +180,12 @@ void expand_bf16(const std::byte* row, std::int64_t cols, std::int64_t first, st
 void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::int64_t count,
               float* out) {
   switch (matrix.format) {
-    case WeightFormat::int4:
-      dequantize_int4(matrix.row(row), matrix.cols, first, count, out);
-      break;
     case WeightFormat::int8:
       dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
       break;
     case WeightFormat::graded:
-      dequantize_graded(matrix.graded(), row, first, count, out);
+    case WeightFormat::int4:
+      dequantize_bricks(matrix.bricks(), row, first, count, out);
       break;
     case WeightFormat::bf16c:
       expand_bf16(matrix.row(row), matrix.cols, first, count, out);

@@ -1,4 +1,4 @@
-// The compressed weight formats. Zero weights pad a row to whole groups of 64 values.
+// The compressed weight formats in rows. Zero weights pad a row to whole groups of 64 values.
 //
 // int8: two planes of 4 bits, and an 8-bit scale for every 32 values of a row, relative to the
 // row's step.
@@ -12,15 +12,6 @@
 //   high row: nibbles [groups of 64][32]; scales, int8 [groups of 64][2]; step, f32; zeros up to a
 //             multiple of 32 bytes
 //   low row:  nibbles [groups of 64][32]
-//
-// int4: one such plane, and a scale for every 16 values.
-//
-//   w = step * scale * (code - 8),  0 <= code <= 15,  -127 <= scale <= 127
-//
-// The 16 values of a scale are the nibbles of 8 bytes: value i below value 8 + i.
-//
-//   row: nibbles [groups of 64][32]; scales, int8 [groups of 64][4]; step, f32; zeros up to a
-//        multiple of 16 bytes
 //
 // bf16c: bf16 without loss in 12 bits. The lower byte of a value (the exponent's last bit and the
 // mantissa) is stored as it is, the upper byte (sign and exponent) as a 4-bit code: code 15 means
@@ -43,7 +34,6 @@ namespace tda {
 inline constexpr std::int64_t kGroup = 64;               // values
 inline constexpr std::int64_t kGroupBytes = kGroup / 2;  // in one plane
 inline constexpr std::int64_t kInt8Scales = 2;           // per group
-inline constexpr std::int64_t kInt4Scales = 4;
 
 /// The byte that holds the nibble of value i of a group, and the nibble's shift in it. `part`: how
 /// many values share a scale.
@@ -78,9 +68,6 @@ constexpr std::int64_t bf16c_head_bytes(std::int64_t cols) {
 constexpr std::int64_t bf16c_row_bytes(std::int64_t cols) {
   return bf16c_head_bytes(cols) + groups_of(cols) * kBf16cGroupBytes;
 }
-constexpr std::int64_t int4_row_bytes(std::int64_t cols) {
-  return low_row_bytes(cols) + (groups_of(cols) * kInt4Scales + 4 + 15) / 16 * 16;
-}
 
 /// Rounds a row of finite values to int8. A scale is the one nearest to zero, of either sign, that
 /// puts its values within codes -128 to 119; the error is at most half of step * scale.
@@ -89,14 +76,6 @@ void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std:
 /// Values [first, first + count) of a row.
 void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t cols,
                      std::int64_t first, std::int64_t count, float* out);
-
-/// Rounds a row of finite values to int4. Of the scales that put a group's largest value near
-/// either end of the codes, takes the one of least squared error.
-void quantize_int4(const float* values, std::int64_t cols, std::byte* row);
-
-/// Values [first, first + count) of a row.
-void dequantize_int4(const std::byte* row, std::int64_t cols, std::int64_t first,
-                     std::int64_t count, float* out);
 
 /// Compresses a row. False if it has more exceptions than there is room for, or one in a column
 /// beyond 65535.

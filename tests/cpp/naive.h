@@ -76,11 +76,11 @@ struct Session {
     Vector out(w.rows);
     for (std::int64_t r = 0; r < w.rows; ++r) {
       Vector row = values(w, r);
-      if (threshold > 0) {
+      if (threshold > 0 && w.bricks().has_rests()) {
         std::vector<float> high(w.cols);
-        tda::dequantize_graded(w.graded(), r, 0, w.cols, high.data(), true);
+        tda::dequantize_bricks(w.bricks(), r, 0, w.cols, high.data(), true);
         for (std::int64_t i = 0; i < w.cols; ++i)
-          if (std::abs(in[i]) * w.graded().rest_lengths[i] < threshold) row[i] = high[i];
+          if (std::abs(in[i]) * w.bricks().rest_lengths[i] < threshold) row[i] = high[i];
       }
       out[r] = std::inner_product(row.begin(), row.end(), in.begin(), 0.0);
     }
@@ -203,7 +203,7 @@ struct Session {
   }
 
   /// Gate and up of neuron j are rows j % 32 and 32 + j % 32 of strip j / 32.
-  void ffn_graded(std::int64_t layer) {
+  void ffn_bricks(std::int64_t layer) {
     const LayerWeights& w = model->layers[layer];
     hidden.assign(x.size(), Vector(w.down.cols));
     for (std::size_t t = 0; t < x.size(); ++t) {
@@ -219,7 +219,7 @@ struct Session {
   }
 
   void ffn(std::int64_t layer) {
-    if (model->format == WeightFormat::graded) return ffn_graded(layer);
+    if (tda::in_bricks(model->format)) return ffn_bricks(layer);
     const LayerWeights& w = model->layers[layer];
     hidden.assign(x.size(), Vector(w.gate.rows));
     for (std::size_t t = 0; t < x.size(); ++t) {

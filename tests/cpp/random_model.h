@@ -83,7 +83,7 @@ class RandomModel {
       if (config.output_bias) w.output_bias = vector(config.hidden_size, 0, 0.5);
       w.ffn_norm = vector(config.hidden_size, 1, 0.2);
       const double down = 2 / std::sqrt(static_cast<double>(config.intermediate_size));
-      if (format == WeightFormat::graded) {
+      if (tda::in_bricks(format)) {
         const std::int64_t neurons = config.intermediate_size, padded = (neurons + 31) / 32 * 32;
         w.gate_up = matrix(format, 2 * padded, config.hidden_size, 0, neurons);
         w.down = matrix(format, config.hidden_size, neurons, down, 0, true);
@@ -128,7 +128,7 @@ class RandomModel {
     for (float& v : data) v = static_cast<float>(normal(random_));
     return keep(data);
   }
-  /// deviation: 0 means 1 / sqrt(cols). graded: rows of gate and up in turn have so many `neurons`,
+  /// deviation: 0 means 1 / sqrt(cols). In bricks: rows of gate and up in turn have so many `neurons`,
   /// and zeros past them.
   Matrix matrix(WeightFormat format, std::int64_t rows, std::int64_t cols, double deviation,
                 std::int64_t neurons = 0, bool by_block = false) {
@@ -136,8 +136,9 @@ class RandomModel {
     const std::span<const float> data = vector(rows * cols, 0, deviation);
     Matrix m{format, rows, cols, reinterpret_cast<const std::byte*>(data.data())};
     m.by_block = by_block;
-    if (format == WeightFormat::graded)
-      quantize(m, data, static_cast<float>(30 * deviation), neurons);
+    if (format == WeightFormat::int4)  // both kinds
+      m.kind = rows % 4 < 2 ? tda::BrickKind::int4 : tda::BrickKind::lines;
+    if (tda::in_bricks(format)) quantize(m, data, static_cast<float>(30 * deviation), neurons);
     if (format == WeightFormat::int8) {
       m.data =
           reinterpret_cast<std::byte*>(keep(std::vector<float>(rows * m.row_bytes() / 4)).data());
@@ -167,10 +168,10 @@ class RandomModel {
     return {squares.begin(), squares.end()};
   }
 
-  /// Stores the values as graded, with an outlier in every strip.
+  /// Stores the values in bricks, with an outlier in every strip.
   void quantize(Matrix& m, std::span<const float> data, float outlier, std::int64_t neurons) {
     m.data = reinterpret_cast<std::byte*>(keep(std::vector<float>(m.bytes() / 4)).data());
-    const tda::Graded to = m.graded();
+    const tda::Bricks to = m.bricks();
     const std::int64_t stride = 32 * to.blocks;
     for (std::int64_t s = 0; s < to.strips; ++s) {
       std::vector<float> strip(64 * stride);
@@ -180,9 +181,9 @@ class RandomModel {
           std::copy_n(data.data() + (64 * s + r) * m.cols, m.cols, strip.data() + r * stride);
       strip[s % std::min<std::int64_t>(rows, 5) * stride + (s * 31 + m.cols / 2) % m.cols] =
           outlier;
-      tda::quantize_graded(to, s, strip.data());
+      tda::quantize_bricks(to, s, strip.data());
     }
-    tda::measure_rests(to, 0, stride);
+    if (to.has_rests()) tda::measure_rests(to, 0, stride);
   }
 
   /// Gives each of these neurons' down rows an outlier, which is stored apart.

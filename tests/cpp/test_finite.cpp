@@ -39,34 +39,29 @@ bool none_is_finite(std::span<const float> values) {
   return std::ranges::none_of(values, [](float v) { return std::isfinite(v); });
 }
 
-/// kRows random rows of int8 or int4.
+/// kRows random rows of int8.
 struct IntegerMatrix {
   AlignedBytes data, low;
   Matrix matrix;
 
-  IntegerMatrix(WeightFormat format, std::int64_t cols) : matrix{format, kRows, cols} {
+  explicit IntegerMatrix(std::int64_t cols) : matrix{WeightFormat::int8, kRows, cols} {
     data.resize(kRows * matrix.row_bytes() + 64);
     low.resize(kRows * matrix.low_row_bytes() + 64);
     matrix.data = data.data();
-    if (format == WeightFormat::int8) matrix.low = low.data();
+    matrix.low = low.data();
     for (std::int64_t r = 0; r < kRows; ++r) {
       const std::vector<float> row = random_floats(cols);
       std::byte* const to = data.data() + r * matrix.row_bytes();
-      if (format == WeightFormat::int8)
-        quantize_int8(row.data(), cols, to, low.data() + r * matrix.low_row_bytes());
-      else
-        quantize_int4(row.data(), cols, to);
+      quantize_int8(row.data(), cols, to, low.data() + r * matrix.low_row_bytes());
     }
   }
 };
 
-/// body(kernels, format's index among the kernels, format, columns) for all of them.
+/// body(kernels, int8's index among the kernels, columns) for all of them.
 template <class Body>
 void for_all(const Body& body) {
   for (const Kernels* kernels : available_kernels())
-    for (const WeightFormat format : {WeightFormat::int8, WeightFormat::int4})
-      for (const std::int64_t n : {8, 66, 128, 200, 576})
-        body(*kernels, format == WeightFormat::int8 ? 2 : 3, format, n);
+    for (const std::int64_t n : {8, 66, 128, 200, 576}) body(*kernels, 2, n);
 }
 
 template <class Kind>
@@ -80,8 +75,8 @@ const void* prepared(const Kind& kernels, const float* x, std::int64_t n, Aligne
 }  // namespace
 
 TEST(integer_rows_times_a_vector_that_is_not_finite) {
-  for_all([](const Kernels& kernels, int at, WeightFormat format, std::int64_t n) {
-    const IntegerMatrix w(format, n);
+  for_all([](const Kernels& kernels, int at, std::int64_t n) {
+    const IntegerMatrix w(n);
     const RowKernels& rows = kernels.rows[at];
     for (const float bad : kBad)
       for (const std::int64_t where : {std::int64_t{0}, n / 2, n - 1}) {
@@ -110,8 +105,8 @@ TEST(integer_rows_times_a_vector_that_is_not_finite) {
 }
 
 TEST(integer_neurons_of_which_one_is_not_finite) {
-  for_all([](const Kernels& kernels, int at, WeightFormat format, std::int64_t n) {
-    const IntegerMatrix gate(format, n), up(format, n), down(format, n);
+  for_all([](const Kernels& kernels, int at, std::int64_t n) {
+    const IntegerMatrix gate(n), up(n), down(n);
     const NeuronRows rows = {rows_of(gate.matrix), rows_of(up.matrix), rows_of(down.matrix)};
     std::vector<std::int32_t> ids(kRows);
     std::iota(ids.begin(), ids.end(), 0);
@@ -132,9 +127,7 @@ TEST(integer_neurons_of_which_one_is_not_finite) {
     CHECK(is_finite(fused(Activation::relu)));
     CHECK(is_finite(selected(1, false)));
     // A row's step, behind its nibbles and scales.
-    const std::int64_t step =
-        low_row_bytes(n) +
-        groups_of(n) * (format == WeightFormat::int8 ? kInt8Scales : kInt4Scales);
+    const std::int64_t step = low_row_bytes(n) + groups_of(n) * kInt8Scales;
     for (const float bad : kBad)
       for (const IntegerMatrix* damaged : {&gate, &up, &down}) {
         auto* const place = const_cast<std::byte*>(damaged->matrix.row(17)) + step;
@@ -154,8 +147,8 @@ TEST(integer_neurons_of_which_one_is_not_finite) {
 }
 
 TEST(integer_rows_times_panels_that_are_not_finite) {
-  for_all([](const Kernels& kernels, int at, WeightFormat format, std::int64_t n) {
-    const IntegerMatrix w(format, n);
+  for_all([](const Kernels& kernels, int at, std::int64_t n) {
+    const IntegerMatrix w(n);
     const PanelKernels& panels = kernels.panels[at];
     const std::int64_t width = kernels.panel, lane = width - 2;
     for (const float bad : kBad) {

@@ -1,4 +1,4 @@
-// Graded weights: the layout, rounding, and the kernels of all instruction sets against doubles.
+// Weights in bricks: the layout, and the kernels of all instruction sets against doubles.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/graded.h"
+#include "cpu/bricks.h"
 #include "cpu/isa.h"
 #include "kernel_tests.h"
-#include "weights/graded.h"
+#include "weights/bricks.h"
 
 using namespace tda;
 
@@ -21,6 +21,7 @@ struct Shape {
 };
 constexpr Shape kShapes[] = {{1, 1},    {1, 160},  {63, 31},  {64, 32},   {64, 70},
                              {100, 31}, {100, 70}, {200, 32}, {200, 160}, {2500, 70}};
+constexpr BrickKind kKinds[] = {BrickKind::graded, BrickKind::int4, BrickKind::lines};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int random_int(int least, int most) {
@@ -28,16 +29,18 @@ int random_int(int least, int most) {
   return std::uniform_int_distribution(least, most)(random);
 }
 
-/// A matrix of chosen codes, put into memory by the words of weights/graded.h alone.
+/// A matrix of chosen codes, put into memory by the words of weights/bricks.h alone.
 struct Encoded {
   std::int64_t rows, cols, strips, blocks, inputs, rest_stride;
   bool by_block;
-  std::vector<int> codes, rests, scales, offsets;  // of all rows, padding included
+  BrickKind kind;
+  std::vector<int> codes, rests;     // of all rows, padding included
+  std::vector<int> scales, offsets;  // for 16 inputs; of lines, the first of two and minima
   std::vector<float> steps, rest_steps, lengths;
   std::vector<StripOutlier> outliers;
   AlignedBytes memory;
 
-  Encoded(Shape shape, bool in_blocks)
+  Encoded(Shape shape, bool in_blocks, BrickKind of_bricks = BrickKind::graded)
       : rows(shape.rows),
         cols(shape.cols),
         strips((rows + 63) / 64),
@@ -45,17 +48,18 @@ struct Encoded {
         inputs(32 * blocks),
         rest_stride(64 * ((strips + 1) / 2 | 1)),
         by_block(in_blocks),
+        kind(of_bricks),
         codes(64 * strips * inputs),
         rests(64 * strips * inputs),
-        scales(64 * strips * blocks),
-        offsets(64 * strips * blocks),
+        scales(64 * strips * 2 * blocks),
+        offsets(64 * strips * 2 * blocks),
         steps(64 * strips),
         rest_steps(64 * strips),
         lengths(random_floats(inputs)),
         outliers(4 * strips) {
     for (int& code : codes) code = random_int(0, 15);
-    for (int& rest : rests) rest = random_int(0, 15);
-    for (int& scale : scales) scale = random_int(1, 255);
+    for (int& rest : rests) rest = has_rests() ? random_int(0, 15) : 8;
+    for (int& scale : scales) scale = random_int(-127, 127);
     for (int& offset : offsets) offset = random_int(-127, 127);
     for (float& length : lengths) length = std::abs(length);
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -70,40 +74,52 @@ struct Encoded {
   }
 
   void write() {
-    const auto lines = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    const auto padded = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
     std::vector<std::byte> bytes;
     const auto append = [&](const void* data, std::int64_t size) {
       const auto* const first = static_cast<const std::byte*>(data);
       bytes.insert(bytes.end(), first, first + size);
-      bytes.resize(lines(std::ssize(bytes)));
+      bytes.resize(padded(std::ssize(bytes)));
     };
-    std::vector<std::uint8_t> bricks(1152 * strips * blocks), columns(inputs * rest_stride);
+    const std::int64_t size = lines() ? 1280 : 1152;
+    std::vector<std::uint8_t> bricks(size * strips * blocks), columns(inputs * rest_stride);
     for (std::int64_t row = 0; row < 64 * strips; ++row)
       for (std::int64_t i = 0; i < inputs; ++i) {
         const std::int64_t s = row / 64, r = row % 64, b = i / 32, k = i % 32;
         std::uint8_t* const brick =
-            bricks.data() + 1152 * (by_block ? b * strips + s : s * blocks + b);
-        brick[r] = static_cast<std::uint8_t>(scales[row * blocks + b]);
-        brick[64 + r] = static_cast<std::uint8_t>(offsets[row * blocks + b]);
-        brick[128 + 128 * (k / 4) + 4 * (r % 32) + k % 4] |=
+            bricks.data() + size * (by_block ? b * strips + s : s * blocks + b);
+        const std::int64_t group = row * 2 * blocks + 2 * b;
+        if (lines()) {
+          const _Float16 both[2] = {static_cast<_Float16>(scales[group]),
+                                    static_cast<_Float16>(offsets[group])};
+          std::memcpy(brick + 2 * r, &both[0], 2);
+          std::memcpy(brick + 128 + 2 * r, &both[1], 2);
+        } else {
+          brick[r] = static_cast<std::uint8_t>(scales[group]);
+          brick[64 + r] = static_cast<std::uint8_t>(scales[group + 1]);
+        }
+        brick[size - 1024 + 128 * (k / 4) + 4 * (r % 32) + k % 4] |=
             static_cast<std::uint8_t>(codes[row * inputs + i] << (r < 32 ? 0 : 4));
         columns[i * rest_stride + 32 * s + r % 32] |=
             static_cast<std::uint8_t>(rests[row * inputs + i] << (r < 32 ? 0 : 4));
       }
     append(bricks.data(), std::ssize(bricks));
     append(steps.data(), 4 * 64 * strips);
-    append(rest_steps.data(), 4 * 64 * strips);
+    if (has_rests()) append(rest_steps.data(), 4 * 64 * strips);
     append(outliers.data(), 12 * 4 * strips);
-    append(lengths.data(), 4 * inputs);
-    append(columns.data(), std::ssize(columns));
+    if (has_rests()) append(lengths.data(), 4 * inputs);
+    if (has_rests()) append(columns.data(), std::ssize(columns));
     memory.assign(bytes.begin(), bytes.end());
   }
 
-  Graded graded() const { return {memory.data(), rows, cols, by_block}; }
+  bool lines() const { return kind == BrickKind::lines; }
+  bool has_rests() const { return kind == BrickKind::graded; }
+  Bricks bricks() const { return {memory.data(), rows, cols, kind, by_block}; }
   /// A weight's high part as a multiple of its row's step, and its rest as one of rest_step.
   int high(std::int64_t r, std::int64_t i) const {
-    const std::int64_t at = r * blocks + i / 32;
-    return scales[at] * (codes[r * inputs + i] - 8) + 16 * offsets[at];
+    const std::int64_t at = 2 * (r * blocks + i / 32);
+    const int code = codes[r * inputs + i];
+    return lines() ? scales[at] * code + offsets[at] : scales[at + i / 16 % 2] * (code - 8);
   }
   int rest(std::int64_t r, std::int64_t i) const { return rests[r * inputs + i] - 8; }
   double outlier(std::int64_t r, std::int64_t i) const {
@@ -115,18 +131,20 @@ struct Encoded {
   }
 };
 
-/// body(kernels, matrix) for all instruction sets, shapes and orders of bricks.
+/// body(kernels, matrix) for all instruction sets, shapes, orders and kinds of bricks.
 template <class Body>
 void for_all_matrices(const Body& body) {
   std::vector<Encoded> all;
   for (const Shape shape : kShapes)
-    for (const bool by_block : {false, true}) all.emplace_back(shape, by_block);
+    for (const bool by_block : {false, true})
+      for (const BrickKind kind : kKinds) all.emplace_back(shape, by_block, kind);
   for_all_kernels([&](const Kernels& kernels) {
     for (const Encoded& w : all) {
       const int before = check::failures;
       body(kernels, w);
       if (check::failures > before)
-        std::printf("  rows %d, cols %d, by_block %d\n", int(w.rows), int(w.cols), w.by_block);
+        std::printf("  rows %d, cols %d, by_block %d, kind %d\n", int(w.rows), int(w.cols),
+                    w.by_block, int(w.kind));
     }
   });
 }
@@ -144,7 +162,7 @@ struct Prepared {
   std::vector<HighInputs> blocks;
   std::vector<double> x;  // as rounded
 
-  Prepared(const GradedKernels& kernels, const std::vector<float>& in)
+  Prepared(const BrickKernels& kernels, const std::vector<float>& in)
       : blocks(in.size() / 32), x(in.size()) {
     kernels.prepare(in.data(), std::ssize(blocks), blocks.data());
     for (std::size_t i = 0; i < x.size(); ++i) {
@@ -161,7 +179,7 @@ struct Chosen {
   std::int64_t count;
   std::vector<double> x;  // as rounded; 0 for all that were not chosen
 
-  Chosen(const GradedKernels& kernels, const Encoded& w, const std::vector<float>& in,
+  Chosen(const BrickKernels& kernels, const Encoded& w, const std::vector<float>& in,
          float threshold)
       : blocks(w.blocks), x(in.size()) {
     count = kernels.choose(in.data(), w.lengths.data(), {0, w.cols}, threshold, blocks.data());
@@ -189,46 +207,51 @@ struct Term {
 };
 auto high_term(const Encoded& w) {  // a code and the centre are multiplied apart
   return [&w](std::int64_t r, std::int64_t i) -> Term {
-    const std::int64_t at = r * w.blocks + i / 32;
-    return {double(w.high(r, i)), 16.0 * w.scales[at] + 16 * std::abs(w.offsets[at])};
+    const std::int64_t at = 2 * (r * w.blocks + i / 32);
+    const int scale = w.lines() ? w.scales[at] : w.scales[at + i / 16 % 2];
+    return {double(w.high(r, i)), 16.0 * std::abs(scale) + std::abs(w.offsets[at])};
   };
 }
 auto rest_term(const Encoded& w) {
   return [&w](std::int64_t r, std::int64_t i) -> Term { return {double(w.rest(r, i)), 8}; };
 }
 
-std::vector<float> add_high(const GradedKernels& kernels, const Encoded& w, const HighInputs* x) {
+std::vector<float> add_high(const BrickKernels& kernels, const Encoded& w, const HighInputs* x) {
   std::vector<float> sums(64 * w.strips, 3);
-  kernels.add_high(w.graded(), {0, w.strips}, {0, w.blocks}, x, sums.data());
+  kernels.add_high(w.bricks(), {0, w.strips}, {0, w.blocks}, x, sums.data());
   return sums;
 }
-std::vector<float> add_rests(const GradedKernels& kernels, const Encoded& w, const Chosen& x) {
+std::vector<float> add_rests(const BrickKernels& kernels, const Encoded& w, const Chosen& x) {
   std::vector<float> sums(64 * w.strips, 3);
-  kernels.add_rests(w.graded(), {0, w.strips}, x.blocks.data(), x.count, sums.data());
+  kernels.add_rests(w.bricks(), {0, w.strips}, x.blocks.data(), x.count, sums.data());
   return sums;
 }
 
 }  // namespace
 
-TEST(graded_layout_is_what_its_header_says) {
+TEST(bricks_layout_is_what_its_header_says) {
   for (const Shape shape : kShapes)
-    for (const bool by_block : {false, true}) {
-      const Encoded w(shape, by_block);
-      const Graded found = w.graded();
-      CHECK(graded_bytes(w.rows, w.cols) == std::ssize(w.memory));
-      CHECK(graded_high_bytes(w.rows, w.cols) == std::ssize(w.memory) - w.inputs * w.rest_stride);
-      CHECK(graded_rest_bytes(w.rows) == 32 * w.strips);
+    for (const BrickKind kind : kKinds) {
+      const Encoded w(shape, shape.cols % 2 == 0, kind);
+      const Bricks found = w.bricks();
+      CHECK(found.bytes() == std::ssize(w.memory));
       CHECK(found.strips == w.strips && found.blocks == w.blocks);
-      CHECK(found.rest_stride == w.rest_stride);
-      CHECK(found.rest(0) == reinterpret_cast<const std::uint8_t*>(w.memory.data()) +
-                                 graded_high_bytes(w.rows, w.cols));
-      CHECK(std::equal(w.lengths.begin(), w.lengths.end(), found.rest_lengths));
+      if (!w.has_rests()) {
+        CHECK(found.high_bytes() == found.bytes() && found.rest_bytes() == 0);
+      } else {
+        CHECK(found.high_bytes() == found.bytes() - w.inputs * w.rest_stride);
+        CHECK(found.rest_bytes() == 32 * w.strips);
+        CHECK(found.rest_stride == w.rest_stride);
+        CHECK(found.rest(0) ==
+              reinterpret_cast<const std::uint8_t*>(w.memory.data()) + found.high_bytes());
+        CHECK(std::equal(w.lengths.begin(), w.lengths.end(), found.rest_lengths));
+      }
       std::vector<float> all(w.cols), high(w.cols), part(w.cols);
       for (std::int64_t r = 0; r < w.rows; ++r) {
-        dequantize_graded(found, r, 0, w.cols, all.data());
-        dequantize_graded(found, r, 0, w.cols, high.data(), true);
+        dequantize_bricks(found, r, 0, w.cols, all.data());
+        dequantize_bricks(found, r, 0, w.cols, high.data(), true);
         const std::int64_t first = r % w.cols, count = (w.cols - first + 1) / 2;
-        dequantize_graded(found, r, first, count, part.data());
+        dequantize_bricks(found, r, first, count, part.data());
         CHECK(std::equal(part.begin(), part.begin() + count, all.begin() + first));
         for (std::int64_t i = 0; i < w.cols; ++i) {
           CHECK_NEAR(all[i], w.value(r, i), 1e-5);
@@ -238,34 +261,35 @@ TEST(graded_layout_is_what_its_header_says) {
     }
 }
 
-TEST(graded_inputs_are_rounded_to_half_a_step) {
+TEST(brick_inputs_are_rounded_to_half_a_step) {
   const Encoded w({1, 160}, false);
   for_all_kernels([&](const Kernels& kernels) {
     for (const float size : {1e-38f, 1e-20f, 1.0f, 1e30f}) {
       std::vector<float> x = random_inputs(w);
       for (float& v : x) v *= size;
-      const Prepared p(*kernels.graded, x);
+      const Prepared p(*kernels.bricks, x);
       for (std::int64_t b = 0; b < 5; ++b) {
         std::vector<float> sizes;
-        double sum = 0;
+        double sums[2] = {};
         for (std::int64_t i = 32 * b; i < 32 * b + 32; ++i) {
           sizes.push_back(std::abs(x[i]));
-          sum += p.x[i];
+          sums[i / 16 % 2] += p.x[i];
         }
         std::nth_element(sizes.begin(), sizes.begin() + 1, sizes.end(), std::greater());
         const double limit = sizes[0] > 2 * sizes[1] ? sizes[1] : sizes[0];
         for (std::int64_t i = 32 * b; i < 32 * b + 32; ++i)
           CHECK_NEAR(p.x[i], x[i], limit / 254 * 1.001 + 1e-6 * std::abs(x[i]) + 1e-36);
-        CHECK_NEAR(p.blocks[b].sum, sum, 1e-6 * 32 * sizes[0] + 1e-36);
+        for (int half = 0; half < 2; ++half)
+          CHECK_NEAR(p.blocks[b].sums[half], sums[half], 1e-6 * 32 * sizes[0] + 1e-36);
       }
     }
   });
 }
 
-TEST(graded_high_parts_match_doubles) {
+TEST(brick_high_parts_match_doubles) {
   for_all_matrices([](const Kernels& kernels, const Encoded& w) {
-    const Prepared p(*kernels.graded, random_inputs(w));
-    const std::vector<float> sums = add_high(*kernels.graded, w, p.blocks.data());
+    const Prepared p(*kernels.bricks, random_inputs(w));
+    const std::vector<float> sums = add_high(*kernels.bricks, w, p.blocks.data());
     check_sums(w, sums, 3, p.x, high_term(w));
     // In other portions, to the bit.
     std::vector<float> again(64 * w.strips, 3);
@@ -273,7 +297,7 @@ TEST(graded_high_parts_match_doubles) {
     for (const Span strips : {Span{0, strip}, Span{strip, w.strips}})
       for (const Span blocks : {Span{0, block}, Span{block, w.blocks}})
         if (strips.count() > 0 && blocks.count() > 0)
-          kernels.graded->add_high(w.graded(), strips, blocks, p.blocks.data() + blocks.first,
+          kernels.bricks->add_high(w.bricks(), strips, blocks, p.blocks.data() + blocks.first,
                                    again.data() + 64 * strips.first);
     CHECK(again == sums);
   });
@@ -281,9 +305,10 @@ TEST(graded_high_parts_match_doubles) {
 
 TEST(graded_rests_of_chosen_inputs_match_doubles) {
   for_all_matrices([](const Kernels& kernels, const Encoded& w) {
+    if (!w.has_rests()) return;
     const std::vector<float> x = random_inputs(w);
     for (const float threshold : {0.0f, 0.1f, 0.5f, 1.5f, kInfinity}) {
-      const Chosen chosen(*kernels.graded, w, x, threshold);
+      const Chosen chosen(*kernels.bricks, w, x, threshold);
       std::vector<std::int32_t> expected, found;
       for (std::int32_t i = 0; i < w.cols; ++i)
         if (std::abs(x[i]) * w.lengths[i] >= threshold) expected.push_back(i);
@@ -296,13 +321,13 @@ TEST(graded_rests_of_chosen_inputs_match_doubles) {
       CHECK(found == expected);
       CHECK(threshold > 0 || chosen.count == w.cols);
       CHECK(threshold < kInfinity || chosen.count == 0);
-      const std::vector<float> sums = add_rests(*kernels.graded, w, chosen);
+      const std::vector<float> sums = add_rests(*kernels.bricks, w, chosen);
       check_sums(w, sums, 3, chosen.x, rest_term(w));
       std::vector<float> again(64 * w.strips, 3);
       for (Span strips = {0, w.strips / 3}; strips.first < w.strips;
            strips = {strips.end, w.strips})
         if (strips.count() > 0)
-          kernels.graded->add_rests(w.graded(), strips, chosen.blocks.data(), chosen.count,
+          kernels.bricks->add_rests(w.bricks(), strips, chosen.blocks.data(), chosen.count,
                                     again.data() + 64 * strips.first);
       CHECK(again == sums);
     }
@@ -315,23 +340,25 @@ TEST(graded_choice_may_begin_anywhere) {
   for_all_kernels([&](const Kernels& kernels) {
     RestInputs chosen[3];
     const std::int64_t count =
-        kernels.graded->choose(x.data(), w.lengths.data(), {64, 150}, 0.0f, chosen);
+        kernels.bricks->choose(x.data(), w.lengths.data(), {64, 150}, 0.0f, chosen);
     CHECK(count == 150 - 64);
     for (std::int64_t k = 0; k < count; ++k) CHECK(chosen[k / 32].ids[k % 32] == 64 + k);
   });
 }
 
-TEST(graded_sums_of_the_largest_numbers_do_not_overflow) {
+TEST(brick_sums_of_the_largest_numbers_do_not_overflow) {
   std::vector<Encoded> all;
   for (const int code : {0, 15})
     for (const int offset : {-127, 127}) {
-      Encoded w({100, 160}, code == 0);
-      std::fill(w.codes.begin(), w.codes.end(), code);
-      std::fill(w.rests.begin(), w.rests.end(), code);
-      std::fill(w.scales.begin(), w.scales.end(), 255);
-      std::fill(w.offsets.begin(), w.offsets.end(), offset);
-      w.write();
-      all.push_back(w);
+      for (const BrickKind kind : kKinds) {
+        Encoded w({100, 160}, code == 0, kind);
+        std::fill(w.codes.begin(), w.codes.end(), code);
+        if (w.has_rests()) std::fill(w.rests.begin(), w.rests.end(), code);
+        std::fill(w.scales.begin(), w.scales.end(), offset);
+        std::fill(w.offsets.begin(), w.offsets.end(), offset);
+        w.write();
+        all.push_back(w);
+      }
     }
   for_all_kernels([&](const Kernels& kernels) {
     for (const Encoded& w : all)
@@ -339,39 +366,41 @@ TEST(graded_sums_of_the_largest_numbers_do_not_overflow) {
         for (const int size : {1, 15, 32, 33, 160}) {
           std::vector<float> x(w.inputs);
           for (int i = 0; i < size; ++i) x[i] = i / period % 2 == 0 ? -127.0f : 127.0f;
-          const Prepared p(*kernels.graded, x);
+          const Prepared p(*kernels.bricks, x);
           CHECK(size != 160 || std::abs(p.blocks[4].q[31]) == 127);
-          check_sums(w, add_high(*kernels.graded, w, p.blocks.data()), 3, p.x, high_term(w));
-          const Chosen chosen(*kernels.graded, w, x, 1e-30f);
+          check_sums(w, add_high(*kernels.bricks, w, p.blocks.data()), 3, p.x, high_term(w));
+          if (!w.has_rests()) continue;
+          const Chosen chosen(*kernels.bricks, w, x, 1e-30f);
           CHECK(chosen.count == size && std::abs(chosen.blocks[0].q[0]) == 127);
-          check_sums(w, add_rests(*kernels.graded, w, chosen), 3, chosen.x, rest_term(w));
+          check_sums(w, add_rests(*kernels.bricks, w, chosen), 3, chosen.x, rest_term(w));
         }
   });
 }
 
-TEST(graded_products_of_what_is_not_finite_are_not_finite) {
+TEST(brick_products_of_what_is_not_finite_are_not_finite) {
   for_all_matrices([](const Kernels& kernels, const Encoded& w) {
     for (const float bad : {NAN, kInfinity, -kInfinity}) {
       std::vector<float> x = random_inputs(w);
       x[w.cols / 2] = bad;
-      const Prepared p(*kernels.graded, x);
+      const Prepared p(*kernels.bricks, x);
       const auto finite = [](float v) { return std::isfinite(v); };
-      CHECK(std::ranges::none_of(add_high(*kernels.graded, w, p.blocks.data()), finite));
-      const Chosen chosen(*kernels.graded, w, x, 1e30f);
+      CHECK(std::ranges::none_of(add_high(*kernels.bricks, w, p.blocks.data()), finite));
+      if (!w.has_rests()) continue;
+      const Chosen chosen(*kernels.bricks, w, x, 1e30f);
       CHECK(chosen.count == 1);
-      CHECK(std::ranges::none_of(add_rests(*kernels.graded, w, chosen), finite));
+      CHECK(std::ranges::none_of(add_rests(*kernels.bricks, w, chosen), finite));
     }
   });
 }
 
-TEST(graded_prefill_matches_doubles) {
+TEST(brick_prefill_matches_doubles) {
   for_all_matrices([](const Kernels& kernels, const Encoded& w) {
     const std::int64_t width = kernels.panel, rows = 64 * w.strips;
     const std::vector<float> b = random_floats(2 * w.cols * width);
     std::vector<float> c(2 * rows * width, 7);
     const auto multiply = [&](bool add) {
       for (std::int64_t s = 0; s < w.strips; ++s)
-        kernels.graded->multiply(w.graded(), s, {b.data(), w.cols * width},
+        kernels.bricks->multiply(w.bricks(), s, {b.data(), w.cols * width},
                                  {c.data() + 64 * s * width, rows * width}, 2, add);
     };
     multiply(false);

@@ -1,4 +1,4 @@
-// Models of graded weights on the CPU backend: against doubles, with thresholds of inputs, and with
+// Models of weights in bricks on the CPU backend: against doubles, with thresholds of inputs, and with
 // any number of threads.
 #include <tda/error.h>
 
@@ -123,11 +123,10 @@ TEST(graded_results_do_not_depend_on_threads) {
           CHECK(reads.exact + reads.coarse == neurons);
           CHECK((reads.exact == neurons) == (dense || threshold == 0));
           const LayerWeights& w = model.get()->layers[1];
-          const std::int64_t high = graded_high_bytes(w.gate_up.rows, w.gate_up.cols) +
-                                    graded_high_bytes(w.down.rows, w.down.cols);
-          const std::int64_t rests =
-              reads.bytes - 3 * high - reads.exact * graded_rest_bytes(w.down.rows);
-          const std::int64_t column = graded_rest_bytes(w.gate_up.rows);
+          const Bricks gate_up = w.gate_up.bricks(), down = w.down.bricks();
+          const std::int64_t high = gate_up.high_bytes() + down.high_bytes();
+          const std::int64_t rests = reads.bytes - 3 * high - reads.exact * down.rest_bytes();
+          const std::int64_t column = gate_up.rest_bytes();
           CHECK(rests % column == 0);
           CHECK((rests == 3 * config.hidden_size * column) == (dense || threshold == 0));
         }
@@ -157,6 +156,37 @@ TEST(graded_prefill_agrees_with_decode) {
     }
     CHECK(error(decoded, runs[0]) < 0.02);  // decode rounds activations to 8 bits
   });
+}
+
+TEST(int4_models_stay_near_doubles_whatever_the_thresholds) {
+  for (const ModelConfig& config : {config_of(130, 300), config_of(66, 4300)}) {
+    const naive::RandomModel model(config, WeightFormat::int4, 7);
+    const auto tokens = naive::random_tokens(12, 101);
+    naive::Session session(model.get(), KvFormat::f32);
+    naive::Vector expected = run(session, naive::step_of(Tokens(tokens).first(9), 0));
+    for (std::int64_t t = 9; t < 12; ++t) {
+      const naive::Vector logits = run(session, naive::step_of(Tokens(tokens).subspan(t, 1), t));
+      expected.insert(expected.end(), logits.begin(), logits.end());
+    }
+    for_all_kernels([&](const Kernels& kernels) {
+      const ForcedIsa isa(kernels.name);
+      std::vector<Decoded> runs;
+      for (const int threads : {1, 2, 3}) {
+        const auto backend = make_cpu_backend(model.get(), threads);
+        const auto state = backend->new_state(12, KvFormat::f32);
+        const InputThresholds all = {{0.3f, 0.3f, 0.3f, 0.3f}};
+        for (std::int64_t l = 0; l < 2; ++l) backend->set_input_thresholds(*state, l, all);
+        runs.push_back(decode(*backend, *state, tokens,
+                              threads == 1 ? FfnMode::dense : FfnMode::sparse, 0.3f));
+        CHECK(runs.back().prompt == runs[0].prompt && runs.back().steps == runs[0].steps);
+        const FfnReads reads = backend->ffn_reads(*state, 1);
+        CHECK(reads.exact == 3 * config.intermediate_size && reads.coarse == 0);
+        CHECK(reads.bytes == 3 * model.get()->ffn_bytes());
+      }
+      CHECK(error(runs[0].prompt, std::span(expected).first(101)) < 1e-5);
+      CHECK(error(runs[0].steps, std::span(expected).subspan(101)) < 0.02);  // x has 8 bits
+    });
+  }
 }
 
 TEST(graded_steps_refuse_several_sparse_tokens) {

@@ -6,7 +6,7 @@
 
 #include "check.h"
 #include "kernel_tests.h"
-#include "weights/graded.h"
+#include "weights/bricks.h"
 
 using namespace tda;
 
@@ -16,33 +16,36 @@ namespace {
 struct Stored {
   std::int64_t rows, cols;
   AlignedBytes memory;
-  Graded w;
+  Bricks w;
 
-  Stored(std::int64_t row_count, const std::vector<float>& values, bool by_block = false)
+  Stored(std::int64_t row_count, const std::vector<float>& values, bool by_block = false,
+         BrickKind kind = BrickKind::graded)
       : rows(row_count),
         cols(std::ssize(values) / row_count),
-        memory(graded_bytes(rows, cols)),
-        w(memory.data(), rows, cols, by_block) {
+        memory(Bricks(nullptr, rows, cols, kind, by_block).bytes()),
+        w(memory.data(), rows, cols, kind, by_block) {
     const std::int64_t stride = 32 * w.blocks;
     for (std::int64_t s = 0; s < w.strips; ++s) {
       std::vector<float> strip(64 * stride);
       for (std::int64_t r = 64 * s; r < std::min(rows, 64 * s + 64); ++r)
         std::copy_n(values.data() + r * cols, cols, strip.data() + (r - 64 * s) * stride);
-      quantize_graded(w, s, strip.data());
+      quantize_bricks(w, s, strip.data());
     }
-    measure_rests(w, 0, stride);
+    if (w.has_rests()) measure_rests(w, 0, stride);
   }
 
-  const Brick& brick(std::int64_t r, std::int64_t i) const { return w.brick(r / 64, i / 32); }
-  int scale(std::int64_t r, std::int64_t i) const { return brick(r, i).scales[r % 64]; }
-  int offset(std::int64_t r, std::int64_t i) const { return brick(r, i).offsets[r % 64]; }
+  const CentredBrick& brick(std::int64_t r, std::int64_t i) const {
+    return w.brick<CentredBrick>(r / 64, i / 32);
+  }
+  /// The scale of input i, in steps of its row, and as a size.
+  int scale(std::int64_t r, std::int64_t i) const { return brick(r, i).scales[i / 16 % 2][r % 64]; }
   double unit(std::int64_t r, std::int64_t i) const { return double{w.steps[r]} * scale(r, i); }
   double high(std::int64_t r, std::int64_t i) const {
     const int byte = brick(r, i).codes[i % 32 / 4][4 * (r % 32) + i % 4];
-    const int code = (r % 64 < 32 ? byte & 15 : byte >> 4) - 8;
-    return double{w.steps[r]} * (scale(r, i) * code + 16 * offset(r, i));
+    return unit(r, i) * ((r % 64 < 32 ? byte & 15 : byte >> 4) - 8);
   }
   double rest(std::int64_t r, std::int64_t i) const {
+    if (!w.has_rests()) return 0;
     const int byte = w.rest(i)[r / 64 * 32 + r % 32];
     return double{w.rest_steps[r]} * ((r % 64 < 32 ? byte & 15 : byte >> 4) - 8);
   }
@@ -61,15 +64,15 @@ double distance(double value, double step) {
   return least;
 }
 
-/// The most that the best scale and offset for 32 values may miss one of them by, in the mean of
-/// squares: those of the whole range miss none by more.
+/// The error, in the L2 norm, of 16 values with the scale that makes the largest code -8. The search
+/// tries it, but for the rounding of scales to whole steps of the row, which moves a value by at most
+/// 8 halves of one.
 double bound_of_group(const double* values, double step) {
-  const auto [low, high] = std::minmax_element(values, values + 32);
-  const double range = *high - *low, unit = std::max(range / 15 + step / 2, step);
-  // Offsets are 16 steps apart and at most 127. Scales are a step apart, half of which counts 7.5
-  // times at the ends of the range.
-  const double beyond = std::max(0.0, std::abs(*high + *low) / 2 + unit / 2 - 127 * 16 * step);
-  return std::max(unit / 2, 11.75 * step + beyond);
+  const auto by_size = [](double a, double b) { return std::abs(a) < std::abs(b); };
+  const double unit = -*std::max_element(values, values + 16, by_size) / 8;
+  double error = 0;
+  for (int i = 0; i < 16; ++i) error += unit != 0 ? std::pow(distance(values[i], unit), 2) : 0;
+  return std::sqrt(error) + std::sqrt(16.0) * 4 * step;
 }
 
 /// Returns the error relative to the values, in the L2 norm.
@@ -78,17 +81,17 @@ double check_rounding(const Stored& s, const std::vector<float>& values) {
   for (std::int64_t r = 0; r < s.rows; ++r) {
     std::vector<double> row(32 * s.w.blocks), rests(row.size());
     std::vector<float> found(s.cols);
-    dequantize_graded(s.w, r, 0, s.cols, found.data());
+    dequantize_bricks(s.w, r, 0, s.cols, found.data());
     double row_error = 0, simple_error = 0, largest_unit = 0;
     for (std::int64_t i = 0; i < std::ssize(row); ++i) {
       const double value = i < s.cols ? values[r * s.cols + i] : 0, outlier = s.outlier(r, i);
-      CHECK(outlier == 0 || outlier == value);
+      CHECK(outlier == 0 || outlier == static_cast<float>(value));
       row[i] = value - outlier;
       rests[i] = row[i] - s.high(r, i);
-      largest_unit = std::max(largest_unit, s.unit(r, i));
-      const double base = double{s.w.steps[r]} * 16 * s.offset(r, i);
-      CHECK_NEAR(std::abs(rests[i]), distance(row[i] - base, s.unit(r, i)), 1e-3 * s.unit(r, i));
-      const double step = s.w.rest_steps[r], missed = rests[i] - s.rest(r, i);
+      const double unit = s.unit(r, i), step = s.w.has_rests() ? s.w.rest_steps[r] : 0;
+      largest_unit = std::max(largest_unit, std::abs(unit));
+      CHECK_NEAR(std::abs(rests[i]), distance(row[i], unit), 1e-3 * std::abs(unit) + 1e-44);
+      const double missed = rests[i] - s.rest(r, i);
       CHECK_NEAR(std::abs(missed), distance(rests[i], step), 1e-3 * step + 1e-44);
       row_error += missed * missed;
       if (i < s.cols) CHECK_NEAR(found[i], value - missed, 1e-5 * std::abs(value) + 1e-3 * step);
@@ -99,16 +102,16 @@ double check_rounding(const Stored& s, const std::vector<float>& values) {
       const double simple = distance(rests[i], largest_unit / 16);
       simple_error += simple * simple;
     }
-    CHECK(row_error <= simple_error * 1.001);
-    for (std::int64_t first = 0; first < std::ssize(row); first += 32) {
+    if (s.w.has_rests()) CHECK(row_error <= simple_error * 1.001);
+    for (std::int64_t first = 0; first < std::ssize(row); first += 16) {
       double squares = 0;
-      for (std::int64_t i = first; i < first + 32; ++i) squares += rests[i] * rests[i];
-      CHECK(std::sqrt(squares / 32) <= 1.002 * bound_of_group(row.data() + first, s.w.steps[r]));
-      CHECK(s.scale(r, first) >= 1);
+      for (std::int64_t i = first; i < first + 16; ++i) squares += rests[i] * rests[i];
+      CHECK(std::sqrt(squares) <= 1.002 * bound_of_group(row.data() + first, s.w.steps[r]));
     }
   }
   for (std::int64_t r = s.rows; r < 64 * s.w.strips; ++r)
-    CHECK(s.w.steps[r] == 0 && s.w.rest_steps[r] == 0);
+    CHECK(s.w.steps[r] == 0 && (!s.w.has_rests() || s.w.rest_steps[r] == 0));
+  if (!s.w.has_rests()) return std::sqrt(error / size);
   for (std::int64_t i = 0; i < s.cols; ++i) {
     double squares = 0;
     for (std::int64_t r = 0; r < s.rows; ++r) squares += s.rest(r, i) * s.rest(r, i);
@@ -125,11 +128,13 @@ TEST(graded_rounds_to_the_nearest_codes_at_any_size) {
       for (const std::int64_t cols : {1, 31, 32, 70, 160}) {
         const std::vector<float> values = random_floats(rows * cols, size);
         const double error = check_rounding(Stored(rows, values, cols % 2 == 0), values);
-        // The range of 32 normal numbers is about 4.1 of their deviations, so that a step of 8 bits
-        // is 1/60 of one and rounding to it costs 1/60 / sqrt(12) = 0.005; up to twice that where a
+        // The largest of 16 normal numbers is about 1.8 of their deviations, so that a step of 8 bits
+        // is 1/70 of one and rounding to it costs 1/70 / sqrt(12) = 0.004; up to twice that where a
         // row's widest group sets the rest's step. In a single row a clipped value may miss by a
         // step of 4 bits, 1/4 of a deviation: 1/4 / sqrt(32).
         CHECK(error < (rows > 1 ? 0.01 : 0.045));
+        const Stored four(rows, values, cols % 2 == 0, BrickKind::int4);
+        CHECK(check_rounding(four, values) < (rows * cols > 1000 ? 0.07 : 0.2));
       }
 }
 
@@ -155,12 +160,12 @@ TEST(graded_zeros_stay_zero) {
   const Stored s(100, values);
   std::vector<float> row(cols);
   for (std::int64_t r = 0; r < 100; ++r) {
-    dequantize_graded(s.w, r, 0, cols, row.data());
+    dequantize_bricks(s.w, r, 0, cols, row.data());
     for (std::int64_t i = 0; i < cols; ++i)
       if (r == 50 || i / 32 == r % 5) CHECK(row[i] == 0);
   }
   const Stored nothing(1, std::vector<float>(70));
-  dequantize_graded(nothing.w, 0, 0, 70, row.data());
+  dequantize_bricks(nothing.w, 0, 0, 70, row.data());
   CHECK(std::all_of(row.begin(), row.begin() + 70, [](float v) { return v == 0; }));
 }
 
@@ -170,7 +175,7 @@ TEST(graded_rows_next_to_nothing_stay_small) {
     const Stored s(64, values);
     std::vector<float> row(40);
     for (std::int64_t r = 0; r < 64; ++r) {
-      dequantize_graded(s.w, r, 0, 40, row.data());
+      dequantize_bricks(s.w, r, 0, 40, row.data());
       for (std::int64_t i = 0; i < 40; ++i) CHECK_NEAR(row[i], values[r * 40 + i], 4 * size);
     }
   }
@@ -201,9 +206,9 @@ TEST(graded_keeps_the_four_largest_outliers_of_a_strip_exactly) {
   check_rounding(s, values);
   for (const StripOutlier& o : {first, second, third, fourth}) {
     float value = 0;
-    dequantize_graded(s.w, o.row, o.input, 1, &value);
+    dequantize_bricks(s.w, o.row, o.input, 1, &value);
     CHECK_NEAR(value, o.value, 0.001);  // of the neighbours' size
-    dequantize_graded(s.w, o.row, o.input, 1, &value, true);
+    dequantize_bricks(s.w, o.row, o.input, 1, &value, true);
     CHECK_NEAR(value, o.value, 0.01);
   }
 }

@@ -87,7 +87,7 @@ TEST(names_are_parsed_back) {
   CHECK_THROWS(tda::parse_device("gpu"), tda::OptionError,
                "device is \"gpu\", expected auto, cpu or cuda");
   CHECK_THROWS(tda::parse_weight_format("int3"), tda::OptionError,
-               "auto, f32, bf16, int8, int4, bf16c or graded");
+               "auto, f32, bf16, int8, bf16c, int4 or graded");
 }
 
 void check_layer(const tda::LayerWeights& layer, const Tensors& tensors,
@@ -236,8 +236,8 @@ TEST(load_stores_outliers_of_down_rows_exactly) {
   Folder folder;
   write_model(folder, tiny, tensors, "F32");
   const tda::Checkpoint checkpoint(folder.path);
-  for (const WeightFormat format : {WeightFormat::int8, WeightFormat::int4}) {
-    const auto model = tda::load_model(checkpoint, format, 2);
+  {
+    const auto model = tda::load_model(checkpoint, WeightFormat::int8, 2);
     CHECK(model->layers[0].outlier_neurons.empty());
     CHECK(model->layers[1].outlier_neurons == std::vector<std::int32_t>{2});
     std::vector<float> row(down.shape[0]);
@@ -338,68 +338,6 @@ TEST(load_compresses_bf16_or_says_where_that_is_not_possible) {
   with_uppers(gate, 14, 1);
   with_uppers(down, 72, tensors.at(down).shape[1]);
   CHECK_THROWS(load(WeightFormat::bf16c), CheckpointError, "\": column 0 has more than 3 values ");
-}
-
-/// int4 as its format comment defines it: every scale tried in turn on the whole group, one value
-/// after the other.
-std::vector<std::byte> plain_int4(const Values& values) {
-  constexpr int kSixteen = 16;
-  const auto cols = std::ssize(values);
-  float largest = 0;
-  for (const float v : values) largest = std::max(largest, std::abs(v));
-  constexpr float kLargestInSteps = 8 * 127 / 1.1f;
-  const float step = largest / kLargestInSteps;
-  std::vector<std::byte> row(tda::int4_row_bytes(cols));
-  std::byte* const scales = row.data() + tda::low_row_bytes(cols);
-  std::memcpy(scales + tda::groups_of(cols) * tda::kInt4Scales, &step, 4);
-  for (std::int64_t g = 0; g < tda::groups_of(cols) * tda::kInt4Scales; ++g) {
-    float in[kSixteen] = {}, most = 0;
-    for (int i = 0; i < kSixteen && g * kSixteen + i < cols && largest > 0; ++i)
-      in[i] = values[g * kSixteen + i] / largest * kLargestInSteps;
-    for (const float v : in) most = std::max(most, std::abs(v));
-    std::vector<int> tried{0};
-    for (int percent = 70; percent <= 110; percent += 2) {
-      const int scale = std::min(127, int(std::lround(most * float(percent) / 800)));
-      tried.insert(tried.end(), {scale, -scale});
-    }
-    float least = INFINITY;
-    for (const int scale : tried) {
-      float error = 0;
-      int codes[kSixteen];
-      for (int i = 0; i < kSixteen; ++i) {
-        const float inverse = scale ? 1 / float(scale) : 0;
-        const float code = std::clamp(std::nearbyint(in[i] * inverse), -8.0f, 7.0f);
-        codes[i] = int(code) + 8;
-        error += (in[i] - code * float(scale)) * (in[i] - code * float(scale));
-      }
-      if (error >= least) continue;
-      least = error;
-      scales[g] = std::byte(scale);
-      for (int i = 0; i < 8; ++i) row[g * 8 + i] = std::byte(codes[i] | codes[8 + i] << 4);
-    }
-  }
-  return row;
-}
-
-TEST(int4_has_the_bytes_of_the_plain_search) {
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal;
-  for (const std::int64_t cols : {1, 15, 16, 17, 64, 65, 576, 1100})
-    for (const float size : {0.0f, 1e-40f, 1e-6f, 0.02f, 1.0f, 1e30f})
-      for (int repeat = 0; repeat < 20; ++repeat) {
-        Values values(cols);
-        for (float& v : values) v = normal(random) * size;
-        if (repeat % 4 == 1) values[random() % cols] *= 50;  // most groups have few distinct scales
-        if (repeat % 4 == 2)                                 // many ties between codes and scales
-          for (float& v : values) v = std::round(v / size * 4) * size;
-        if (repeat % 4 == 3)  // groups of zeros
-          for (std::int64_t i = 0; i < cols / 2; ++i) values[i] = 0;
-        for (float& v : values)
-          if (!std::isfinite(v)) v = 0;
-        std::vector<std::byte> row(tda::int4_row_bytes(cols), std::byte{0xff});
-        tda::quantize_int4(values.data(), cols, row.data());
-        CHECK(row == plain_int4(values));
-      }
 }
 
 /// A config's sizes that the tensors do not have are refused before memory is allocated.

@@ -16,7 +16,7 @@ void record(const void* line, int locality) {
 #define __builtin_prefetch(line, write, locality) record(line, locality)
 #include "check.h"
 #include "cpu/down_rows.h"
-#include "cpu/int4.h"
+#include "cpu/int8.h"
 
 using namespace tda;
 
@@ -44,9 +44,7 @@ struct Layer {
   NeuronRows rows;
 
   explicit Layer(int64_t values, std::uintptr_t begin = 1 << 30)
-      : n(values),
-        high(Row::kPlanes ? high_row_bytes(n) : int4_row_bytes(n)),
-        low(Row::kPlanes ? low_row_bytes(n) : 0) {
+      : n(values), high(high_row_bytes(n)), low(low_row_bytes(n)) {
     const auto* const gates = reinterpret_cast<const std::byte*>(begin);
     const std::byte* const lows = gates + 2 * kNeurons * high;
     const std::byte* const downs = lows + 2 * kNeurons * low;
@@ -162,7 +160,6 @@ void check_format(int64_t n) {
 TEST(every_line_is_prefetched_twice) {
   for (const int64_t n : {64, 576, 960, 1536, 2048, 2560, 4096}) {
     check_format<Int8Row, 1>(n);
-    check_format<Int4Row, 2>(n);
   }
 }
 

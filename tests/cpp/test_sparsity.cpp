@@ -318,11 +318,8 @@ TEST(tda_options) {
 /// The setting for so many prompt tokens on a small model with such weights.
 static TdaSetting resolved(const std::optional<TdaOptions>& asked, WeightFormat weights,
                            std::int64_t prompt_tokens = 500) {
-  const bool planes = weights == WeightFormat::int8 || weights == WeightFormat::int4;
-  return resolve(asked, {.weights = weights,
-                         .head = planes ? WeightFormat::int8 : weights,
-                         .parameters = 135'000'000,
-                         .prompt_tokens = prompt_tokens});
+  return resolve(asked,
+                 {.weights = weights, .parameters = 135'000'000, .prompt_tokens = prompt_tokens});
 }
 
 TEST(recommended_setting) {
@@ -332,8 +329,8 @@ TEST(recommended_setting) {
   CHECK(found.words == "token scope: 35% of neurons exact, 50% at 4 bits, head 1e-5");
   CHECK(found.warnings.empty());
   found = resolved(TdaOptions{}, WeightFormat::int4);
-  CHECK((found.options == TdaOptions{.scope = Scope::token, .active = 0.6, .head = 1e-5}));
-  CHECK(found.words == "token scope: 60% of neurons exact, head 1e-5");
+  CHECK((found.options == TdaOptions{.inputs = 0.2}));
+  CHECK(found.words == "by input: 44.7% of the head's inputs at 8 bits, everything else at 4");
   for (const auto weights : {WeightFormat::f32, WeightFormat::bf16, WeightFormat::bf16c}) {
     found = resolved(TdaOptions{}, weights, 5);
     CHECK(!found.options && found.warnings.empty());

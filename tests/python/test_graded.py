@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from tdaengine import TDA, CheckpointError, Engine, Error, OptionError, Thresholds
 
@@ -168,7 +169,9 @@ def test_bad_options(options: dict[str, float], message: str):
 
 
 def test_options_that_do_not_fit_the_weights(folder: Path, graded: Engine):
-    with pytest.raises(OptionError, match="tda inputs: expected graded weights, found int8"):
+    with pytest.raises(
+        OptionError, match="tda inputs: expected graded or int4 weights, found int8"
+    ):
         score(Engine(folder, weights="int8"), TDA(inputs=0.2))
     for tda in (TDA(error=0.1), TDA(active=0.5), TDA.cats(active=0.5), TDA.griffin(active=0.5)):
         with pytest.raises(OptionError, match="tda with graded weights: expected inputs"):
@@ -176,7 +179,7 @@ def test_options_that_do_not_fit_the_weights(folder: Path, graded: Engine):
     for target in ({"error": 0.2}, {"scope": "token"}, {"sample_tokens": 3}):
         with pytest.raises(OptionError, match="calibrate: found graded weights, expected neither"):
             graded.calibrate([tiny.tokens("llama")], **target)
-    with pytest.raises(OptionError, match="tda loss: expected graded weights, found int8"):
+    with pytest.raises(OptionError, match="tda loss: expected graded or int4 weights, found int8"):
         score(Engine(folder, weights="int8"), TDA(loss=0.02))
     with pytest.raises(OptionError, match="mask of layer 0: found graded weights"):
         graded.session(10).set_mask(0, [1])
@@ -184,6 +187,50 @@ def test_options_that_do_not_fit_the_weights(folder: Path, graded: Engine):
     session.prefill(tiny.tokens("llama")[:PROMPT])
     with pytest.raises(OptionError, match="tda inputs: the session remembers no tokens"):
         session.apply(TDA(inputs=0.2))
+
+
+def test_int4_reads_the_heads_rests_by_input(folder: Path):
+    engine = Engine(folder, weights="int4", threads=2)
+    tokens = tiny.tokens("llama")[:PROMPT]
+
+    def stats_of(tda: TDA | None):
+        return engine.generate(tokens, max_new_tokens=20, ignore_eos=True, tda=tda).stats
+
+    dense, some, none = stats_of(None), stats_of(TDA()), stats_of(TDA(inputs=0.0))
+    assert dense.head_bytes_fraction == 1
+    assert dense.head_bytes_fraction > some.head_bytes_fraction > none.head_bytes_fraction
+    assert some.tda == "by input: 44.7% of the head's inputs at 8 bits, everything else at 4"
+    assert some.ffn_bytes == dense.ffn_bytes and some.ffn_active == 1 and some.ffn_coarse == 0
+    assert (score(engine, TDA(inputs=1.0)) == score(engine, None)).all()
+    with pytest.raises(OptionError, match="tda with int4 weights: expected inputs"):
+        score(engine, TDA(active=0.5))
+
+
+def test_int4_holds_weights_that_had_four_bits(tmp_path: Path):
+    """Whatever their scale and minimum; others lose what 4 bits lose."""
+    folder = tiny.write(tmp_path / "m", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    random = np.random.default_rng(5)
+    for name, values in tensors.items():
+        if "proj.weight" not in name:
+            continue
+        rows, cols = values.shape
+        scale, minimum = 0.01 + 0.01 * random.random((2, rows, -(-cols // 32), 1))
+        codes = random.integers(0, 16, (rows, scale.shape[1], 32))
+        four_bits = (scale * (codes - 8) + minimum).astype(np.float32)
+        tensors[name] = np.ascontiguousarray(four_bits.reshape(rows, -1)[:, :cols])
+    save_file(tensors, folder / "model.safetensors")
+    tokens = tiny.tokens("llama")
+    exact = Engine(folder, weights="f32").logits(tokens)
+    found = Engine(folder, weights="int4").logits(tokens)
+    assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+    for name, values in tensors.items():
+        if "proj.weight" in name:
+            tensors[name] = random.normal(0, 0.1, values.shape).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    exact = Engine(folder, weights="f32").logits(tokens)
+    found = Engine(folder, weights="int4").logits(tokens)
+    assert np.abs(found - exact).max() > 0.02 * np.abs(exact).max()
 
 
 def test_a_single_token_prompt(graded: Engine):

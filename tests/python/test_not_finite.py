@@ -63,9 +63,9 @@ def calls(engine: Engine) -> dict[str, Callable[[], object]]:
         "token": TDA(scope="token", active=0.5),
         "cats": TDA.cats(active=0.5),
     }
-    if engine.weights == "graded":
+    if engine.weights in ("graded", "int4"):
         scopes = {"dense": None, "inputs": TDA(inputs=0.3)}
-    if engine.weights in ("int8", "int4"):
+    if engine.weights == "int8":
         scopes["head"] = TDA(active=0.5, head=0.01)
     result: dict[str, Callable[[], object]] = {
         "logits": lambda: engine.logits(TOKENS),

@@ -183,7 +183,7 @@ def test_bytes_in_bf16_are_half(llama: Case):
 
 
 @pytest.mark.parametrize("refresh", [0, 8])
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4", "bf16c"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "bf16c"])
 @pytest.mark.parametrize("variant", ["llama", "llama_odd"])
 def test_compact_masks_change_no_bit(tmp_path: Path, variant: str, weights: str, refresh: int):
     folder = tiny.write(tmp_path / "m", variant)

@@ -61,11 +61,10 @@ def test_scores_match_the_reference(folder: Path, f32: Engine, active: float, by
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_all_neurons_are_dense_to_the_bit(int8: Engine, int4: Engine):
-    for engine in (int8, int4):
-        dense = engine.score(TOKENS, prompt_tokens=PROMPT)
-        for tda in (TDA(scope="token", active=1.0), TDA.cats(active=1.0), TDA.griffin(active=1.0)):
-            assert (engine.score(TOKENS, prompt_tokens=PROMPT, tda=tda) == dense).all()
+def test_all_neurons_are_dense_to_the_bit(int8: Engine):
+    dense = int8.score(TOKENS, prompt_tokens=PROMPT)
+    for tda in (TDA(scope="token", active=1.0), TDA.cats(active=1.0), TDA.griffin(active=1.0)):
+        assert (int8.score(TOKENS, prompt_tokens=PROMPT, tda=tda) == dense).all()
 
 
 def test_int8_is_near_f32(f32: Engine, int8: Engine):
@@ -98,10 +97,9 @@ def decoded(engine: Engine, tda: TDA | None) -> np.ndarray:
     return np.stack([session.decode(token) for token in TOKENS[PROMPT:]])
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("options", [{"scope": "token", "active": 1.0}, {"error": 0.0}])
-def test_unlikely_tokens_get_estimates(folder: Path, weights: str, options: dict):
-    engine = Engine(folder, weights=weights, threads=2)
+def test_unlikely_tokens_get_estimates(int8: Engine, options: dict):
+    engine = int8
     dense = decoded(engine, None)
     assert (decoded(engine, TDA(head=1e-30, **options)) == dense).all()
     estimates = decoded(engine, TDA(head=1.0, **options))
@@ -150,7 +148,7 @@ def test_results_do_not_depend_on_threads(folder: Path, int8: Engine):
         assert (engine.score(TOKENS, prompt_tokens=PROMPT, tda=tda) == expected).all()
 
 
-@pytest.mark.parametrize("weights", ["f32", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["f32", "int8"])
 def test_error_drops_more_with_a_larger_target(folder: Path, weights: str):
     engine = Engine(folder, weights=weights)
     active = [stats_of(engine, TDA(scope="token", error=e)).ffn_active for e in (0, 0.05, 0.2, 0.5)]
@@ -158,7 +156,7 @@ def test_error_drops_more_with_a_larger_target(folder: Path, weights: str):
     assert active == sorted(active, reverse=True) and active[-1] < active[0]
 
 
-@pytest.mark.parametrize("weights", ["f32", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["f32", "int8"])
 @pytest.mark.parametrize("bytes_", [0.75, 0.9])
 def test_a_budget_is_met_on_the_text_it_was_calibrated_on(
     folder: Path, tmp_path: Path, weights: str, bytes_: float
@@ -191,7 +189,7 @@ def test_coarse_needs_int8(f32: Engine):
 
 
 def test_head_needs_planes(f32: Engine):
-    with pytest.raises(OptionError, match=r"head 0\.1: expected int8 or int4 weights"):
+    with pytest.raises(OptionError, match=r"head 0\.1: expected int8 weights"):
         f32.generate(TOKENS[:9], max_new_tokens=4, tda=TDA(active=0.3, head=0.1))
 
 

@@ -89,13 +89,13 @@ struct TdaOptions {
   /// Keep this share of every layer's neurons, those with the largest R; 0 < active <= 1. Scope
   /// "token": the share that the prompt's own tokens would have kept on average.
   std::optional<double> active = {};
-  /// graded weights, instead of scope, error or thresholds: the share of inputs that are read at 8
+  /// graded weights (int4: the head), instead of scope, error or thresholds: the share of inputs at 8
   /// bits in q, k, v, output, gate and up, 0 <= inputs <= 1. The head, where they count most, has
   /// its square root. `active`, 0 to 1, is then the share of down's inputs, the neurons, at 8 bits;
   /// unset: half of `inputs`. The shares are those that the prompt's own tokens would have taken on
   /// average.
   std::optional<double> inputs = {};
-  /// graded weights, instead of inputs: the fewest inputs whose calibrated loss, the rise of
+  /// graded or int4 weights, instead of inputs: the fewest inputs whose calibrated loss, the rise of
   /// perplexity, is at most this; 0.02: 2%. Needs `thresholds`, or a file tda.json in the model's
   /// folder that Engine::calibrate has made.
   std::optional<double> loss = {};
@@ -110,7 +110,7 @@ struct TdaOptions {
   /// that they are read as fast as dense ones. Takes a mask's share of the FFN's memory once more,
   /// and some milliseconds for each mask; changes no result.
   bool compact = false;
-  /// int8 and int4 weights (whose head is int8): decoding reads the output head at 4 bits, and at 8
+  /// int8 weights: decoding reads the output head at 4 bits, and at 8
   /// the rows of tokens that then look at least `head` times as likely as the likeliest, 0 <= head
   /// <= 1. The other logits stay what 4 bits say. 0: the whole head at 8 bits.
   double head = 0;
@@ -120,7 +120,7 @@ struct TdaOptions {
   void validate() const;
 };
 
-/// With graded weights scope, error, bytes and sample_tokens have no meaning and stay as they are.
+/// With graded or int4 weights scope, error, bytes and sample_tokens have no meaning and stay as they are.
 struct CalibrateOptions {
   Scope scope = Scope::sequence;
   double error = 0.1;  // the CETT to meet in every layer

@@ -15,11 +15,11 @@ using Tokens = std::span<const Token>;
 enum class Device { automatic, cpu, cuda };
 
 /// How weight matrices are stored in memory (norms and biases are always f32). `automatic`: f32 for
-/// an f32 checkpoint, else bf16. int8: a scale for every 32 values, as two planes of 4 bits. int4:
-/// a scale for every 16; the embedding and the head stay int8. bf16c: bf16, compressed to 12.4 bits
-/// without loss. graded: 8 bits of which 4 are read for every token and the others for the inputs
-/// that matter to it (TdaOptions::inputs).
-enum class WeightFormat { automatic, f32, bf16, int8, int4, bf16c, graded };
+/// an f32 checkpoint, else bf16. int8: a scale for every 32 values, as two planes of 4 bits. bf16c:
+/// bf16, compressed to 12.4 bits without loss. int4: 4 bits, with a scale and a minimum for every 32
+/// values; the embedding and the head are graded. graded: 8 bits of which 4 are read for every token
+/// and the others for the inputs that matter to it (TdaOptions::inputs).
+enum class WeightFormat { automatic, f32, bf16, int8, bf16c, int4, graded };
 
 /// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16. int8: a scale for
 /// every head's key or value.

@@ -1,9 +1,9 @@
-// The graded format's products with AVX2 (with VNNI where there is AVX-512).
+// Products of bricks with AVX2 (with VNNI where there is AVX-512).
 #pragma once
 
 #include <immintrin.h>
 
-#include "cpu/graded.h"
+#include "cpu/bricks.h"
 #include "cpu/simd.h"
 
 namespace tda {
@@ -13,14 +13,16 @@ inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256((const __m2
 inline __m256i lower_four(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline __m256i upper_four(__m256i v) { return lower_four(_mm256_srli_epi16(v, 4)); }
 inline __m256 floats_of(__m256i v) { return _mm256_cvtepi32_ps(v); }
-inline __m256 unsigned_bytes(const std::uint8_t* p) {
-  return floats_of(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
 inline __m256 signed_bytes(const std::int8_t* p) {
   return floats_of(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 
+inline __m256 halves(const std::uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+
 /// How far ahead bricks are prefetched.
+template <class Brick>
 constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
 
 /// Adds four products of bytes to each of 8 sums. With AVX2 these are 16 sums of two products: eight
@@ -47,52 +49,68 @@ inline __m256i four_inputs(const std::int8_t* q) {
   return _mm256_set1_epi32(four);
 }
 
-/// sums: [64] += the brick's rows times x. Prefetches the brick at `ahead`.
-template <bool kExcess>
-[[gnu::always_inline]] inline void add_brick(const Brick& brick, const HighInputs& x, float* sums,
-                                             const char* ahead) {
-  __m256i dots[8] = {};  // of the rows 8 k ... 8 k + 7
-#pragma GCC unroll 8
-  for (int q = 0; q < kBlockInputs / 4; ++q) {
-    const __m256i inputs = four_inputs(x.q + 4 * q);
-    prefetch_l1(ahead + 128 * q);
-    prefetch_l1(ahead + 128 * q + kLineBytes);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const __m256i codes = load_bytes(brick.codes[q] + 32 * k);
-      dots[k] = QuadSums::add(dots[k], lower_four(codes), inputs);
-      dots[4 + k] = QuadSums::add(dots[4 + k], upper_four(codes), inputs);
-    }
-  }
-  prefetch_l1(ahead + 1024);
-  prefetch_l1(ahead + 1024 + kLineBytes);
-  const __m256 scale = _mm256_set1_ps(x.scale), centre = _mm256_set1_ps(-8 * x.sum);
-  const __m256 sum = _mm256_set1_ps(16 * x.sum);
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; ++k) {
-    __m256 centred = _mm256_fmadd_ps(QuadSums::total(dots[k]), scale, centre);
-    if (kExcess) {
-      const __m256i codes = load_bytes(brick.codes[x.excess_quad] + 32 * (k % 4));
-      const __m256i dot =
-          QuadSums::add(_mm256_setzero_si256(), k < 4 ? lower_four(codes) : upper_four(codes),
-                        four_inputs(x.excess));
-      centred = _mm256_fmadd_ps(QuadSums::total(dot), _mm256_set1_ps(x.excess_scale), centred);
-    }
-    __m256 total = _mm256_loadu_ps(sums + 8 * k);
-    total = _mm256_fmadd_ps(unsigned_bytes(brick.scales + 8 * k), centred, total);
-    total = _mm256_fmadd_ps(signed_bytes(brick.offsets + 8 * k), sum, total);
-    _mm256_storeu_ps(sums + 8 * k, total);
-  }
+/// total += the products of 8 rows, from `row` on, whose codes times q are `dots`. part: the inputs'
+inline __m256 add_rows(const CentredBrick& brick, const HighInputs&, int part, int row, __m256 dots,
+                       __m256 total) {
+  return _mm256_fmadd_ps(signed_bytes(brick.scales[part] + row), dots, total);
+}
+inline __m256 add_rows(const LineBrick& brick, const HighInputs& x, int, int row, __m256 dots,
+                       __m256 total) {
+  total = _mm256_fmadd_ps(halves(brick.scales + row), dots, total);
+  return _mm256_fmadd_ps(halves(brick.minima + row), _mm256_set1_ps(x.sums[0] + x.sums[1]), total);
 }
 
-void add_high(const Graded& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
+/// sums: [64] += the brick's rows times x. Prefetches the brick at `ahead`.
+template <bool kExcess, class Brick>
+[[gnu::always_inline]] inline void add_brick(const Brick& brick, const HighInputs& x, float* sums,
+                                             const char* ahead) {
+  constexpr int kQuads = kBlockInputs / 4 / kParts<Brick>;
+  const __m256 scale = _mm256_set1_ps(x.scale);
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts<Brick>; ++part) {
+    __m256i dots[8] = {};  // of the rows 8 k ... 8 k + 7
+#pragma GCC unroll 8
+    for (int q = part * kQuads; q < (part + 1) * kQuads; ++q) {
+      const __m256i inputs = four_inputs(x.q + 4 * q);
+      prefetch_l1(ahead + 128 * q);
+      prefetch_l1(ahead + 128 * q + kLineBytes);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const __m256i codes = load_bytes(brick.codes[q] + 32 * k);
+        dots[k] = QuadSums::add(dots[k], lower_four(codes), inputs);
+        dots[4 + k] = QuadSums::add(dots[4 + k], upper_four(codes), inputs);
+      }
+    }
+    const __m256 centre = _mm256_set1_ps(-kCentre<Brick> * x.sums[part]);
+    const bool excess = kExcess && x.excess_quad / kQuads == part;
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      __m256 centred = _mm256_fmadd_ps(QuadSums::total(dots[k]), scale, centre);
+      if (excess) {
+        const __m256i codes = load_bytes(brick.codes[x.excess_quad] + 32 * (k % 4));
+        const __m256i dot =
+            QuadSums::add(_mm256_setzero_si256(), k < 4 ? lower_four(codes) : upper_four(codes),
+                          four_inputs(x.excess));
+        centred = _mm256_fmadd_ps(QuadSums::total(dot), _mm256_set1_ps(x.excess_scale), centred);
+      }
+      const __m256 total = _mm256_loadu_ps(sums + 8 * k);
+      _mm256_storeu_ps(sums + 8 * k, add_rows(brick, x, part, 8 * k, centred, total));
+    }
+  }
+  for (int64_t line = sizeof brick.codes; line < static_cast<int64_t>(sizeof brick);
+       line += kLineBytes)
+    prefetch_l1(ahead + line);
+}
+
+template <class Brick>
+void add_bricks(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
   const auto* const end = reinterpret_cast<const char*>(
-      &w.brick(strips.end - 1, blocks.end - 1));  // nothing is prefetched past it
+      &w.brick<Brick>(strips.end - 1, blocks.end - 1));  // nothing is prefetched past it
   const auto add = [&](int64_t s, int64_t b) __attribute__((always_inline)) {
-    const Brick& brick = w.brick(s, b);
+    const auto& brick = w.brick<Brick>(s, b);
     const HighInputs& inputs = x[b - blocks.first];
     float* const out = sums + (s - strips.first) * kStripRows;
-    const char* ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance;
+    const char* ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance<Brick>;
     ahead = ahead < end ? ahead : end;
     if (inputs.excess_quad < 0)
       add_brick<false>(brick, inputs, out, ahead);
@@ -150,7 +168,7 @@ inline void finish(const RestSums& sums, __m256 scale, float* out) {
 /// One sweep: inputs [first, end) of x over the strips; meanwhile prefetches the rests of the inputs
 /// `later`. The sums lie in `partial`; the sweep that is the first of x starts them, and the last one
 /// adds them to `sums`.
-inline void sweep(const Graded& w, Span strips, const RestInputs& x, int first, int end, int start,
+inline void sweep(const Bricks& w, Span strips, const RestInputs& x, int first, int end, int start,
                   const std::int32_t* later, RestSums* partial, float* sums) {
   __m256i q[kSweep / 2];
   const int pairs = (end - first + 1) / 2;
@@ -192,7 +210,7 @@ inline void sweep(const Graded& w, Span strips, const RestInputs& x, int first, 
   }
 }
 
-void add_rests(const Graded& w, Span strips, const RestInputs* x, int64_t count, float* sums) {
+void add_rests(const Bricks& w, Span strips, const RestInputs* x, int64_t count, float* sums) {
   RestSums partial[kSweepStrips];
   const int64_t last = (count - 1) / kSweep * kSweep;
   for (Span part = strips; part.first < strips.end; part.first = part.end) {

@@ -1,11 +1,29 @@
-// Decode kernels of the graded format: what all instruction sets share.
-#include "cpu/graded.h"
+// Decode kernels of bricks: what all instruction sets share.
+#include "base/half.h"
+#include "cpu/bricks.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/simd.h"
+
+namespace tda {
+namespace {
+
+/// How many parts of a brick's inputs have scales of their own, and what is taken off their codes.
+template <class Brick>
+constexpr int kParts = 2;
+template <class Brick>
+constexpr float kCentre = 8;
+template <>
+constexpr int kParts<LineBrick> = 1;
+template <>
+constexpr float kCentre<LineBrick> = 0;
+
+}  // namespace
+}  // namespace tda
+
 #if defined(__AVX2__)
-#include "cpu/graded_avx2.h"
+#include "cpu/bricks_avx2.h"
 #else
-#include "cpu/graded_portable.h"
+#include "cpu/bricks_portable.h"
 #endif
 
 namespace tda {
@@ -52,14 +70,15 @@ void prepare(const float* x, int64_t blocks, HighInputs* out) {
     const float limit = apart ? next : most;
     const float inverse = inverse_of(limit);
     block.scale = limit / 127.0f;
-    int32_t sum = 0;
+    int32_t sums[2] = {};
     for (int64_t i = 0; i < kBlockInputs; ++i) {
       const float scaled = x[i] * inverse;
       const float within = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
       block.q[i] = static_cast<std::int8_t>(static_cast<int32_t>(round_to_nearest(within)));
-      sum += block.q[i];
+      sums[i / kScaleInputs] += block.q[i];
     }
-    block.sum = block.scale * static_cast<float>(sum);
+    for (int half = 0; half < 2; ++half)
+      block.sums[half] = block.scale * static_cast<float>(sums[half]);
     block.excess_quad = -1;
     if (!apart) continue;
     const float excess = x[at] - block.scale * block.q[at];
@@ -67,7 +86,7 @@ void prepare(const float* x, int64_t blocks, HighInputs* out) {
     block.excess[at % 4] = excess < 0 ? -127 : 127;
     block.excess_scale = __builtin_fabsf(excess) / 127.0f;
     block.excess_quad = static_cast<int32_t>(at / 4);
-    block.sum += excess;
+    block.sums[at / kScaleInputs] += excess;
   }
 }
 
@@ -108,10 +127,15 @@ int64_t choose(const float* x, const float* lengths, Span inputs, float threshol
   return total;
 }
 
+void add_high(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
+  const bool lines = w.kind == BrickKind::lines;
+  (lines ? add_bricks<LineBrick> : add_bricks<CentredBrick>)(w, strips, blocks, x, sums);
+}
+
 }  // namespace
 
 namespace TDA_ISA {
-const GradedKernels graded = {prepare, choose, add_high, add_rests, multiply_graded};
+const BrickKernels bricks = {prepare, choose, add_high, add_rests, multiply_bricks};
 }  // namespace TDA_ISA
 
 }  // namespace tda

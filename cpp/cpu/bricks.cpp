@@ -1,5 +1,5 @@
-// Products with graded weights: precision by input.
-#include "cpu/graded.h"
+// Products with weights in bricks: precision by input.
+#include "cpu/bricks.h"
 
 #include <algorithm>
 #include <atomic>
@@ -33,13 +33,16 @@ struct Sums {
 };
 
 /// y[r] = the products of the strips' rows, without outliers. y: [strips * 64]
-void finish(const Graded& w, Span strips, const Sums& sums, float* y) {
+void finish(const Bricks& w, Span strips, const Sums& sums, float* y) {
   const std::int64_t first = strips.first * kStripRows, count = strips.count() * kStripRows;
-  for (std::int64_t r = 0; r < count; ++r)
-    y[r] = w.steps[first + r] * sums.high[r] + w.rest_steps[first + r] * sums.rests[r];
+  if (!w.has_rests())
+    for (std::int64_t r = 0; r < count; ++r) y[r] = w.steps[first + r] * sums.high[r];
+  else
+    for (std::int64_t r = 0; r < count; ++r)
+      y[r] = w.steps[first + r] * sums.high[r] + w.rest_steps[first + r] * sums.rests[r];
 }
 
-void add_strip_outliers(const Graded& w, Span strips, const float* x, float* y) {
+void add_strip_outliers(const Bricks& w, Span strips, const float* x, float* y) {
   for (std::int64_t k = strips.first * kStripOutliers; k < strips.end * kStripOutliers; ++k) {
     const StripOutlier& outlier = w.outliers[k];
     if (outlier.value != 0)
@@ -47,9 +50,15 @@ void add_strip_outliers(const Graded& w, Span strips, const float* x, float* y) 
   }
 }
 
+/// BrickKernels::choose, if there are rests to choose.
+std::int64_t choose(const BrickKernels& kernels, const Bricks& w, const float* x, Span inputs,
+                    float threshold, RestInputs* out) {
+  return !w.has_rests() ? 0 : kernels.choose(x, w.rest_lengths, inputs, threshold, out);
+}
+
 /// results = the products of at most kStripsAtOnce strips with x. results: [strips * 64]
-void multiply_strips(const GradedKernels& kernels, const Graded& w, Span strips,
-                     const GradedInputs& inputs, float* results) {
+void multiply_strips(const BrickKernels& kernels, const Bricks& w, Span strips,
+                     const BrickInputs& inputs, float* results) {
   Sums sums;
   sums.clear(strips.count());
   kernels.add_high(w, strips, {0, w.blocks}, inputs.high, sums.high);
@@ -66,15 +75,15 @@ void for_strips(Span strips, const Body& body) {
 }
 
 /// out = down times h of the neurons in some blocks, without outliers. Returns how many of them were
-/// read at 8 bits. h: of all neurons; out: [down.strips * 64]
-std::int64_t project_down(const GradedKernels& kernels, const Graded& down, Span blocks,
+/// read at 8 bits; without rests, 0. h: of all neurons; out: [down.strips * 64]
+std::int64_t project_down(const BrickKernels& kernels, const Bricks& down, Span blocks,
                           const float* h, float threshold, float* out) {
   const Span neurons = {blocks.first * kBlockInputs,
                         std::min(down.cols, blocks.end * kBlockInputs)};
   std::vector<HighInputs> high(blocks.count());
   std::vector<RestInputs> rests(blocks.count());
   kernels.prepare(h + neurons.first, blocks.count(), high.data());
-  const std::int64_t count = kernels.choose(h, down.rest_lengths, neurons, threshold, rests.data());
+  const std::int64_t count = choose(kernels, down, h, neurons, threshold, rests.data());
   for_strips({0, down.strips}, [&](Span strips) {
     Sums sums;
     sums.clear(strips.count());
@@ -87,8 +96,8 @@ std::int64_t project_down(const GradedKernels& kernels, const Graded& down, Span
 
 }  // namespace
 
-GradedInputs CpuBackend::graded_inputs(CpuState& state, const Graded& w, const float* x,
-                                       float threshold) const {
+BrickInputs CpuBackend::brick_inputs(CpuState& state, const Bricks& w, const float* x,
+                                     float threshold) const {
   const std::int64_t whole = w.blocks * kBlockInputs;
   if (whole > w.cols) {
     float* const padded = state.padded.reserve(whole, "a padded vector");
@@ -98,40 +107,39 @@ GradedInputs CpuBackend::graded_inputs(CpuState& state, const Graded& w, const f
   }
   HighInputs* const high = state.high.reserve(w.blocks, "a quantised vector");
   RestInputs* const rests = state.rests.reserve(w.blocks, "a vector's rests");
-  kernels_.graded->prepare(x, w.blocks, high);
-  return {x, high, rests,
-          kernels_.graded->choose(x, w.rest_lengths, {0, w.cols}, threshold, rests)};
+  kernels_.bricks->prepare(x, w.blocks, high);
+  return {x, high, rests, choose(*kernels_.bricks, w, x, {0, w.cols}, threshold, rests)};
 }
 
-std::int64_t CpuBackend::multiply_graded(CpuState& state, const Matrix& matrix, const float* x,
+std::int64_t CpuBackend::multiply_bricks(CpuState& state, const Matrix& matrix, const float* x,
                                          float threshold, float* y, bool add) const {
-  const Graded w = matrix.graded();
-  const GradedInputs inputs = graded_inputs(state, w, x, threshold);
+  const Bricks w = matrix.bricks();
+  const BrickInputs inputs = brick_inputs(state, w, x, threshold);
   // The fewer tasks, the longer the runs of rests.
   const std::int64_t tasks =
       std::min(w.strips, threads() * ceil_div(w.strips, threads() * kStripsAtOnce));
   pool_.run(tasks, [&](std::int64_t task, int) {
     for_strips({task * w.strips / tasks, (task + 1) * w.strips / tasks}, [&](Span strips) {
       float results[kStripsAtOnce * kStripRows];
-      multiply_strips(*kernels_.graded, w, strips, inputs, results);
+      multiply_strips(*kernels_.bricks, w, strips, inputs, results);
       float* const out = y + strips.first * kStripRows;
       const std::int64_t rows =
           std::min(strips.end * kStripRows, w.rows) - strips.first * kStripRows;
       for (std::int64_t r = 0; r < rows; ++r) out[r] = results[r] + (add ? out[r] : 0.0f);
     });
   });
-  return graded_high_bytes(w.rows, w.cols) + inputs.chosen * graded_rest_bytes(w.rows);
+  return w.high_bytes() + inputs.chosen * w.rest_bytes();
 }
 
 /// x += W_down h, where h = act(gate) * up: a block of 32 neurons is a strip of gate_up and a block
 /// of down's inputs.
-void CpuBackend::ffn_graded(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer) const {
   const LayerWeights& weights = model_->layers[layer];
-  const Graded gate_up = weights.gate_up.graded(), down = weights.down.graded();
+  const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
   const bool by_input = state.step.ffn == FfnMode::sparse;
   const InputThresholds thresholds = by_input ? state.layers[layer].inputs : InputThresholds{};
-  const GradedInputs inputs = graded_inputs(state, gate_up, state.normed.data(),
-                                            thresholds.of[static_cast<int>(Product::gate_up)]);
+  const BrickInputs inputs = brick_inputs(state, gate_up, state.normed.data(),
+                                          thresholds.of[static_cast<int>(Product::gate_up)]);
   const std::int64_t strips = gate_up.strips;
   const std::int64_t part_strips = std::max(kLeastPartBlocks, ceil_div(strips, kMostParts));
   const std::int64_t parts = ceil_div(strips, part_strips);
@@ -144,7 +152,7 @@ void CpuBackend::ffn_graded(CpuState& state, std::int64_t layer) const {
     const std::int64_t first = task * parts / tasks, end = (task + 1) * parts / tasks;
     for_strips({first * part_strips, std::min(strips, end * part_strips)}, [&](Span some) {
       float results[kStripsAtOnce * kStripRows];
-      multiply_strips(*kernels_.graded, gate_up, some, inputs, results);
+      multiply_strips(*kernels_.bricks, gate_up, some, inputs, results);
       for (std::int64_t s = some.first; s < some.end; ++s) {
         const float* const gate = results + (s - some.first) * kStripRows;
         kernels_.gated(model_->config.activation, gate, gate + kBlockInputs,
@@ -153,7 +161,7 @@ void CpuBackend::ffn_graded(CpuState& state, std::int64_t layer) const {
     });
     for (std::int64_t part = first; part < end; ++part)
       exact += project_down(
-          *kernels_.graded, down, {part * part_strips, std::min(strips, (part + 1) * part_strips)},
+          *kernels_.bricks, down, {part * part_strips, std::min(strips, (part + 1) * part_strips)},
           hidden, thresholds.of[static_cast<int>(Product::down)], partials + part * stride);
   });
 
@@ -166,17 +174,17 @@ void CpuBackend::ffn_graded(CpuState& state, std::int64_t layer) const {
   add_strip_outliers(down, {0, down.strips}, hidden, out);
   if (state.step.ffn == FfnMode::gather) return;
   FfnReads& reads = state.layers[layer].reads;
+  reads.bytes += gate_up.high_bytes() + inputs.chosen * gate_up.rest_bytes() + down.high_bytes() +
+                 exact * down.rest_bytes();
+  if (!down.has_rests()) exact = down.cols;  // all that there is of them
   reads.exact += exact;
   reads.coarse += down.cols - exact;
-  reads.bytes +=
-      graded_high_bytes(gate_up.rows, gate_up.cols) + graded_high_bytes(down.rows, down.cols) +
-      inputs.chosen * graded_rest_bytes(gate_up.rows) + exact * graded_rest_bytes(down.rows);
 }
 
 /// Prefill: all rests count.
-void CpuBackend::ffn_graded_panels(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer) const {
   const LayerWeights& weights = model_->layers[layer];
-  const Graded gate_up = weights.gate_up.graded(), down = weights.down.graded();
+  const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
   const std::int64_t width = state.layout.width, panels = state.layout.panels;
   const std::int64_t x_stride = gate_up.cols * width, h_stride = down.cols * width;
   for_blocks(
@@ -184,7 +192,7 @@ void CpuBackend::ffn_graded_panels(CpuState& state, std::int64_t layer) const {
       [&](const Block& block, int thread) {
         const Panels out = {scratch(state, thread), kStripRows * width};
         const std::int64_t strip = block.row / kStripRows, neuron = strip * kBlockInputs;
-        kernels_.graded->multiply(gate_up, strip,
+        kernels_.bricks->multiply(gate_up, strip,
                                   {state.normed.data() + block.panel * x_stride, x_stride}, out,
                                   block.panels, false);
         const std::int64_t neurons = std::min(kBlockInputs, down.cols - neuron);
@@ -196,17 +204,17 @@ void CpuBackend::ffn_graded_panels(CpuState& state, std::int64_t layer) const {
         }
       },
       kStripRows);
-  multiply_graded_panels(state.layout, weights.down, state.hidden.data(), state.x.data(), true);
+  multiply_bricks_panels(state.layout, weights.down, state.hidden.data(), state.x.data(), true);
 }
 
-void CpuBackend::multiply_graded_panels(const Layout& layout, const Matrix& matrix, const float* in,
+void CpuBackend::multiply_bricks_panels(const Layout& layout, const Matrix& matrix, const float* in,
                                         float* out, bool add) const {
-  const Graded w = matrix.graded();
+  const Bricks w = matrix.bricks();
   const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
   for_blocks(
       w.rows, layout.panels,
       [&](const Block& block, int) {
-        kernels_.graded->multiply(
+        kernels_.bricks->multiply(
             w, block.row / kStripRows, {in + block.panel * in_stride, in_stride},
             {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels,
             add);
@@ -241,7 +249,8 @@ void CpuBackend::sample_head(CpuState& state) const {
 namespace {
 
 std::vector<float> contributions(const Matrix& matrix, std::vector<float> x) {
-  const Graded w = matrix.graded();
+  const Bricks w = matrix.bricks();
+  if (!w.has_rests()) return {};
   for (std::size_t i = 0; i < x.size(); ++i)
     x[i] = std::abs(x[i]) * w.rest_lengths[i % static_cast<std::size_t>(w.cols)];
   return x;

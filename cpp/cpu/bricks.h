@@ -1,4 +1,4 @@
-// Decode kernels of the graded format (weights/graded.h): products of a matrix and one x.
+// Decode kernels of bricks (weights/bricks.h): products of a matrix and one x.
 //
 // x is quantised per block of 32 inputs, x = scale q with q of 8 bits. An input that is more than
 // twice as large as all others of its block would leave them few steps of that scale: what exceeds
@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "weights/graded.h"
+#include "weights/bricks.h"
 
 namespace tda {
 
@@ -18,7 +18,7 @@ struct HighInputs {
   std::int8_t q[kBlockInputs];
   std::int8_t excess[4];
   float scale, excess_scale;
-  float sum;  // of all quantised inputs, excess included
+  float sums[2];  // of the quantised inputs of each half, excess included
   std::int32_t excess_quad;
 };
 
@@ -31,7 +31,7 @@ struct RestInputs {
 };
 
 /// A product's x, quantised, and the inputs whose rests are read.
-struct GradedInputs {
+struct BrickInputs {
   const float* x;  // [blocks * 32]
   const HighInputs* high;
   const RestInputs* rests;
@@ -46,7 +46,7 @@ struct Span {
 
 /// The high parts of a product are sums of scale * code and offset, before a row's step; the rests'
 /// are sums of code, before a row's rest_step.
-struct GradedKernels {
+struct BrickKernels {
   /// Quantises blocks of x. x: [blocks * 32], zeros where inputs pad.
   void (*prepare)(const float* x, std::int64_t blocks, HighInputs* out);
   /// Writes the inputs [first, end) with |x[i]| * lengths[i] of at least `threshold` to `out`.
@@ -55,13 +55,13 @@ struct GradedKernels {
                          RestInputs* out);
   /// sums[r] += the high part of each row in the strips, over the inputs in the blocks. x: of the
   /// blocks; sums: [strips * 64]
-  void (*add_high)(const Graded& w, Span strips, Span blocks, const HighInputs* x, float* sums);
+  void (*add_high)(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums);
   /// sums[r] += the rests of `count` inputs.
-  void (*add_rests)(const Graded& w, Span strips, const RestInputs* x, std::int64_t count,
+  void (*add_rests)(const Bricks& w, Span strips, const RestInputs* x, std::int64_t count,
                     float* sums);
   /// Prefill: c = a strip of w times b, or += with `add`. b: [w.cols, P], c: [64, P]; past w.rows
   /// nothing is written.
-  void (*multiply)(const Graded& w, std::int64_t strip, ConstPanels b, Panels c, std::int64_t count,
+  void (*multiply)(const Bricks& w, std::int64_t strip, ConstPanels b, Panels c, std::int64_t count,
                    bool add);
 };
 

@@ -1,0 +1,102 @@
+#include "weights/bricks.h"
+
+#include <cmath>
+
+#include "base/half.h"
+#include "weights/brick_places.h"
+
+namespace tda {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t aligned(std::int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+/// Runs of rests start on cache lines, an odd number of them apart: at a power of two all would
+/// fall into the same sets of the cache.
+std::int64_t rest_stride_of(std::int64_t strips) { return (ceil_div(strips, 2) | 1) * 64; }
+
+/// Where the parts of a matrix begin.
+struct Parts {
+  std::int64_t steps, rest_steps, outliers, rest_lengths, rests, end;
+
+  explicit Parts(const Bricks& w) {
+    const std::size_t brick = w.kind == BrickKind::lines ? sizeof(LineBrick) : sizeof(CentredBrick);
+    const std::int64_t of_rows = w.strips * kStripRows * 4, has_rests = w.has_rests() ? 1 : 0;
+    steps = w.strips * w.blocks * static_cast<std::int64_t>(brick);
+    rest_steps = steps + of_rows;
+    outliers = rest_steps + has_rests * of_rows;
+    rest_lengths = outliers + aligned(w.strips * kStripOutliers *
+                                      static_cast<std::int64_t>(sizeof(StripOutlier)));
+    rests = rest_lengths + has_rests * aligned(w.blocks * kBlockInputs * 4);
+    end = rests + has_rests * w.blocks * kBlockInputs * rest_stride_of(w.strips);
+  }
+};
+
+}  // namespace
+
+Bricks::Bricks(const std::byte* data, std::int64_t row_count, std::int64_t col_count,
+               BrickKind brick_kind, bool in_blocks)
+    : rows(row_count),
+      cols(col_count),
+      strips(ceil_div(rows, kStripRows)),
+      blocks(ceil_div(cols, kBlockInputs)),
+      kind(brick_kind),
+      by_block(in_blocks),
+      bricks(data) {
+  const Parts parts(*this);
+  const auto at = [&](std::int64_t offset) { return data ? data + offset : nullptr; };
+  steps = reinterpret_cast<const float*>(at(parts.steps));
+  outliers = reinterpret_cast<const StripOutlier*>(at(parts.outliers));
+  if (!has_rests()) return;
+  rest_steps = reinterpret_cast<const float*>(at(parts.rest_steps));
+  rest_lengths = reinterpret_cast<const float*>(at(parts.rest_lengths));
+  rests = reinterpret_cast<const std::uint8_t*>(at(parts.rests));
+  rest_stride = rest_stride_of(strips);
+}
+
+std::int64_t Bricks::bytes() const { return Parts(*this).end; }
+std::int64_t Bricks::high_bytes() const { return Parts(*this).rests; }
+
+void measure_rests(const Bricks& target, std::int64_t first, std::int64_t end) {
+  for (std::int64_t i = first; i < end; ++i) {
+    double squares = 0;
+    for (std::int64_t r = 0; r < target.rows; ++r) {
+      const auto [byte, shift] = rest_place(r % kStripRows);
+      const int code = (target.rest(i)[r / kStripRows * 32 + byte] >> shift & 15) - 8;
+      const double rest = static_cast<double>(target.rest_steps[r]) * code;
+      squares += rest * rest;
+    }
+    const_cast<float*>(target.rest_lengths)[i] = static_cast<float>(std::sqrt(squares));
+  }
+}
+
+void dequantize_bricks(const Bricks& source, std::int64_t row, std::int64_t first,
+                       std::int64_t count, float* out, bool high_only) {
+  const std::int64_t strip = row / kStripRows, r = row % kStripRows;
+  const auto [rest_byte, shift] = rest_place(r);
+  for (std::int64_t i = first; i < first + count; ++i) {
+    const std::int64_t block = i / kBlockInputs, in_block = i % kBlockInputs;
+    float& value = out[i - first];
+    if (source.kind == BrickKind::lines) {
+      const auto& brick = source.brick<LineBrick>(strip, block);
+      const auto code = static_cast<float>(code_at(brick.codes, r, in_block));
+      value =
+          source.steps[row] * (f16_to_f32(brick.scales[r]) * code + f16_to_f32(brick.minima[r]));
+      continue;
+    }
+    const auto& brick = source.brick<CentredBrick>(strip, block);
+    const int code = code_at(brick.codes, r, in_block) - 8;
+    value = source.steps[row] * static_cast<float>(brick.scales[in_block / kScaleInputs][r] * code);
+    if (source.has_rests() && !high_only) {
+      const int rest = (source.rest(i)[32 * strip + rest_byte] >> shift & 15) - 8;
+      value += source.rest_steps[row] * static_cast<float>(rest);
+    }
+  }
+  for (std::int64_t k = 0; k < kStripOutliers; ++k) {
+    const StripOutlier& outlier = source.outliers[strip * kStripOutliers + k];
+    const std::int64_t at = outlier.input - first;
+    if (outlier.value != 0 && outlier.row == row && at >= 0 && at < count) out[at] += outlier.value;
+  }
+}
+
+}  // namespace tda
