@@ -167,6 +167,19 @@ void bind_computing(nb::class_<ClosableEngine>& engine) {
           },
           nb::arg("tokens").none(), "prompt_tokens"_a, "tda"_a.none() = nb::none())
       .def(
+          "score_each",
+          [](const Engine& engine, nb::handle prompt, nb::handle continuations,
+             const tda::TdaOptions* tda) {
+            const auto open = engine.get();
+            const std::vector<tda::Token> tokens = to_tokens(prompt);
+            std::vector<std::vector<tda::Token>> each;
+            for (nb::handle ids : nb::iter(continuations)) each.push_back(to_tokens(ids));
+            const auto options = to_optional(tda);
+            const GilReleased released;
+            return open->score_each(tokens, each, options);
+          },
+          nb::arg("prompt").none(), nb::arg("continuations").none(), "tda"_a.none() = nb::none())
+      .def(
           "calibrate",
           [](const Engine& engine, nb::handle texts, const tda::CalibrateOptions& options,
              PyProgress progress) {

@@ -50,6 +50,19 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   throw DeviceError("out of memory while loading " + folder.string());
 }
 
+/// Scores tokens behind the run's prompt, whose last logits are `logits`.
+ScoreResult score_behind(Run& run, std::span<const float> logits, Tokens tokens) {
+  ScoreResult result;
+  for (std::size_t i = 0;; ++i) {
+    result.log_probabilities.push_back(log_probability(logits, tokens[i]));
+    result.top_tokens.push_back(argmax(logits));
+    if (i + 1 == tokens.size()) break;
+    logits = run.decode(tokens[i]);
+  }
+  result.stats = run.stats();
+  return result;
+}
+
 }  // namespace
 
 Engine::Engine(const std::filesystem::path& checkpoint, const EngineOptions& options)
@@ -112,17 +125,36 @@ ScoreResult Engine::score(Tokens tokens, std::int64_t prompt_tokens,
     throw OptionError("prompt_tokens " + std::to_string(prompt_tokens) + ": expected 1 to " +
                       std::to_string(std::ssize(tokens) - 1) + ", one less than the tokens given");
   }
-  Run run(runtime_, tokens.first(prompt_tokens), std::ssize(tokens), tda);
-  ScoreResult result;
-  std::span<const float> logits = run.prefill();
-  for (std::int64_t i = prompt_tokens;; ++i) {
-    result.log_probabilities.push_back(log_probability(logits, tokens[i]));
-    result.top_tokens.push_back(argmax(logits));
-    if (i + 1 == std::ssize(tokens)) break;
-    logits = run.decode(tokens[i]);
+  const Tokens rest = tokens.subspan(prompt_tokens);
+  const std::vector<Token> continuation(rest.begin(), rest.end());
+  return score_each(tokens.first(prompt_tokens), {&continuation, 1}, tda).front();
+}
+
+std::vector<ScoreResult> Engine::score_each(Tokens prompt,
+                                            std::span<const std::vector<Token>> continuations,
+                                            const std::optional<TdaOptions>& tda) const {
+  check_tokens(config(), prompt);
+  std::int64_t longest = 0;
+  for (std::size_t i = 0; i < continuations.size(); ++i) {
+    try {
+      check_tokens(config(), continuations[i]);
+    } catch (const OptionError& error) {
+      throw OptionError("continuations[" + std::to_string(i) + "]: " + error.what());
+    }
+    longest = std::max<std::int64_t>(longest, std::ssize(continuations[i]));
   }
-  result.stats = run.stats();
-  return result;
+  std::optional<Run> run;
+  std::vector<float> first;  // logits [V] behind the prompt
+  std::vector<ScoreResult> results;
+  for (const std::vector<Token>& continuation : continuations) {
+    if (!run || !run->rewind()) {
+      run.emplace(runtime_, prompt, std::ssize(prompt) + longest, tda);
+      const std::span<const float> logits = run->prefill();
+      first.assign(logits.begin(), logits.end());
+    }
+    results.push_back(score_behind(*run, first, continuation));
+  }
+  return results;
 }
 
 Session Engine::session(std::int64_t capacity, std::int64_t sample_tokens) const {

@@ -71,6 +71,14 @@ Token Run::decode_and_draw(Token token, double temperature, double u) {
   return next;
 }
 
+bool Run::rewind() {
+  if (tda_.options && tda_.options->refresh > 0) return false;
+  session_.rewind(std::ssize(prompt_));
+  stats_.decode_seconds = 0;
+  decoded_ = 0;
+  return true;
+}
+
 GenerationStats Run::stats() const {
   GenerationStats result = stats_;
   result.prompt_tokens = std::ssize(prompt_);

@@ -23,6 +23,9 @@ class Run {
   std::span<const float> decode(Token token);
   /// The same, but returns the token that draw() takes next.
   Token decode_and_draw(Token token, double temperature, double u);
+  /// Back to the end of the prompt. False, and nothing is done, if masks are renewed on the way: then
+  /// what came after the prompt has changed them.
+  bool rewind();
   /// All fields except new_tokens.
   GenerationStats stats() const;
   /// A running step throws Cancelled once `stop` is requested.

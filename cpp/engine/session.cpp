@@ -149,6 +149,17 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   return logits;
 }
 
+void Session::Impl::rewind(std::int64_t length) {
+  position = length;
+  const std::lock_guard lock(runtime->computing);
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer)
+    prefill_reads_[layer] = backend.ffn_reads(*state, layer);
+  prefill_head_bytes_ = backend.head_bytes(*state);
+  prefill_attention_bytes_ = backend.attention_bytes(*state);
+  decoded_ = 0;
+  kv_bytes_ = 0;
+}
+
 std::vector<float> Session::Impl::statistic(std::int64_t layer) const {
   const std::lock_guard lock(runtime->computing);
   check_statistic();

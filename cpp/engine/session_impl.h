@@ -32,6 +32,8 @@ struct Session::Impl {
   std::span<const float> decode(Token token, std::int64_t rows = 1);
   /// decode(), then the token that draw() takes.
   Token decode_and_draw(Token token, double temperature, double u);
+  /// Forgets the tokens after the first `length`, which were prefilled, and what decoding has read.
+  void rewind(std::int64_t length);
   std::vector<float> statistic(std::int64_t layer) const;
   /// [T, F] of the last prefill's sampled tokens, see Backend::samples.
   std::vector<float> samples(std::int64_t layer) const;

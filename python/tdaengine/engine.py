@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
@@ -96,12 +95,7 @@ class Engine(_native.Engine):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @cached_property
@@ -233,10 +227,7 @@ class Engine(_native.Engine):
         return self.chat_template.encode(messages, tokenizer, parse_special, check)
 
     def score(  # type: ignore[override]  # what has text on both sides takes other arguments
-        self,
-        token_ids: Sequence[int],
-        prompt_tokens: int,
-        tda: TDA | bool | None = None,
+        self, token_ids: Sequence[int], prompt_tokens: int, tda: TDA | bool | None = None
     ) -> np.ndarray:
         """Log-probability of each of `token_ids` [T] after the first `prompt_tokens`,
         [T - prompt_tokens] f32.
@@ -246,6 +237,17 @@ class Engine(_native.Engine):
         """
         count = _count(prompt_tokens, "prompt_tokens")
         return super().score(token_ids, count, self._tda(tda)).log_probabilities
+
+    def score_each(  # type: ignore[override]
+        self,
+        prompt: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        tda: TDA | bool | None = None,
+    ) -> list[np.ndarray]:
+        """What `score` gives, with the same `tda`, for each of `continuations` behind `prompt`, all
+        of them token ids; the prompt is prefilled once."""
+        results = super().score_each(prompt, continuations, self._tda(tda))
+        return [result.log_probabilities for result in results]
 
     def calibrate(  # type: ignore[override]
         self,

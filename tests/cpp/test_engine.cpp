@@ -256,6 +256,30 @@ TEST(error_zero_and_all_active_equal_dense) {
   CHECK(engine.score(kPrompt, 4, with_active(0.5)).log_probabilities != dense);
 }
 
+TEST(continuations_of_one_prompt_are_scored_as_if_alone) {
+  const TinyCheckpoint checkpoint;
+  const tda::Engine engine(checkpoint.folder());
+  const std::vector<std::vector<tda::Token>> continuations = {{5, 6, 7, 8, 9}, {9}, {4, 4, 30}};
+  tda::TdaOptions refreshed = with_active(0.5);
+  refreshed.refresh = 2;
+  for (const auto& tda : {std::optional<tda::TdaOptions>(), std::optional(with_active(0.5)),
+                          std::optional(refreshed)}) {
+    const auto found = engine.score_each(kPrompt, continuations, tda);
+    CHECK(found.size() == 3);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      std::vector<tda::Token> whole(kPrompt.begin(), kPrompt.end());
+      whole.insert(whole.end(), continuations[i].begin(), continuations[i].end());
+      const auto alone = engine.score(whole, std::ssize(kPrompt), tda);
+      CHECK(found[i].log_probabilities == alone.log_probabilities);
+      CHECK(found[i].top_tokens == alone.top_tokens);
+      CHECK(found[i].stats.ffn_bytes == alone.stats.ffn_bytes);
+      CHECK(found[i].stats.bytes_per_token == alone.stats.bytes_per_token);
+    }
+  }
+  CHECK_THROWS(engine.score_each(kPrompt, std::vector<std::vector<tda::Token>>{{5}, {}}),
+               tda::OptionError, "continuations[1]: tokens: found none");
+}
+
 TEST(bytes_are_those_of_the_mask) {
   const TinyCheckpoint checkpoint;
   const tda::Engine engine(checkpoint.folder());

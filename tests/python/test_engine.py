@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import tiny
 from conftest import MESSAGES, PROMPT
 
-from tdaengine import TDA, CheckpointError, Engine, OptionError, Thresholds
+from tdaengine import TDA, CheckpointError, Engine, OptionError, Thresholds, _native
+from tdaengine.info import fields_of
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,7 @@ def test_an_engine_says_what_it_is_and_can_be_closed(folder):
         lambda: engine.chat([{"role": "user", "content": "Hi."}]),
         lambda: engine.logits([1]),
         lambda: engine.score([1, 5], 1),
+        lambda: engine.score_each([1], [[5]]),
         lambda: engine.calibrate([[1, 5]]),
         lambda: engine.session(4),
         lambda: engine.config,
@@ -252,3 +255,51 @@ def test_closing_frees_the_weights(smollm2):
     size, before = engine.weight_bytes, resident()
     engine.close()
     assert before - resident() > 0.8 * size
+
+
+# ---- continuations of one prompt ----------------------------------------------------------------
+
+SETTINGS = {
+    "bf16": [
+        None,
+        TDA(active=0.5),
+        TDA(error=0.2),
+        TDA(active=0.3, refresh=2),
+        TDA.cats(active=0.4),
+    ],
+    "int8": [None, TDA(scope="token", active=0.3, coarse=0.3, head=1e-5), TDA.griffin(active=0.5)],
+    "graded": [None, TDA(inputs=0.2), TDA(inputs=0)],
+}
+
+
+@pytest.mark.parametrize("weights", SETTINGS)
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_continuations_of_one_prompt(folder: Path, weights: str, kv: str):
+    """Each is scored as if it were alone: after a long one, a short one, and a single token."""
+    engine = Engine(folder, threads=2, weights=weights, kv=kv)
+    prompt, *continuations = map(engine.tokenizer.encode, (PROMPT, "blue and wide", "2", "blue"))
+    continuations.append([7])
+    seconds = {"prefill_seconds", "mask_seconds", "decode_seconds", "tokens_per_second"}
+    for tda in SETTINGS[weights]:
+        found = _native.Engine.score_each(engine, prompt, continuations, tda)
+        for each, continuation in zip(found, continuations, strict=True):
+            alone = _native.Engine.score(engine, prompt + continuation, len(prompt), tda)
+            assert np.array_equal(each.log_probabilities, alone.log_probabilities)
+            assert np.array_equal(each.top_tokens, alone.top_tokens)
+            for name in set(fields_of(alone.stats)) - seconds:
+                assert getattr(each.stats, name) == getattr(alone.stats, name), name
+        again = engine.score_each(prompt, continuations, tda or False)
+        assert all(map(np.array_equal, again, (each.log_probabilities for each in found)))
+    assert engine.score_each(prompt, []) == []
+
+
+def test_the_prompt_of_continuations_runs_once(smollm2: Path):
+    engine = Engine(smollm2, threads=1, weights="int8")
+    prompt = engine.tokenizer.encode("One two three. " * 60)
+    start = time.perf_counter()
+    (single,) = _native.Engine.score_each(engine, prompt, [[5]])
+    one = time.perf_counter() - start
+    start = time.perf_counter()
+    found = _native.Engine.score_each(engine, prompt, [[5]] * 20)
+    assert time.perf_counter() - start < 5 * one
+    assert {each.log_probabilities[0] for each in found} == {single.log_probabilities[0]}

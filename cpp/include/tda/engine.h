@@ -147,6 +147,11 @@ class Engine {
   /// goes token by token through the decode path that generation uses.
   ScoreResult score(Tokens tokens, std::int64_t prompt_tokens,
                     const std::optional<TdaOptions>& = {}) const;
+  /// The same of several continuations of one prompt, which is prefilled once unless masks are
+  /// renewed on the way; each one's stats count the whole prefill.
+  std::vector<ScoreResult> score_each(Tokens prompt,
+                                      std::span<const std::vector<Token>> continuations,
+                                      const std::optional<TdaOptions>& = {}) const;
 
   /// Searches per layer the largest threshold whose mean CETT on the texts stays at or under
   /// options.error; with graded weights, what TdaOptions::inputs of one half down to 0 costs when
