@@ -161,7 +161,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         run_tasks(args)
         return
     texts = _texts(args)
-    engine, families, settings, others = _open_runs(args)
+    engine, points, settings, others = _open_runs(args)
     ids = _encoded(args, engine, texts, args.prompt_tokens + args.score_tokens)
     lengths = {name: getattr(args, name) for name in ("prompt_tokens", "score_tokens")}
     with _progress_bar(unit="text", disable=args.json) as progress:
@@ -175,8 +175,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
             **lengths,
         )
     if args.plot:
-        points = {name: list(family) for name, family in families.items()}
-        points |= {name: [name] for name in others}
         _tell_flat(plots.evaluation(results, points, engine, args.plot))
     if args.json:
         print_json(results)
@@ -187,18 +185,20 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_tasks(args: argparse.Namespace) -> None:
     """evaluate --tasks"""
     if args.plot:
-        raise OptionError("--plot: expected with --data only")
+        plots.check(args.plot)
     if (args.prompt_tokens, args.score_tokens) != (256, 256):
         raise OptionError("--prompt-tokens, --score-tokens: expected with --data only")
     _check_count(args)
     names = [Path(path).stem for path in args.tasks]
     _check_unique("--tasks", names)
     tasks = {Path(path).stem: read_items(Path(path), args.texts) for path in args.tasks}
-    engine, _, settings, others = _open_runs(args)
+    engine, points, settings, others = _open_runs(args)
     with _progress_bar(unit="item", disable=args.json) as progress:
         results = evaluate_tasks(
             engine, tasks, settings, others=others, output=args.output, progress=progress
         )
+    if args.plot:
+        plots.tasks(results, points, engine, args.plot)
     if args.json:
         print_json(results)
     else:
@@ -207,8 +207,8 @@ def run_tasks(args: argparse.Namespace) -> None:
 
 def _open_runs(
     args: argparse.Namespace,
-) -> tuple[Engine, dict[str, dict[str, TDA]], dict[str, TDA], dict[str, Engine]]:
-    """What evaluate compares: families of settings, all of these, engines with other weights."""
+) -> tuple[Engine, dict[str, list[str]], dict[str, TDA], dict[str, Engine]]:
+    """What evaluate compares: names by family, settings, engines with other weights."""
     families = {name: {name: tda} for name, tda in _settings(args).items()}
     _check_unique("--also", args.also)
     engine = open_engine(args)
@@ -216,7 +216,8 @@ def _open_runs(
     if args.frontier:
         families |= frontier(engine)
     settings = {name: tda for family in families.values() for name, tda in family.items()}
-    return engine, families, settings, others
+    points = {name: list(family) for name, family in families.items()}
+    return engine, points | {name: [name] for name in others}, settings, others
 
 
 def run_analyze(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from ._native import OptionError
 from .engine import Engine
 from .evaluate import DENSE
 from .files import check_output
+from .tasks import Results, mean_cost, mean_of_tasks
 
 WORST = 1.6  # perplexity relative to dense up to which the frontier is shown
 FLAT = 0.02  # a line that rises and falls by less is told as a number instead
@@ -82,6 +83,45 @@ def evaluation(
     return flat
 
 
+def tasks(
+    results: Results, families: Mapping[str, Collection[str]], engine: Engine, path: Path
+) -> None:
+    """Mean accuracy (by length) over bytes and over speed. families: as in evaluation()."""
+    picture = _figure((11, 5))
+    axes = picture.subplots(1, 2)
+    means = {name: mean_of_tasks(rows, "by_length") for name, rows in results.items()}
+    for plot, cost, label, better in (
+        (axes[0], "bytes_per_token", "bytes read per token, relative to dense", "up left"),
+        (axes[1], "tokens_per_second", "decoding speed relative to dense", "up right"),
+    ):
+        costs = {name: mean_cost(rows, cost) for name, rows in results.items()}
+        unit = costs[DENSE]
+        if not unit:
+            raise OptionError("--plot: found no choice of two tokens or more, expected some")
+        for i, (family, names) in enumerate(families.items()):
+            points = sorted((costs[name] or 0, name) for name in names)
+            plot.errorbar(
+                [spent / unit for spent, _ in points],
+                [means[name]["accuracy"] for _, name in points],
+                yerr=[means[name]["change_error"] for _, name in points],
+                color=f"C{i}",
+                marker="o",
+                ms=4,
+                capsize=2,
+                label=family,
+            )
+        dense = means[DENSE]["accuracy"]
+        plot.plot(1, dense, "k*", ms=10, label=DENSE)
+        plot.axhline(dense, ls=":", color="grey")
+        plot.set(xlabel=label, ylabel="mean accuracy, ± standard error of its change")
+        _mark_better(plot, better)
+    handles, labels = axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    items = sum(row["items"] for row in results[DENSE].values())
+    picture.suptitle(_title(f"{len(results[DENSE])} tasks", engine, items, "items"))
+    picture.savefig(path, dpi=100)
+
+
 def analysis(figures: Mapping[str, Any], engine: Engine, score_tokens: int, path: Path) -> Lines:
     """figures: of analyze(). Returns the lines that are flat and so not drawn."""
     parts = figures["prompt"]
@@ -143,9 +183,9 @@ def machine() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _title(what: str, engine: Engine, texts: int) -> str:
+def _title(what: str, engine: Engine, count: int, kind: str = "texts") -> str:
     return (
-        f"{what}: {engine.path.resolve().name}, {engine.weights}, {texts} texts\n"
+        f"{what}: {engine.path.resolve().name}, {engine.weights}, {count} {kind}\n"
         f"{machine()}, {engine.device}, {engine.threads} threads"
     )
 
@@ -153,7 +193,9 @@ def _title(what: str, engine: Engine, texts: int) -> str:
 def _mark_better(axes: Any, where: str, word: str = "better") -> None:
     """An arrow in a corner of the axes. where: left and right mean downwards, too."""
     ends = {"left": (0.04, 0.06), "right": (0.96, 0.06), "up": (0.5, 0.97)}
+    ends |= {"up left": (0.04, 0.94), "up right": (0.96, 0.94)}
     starts = {"left": (0.18, 0.2), "right": (0.82, 0.2), "up": (0.5, 0.82)}
+    starts |= {"up left": (0.18, 0.8), "up right": (0.82, 0.8)}
     axes.annotate(
         word,
         ends[where],

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tdaengine import TDA, Engine, OptionError, cli
-from tdaengine.tasks import Item, choose, encode_pair, evaluate_tasks, read_items, summary, table
+from tdaengine.tasks import (
+    Item,
+    choose,
+    encode_pair,
+    evaluate_tasks,
+    mean_of_tasks,
+    read_items,
+    summary,
+    table,
+)
 
 CHOICES = [
     {"query": "The sky is", "choices": ["blue.", "a long answer", "x"], "gold": 0},
@@ -24,6 +34,17 @@ CONTEXTS = [
 def write(path: Path, items: list[dict]) -> Path:
     path.write_text("\n".join(json.dumps(item) for item in items) + "\n\n")
     return path
+
+
+def tasks_of(results: dict) -> list[dict]:
+    return [task for tasks in results.values() for task in tasks.values()]
+
+
+def without_seconds(lines: list[str]) -> list[dict]:
+    rows = [json.loads(line) for line in lines]
+    for row in rows[1:]:
+        assert all(row[name].pop("seconds") > 0 for name in row if name != "text")
+    return rows
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -50,20 +71,20 @@ def test_the_likeliest_choice(engine: Engine, tmp_path: Path):
         sums = [likelihood(engine, bare, gap + choice) for choice in choices]
         lengths = [len(choice.encode()) for choice in choices]
         expected = [int(np.argmax(sums)), int(np.argmax(np.divide(sums, lengths)))]
-        assert choose(engine, None, item) == expected
+        assert choose(engine, None, item)[0] == expected
 
 
 def test_the_likeliest_context(engine: Engine, tmp_path: Path):
     (item,) = read_items(write(tmp_path / "t.jsonl", CONTEXTS))
     sums = [likelihood(engine, context, " slept.") for context in CONTEXTS[0]["contexts"]]
-    assert choose(engine, None, item)[0] == int(np.argmax(sums))
+    assert choose(engine, None, item)[0][0] == int(np.argmax(sums))
 
 
 def test_the_last_word_is_what_greedy_decoding_gives(smollm2: Path):
     engine = Engine(smollm2)
     for word, expected in (("Paris", 0), ("Lyon", -1)):
         item = Item((("The capital of France is", word),), 0)
-        assert choose(engine, None, item) == [expected] * 2
+        assert choose(engine, None, item)[0] == [expected] * 2
 
 
 def test_how_texts_are_joined(engine: Engine):
@@ -99,7 +120,8 @@ def test_settings_beside_dense_and_going_on(engine: Engine, tmp_path: Path):
     whole = evaluate_tasks(engine, tasks, settings, output=output)
     assert list(whole) == ["dense", "all", "few"]
     for task, count in (("choices", 3), ("contexts", 1)):
-        assert whole["all"][task] == whole["dense"][task]
+        for metric in ("raw", "by_length", "as_dense"):
+            assert whole["all"][task][metric] == whole["dense"][task][metric]
         assert whole["dense"][task]["items"] == count
         assert whole["dense"][task]["raw"]["change"] == 0
     lines = output.read_text().splitlines(keepends=True)
@@ -109,16 +131,49 @@ def test_settings_beside_dense_and_going_on(engine: Engine, tmp_path: Path):
     again = evaluate_tasks(
         engine, tasks, settings, output=output, progress=lambda *step: steps.append(step)
     )
+    for results in (again, whole):
+        assert all(task.pop("tokens_per_second") > 0 for task in tasks_of(results))
     assert again == whole
     assert steps == [(3, 4), (4, 4)]
-    assert output.read_text() == "".join(lines)
+    assert without_seconds(output.read_text().splitlines()) == without_seconds(lines)
     with pytest.raises(OptionError, match="these are other results"):
         evaluate_tasks(engine, tasks, {"all": TDA(active=0.5)}, output=output)
     with pytest.raises(OptionError, match="found 'dense' twice"):
         evaluate_tasks(engine, tasks, {"dense": TDA(active=0.5)})
     rows = table(whole).splitlines()
-    assert rows[0] == "| setting | choices (3) | contexts (1) | chosen as dense |"
-    assert rows[3].startswith("| all | ") and rows[3].endswith("(+0.0 ± 0.0) | 1.000 |")
+    assert rows[0] == (
+        "| setting | choices (3) | contexts (1) | mean | chosen as dense | MB per token |"
+    )
+    assert rows[3].startswith("| all | ") and "(+0.0 ± 0.0) | 1.000 | " in rows[3]
+
+
+def test_written_answers(engine: Engine, smollm2: Path, tmp_path: Path):
+    model = Engine(smollm2)
+    lines = [
+        {"question": "What is 2 + 2?", "answer": "2 and 2 are <<2+2=4>>4.\n#### 4"},
+        {"question": "What is 2 + 2?", "answer": "#### 5"},
+        {"question": "Say nothing of numbers, just hello. Hello?", "answer": "1,234.50"},
+    ]
+    items = read_items(write(tmp_path / "t.jsonl", lines))
+    assert [item.candidates[0][1] for item in items] == ["4", "5", "1234.5"]
+    found = evaluate_tasks(model, {"t": items}, {})["dense"]["t"]
+    prompt = "Question: What is 2 + 2?\nAnswer:"
+    text = model.generate(prompt, max_new_tokens=256, stop="\nQuestion:").text
+    last = re.findall(r"\d+", text)[-1]
+    assert last in ("4", "5")  # or nothing would be shown
+    assert found["raw"]["accuracy"] == pytest.approx(1 / 3)
+    # Where the context is short, the text ends with it.
+    assert evaluate_tasks(engine, {"t": items[:1]}, {})["dense"]["t"]["items"] == 1
+
+
+def test_means_of_tasks():
+    def task(accuracy: float, error: float, change: float, change_error: float) -> dict:
+        names = ("accuracy", "error", "change", "change_error")
+        return {"raw": dict(zip(names, (accuracy, error, change, change_error), strict=True))}
+
+    found = mean_of_tasks({"a": task(0.5, 0.03, -0.1, 0), "b": task(0.25, 0.04, 0, 0.02)}, "raw")
+    expected = {"accuracy": 0.375, "error": 0.025, "change": -0.05, "change_error": 0.01}
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +189,8 @@ def test_settings_beside_dense_and_going_on(engine: Engine, tmp_path: Path):
         ('{"query": "q", "choices": ["a"], "gold": true}', "gold: found True, expected 0 to 0"),
         ('{"query": " ", "choices": ["a"], "gold": 0}', "found an empty text"),
         ('{"context": "c", "continuation": ""}', "found an empty text"),
+        ('{"question": "q", "answer": "none"}', "answer: found 'none', expected a number"),
+        ('{"question": " ", "answer": "3"}', "question: found ' ', expected a text"),
         ("", "found no items"),
     ],
 )
@@ -156,9 +213,15 @@ def test_command(folder: Path, engine: Engine, tmp_path: Path, capsys: pytest.Ca
     assert cli.main([*command, *setting, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     items = {"choices": read_items(Path(files[0]), 2), "two": read_items(Path(files[1]))}
-    assert found == evaluate_tasks(engine, items, {"active=0.5": TDA(active=0.5)})
+    expected = evaluate_tasks(engine, items, {"active=0.5": TDA(active=0.5)})
+    for rows in (found, expected):
+        assert all(task.pop("tokens_per_second") > 0 for task in tasks_of(rows))
+    assert found == expected
+    plotted = ["--weights", "int8", *setting, "--also", "f32", "--plot", str(tmp_path / "p.png")]
+    assert cli.main([*command, *plotted]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     for more, message in (
-        (["--plot", "x.png"], "--plot: expected with --data only"),
+        (["--plot", "x.gif"], "--plot x.gif: expected a name that ends in .png or .svg"),
         (["--score-tokens", "8"], "--score-tokens: expected with --data only"),
         ([files[0]], "--tasks: found 'choices' twice"),
         (["--texts", "0"], "--texts 0: expected 1 or more"),
