@@ -137,3 +137,40 @@ def _peak_rss() -> int:
     """Bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What `tdaengine bench` measured, as markdown. result: of bench(), with what the engine is."""
+
+    def spread(summary: dict[str, float], form: str, unit: float = 1) -> str:
+        low, middle, high = (format(summary[n] / unit, form) for n in ("min", "median", "max"))
+        return f"{middle} ({low}..{high})"
+
+    weights, peak = result["weight_bytes"] / 1e6, result["peak_rss_bytes"] / 1e6
+    lines = [
+        f"{result['path']}: weights {result['weights']}, kv {result['kv']}, {result['device']}, "
+        f"{result['threads']} threads",
+        f"loaded in {result['load_seconds']:.2f} s; weights {weights:.0f} MB, "
+        f"peak of the process {peak:.0f} MB",
+        f"read roof {spread(result['read_roof'], '.1f', 1e9)} GB/s; "
+        f"median (min..max) of {result['rounds']} rounds",
+        "",
+        "| prefill of | tokens/s |",
+        "|---|---|",
+    ]
+    for row in result["prefill"]:
+        lines.append(f"| {row['tokens']} | {spread(row['tokens_per_second'], '.1f')} |")
+    lines += [
+        "",
+        f"| decode {result['new_tokens']} after | setting | tokens/s | MB per token | GB/s "
+        "| share of the roof |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["decode"]:
+        lines.append(
+            f"| {row['context']} | {row['setting']} | {spread(row['tokens_per_second'], '.1f')} "
+            f"| {row['bytes_per_token'] / 1e6:.1f} "
+            f"| {spread(row['bytes_per_second'], '.1f', 1e9)} "
+            f"| {spread(row['roof_share'], '.0%')} |"
+        )
+    return "\n".join(lines)

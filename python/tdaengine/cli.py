@@ -239,8 +239,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--also",
         action="append",
         default=[],
-        metavar="FORMAT",
-        help="dense with other weights, too, as int4; repeatable",
+        metavar="FORMAT,SETTING",
+        help="other weights, too, as int4 (dense) or graded,inputs=0.2; repeatable",
         shown="none",
     )
     _add_output(

@@ -18,8 +18,9 @@ from ._native import TDA, GenerateOptions, OptionError
 from .analyze import analyze
 from .analyze import table as overlaps
 from .bench import bench
+from .bench import table as speeds
 from .engine import Engine
-from .evaluate import evaluate, frontier, table
+from .evaluate import DENSE, Run, evaluate, frontier, table
 from .files import MAX_DATA, check_output, read, read_texts
 from .hub import find
 from .info import describe, fields_of, file_sizes, info
@@ -207,12 +208,18 @@ def run_tasks(args: argparse.Namespace) -> None:
 
 def _open_runs(
     args: argparse.Namespace,
-) -> tuple[Engine, dict[str, list[str]], dict[str, TDA], dict[str, Engine]]:
-    """What evaluate compares: names by family, settings, engines with other weights."""
+) -> tuple[Engine, dict[str, list[str]], dict[str, TDA], dict[str, Run]]:
+    """What evaluate compares: names by family, settings, runs of engines with other weights."""
     families = {name: {name: tda} for name, tda in _settings(args).items()}
     _check_unique("--also", args.also)
     engine = open_engine(args)
-    others = {f"{also} dense": open_engine(args, weights=also) for also in args.also}
+    engines, others = {}, {}
+    for also in args.also:
+        weights, comma, setting = also.partition(",")
+        tda = parse_tda(setting) if comma else None
+        if weights not in engines:
+            engines[weights] = open_engine(args, weights=weights)
+        others[f"{weights} {setting or DENSE}"] = engines[weights], tda
     if args.frontier:
         families |= frontier(engine)
     settings = {name: tda for family in families.values() for name, tda in family.items()}
@@ -312,40 +319,7 @@ def run_bench(args: argparse.Namespace) -> None:
     if args.json:
         print_json(result)
     else:
-        _print_bench(result)
-
-
-def _print_bench(result: dict[str, Any]) -> None:
-    def spread(summary: dict[str, float], form: str, unit: float = 1) -> str:
-        low, middle, high = (format(summary[n] / unit, form) for n in ("min", "median", "max"))
-        return f"{middle} ({low}..{high})"
-
-    weights, peak = result["weight_bytes"] / 1e6, result["peak_rss_bytes"] / 1e6
-    print(
-        f"{result['path']}: weights {result['weights']}, kv {result['kv']}, {result['device']}, "
-        f"{result['threads']} threads\n"
-        f"loaded in {result['load_seconds']:.2f} s; weights {weights:.0f} MB, "
-        f"peak of the process {peak:.0f} MB\n"
-        f"read roof {spread(result['read_roof'], '.1f', 1e9)} GB/s; "
-        f"median (min..max) of {result['rounds']} rounds\n"
-    )
-    print("| prefill of | tokens/s |")
-    print("|---|---|")
-    for row in result["prefill"]:
-        print(f"| {row['tokens']} | {spread(row['tokens_per_second'], '.1f')} |")
-    print(
-        f"\n| decode {result['new_tokens']} after | setting | tokens/s | MB per token | GB/s ",
-        end="",
-    )
-    print("| share of the roof |")
-    print("|---|---|---|---|---|---|")
-    for row in result["decode"]:
-        print(
-            f"| {row['context']} | {row['setting']} | {spread(row['tokens_per_second'], '.1f')} "
-            f"| {row['bytes_per_token'] / 1e6:.1f} "
-            f"| {spread(row['bytes_per_second'], '.1f', 1e9)} "
-            f"| {spread(row['roof_share'], '.0%')} |"
-        )
+        print(speeds(result))
 
 
 def _lengths(args: argparse.Namespace, name: str) -> list[int]:

@@ -25,6 +25,7 @@ ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 HEAD = 1e-5
 INPUTS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
+Run = tuple[Engine, TDA | None]
 Rows = list[dict[str, Any]]  # one per text: its "text" (a digest) and the figures of every setting
 
 
@@ -58,15 +59,15 @@ def evaluate(
     texts: Sequence[Prompt],
     settings: Mapping[str, TDA],
     *,
-    others: Mapping[str, Engine] | None = None,
+    others: Mapping[str, Run] | None = None,
     prompt_tokens: int = 256,
     score_tokens: int = 256,
     output: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores every text under dense, every setting and, dense, every other engine (of the same
-    checkpoint in another format of weights), text by text. The order goes round from text to text,
-    so that a machine that grows slower does not favour any.
+    """Scores every text under dense, every setting, and every other engine (of the same checkpoint
+    in another format of weights) with a setting or dense, text by text. The order goes round from
+    text to text, so that a machine that grows slower does not favour any.
 
     Of each text the first prompt_tokens are the prompt and the next score_tokens are scored
     teacher-forced through the decode path.
@@ -107,19 +108,19 @@ def evaluate(
 
 
 def runs_of(
-    engine: Engine, settings: Mapping[str, TDA], others: Mapping[str, Engine]
-) -> dict[str, tuple[Engine, TDA | None]]:
-    """Dense, every setting and, dense, every other engine, by name. Raises OptionError for a name
-    given twice or an engine of another checkpoint."""
-    runs: dict[str, tuple[Engine, TDA | None]] = {DENSE: (engine, None)}
+    engine: Engine, settings: Mapping[str, TDA], others: Mapping[str, Run]
+) -> dict[str, Run]:
+    """Dense, every setting and every other run, by name. Raises OptionError for a name given twice
+    or an engine of another checkpoint."""
+    runs: dict[str, Run] = {DENSE: (engine, None)}
     for name, run in (
         *((name, (engine, tda)) for name, tda in settings.items()),
-        *((name, (other, None)) for name, other in others.items()),
+        *others.items(),
     ):
         if name in runs:
             raise OptionError(f"settings: found {name!r} twice ({DENSE!r} is always there)")
         runs[name] = run
-    for name, other in others.items():
+    for name, (other, _) in others.items():
         if other.fingerprint != engine.fingerprint:
             raise OptionError(f"{name}: found another checkpoint, expected that of the model")
     return runs

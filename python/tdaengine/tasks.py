@@ -14,7 +14,7 @@ from typing import Any
 from . import __version__, _native
 from ._native import TDA, OptionError
 from .engine import Engine
-from .evaluate import DENSE, append_row, begin_rows, describe_run, digest, runs_of
+from .evaluate import DENSE, Run, append_row, begin_rows, describe_run, digest, runs_of
 from .files import json_lines
 
 KINDS = (  # what a line may hold
@@ -106,15 +106,16 @@ def evaluate_tasks(
     tasks: Mapping[str, Sequence[Item]],
     settings: Mapping[str, TDA],
     *,
-    others: Mapping[str, Engine] | None = None,
+    others: Mapping[str, Run] | None = None,
     output: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Lets dense, every setting and, dense, every other engine (of the same checkpoint in another
-    format of weights) do all items. output: as in `evaluate`. Returns per setting and task what
-    summary() says. Raises OptionError."""
+    """Lets dense, every setting and every other run do all items, one of each task in turn, so that
+    more items of each are more rows behind the first. others, output: as in `evaluate`. Returns per
+    setting and task what summary() says, and what decoding cost. Raises OptionError."""
     runs = runs_of(engine, settings, others or {})
-    items = [(task, item) for task, some in tasks.items() for item in some]
+    turns = range(max((len(some) for some in tasks.values()), default=0))
+    items = [(task, some[i]) for i in turns for task, some in tasks.items() if i < len(some)]
     identities = [[task, item.candidates, item.gold, item.written] for task, item in items]
     header = {
         "tdaengine": __version__,

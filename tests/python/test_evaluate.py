@@ -83,7 +83,7 @@ def test_every_setting_has_each_place_once(engine: Engine, monkeypatch: pytest.M
 
 
 def test_another_format_of_weights(engine: Engine, int8: Engine):
-    results = evaluate(int8, TEXTS, {}, others={"as it is": engine}, **LENGTHS)
+    results = evaluate(int8, TEXTS, {}, others={"as it is": (engine, None)}, **LENGTHS)
     same = evaluate(engine, TEXTS, {}, **LENGTHS)["dense"]
     assert results["as it is"]["perplexity"] == same["perplexity"]
     assert results["as it is"]["bytes_per_token"] == same["bytes_per_token"]
@@ -141,8 +141,8 @@ def test_wrong_options(engine: Engine, int8: Engine, tmp_path: Path):
     stranger = Engine(tiny.write(tmp_path / "stranger", "llama_bias"), threads=1)
     for texts, settings, options, message in (
         (TEXTS, {"dense": TDA(active=0.5)}, {}, "found 'dense' twice"),
-        (TEXTS, SETTINGS, {"others": {"half": int8}}, "found 'half' twice"),
-        (TEXTS, {}, {"others": {"int4": stranger}}, "int4: found another checkpoint"),
+        (TEXTS, SETTINGS, {"others": {"half": (int8, None)}}, "found 'half' twice"),
+        (TEXTS, {}, {"others": {"int4": (stranger, None)}}, "int4: found another checkpoint"),
         ([], {}, {}, "texts: found none"),
         ([TEXTS[0], TEXTS[1][:39]], {}, {}, "text 1: found 39 tokens, expected 40"),
         (TEXTS, {}, {"prompt_tokens": 0}, "prompt_tokens 0"),
@@ -234,6 +234,7 @@ def test_errors_come_before_the_work(
         (["--tda", "active=0.5", "--tda", "active=0.5"], "found 'active=0.5' twice"),
         (["--also", "int8", "--also", "int8"], "found 'int8' twice"),
         (["--also", "int3"], "int3"),
+        (["--also", "int8,speed=1"], 'unknown option "speed"'),
         (["--tda", "active=2"], "active 2"),
         (["--plot", "picture.jpg"], "picture.jpg: expected a name that ends in .png or .svg"),
         (["--plot", str(tmp_path / "absent" / "x.png")], "no such folder"),

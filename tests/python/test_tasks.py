@@ -126,6 +126,11 @@ def test_settings_beside_dense_and_going_on(engine: Engine, tmp_path: Path):
         assert whole["dense"][task]["raw"]["change"] == 0
     lines = output.read_text().splitlines(keepends=True)
     assert len(lines) == 5
+    first = {name: items[:1] for name, items in tasks.items()}
+    fewer = tmp_path / "fewer"
+    evaluate_tasks(engine, first, settings, output=fewer)
+    expected = without_seconds(lines[:3])  # one of each task
+    assert without_seconds(fewer.read_text().splitlines()) == expected
     output.write_text("".join(lines[:3]) + lines[3][:9])
     steps: list[tuple[int, int]] = []
     again = evaluate_tasks(
@@ -220,6 +225,13 @@ def test_command(folder: Path, engine: Engine, tmp_path: Path, capsys: pytest.Ca
     plotted = ["--weights", "int8", *setting, "--also", "f32", "--plot", str(tmp_path / "p.png")]
     assert cli.main([*command, *plotted]) == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    also = ["--also", "int8", "--also", "int8,active=0.5", "--also", "graded,recommended"]
+    assert cli.main([*command, *also, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["dense", "int8 dense", "int8 active=0.5", "graded recommended"]
+    read = [found[name]["choices"]["bytes_per_token"] for name in found]
+    assert read[0] > read[1] > read[2] and read[3] < read[1]
     for more, message in (
         (["--plot", "x.gif"], "--plot x.gif: expected a name that ends in .png or .svg"),
         (["--score-tokens", "8"], "--score-tokens: expected with --data only"),
