@@ -75,6 +75,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str) -> None:
         """name: of the file, for messages. Raises CheckpointError if the source is no template."""
         self._name = name
+        self.source = source
         self._special_tokens = special_tokens
         self._environment = _environment()
         try:

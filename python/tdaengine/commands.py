@@ -216,7 +216,7 @@ def _open_runs(
     engines, others = {}, {}
     for also in args.also:
         weights, comma, setting = also.partition(",")
-        tda = parse_tda(setting) if comma else None
+        tda = parse_tda(setting, f"--also {also}") if comma else None
         if weights not in engines:
             engines[weights] = open_engine(args, weights=weights)
         others[f"{weights} {setting or DENSE}"] = engines[weights], tda

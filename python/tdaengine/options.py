@@ -76,9 +76,11 @@ def options_of_each(
     return [GenerateOptions(**{**fields, "seed": each}) for each in seeds]
 
 
-def parse_tda(text: str) -> TDA | None:
+def parse_tda(text: str, option: str = "") -> TDA | None:
     """What the option --tda says: "recommended", "off", or "name=value,name=value" with fields of
-    TDA, of which thresholds is a file's name. Raises OptionError or CheckpointError."""
+    TDA, of which thresholds is a file's name. option: how messages name it, default --tda and the
+    text. Raises OptionError or CheckpointError."""
+    option = option or f"--tda {text}"
     if text == RECOMMENDED:
         return TDA()
     if text == "off":
@@ -89,10 +91,10 @@ def parse_tda(text: str) -> TDA | None:
         if not separator:
             hint = "; a prompt goes before --tda" if " " in text else ""
             raise OptionError(
-                f"--tda {text}: found {part!r}, expected NAME=VALUE, recommended or off{hint}"
+                f"{option}: found {part!r}, expected NAME=VALUE, recommended or off{hint}"
             )
         if name in values:
-            raise OptionError(f"--tda {text}: found {name!r} twice")
+            raise OptionError(f"{option}: found {name!r} twice")
         values[name] = Thresholds.load(value) if name == "thresholds" else _parse_value(value)
     return TDA(**values)
 

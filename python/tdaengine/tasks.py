@@ -214,7 +214,7 @@ def _answer(
         stop="\nQuestion:",
         tda=tda or False,
     )
-    return [0 if _numbers(out.text)[-1:] == [number] else -1] * 2, [out.stats]
+    return [0 if _numbers(out.text or "")[-1:] == [number] else -1] * 2, [out.stats]
 
 
 def encode_pair(engine: Engine, context: str, continuation: str) -> Pair:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +242,10 @@ def test_command(folder: Path, engine: Engine, tmp_path: Path, capsys: pytest.Ca
     ):
         assert cli.main([*command, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "tdaengine.lm_eval", raising=False)
+    with pytest.raises(ImportError, match=r"needs lm_eval, pip install 'tdaengine\[eval\]'"):
+        importlib.import_module("tdaengine.lm_eval")
