@@ -223,7 +223,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE",
         help="instead, JSONL with query, choices and gold, or contexts, continuation and gold, or "
-        "context and continuation: accuracies",
+        "context and continuation, or question and answer: accuracies",
         shown="none",
     )
     _add_texts(parser)
