@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, terminal
-from ._native import TDA, Error, GenerateOptions, OptionError
+from ._native import Error, OptionError
 from .analyze import DEFINITIONS
+from .arguments import SETTING, add_engine, add_sampling, add_tda, flag, option
 from .commands import (
     run_analyze,
     run_bench,
@@ -23,7 +24,7 @@ from .commands import (
 )
 from .conversation import TEMPERATURE, TOP_P, run_chat
 from .engine import TdaWarning
-from .options import RECOMMENDED, parse_tda
+from .options import RECOMMENDED
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
 INTERRUPTED = 130
@@ -31,10 +32,6 @@ BROKEN_PIPE = 141
 
 
 DATA = 'JSONL with a field "text"'
-SETTING = (
-    "the recommended setting for the model and weights; or SETTING by hand: "
-    "inputs=0.2; loss=0.02; scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; off"
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        _flag(added, "--json", help="print the result as JSON on stdout")
+        flag(added, "--json", help="print the result as JSON on stdout")
         added.set_defaults(run=run)
         added.color = False  # type: ignore[attr-defined]
         return added
@@ -110,45 +107,33 @@ def make_parser() -> argparse.ArgumentParser:
     _add_analyze(command("analyze", run_analyze, "What the sets of active neurons depend on."))
     _add_bench(command("bench", run_bench, "Speed and memory, beside the speed of reading memory."))
     info = command("info", run_info, "Show what a checkpoint holds.")
-    _add_engine(info)
-    _flag(info, "--verify", help="compare the files that convert wrote to their checksums")
+    add_engine(info)
+    flag(info, "--verify", help="compare the files that convert wrote to their checksums")
     return parser
 
 
-def _option(
-    group: Any, *names: str, help: str, default: Any = None, shown: str = "", **settings: Any
-) -> None:
-    """An option whose help tells its default: `shown`, or else the value itself."""
-    text = f"{help} (default: {shown or default})"
-    group.add_argument(*names, help=text, default=default, **settings)
-
-
-def _flag(group: Any, name: str, *, help: str, default: Any = False) -> None:
-    _option(group, name, help=help, default=default, shown="off", action="store_true")
-
-
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    _add_engine(parser)
+    add_engine(parser)
     parser.add_argument(
         "prompt", nargs="?", help="the text to continue; - takes it from standard input"
     )
-    _option(parser, "--file", metavar="FILE", help="take the prompt from a file", shown="none")
-    _add_sampling(parser, {})
-    _add_tda(parser)
+    option(parser, "--file", metavar="FILE", help="take the prompt from a file", shown="none")
+    add_sampling(parser, {})
+    add_tda(parser)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
-    _add_engine(parser)
-    _option(
+    add_engine(parser)
+    option(
         parser,
         "--message",
         metavar="TEXT",
         help="ask this alone, then end; - takes it from standard input",
         shown="a conversation",
     )
-    _option(parser, "--file", metavar="FILE", help="take the message from a file", shown="none")
-    _option(parser, "--system", metavar="TEXT", help="system prompt", shown="the template's own")
-    _add_sampling(
+    option(parser, "--file", metavar="FILE", help="take the message from a file", shown="none")
+    option(parser, "--system", metavar="TEXT", help="system prompt", shown="the template's own")
+    add_sampling(
         parser,
         {
             "max_new_tokens": "until the context is full",
@@ -159,20 +144,20 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
             "repetition_penalty": "the checkpoint's, or 1.0",
         },
     )
-    _add_tda(parser)
+    add_tda(parser)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="checkpoint folder or GGUF file")
     parser.add_argument("destination", help="the new folder")
-    _option(
+    option(
         parser,
         "--dtype",
         default="auto",
         help="of a Hugging Face folder's tensors: f32, bf16, or auto, which keeps them (of a GGUF "
         "file: bf16, or f32 where it holds f32 matrices)",
     )
-    _option(
+    option(
         parser,
         "--weights",
         metavar="FORMAT",
@@ -183,18 +168,18 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    _add_engine(parser)
-    _option(
+    add_engine(parser)
+    option(
         parser,
         "--data",
         metavar="FILE",
         help=DATA,
         shown="the model writes its own texts",
     )
-    _option(parser, "--scope", default="sequence", help="sequence or token")
+    option(parser, "--scope", default="sequence", help="sequence or token")
     target = parser.add_mutually_exclusive_group()
-    _option(target, "--error", type=float, help="target for the error of each layer", shown="0.1")
-    _option(
+    option(target, "--error", type=float, help="target for the error of each layer", shown="0.1")
+    option(
         target,
         "--bytes",
         type=float,
@@ -210,14 +195,14 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser, help: str, shown: str) -> None:
-    _option(parser, "-o", "--output", type=Path, metavar="FILE", help=help, shown=shown)
+    option(parser, "-o", "--output", type=Path, metavar="FILE", help=help, shown=shown)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    _add_engine(parser)
+    add_engine(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    _option(source, "--data", metavar="FILE", help=DATA, shown="none")
-    _option(
+    option(source, "--data", metavar="FILE", help=DATA, shown="none")
+    option(
         source,
         "--tasks",
         nargs="+",
@@ -228,13 +213,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     _add_texts(parser)
     _add_settings(parser)
-    _flag(
+    flag(
         parser,
         "--frontier",
         help="settings of each kind of TDA that the weights allow, of GRIFFIN and of CATS, masks "
         "compact on the CPU",
     )
-    _option(
+    option(
         parser,
         "--also",
         action="append",
@@ -253,111 +238,29 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = DEFINITIONS
-    _add_engine(parser)
+    add_engine(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help=DATA)
     _add_texts(parser)
-    _option(parser, "--active", type=float, default=0.5, help="share of neurons in a set")
+    option(parser, "--active", type=float, default=0.5, help="share of neurons in a set")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    _add_engine(parser)
+    add_engine(parser)
     _add_settings(parser)
-    _option(parser, "--prefill", default="128,512", metavar="TOKENS", help="lengths of prompts")
-    _option(
+    option(parser, "--prefill", default="128,512", metavar="TOKENS", help="lengths of prompts")
+    option(
         parser,
         "--context",
         default="128,1024",
         metavar="TOKENS",
         help="lengths of prompts to decode after",
     )
-    _option(parser, "--new-tokens", type=int, default=64, help="how many tokens to decode")
-    _option(parser, "--rounds", type=int, default=5, help="how often each is measured")
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder or hub id")
-    group = parser.add_argument_group("engine")
-    _option(group, "--device", default="auto", help="auto, cpu or cuda")
-    _option(
-        group,
-        "--weights",
-        default="auto",
-        metavar="FORMAT",
-        help="f32, bf16, int8, int4, bf16c (bf16 compressed without loss), graded (8 bits of which "
-        "--tda reads 4 or 8), or auto: f32 for an f32 checkpoint, the format of an engine folder, "
-        "else bf16",
-    )
-    _option(
-        group,
-        "--kv",
-        default="auto",
-        metavar="FORMAT",
-        help="of cached keys and values: f32, bf16, int8, or auto: f32 with f32 weights, else bf16",
-    )
-    _option(
-        group, "--threads", type=int, metavar="N", help="that compute", shown="all that may be used"
-    )
-    _option(
-        group,
-        "--max-context",
-        type=int,
-        metavar="TOKENS",
-        help="of a prompt and what follows it",
-        shown="the checkpoint's",
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser, shown: dict[str, str]) -> None:
-    """Options not given are left to GenerateOptions, or whatever else `shown` tells."""
-    group = parser.add_argument_group("generation")
-    defaults = GenerateOptions()
-
-    def option(name: str, kind: type, help: str) -> None:
-        _option(
-            group,
-            f"--{name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            type=kind,
-            metavar="N" if kind is int else "X",
-            help=help,
-            shown=shown.get(name) or str(getattr(defaults, name)),
-        )
-
-    option("max_new_tokens", int, "how many tokens to generate at most")
-    option("temperature", float, "0 is greedy")
-    option("top_k", int, "draw from so many likeliest tokens; 0: all")
-    option("top_p", float, "draw from the fewest tokens with this probability; 1: all")
-    option("min_p", float, "only from tokens this likely relative to the likeliest; 0: all")
-    option("repetition_penalty", float, "on tokens that were there before; 1: none")
-    shown = {**shown, "seed": "a fresh one"}
-    option("seed", int, "of the random numbers")
-    _flag(group, "--ignore-eos", help="go on after an end-of-text token", default=argparse.SUPPRESS)
-    _option(
-        group,
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end before this text; repeatable",
-        shown="none",
-    )
-
-
-def _add_tda(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("threshold-based dynamic activation")
-    _option(
-        group,
-        "--tda",
-        nargs="?",
-        type=parse_tda,
-        const=TDA(),
-        metavar="SETTING",
-        help=SETTING,
-        shown="off",
-    )
+    option(parser, "--new-tokens", type=int, default=64, help="how many tokens to decode")
+    option(parser, "--rounds", type=int, default=5, help="how often each is measured")
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
-    _option(
+    option(
         parser,
         "--texts",
         type=int,
@@ -365,8 +268,8 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         help="only the first N texts that are long enough, or the first N items of each task",
         shown="all of them",
     )
-    _option(parser, "--prompt-tokens", type=int, default=256, metavar="N", help="of each text")
-    _option(
+    option(parser, "--prompt-tokens", type=int, default=256, metavar="N", help="of each text")
+    option(
         parser,
         "--score-tokens",
         type=int,
@@ -374,13 +277,13 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each text behind the prompt",
     )
-    _option(
+    option(
         parser, "--plot", type=Path, metavar="FILE", help="a picture, .png or .svg", shown="none"
     )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    _option(
+    option(
         parser,
         "--tda",
         nargs="?",

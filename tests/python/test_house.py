@@ -152,9 +152,10 @@ def upward_includes(sources: dict[str, str]) -> list[str]:
 
 
 def imports(sources: dict[str, str]) -> dict[str, set[str]]:
-    """The package's own modules that each of its modules imports, anywhere in it."""
+    """The package's own modules that each of its modules imports, anywhere in it; those of a
+    package inside it as "server.app", itself as "server.__init__"."""
     modules = {
-        Path(path).stem: text
+        path.removeprefix("python/tdaengine/").removesuffix(".py").replace("/", "."): text
         for path, text in sources.items()
         if path.startswith("python/tdaengine/") and path.endswith(".py")
     }
@@ -162,13 +163,14 @@ def imports(sources: dict[str, str]) -> dict[str, set[str]]:
     for module, text in modules.items():
         names: set[str] = set()
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                names.add(node.module.split(".")[0])
-            elif isinstance(node, ast.ImportFrom) and node.level == 1:
-                own = {alias.name for alias in node.names}
-                names |= own & modules.keys()
-                if own - modules.keys() - {"_native"}:
-                    names.add("__init__")
+            if isinstance(node, ast.ImportFrom) and node.level:
+                outer = module.split(".")[: -node.level]
+                target = [*outer, *(node.module.split(".") if node.module else [])]
+                # What is imported may be a module itself, or stand in one or in an __init__.
+                for name in {alias.name for alias in node.names} - {"_native"}:
+                    places = ([*target, name], target, [*target, "__init__"])
+                    known = [".".join(parts) for parts in places if ".".join(parts) in modules]
+                    names.update(known[:1])
             elif isinstance(node, ast.ImportFrom) and node.module == "tdaengine":
                 names.add("__init__")
         found[module] = names & modules.keys()
@@ -249,3 +251,6 @@ def test_no_modules_import_each_other_in_a_circle():
     a, b = "python/tdaengine/a.py", "python/tdaengine/b.py"
     broken = {a: "from .b import x\n", b: "def f():\n    from . import a\n"}
     assert cycles(imports(broken)) == ["a -> b -> a"]
+    inner = "python/tdaengine/inner/c.py"
+    broken = {a: "from .inner.c import x\n", inner: "from ..a import y\n"}
+    assert cycles(imports(broken)) == ["a -> inner.c -> a"]
