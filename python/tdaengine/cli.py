@@ -25,6 +25,7 @@ from .commands import (
 from .conversation import TEMPERATURE, TOP_P, run_chat
 from .engine import TdaWarning
 from .options import RECOMMENDED
+from .serve import run_serve
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
 INTERRUPTED = 130
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_analyze(command("analyze", run_analyze, "What the sets of active neurons depend on."))
     _add_bench(command("bench", run_bench, "Speed and memory, beside the speed of reading memory."))
+    _add_serve(command("serve", run_serve, "Answer over HTTP, by the OpenAI API and a page."))
     info = command("info", run_info, "Show what a checkpoint holds.")
     add_engine(info)
     flag(info, "--verify", help="compare the files that convert wrote to their checksums")
@@ -257,6 +259,40 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     option(parser, "--new-tokens", type=int, default=64, help="how many tokens to decode")
     option(parser, "--rounds", type=int, default=5, help="how often each is measured")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add_engine(parser)
+    add_tda(parser)
+    group = parser.add_argument_group("server")
+    option(group, "--host", default="127.0.0.1", metavar="ADDRESS", help="that it listens on")
+    option(group, "--port", type=int, default=8000, metavar="N", help="0 takes a free one")
+    option(group, "--name", help="of the model in requests", shown="the folder's or hub id's")
+    option(
+        group,
+        "--api-key",
+        metavar="KEY",
+        help="that requests must show; better in the environment as TDAENGINE_API_KEY, where other "
+        "users of the machine do not see it",
+        shown="none",
+    )
+    option(
+        group,
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of https://example.com ask, too; repeatable",
+        shown="none",
+    )
+
+    def limit(name: str, default: int, help: str) -> None:
+        option(group, name, type=int, default=default, metavar="N", help=help)
+
+    limit("--parallel", 1, "requests computed at a time; more only take turns, token by token")
+    limit("--queue", 64, "requests that may wait; further ones are told to come back")
+    limit("--max-body", 4 << 20, "bytes of a request")
+    limit("--drain", 30, "seconds that answers under way have after SIGTERM")
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

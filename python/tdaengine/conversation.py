@@ -31,10 +31,12 @@ Ctrl-C stops an answer."""
 Message = dict[str, str]
 
 
-def chat_sampling(folder: Path) -> dict[str, Any]:
+def chat_sampling(
+    folder: Path, temperature: float = TEMPERATURE, top_p: float = TOP_P
+) -> dict[str, Any]:
     """How an answer is sampled unless the user says otherwise: as generation_config.json says.
     do_sample false means greedy there, and true the defaults of transformers for what is left out;
-    without do_sample what is left out is TEMPERATURE and TOP_P. Raises CheckpointError."""
+    without do_sample what is left out is `temperature` and `top_p`. Raises CheckpointError."""
     path = folder / "generation_config.json"
     config = read_json_object(path, optional=True)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -44,7 +46,7 @@ def chat_sampling(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {name}: found {value!r}, expected a number")
     do_sample = config.get("do_sample")
     if do_sample is None:
-        return {"temperature": TEMPERATURE, "top_p": TOP_P, **given}
+        return {"temperature": temperature, "top_p": top_p, **given}
     if do_sample:
         return {**DEFAULTS, **given}
     return {name: given[name] for name in given.keys() & {"repetition_penalty"}}

@@ -1,0 +1,64 @@
+"""Errors as clients of the OpenAI API expect them: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from .._native import CheckpointError, ContextOverflow, Error, OptionError
+
+
+class ApiError(HTTPException):
+    """A request that cannot be met, with the status it ends in. param: the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        if self.status_code == 429:
+            kind = "rate_limit_error"
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, self.headers)
+
+
+INTERNAL = "the server failed; its log says more"
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told of any exception: of the engine's own all, of others nothing."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):  # of the router: no such path, no such method
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, ContextOverflow):
+        return ApiError(400, str(error), param=_param(error), code="context_length_exceeded")
+    if isinstance(error, OptionError | CheckpointError):
+        return ApiError(400, str(error), param=_param(error), code="invalid_value")
+    if isinstance(error, Error):
+        return ApiError(500, str(error))
+    return ApiError(500, INTERNAL)
+
+
+def _param(error: Error) -> str | None:
+    """Messages of the engine begin with what they are about."""
+    found = re.match(r"(?:option )?(\w+)", str(error))
+    return found[1] if found else None

@@ -1,0 +1,206 @@
+// The page asks the API as any other client does. Answers are shown as text: whatever a model
+// writes, no markup comes of it.
+"use strict";
+
+const find = (id) => document.getElementById(id);
+let model = "";
+let underWay = null;  // the AbortController of the question being answered
+// Each side goes on with its own answers: [{role, content}].
+const histories = { dense: [], tda: [] };
+
+function headers() {
+  const key = find("key").value;
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
+async function failure(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `status ${response.status}`;
+  }
+}
+
+async function connect() {
+  try {
+    const response = await fetch("v1/models", { headers: headers() });
+    if (response.status === 401) find("ask").querySelector("details").open = true;
+    if (!response.ok) throw new Error(await failure(response));
+    const about = (await response.json()).data[0];
+    model = about.id;
+    find("model").textContent = `${model}, weights ${about.weights}, context ${about.max_context}`;
+    if (about.tda !== "dense") {
+      find("server-default").hidden = false;
+      find("server-default").textContent = `the server's default, ${about.tda}`;
+      find("tda").value = "server";
+    }
+  } catch (error) {
+    find("model").textContent = error.message;
+  }
+}
+
+// What the field `tda` of a request says; undefined leaves it to the server.
+function setting(side) {
+  if (side === "dense") return false;
+  switch (find("tda").value) {
+    case "server": return undefined;
+    case "hand": return JSON.parse(find("hand").value);
+    default: return true;
+  }
+}
+
+// The objects of a stream of server-sent events.
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let pending = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    pending += value;
+    const lines = pending.split("\n");
+    pending = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+const percent = (share) => `${(100 * share).toFixed(0)}%`;
+
+function showStats(section, stats) {
+  const parts = [
+    `${stats.new_tokens} tokens`,
+    `${stats.tokens_per_second.toFixed(1)} tokens/s`,
+    `${(stats.bytes_per_token / 1e6).toFixed(1)} MB per token`,
+  ];
+  if (section.classList.contains("tda")) {
+    parts.push(`FFN: ${percent(stats.ffn_active)} of neurons used` +
+      (stats.ffn_coarse ? ` (${percent(stats.ffn_coarse)} at 4 bits)` : "") +
+      `, ${percent(stats.ffn_bytes_fraction)} of bytes read`, stats.tda);
+  }
+  section.querySelector(".figures").textContent = parts.join(" · ");
+  showLayers(section.querySelector(".layers"), stats.ffn_active_by_layer);
+}
+
+function showLayers(picture, shares) {
+  while (picture.children.length < shares.length) picture.append(document.createElement("span"));
+  shares.forEach((share, i) => {
+    picture.children[i].style.setProperty("--share", share);
+    picture.children[i].title = `layer ${i}: ${percent(share)}`;
+  });
+  const least = Math.min(...shares), most = Math.max(...shares);
+  picture.setAttribute("aria-label", `Neurons used in ${shares.length} layers: from ` +
+    `${percent(least)} in layer ${shares.indexOf(least)} to ${percent(most)} in layer ` +
+    `${shares.indexOf(most)}`);
+}
+
+function showWarnings(list, warnings) {
+  list.hidden = warnings.length === 0;
+  list.replaceChildren(...warnings.map((warning) => {
+    const item = document.createElement("li");
+    item.textContent = warning;
+    return item;
+  }));
+}
+
+async function answer(section, side, question, signal) {
+  const text = section.querySelector(".text");
+  const system = find("system").value.trim();
+  const messages = [...histories[side], { role: "user", content: question }];
+  text.setAttribute("aria-busy", "true");  // read aloud once it is whole
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST",
+      headers: headers(),
+      signal,
+      body: JSON.stringify({
+        model,
+        messages: system ? [{ role: "system", content: system }, ...messages] : messages,
+        max_tokens: Number(find("tokens").value),
+        temperature: Number(find("temperature").value),
+        tda: setting(side),
+        stream: true,
+        stream_options: { include_stats: true },
+      }),
+    });
+    if (!response.ok) throw new Error(await failure(response));
+    for await (const event of events(response.body)) {
+      if (event.error) throw new Error(event.error.message);
+      const choice = event.choices[0];
+      if (choice.delta.content) text.append(choice.delta.content);  // a text node
+      if (choice.stats) showStats(section, choice.stats);
+      if (choice.finish_reason) {
+        showWarnings(section.querySelector(".warnings"), choice.stats.warnings);
+      }
+    }
+  } finally {
+    text.setAttribute("aria-busy", "false");
+    histories[side] = [...messages, { role: "assistant", content: text.textContent }];
+  }
+}
+
+async function ask(question) {
+  const turn = find("turn").content.cloneNode(true).firstElementChild;
+  turn.querySelector(".question").textContent = question;
+  find("turns").append(turn);
+  turn.scrollIntoView({ block: "start" });
+  underWay = new AbortController();
+  setBusy(true);
+  for (const [side, name] of [["dense", "Dense"], ["tda", "TDA"]]) {
+    const section = turn.querySelector(`.${side}`);
+    try {
+      find("status").textContent = `${name}: computing`;
+      await answer(section, side, question, underWay.signal);
+    } catch (error) {
+      const shown = section.querySelector(".error");
+      shown.textContent = underWay.signal.aborted ? "stopped" : error.message;
+      shown.hidden = false;
+    }
+  }
+  find("status").textContent = "Both answers are there.";
+  underWay = null;
+  setBusy(false);
+}
+
+function setBusy(isBusy) {
+  find("send").disabled = isBusy;
+  find("stop").disabled = !isBusy;
+  find("forget").disabled = isBusy;
+}
+
+find("ask").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const question = find("question").value.trim();
+  if (!question || underWay) return;
+  if (!model) await connect();
+  find("question").value = "";
+  await ask(question);
+  find("question").focus();
+});
+
+find("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    find("ask").requestSubmit();
+  }
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") underWay?.abort();
+});
+find("stop").addEventListener("click", () => underWay?.abort());
+
+find("forget").addEventListener("click", () => {
+  histories.dense = [];
+  histories.tda = [];
+  find("turns").replaceChildren();
+  find("status").textContent = "";
+  find("question").focus();
+});
+
+find("tda").addEventListener("change", () => {
+  find("hand-label").hidden = find("tda").value !== "hand";
+});
+find("key").addEventListener("change", connect);
+
+connect();

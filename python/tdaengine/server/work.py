@@ -1,0 +1,177 @@
+"""A request's computing: several answers one after the other, or log-probabilities of a prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._native import TDA, ContextOverflow, GenerateOptions, GenerationStats, OptionError
+from ..engine import Engine
+from ..info import fields_of
+from ..stream import Output, Stream
+from .faults import ApiError
+
+MOST_LOGIT_BYTES = 2 << 30
+STATS_SECONDS = 0.05  # between the stats of an answer under way
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer that is asked for."""
+
+    index: int
+    ids: list[int]
+    options: GenerateOptions
+    stop: list[str]
+    tda: TDA | bool | None
+    echo: str = ""  # what its text begins with
+
+
+@dataclass(frozen=True)
+class Piece:
+    index: int
+    text: str
+    stats: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer's end. stats: None where nothing was decoded."""
+
+    index: int
+    reason: str
+    prompt_tokens: int
+    new_tokens: int
+    stats: GenerationStats | None = None
+    logprobs: dict[str, Any] | None = None
+
+
+def check_prompt(engine: Engine, name: str, ids: Sequence[int], new_tokens: int) -> None:
+    """What would else be found only when a request has its turn. Raises OptionError or
+    ContextOverflow."""
+    vocab = engine.config.vocab_size
+    for i, token in enumerate(ids):
+        if not 0 <= token < vocab:
+            raise OptionError(f"{name}: token {i} is {token}, expected 0 to {vocab - 1}")
+    if len(ids) + new_tokens > engine.max_context:
+        raise ContextOverflow(
+            f"{name}: found {len(ids)} tokens, which with {new_tokens} new ones exceed the context "
+            f"of {engine.max_context} tokens"
+        )
+
+
+class Generating:
+    """The choices, one after the other."""
+
+    def __init__(self, engine: Engine, choices: list[Choice], with_stats: bool) -> None:
+        self._engine, self._choices, self._with_stats = engine, choices, with_stats
+        self._stream: Stream | None = None
+        self._is_cancelled = False
+
+    def __iter__(self) -> Iterator[Piece | Finished]:
+        for choice in self._choices:
+            # cancel() sets the flag, then looks for a stream; here it is the other way round.
+            self._stream = self._engine.stream(
+                choice.ids, choice.options, stop=choice.stop, tda=choice.tda
+            )
+            if self._is_cancelled:
+                return
+            if choice.echo:
+                yield Piece(choice.index, choice.echo)
+            yield from self._pieces(choice.index, self._stream)
+            yield _finished(choice, self._stream.output)
+            if self._is_cancelled:
+                return
+
+    def _pieces(self, index: int, stream: Stream) -> Iterator[Piece]:
+        told = 0.0
+        for text in stream:
+            stats = None
+            if self._with_stats and time.monotonic() - told >= STATS_SECONDS:
+                stats = fields_of(stream.output.stats)
+                told = time.monotonic()
+            yield Piece(index, text, stats)
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+
+class Scoring:
+    """Prompts with the log-probabilities of their tokens and, if `has_new`, of the one greedy token
+    behind them. All come from the prefill, which is dense."""
+
+    def __init__(self, engine: Engine, choices: list[Choice], top: int, has_new: bool) -> None:
+        self._engine, self._choices, self._top, self._has_new = engine, choices, top, has_new
+        self._is_cancelled = False
+        for choice in choices:
+            size = 4 * len(choice.ids) * engine.config.vocab_size
+            if size > MOST_LOGIT_BYTES:
+                raise ApiError(
+                    400,
+                    f"prompt: found {len(choice.ids)} tokens, whose logits take {size} bytes, "
+                    f"expected at most {MOST_LOGIT_BYTES} bytes with echo and logprobs",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
+
+    def __iter__(self) -> Iterator[Piece | Finished]:
+        for choice in self._choices:
+            if self._is_cancelled:
+                return
+            logits = self._engine.logits(choice.ids)
+            new = [int(logits[-1].argmax())] if self._has_new else []
+            tokenizer = self._engine.tokenizer
+            text = tokenizer.stream()
+            continuation = "".join([*map(text.push, new), text.flush()])
+            yield Piece(choice.index, choice.echo + continuation)
+            logprobs = self._logprobs(choice.ids + new, logits)
+            count = len(choice.ids)
+            yield Finished(choice.index, "length", count, len(new), logprobs=logprobs)
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+
+    def _logprobs(self, ids: list[int], logits: np.ndarray) -> dict[str, Any]:
+        """As /v1/completions has them: there is none of the first token."""
+        tokens = [self._name(token) for token in ids]
+        offsets, text, length = [], self._engine.tokenizer.stream(), 0
+        for token in ids:
+            offsets.append(length)
+            length += len(text.push(token))
+        chosen: list[float | None] = [None]
+        top: list[dict[str, float] | None] = [None]
+        for row, token in zip(logits, ids[1:], strict=False):
+            values = log_softmax(row)
+            chosen.append(float(values[token]))
+            likeliest: list[int] = np.argpartition(-values, self._top)[: self._top].tolist()
+            best = sorted({*likeliest, token}, key=lambda each: -values[each])
+            top.append({self._name(each): float(values[each]) for each in best})
+        return {
+            "tokens": tokens,
+            "token_logprobs": chosen,
+            "top_logprobs": top if self._top else None,
+            "text_offset": offsets,
+        }
+
+    def _name(self, token: int) -> str:
+        """Its text; of a token that is part of a character, its id."""
+        text = self._engine.tokenizer.decode([token], skip_special_tokens=False)
+        return f"token_id:{token}" if not text or "\N{REPLACEMENT CHARACTER}" in text else text
+
+
+def _finished(choice: Choice, output: Output) -> Finished:
+    tokens = (len(choice.ids), len(output.token_ids))
+    return Finished(choice.index, output.finish_reason or "cancelled", *tokens, output.stats)
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    """[V] f64"""
+    shifted: np.ndarray = row.astype(np.float64) - row.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted
