@@ -31,7 +31,9 @@ class Answer(Response):
         self._work, self._form, self._is_stream = work, form, is_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _while_there(self._carry_out(scope, receive, send), receive)
+        is_gone = await _while_there(self._carry_out(scope, receive, send), receive)
+        if is_gone:
+            scope["record"].fields["error"] = "client_gone"
 
     async def _carry_out(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["record"]
@@ -85,21 +87,19 @@ class Answer(Response):
         await write(b"", more=False)
 
 
-async def _while_there(carrying_out: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Cancels it when the client goes away."""
+async def _while_there(carrying_out: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Cancels it when the client goes away; whether that was so."""
     task = asyncio.ensure_future(carrying_out)
     gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        has_left = gone.done() and not task.done()
-        gone.cancel()
+        is_gone = not task.done()
+    finally:  # also when the server gives this request up
         task.cancel()
-        if has_left:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-    if not has_left:
+        gone.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
         await task
+    return is_gone
 
 
 async def _gone(receive: Receive) -> None:

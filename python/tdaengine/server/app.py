@@ -124,6 +124,9 @@ class Service:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         form = CompletionForm(self.model, self.engine.fingerprint, count, include_usage=with_usage)
         if body.logprobs is None:
+            if most == 0:
+                message = "max_tokens: found 0, expected 1 or more, or 0 with echo and logprobs"
+                raise ApiError(400, message, param="max_tokens", code="invalid_value")
             return self._answer(body, self._choices(body, encoded, most, count), form)
         _check_scoring(body, most)
         choices = self._choices(body, encoded, 1, 1)
@@ -180,7 +183,7 @@ class Service:
 def _check_scoring(body: CompletionRequest, most: int) -> None:
     """Log-probabilities come from a prompt's prefill, not from generating."""
     fault = None
-    if not body.echo or most > 1 or most < 0:
+    if not body.echo or most > 1:
         fault = "logprobs", "expected only with echo and max_tokens 0 or 1"
     elif most == 1 and body.temperature != 0:
         fault = "logprobs", "expected temperature 0 with max_tokens 1"
@@ -190,7 +193,7 @@ def _check_scoring(body: CompletionRequest, most: int) -> None:
         fault = "n", "expected 1 with logprobs"
     else:
         for name in ("stop", "tda", "repetition_penalty"):
-            if getattr(body, name) not in (None, False, [], 1):
+            if getattr(body, name):  # neither left out nor false
                 fault = name, "expected none with logprobs"
     if fault is not None:
         name, reason = fault
@@ -274,7 +277,7 @@ def _add_page(app: FastAPI) -> None:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _logged(request, invalid(list(error.errors())))
+    return _logged(request, invalid(error.errors()))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

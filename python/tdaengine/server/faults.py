@@ -9,7 +9,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from .._native import CheckpointError, ContextOverflow, Error, OptionError
+from .._native import CheckpointError, ContextOverflow, Error, GenerateOptions, OptionError
 
 
 class ApiError(HTTPException):
@@ -40,6 +40,7 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
+FIELDS = {"prompt", "messages", "tda", *GenerateOptions.fields}
 INTERNAL = "the server failed; its log says more"
 
 
@@ -47,8 +48,11 @@ def api_error(error: Exception) -> ApiError:
     """What a client is told of any exception: of the engine's own all, of others nothing."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, HTTPException):  # of the router: no such path, no such method
-        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, HTTPException) and error.status_code == 400:  # nested too deep, no UTF-8
+        return ApiError(400, "body: cannot be parsed, expected JSON", code="invalid_json")
+    if isinstance(error, HTTPException):  # no such path, no such method
+        code = "_".join(str(error.detail).lower().split())
+        return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
     if isinstance(error, ContextOverflow):
         return ApiError(400, str(error), param=_param(error), code="context_length_exceeded")
     if isinstance(error, OptionError | CheckpointError):
@@ -60,5 +64,5 @@ def api_error(error: Exception) -> ApiError:
 
 def _param(error: Error) -> str | None:
     """Messages of the engine begin with what they are about."""
-    found = re.match(r"(?:option )?(\w+)", str(error))
-    return found[1] if found else None
+    found = re.match(r"\w+", str(error))
+    return found[0] if found and found[0] in FIELDS else None

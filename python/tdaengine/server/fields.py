@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "frequency_penalty": ((0,), "there are no penalties but repetition_penalty"),
     "presence_penalty": ((0,), "there are no penalties but repetition_penalty"),
     "logit_bias": (({},), "logits are not changed"),
+    "logprobs": ((False,), "log-probabilities are not kept while generating"),
     "top_logprobs": ((0,), "log-probabilities are not kept while generating"),
     "response_format": (({"type": "text"},), "output follows no schema"),
     "text": (({}, {"format": {"type": "text"}}), "output follows no schema"),
@@ -86,6 +87,8 @@ class Message(_Fields):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+Count = Annotated[int, Field(ge=1)]
+Answers = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
 
@@ -143,17 +146,16 @@ class Sampling(_Fields):
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    n: Answers | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Literal[False] | None = None
 
 
 class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Answers | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -168,7 +170,7 @@ class CompletionRequest(Sampling):
 class ResponsesRequest(Sampling):
     input: str | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Count | None = None
     stream_options: StreamOptions | None = None
 
     def messages(self) -> list[dict[str, str]]:
@@ -186,43 +188,79 @@ UNIONS = {
     "content": 'a text or a list of {"type": "text", "text": "..."}',
     "tda": "true, false, or an object with options of TDA",
 }
+# What pydantic expected, by the type of its complaint.
+EXPECTED = {
+    "string_type": "a text",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "literal_error": "{expected}",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "at most {le}",
+    "too_short": "{min_length} or more items",
+    "too_long": "at most {max_length} items",
+    "string_too_short": "{min_length} or more characters",
+    "string_too_long": "at most {max_length} characters",
+}
+NO_JSON = ApiError(
+    400,
+    "body: expected a JSON object, sent as Content-Type: application/json",
+    code="invalid_json",
+)
 
 
-def invalid(errors: list[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's complaints, about the field as the client wrote it."""
-    first = min(errors, key=lambda error: -len(error["loc"]))
-    place = [each for each in first["loc"] if each != "body" and not _is_alternative(each)]
-    param = ""
-    for each in place:
-        param += f"[{each}]" if isinstance(each, int) else f".{each}" if param else each
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"body: {first['ctx']['error']}, expected JSON", code="invalid_json")
-    if first["type"] == "missing" and place:
+def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """One of pydantic's complaints, about the field as the client wrote it."""
+    error = min(errors, key=_order)
+    kind, param = error["type"], _param(error)
+    if kind == "json_invalid":
+        return ApiError(400, f"body: {error['ctx']['error']}, expected JSON", code="invalid_json")
+    if not param:
+        return NO_JSON
+    if kind == "missing":
         return ApiError(400, f"{param}: missing", param=param, code="missing_parameter")
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return ApiError(400, f"{param}: unknown field", param=param, code="unknown_parameter")
-    if not place:
-        message = "body: expected a JSON object, sent as Content-Type: application/json"
-        return ApiError(400, message, code="invalid_json")
-    name = re.split(r"[.\[]", param)[-1 if param.endswith("content") else 0]
-    if name in UNIONS and first["type"].endswith("_type"):
-        reason = f"expected {UNIONS[name]}"
+    name = param.rsplit(".", 1)[-1]
+    if name in UNIONS and _is_of_type(error):
+        expected = UNIONS[name]
+    elif kind in EXPECTED:
+        expected = EXPECTED[kind].format(**error.get("ctx", {}))
     else:
-        reason = (
-            first["msg"]
-            .replace("Input should", "expected to")
-            .replace("expected to be", "expected")
-        )
-        reason = reason[0].lower() + reason[1:]
-    message = f"{param}: found {_shown(first['input'])}, {reason}"
+        expected = str(error["msg"])
+    shown = _shown(error["input"])
+    if kind in ("too_long", "string_too_long"):
+        shown = str(len(error["input"]))
+    message = f"{param}: found {shown}, expected {expected}"
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-def _is_alternative(place: int | str) -> bool:
-    """Pydantic names which type of a union it tried, as "list[str]", "str" or "TextPart"."""
-    return isinstance(place, str) and (
-        place in ("str", "int", "bool") or "[" in place or place[:1].isupper()
-    )
+def _is_of_type(error: Mapping[str, Any]) -> bool:
+    return str(error["type"]).endswith("_type")
+
+
+def _order(error: Mapping[str, Any]) -> tuple[bool, int]:
+    """Where a field takes several types, the one that fits in all but a value comes first, the
+    deepest; where none fits, what the field holds as a whole."""
+    is_of_type = _is_of_type(error)
+    return is_of_type, len(error["loc"]) if is_of_type else -len(error["loc"])
+
+
+def _param(error: Mapping[str, Any]) -> str:
+    """As messages[0].content. Pydantic also names which type of a union it tried, as "list[str]",
+    "constrained-str" or "TextPart"."""
+    param = ""
+    for place in error["loc"][1:]:
+        if isinstance(place, int):
+            param += f"[{place}]"
+        elif re.fullmatch("[a-z_]+", place) and place not in ("str", "int", "bool"):
+            param += f".{place}" if param else place
+    return param
 
 
 def _tda(fields: Mapping[str, Any]) -> TDA:
@@ -242,7 +280,7 @@ def _tda(fields: Mapping[str, Any]) -> TDA:
     try:
         return TDA(**values)
     except (OptionError, TypeError) as error:
-        message = f"tda: {error}"
+        message = re.sub("^(tda: )?(?!tda)", "tda: ", str(error))
         raise ApiError(400, message, param="tda", code="invalid_value") from error
 
 

@@ -9,6 +9,8 @@ import time
 import warnings
 from typing import Any
 
+from ..engine import TdaWarning
+
 logger = logging.getLogger("tdaengine.server")
 
 
@@ -31,15 +33,14 @@ def log(event: str, level: int = logging.INFO, exc_info: bool = False, **fields:
 
 
 def set_up() -> None:
-    """Everything that is said, by the HTTP library and in warnings, too, becomes such lines."""
+    """Whatever is said, by libraries and in warnings, too, becomes such lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("tdaengine.server", logging.INFO), ("uvicorn", logging.WARNING)):
-        named = logging.getLogger(name)
-        named.handlers, named.propagate = [handler], False
-        named.setLevel(level)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logger.setLevel(logging.INFO)
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         log("warning", logging.WARNING, message=str(message))
 
     warnings.showwarning = show
+    warnings.simplefilter("ignore", TdaWarning)  # told to whom it concerns, in an answer's stats

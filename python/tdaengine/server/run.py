@@ -111,7 +111,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise OptionError(f"--port {port}: {host}: {error.strerror}") from error
+        raise OptionError(f"--host {host} --port {port}: {error.strerror}") from error
     return listener
 
 

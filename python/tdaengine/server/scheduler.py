@@ -99,3 +99,6 @@ async def _until_end(events: asyncio.Queue[Any]) -> AsyncIterator[Any]:
         if isinstance(event, Exception):
             raise event
         yield event
+        # Else many events at once would keep everyone waiting, those who listen for a client that
+        # leaves included.
+        await asyncio.sleep(0)

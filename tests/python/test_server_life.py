@@ -1,0 +1,262 @@
+"""Many clients, clients that leave, limits, keys, and how a server ends."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from serving import ENDLESS, Server, serving
+
+from tdaengine import Engine
+
+SECRET_PROMPT = "Xyzzy"
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    """One request at a time, one may wait; a context so long that an answer can take minutes."""
+    with serving(folder, "--name", "tiny", "--queue", "1", "--max-context", "200000") as server:
+        yield server
+
+
+def endless(server: Server):
+    """A stream whose first piece is there."""
+    stream = server.client.completions.create(model="tiny", prompt="a", stream=True, **ENDLESS)
+    next(iter(stream))
+    return stream
+
+
+def leave(server: Server, body: dict) -> socket.socket:
+    """Sends a request without reading its answer."""
+    place = urlsplit(server.url)
+    connection = socket.create_connection((place.hostname, place.port))
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def test_a_client_that_leaves_frees_the_engine_within_a_step(server: Server):
+    stream = endless(server)
+    assert server.metric("running") == 1
+    left = time.monotonic()
+    stream.close()
+    server.wait_for("running", 0, seconds=2)
+    short = server.client.completions.create(model="tiny", prompt="a", max_tokens=2)
+    assert short.usage.completion_tokens == 2
+    assert time.monotonic() - left < 5
+
+    # No stream, and nothing sent back so far: the server has to listen for the end.
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 150_000, "ignore_eos": True}
+    connection = leave(server, body)
+    server.wait_for("running", 1)
+    connection.close()
+    server.wait_for("running", 0, seconds=2)
+
+    # In the queue, where nothing computes for it yet.
+    stream = endless(server)
+    connection = leave(server, body)
+    server.wait_for("queue_length", 1)
+    connection.close()
+    server.wait_for("queue_length", 0, seconds=2)
+    assert server.metric("running") == 1
+    stream.close()
+    server.wait_for("running", 0, seconds=2)
+    gone = [line["status"] for line in server.log() if line.get("error") == "client_gone"]
+    assert sorted(gone) == [200, 200, 499, 499]  # a stream has its 200 already
+
+
+def test_a_full_queue_says_when_to_come_back(server: Server):
+    stream = endless(server)
+    waiting = leave(server, {"model": "tiny", "prompt": "a"})
+    server.wait_for("queue_length", 1)
+    with pytest.raises(openai.RateLimitError) as caught:
+        server.client.completions.create(model="tiny", prompt="a")
+    assert caught.value.code == "queue_full"
+    assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
+    assert server.ask("GET", "/health").status == 200
+    stream.close()
+    assert b"200 OK" in waiting.recv(100)
+    waiting.close()
+
+
+def test_first_come_first_served(folder: Path):
+    with serving(folder, "--name", "tiny", "--max-context", "200000") as server:
+        stream = endless(server)
+        order: list[int] = []
+
+        def ask(i: int) -> None:
+            server.client.completions.create(model="tiny", prompt="a", max_tokens=1)
+            order.append(i)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+        for i, thread in enumerate(threads):
+            thread.start()
+            server.wait_for("queue_length", i + 1)
+        stream.close()
+        for thread in threads:
+            thread.join()
+        assert order == list(range(6))
+
+
+@pytest.mark.parametrize("parallel", ["1", "4"])
+def test_many_clients_each_get_their_own(folder: Path, engine: Engine, parallel: str):
+    """200 requests of 24 clients, some of which leave early or ask for nonsense."""
+    options = {"max_tokens": 40, "temperature": 1.0}
+    prompts = [f"{i} bottles" for i in range(40)]
+    expected = [engine.generate(prompt, seed=i, **options).text for i, prompt in enumerate(prompts)]
+
+    def ask(number: int) -> str:
+        chance = random.Random(number)
+        i = chance.randrange(len(prompts))
+        asked = {"model": "tiny", "prompt": prompts[i], "seed": i, **options}
+        kind = chance.choice(("whole", "whole", "stream", "stream", "leave", "wrong", "large"))
+        if kind == "whole":
+            assert server.client.completions.create(**asked).choices[0].text == expected[i]
+        elif kind == "stream":
+            pieces = server.client.completions.create(**asked, stream=True)
+            assert "".join(piece.choices[0].text for piece in pieces) == expected[i]
+        elif kind == "leave":
+            stream = server.client.completions.create(**asked, stream=True)
+            assert expected[i].startswith(next(iter(stream)).choices[0].text)
+            stream.close()
+        elif kind == "wrong":
+            assert server.ask("POST", "/v1/completions", b"{").status == 400
+        else:
+            with pytest.raises(openai.APIStatusError) as caught:
+                server.client.completions.create(**(asked | {"prompt": "a" * 100_000}))
+            assert caught.value.status_code == 413
+        return kind
+
+    settings = ("--name", "tiny", "--parallel", parallel, "--max-body", "50000")
+    with serving(folder, *settings) as server:
+        with ThreadPoolExecutor(24) as clients:
+            kinds = list(clients.map(ask, range(200)))
+        server.wait_for("running", 0)
+        assert set(kinds) == {"whole", "stream", "leave", "wrong", "large"}
+        posts = [line for line in server.log() if line.get("method") == "POST"]
+        assert len(posts) == 200
+        assert sum(line["status"] in (200, 499) for line in posts) == 200 - kinds.count(
+            "wrong"
+        ) - kinds.count("large")
+        assert not [line for line in server.log() if line["level"] == "error"]
+
+
+def test_sigterm_drains(server: Server):
+    stream = server.client.completions.create(
+        model="tiny", prompt="a", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+    )
+    pieces = iter(stream)
+    next(pieces)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with pytest.raises(openai.APIConnectionError):
+        server.client.models.list()
+    last = list(pieces)[-1]
+    assert last.choices[0].finish_reason == "length"
+    assert last.choices[0].stats["new_tokens"] == 1500
+    assert server.process.wait(20) == 0
+    assert server.log()[-1]["event"] == "ended"
+
+
+def test_sigterm_does_not_wait_for_ever(folder: Path):
+    with serving(folder, "--name", "tiny", "--max-context", "200000", "--drain", "1") as server:
+        stream = endless(server)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+        assert server.process.wait(20) == 0
+        assert 1 <= time.monotonic() - started < 10
+
+
+def test_large_bodies_are_refused_before_they_are_there(folder: Path):
+    with serving(folder, "--name", "tiny", "--max-body", "1000") as server:
+        assert server.ask("POST", "/v1/completions", b"x" * 1001).status == 413
+        chunks = (b"x" * 100 for _ in range(11))  # whose sum no header tells
+        assert server.ask("POST", "/v1/completions", chunks).status == 413
+        fits = server.ask("POST", "/v1/completions", b"x" * 1000)
+        assert fits.json["error"]["code"] == "invalid_json"
+
+
+def test_the_key(folder: Path):
+    with serving(folder, "--name", "tiny", "--cors", "https://a.example", key="s3cret") as server:
+        assert server.client.models.list().data
+        for given in (
+            "",
+            "Bearer",
+            "Bearer s3cre",
+            "Bearer s3cret2",
+            "Basic s3cret",
+            "Bearer \xe9",
+        ):
+            headers = {"Authorization": given}
+            for path in ("/v1/models", "/metrics", "/v1/none"):
+                reply = server.ask("GET", path, headers=headers)
+                assert reply.status == 401, given
+                assert reply.json["error"]["code"] == "invalid_api_key"
+                assert reply.headers["WWW-Authenticate"] == "Bearer"
+            assert server.ask("POST", "/v1/completions", b"{", headers).status == 401
+            assert server.ask("GET", "/health", headers=headers).status == 200
+            assert server.ask("GET", "/", headers=headers).status == 200
+        # Other names of the machine are fine with a key, and pages of one origin may ask.
+        reply = server.ask("GET", "/v1/models", headers={"Host": "a.example"})
+        assert reply.status == 200
+        asking = {"Access-Control-Request-Method": "POST", "Authorization": ""}
+        for origin, allowed in (("https://a.example", True), ("https://b.example", False)):
+            headers = {"Origin": origin, **asking}
+            reply = server.ask("OPTIONS", "/v1/completions", headers=headers)
+            assert (reply.headers["Access-Control-Allow-Origin"] == origin) == allowed
+
+
+def test_pages_from_elsewhere_cannot_ask(server: Server):
+    preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    reply = server.ask("OPTIONS", "/v1/completions", headers=preflight)
+    assert reply.headers["Access-Control-Allow-Origin"] is None
+    # Without a preflight a browser sends this, but no JSON.
+    plain = {"Content-Type": "text/plain"}
+    body = b'{"model": "tiny", "prompt": "a"}'
+    assert server.ask("POST", "/v1/completions", body, plain).status == 400
+    # A name that was made to lead here.
+    reply = server.ask("GET", "/v1/models", headers={"Host": "evil.example:80"})
+    assert (reply.status, reply.json["error"]["code"]) == (403, "wrong_host")
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        assert server.ask("GET", "/v1/models", headers={"Host": host}).status == 200
+
+
+def test_metrics_and_log(server: Server):
+    asked = {"model": "tiny", "temperature": 0, "extra_body": {"tda": {"active": 0.5}}}
+    whole = server.client.completions.create(**asked, prompt=SECRET_PROMPT, max_tokens=9)
+    stats = whole.choices[0].stats
+    server.ask("GET", "/" + "x" * 20)
+    assert server.metric("prompt_tokens_total") == whole.usage.prompt_tokens
+    assert server.metric("generated_tokens_total") == 9
+    assert server.metric("decoded_tokens_total") == 8
+    assert server.metric("read_bytes_total") == 8 * stats["bytes_per_token"]
+    assert server.metric("active_tokens_total") == pytest.approx(8 * stats["ffn_active"])
+    text = server.ask("GET", "/metrics").body.decode()
+    assert 'tdaengine_requests_total{path="/v1/completions",status="200"} 1.0' in text
+    assert 'tdaengine_requests_total{path="other",status="404"} 1.0' in text
+    assert "xxxx" not in text
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(**asked, prompt=SECRET_PROMPT, max_tokens=-1)
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(**asked, prompt=SECRET_PROMPT, n=[SECRET_PROMPT])
+    line = next(line for line in server.log() if line.get("path") == "/v1/completions")
+    assert (line["status"], line["prompt_tokens"], line["new_tokens"]) == (200, 6, 9)
+    assert line["id"] and line["seconds"] >= line["queue_seconds"] >= 0
+    log = json.dumps(server.log())
+    assert SECRET_PROMPT not in log and whole.choices[0].text not in log
+    assert {line["level"] for line in server.log()} == {"info"}
+    assert server.stop() == 0
