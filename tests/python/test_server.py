@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +17,9 @@ from conftest import MESSAGES, PROMPT
 from serving import Server, serving
 
 from tdaengine import TDA, Engine
+from tdaengine.server.fields import IGNORED, REFUSED
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
 
 SETTINGS = {
     "greedy": ({"temperature": 0}, {}),
@@ -289,3 +297,29 @@ def test_the_real_model(smollm2: Path):
         pieces = [chunk.choices[0].text for chunk in stream]
         assert "".join(pieces) == expected.text
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+# ---- what docs/server.md says --------------------------------------------------------------------
+
+
+def test_the_page_names_every_field_that_is_ignored_or_refused():
+    for name in (*IGNORED, *REFUSED):
+        assert f"`{name}`" in DOCUMENT, name
+    for path in ("/v1/responses", "/metrics", "/health", "/v1/models"):
+        assert f" {path}`" in DOCUMENT
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_pages_commands(smollm2: Path):
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    serve, curl = block.split("\n", 1)
+    program, command, model, *options = shlex.split(serve)
+    assert (program, command, Path(model).name) == ("tdaengine", "serve", smollm2.name)
+    with serving(smollm2, *options, "--port", "0") as server:
+        script = curl.replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        answer, metrics = done.stdout.split("# HELP", 1)
+        (choice,) = json.loads(answer)["choices"]
+        assert choice["message"]["content"] == "The capital of France is Paris."
+        assert "tdaengine_generated_tokens_total 7.0" in metrics
