@@ -7,14 +7,17 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .._native import TDA, OptionError, Thresholds
 from .faults import ApiError
 
+Item = TypeVar("Item")
 MOST_CHOICES = 128  # prompts x n
+MOST_SHOWN = 100  # characters of a value in a message
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 1000
 
 # Sent by many clients, of no meaning here and without effect on the answer.
@@ -61,7 +64,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, fields: Any) -> Any:
+        """Of unknown fields, of which there may be a million, the first one is enough."""
+        if isinstance(fields, dict):
+            for name in fields:
+                if name not in cls.model_fields:
+                    raise PydanticCustomError("unknown_field", "unknown field", {"name": name})
+        return fields
 
 
 class StreamOptions(_Fields):
@@ -77,7 +90,7 @@ class TextPart(_Fields):
 
 class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     type: Literal["message"] = "message"
 
     def plain(self) -> dict[str, str]:
@@ -87,6 +100,9 @@ class Message(_Fields):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+# A list's first fault is enough: a body may hold a million of them.
+Prompts = Annotated[list[Item], Field(fail_fast=True, max_length=MOST_CHOICES)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 Count = Annotated[int, Field(ge=1)]
 Answers = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
@@ -104,7 +120,7 @@ class Sampling(_Fields):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     seed: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     tda: bool | dict[str, Any] | None = None
 
     @model_validator(mode="before")
@@ -145,7 +161,7 @@ class Sampling(_Fields):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Answers | None = None
@@ -153,7 +169,7 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Prompts[str] | Ids | Prompts[Ids]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Answers | None = None
     stream_options: StreamOptions | None = None
@@ -168,7 +184,7 @@ class CompletionRequest(Sampling):
 
 
 class ResponsesRequest(Sampling):
-    input: str | Annotated[list[Message], Field(min_length=1)]
+    input: str | Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     stream_options: StreamOptions | None = None
@@ -218,14 +234,15 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """One of pydantic's complaints, about the field as the client wrote it."""
     error = min(errors, key=_order)
     kind, param = error["type"], _param(error)
+    if kind == "unknown_field":
+        param = ".".join(filter(None, (param, error["ctx"]["name"][:100])))
+        return ApiError(400, f"{param}: unknown field", param=param, code="unknown_parameter")
     if kind == "json_invalid":
         return ApiError(400, f"body: {error['ctx']['error']}, expected JSON", code="invalid_json")
     if not param:
         return NO_JSON
     if kind == "missing":
         return ApiError(400, f"{param}: missing", param=param, code="missing_parameter")
-    if kind == "extra_forbidden":
-        return ApiError(400, f"{param}: unknown field", param=param, code="unknown_parameter")
     name = param.rsplit(".", 1)[-1]
     if name in UNIONS and _is_of_type(error):
         expected = UNIONS[name]
@@ -266,6 +283,10 @@ def _param(error: Mapping[str, Any]) -> str:
 def _tda(fields: Mapping[str, Any]) -> TDA:
     """thresholds are those of the file that `tdaengine calibrate` writes, as an object: no file of
     the server's is named by clients."""
+    for name in fields:
+        if name not in TDA.fields:
+            message = f"tda.{name[:MOST_SHOWN]}: expected one of {', '.join(TDA.fields)}"
+            raise ApiError(400, message, param="tda", code="unknown_parameter")
     values = dict(fields)
     if "thresholds" in values:
         if not isinstance(values["thresholds"], dict):
@@ -301,5 +322,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 def _shown(value: Any) -> str:
     """A value in a message, not all of a long one."""
+    if isinstance(value, str | list):
+        value = value[:MOST_SHOWN]
     text = json.dumps(value, default=str)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

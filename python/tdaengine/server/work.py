@@ -53,15 +53,15 @@ class Finished:
 def check_prompt(engine: Engine, name: str, ids: Sequence[int], new_tokens: int) -> None:
     """What would else be found only when a request has its turn. Raises OptionError or
     ContextOverflow."""
-    vocab = engine.config.vocab_size
-    for i, token in enumerate(ids):
-        if not 0 <= token < vocab:
-            raise OptionError(f"{name}: token {i} is {token}, expected 0 to {vocab - 1}")
     if len(ids) + new_tokens > engine.max_context:
         raise ContextOverflow(
             f"{name}: found {len(ids)} tokens, which with {new_tokens} new ones exceed the context "
             f"of {engine.max_context} tokens"
         )
+    vocab = engine.config.vocab_size
+    for i, token in enumerate(ids):
+        if not 0 <= token < vocab:
+            raise OptionError(f"{name}: token {i} is {token}, expected 0 to {vocab - 1}")
 
 
 class Generating:
