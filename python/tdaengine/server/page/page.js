@@ -103,6 +103,14 @@ function showWarnings(list, warnings) {
   }));
 }
 
+// A reader at the page's end stays there as it grows.
+function following(change) {
+  const page = document.documentElement;
+  const isAtEnd = window.innerHeight + window.scrollY >= page.scrollHeight - 8;
+  change();
+  if (isAtEnd) window.scrollTo(0, page.scrollHeight);
+}
+
 async function answer(section, side, question, signal) {
   const text = section.querySelector(".text");
   const system = find("system").value.trim();
@@ -127,8 +135,10 @@ async function answer(section, side, question, signal) {
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
-      if (choice.delta.content) text.append(choice.delta.content);  // a text node
-      if (choice.stats) showStats(section, choice.stats);
+      following(() => {
+        if (choice.delta.content) text.append(choice.delta.content);  // a text node
+        if (choice.stats) showStats(section, choice.stats);
+      });
       if (choice.finish_reason) {
         showWarnings(section.querySelector(".warnings"), choice.stats.warnings);
       }
