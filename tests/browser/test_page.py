@@ -132,7 +132,9 @@ def test_errors_are_told(chromium: Browser, server: Server):
     page.get_by_label("New tokens at most").fill("3")
     page.get_by_label("Options of TDA").fill('{"active": 2}')
     ask(page, QUESTION)
-    expect(page.get_by_role("status")).to_have_text("Both answers are there.", timeout=60_000)
+    expect(page.get_by_role("status")).to_have_text(
+        "Not both answers are complete.", timeout=60_000
+    )
     expect(page.locator(".dense .error")).to_be_hidden()
     expect(page.locator(".tda .error")).to_have_text(
         "tda active 2: expected more than 0, at most 1"

@@ -145,7 +145,9 @@ async function answer(section, side, question, signal) {
     }
   } finally {
     text.setAttribute("aria-busy", "false");
-    histories[side] = [...messages, { role: "assistant", content: text.textContent }];
+    if (text.textContent) {
+      histories[side] = [...messages, { role: "assistant", content: text.textContent }];
+    }
   }
 }
 
@@ -156,6 +158,7 @@ async function ask(question) {
   turn.scrollIntoView({ block: "start" });
   underWay = new AbortController();
   setBusy(true);
+  let ended = "Both answers are there.";
   for (const [side, name] of [["dense", "Dense"], ["tda", "TDA"]]) {
     const section = turn.querySelector(`.${side}`);
     try {
@@ -165,9 +168,10 @@ async function ask(question) {
       const shown = section.querySelector(".error");
       shown.textContent = underWay.signal.aborted ? "stopped" : error.message;
       shown.hidden = false;
+      ended = "Not both answers are complete.";
     }
   }
-  find("status").textContent = "Both answers are there.";
+  find("status").textContent = ended;
   underWay = null;
   setBusy(false);
 }
