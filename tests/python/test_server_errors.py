@@ -11,6 +11,8 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +143,14 @@ def test_the_server_survives_them_all(world: World):
     whole = world.server.client.completions.create(**asked)
     assert whole.usage.completion_tokens == 3
     assert world.server.metric("running") == 0
+
+
+def test_a_missing_extra_is_named(world: World):
+    program = "import sys; sys.modules['fastapi'] = None\n"
+    program += f"from tdaengine.cli import main; sys.exit(main(['serve', {world.paths['BARE']!r}]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: serve needs fastapi: pip install 'tdaengine[server]'\n"
 
 
 def fill_in() -> None:
