@@ -63,7 +63,23 @@ PreTokenizer read_digits(const Field& stage) {
   };
 }
 
+/// Cuts behind every occurrence of a text.
+PreTokenizer split_behind(const std::string& end) {
+  return [end](Pieces& pieces) {
+    split_pieces(pieces, [&](std::string_view text, std::size_t at) {
+      const std::size_t found = text.find(end, at);
+      return (found == text.npos ? text.size() : found + end.size()) - at;
+    });
+  };
+}
+
 PreTokenizer read_split(const Field& stage) {
+  if (!stage["pattern"]["String"].is_absent()) {
+    if (stage["behavior"].text() != "MergedWithPrevious")
+      stage["behavior"].fail("\"MergedWithPrevious\" with a String");
+    if (stage["invert"].flag()) stage["invert"].fail("false");
+    return split_behind(read_literal(stage["pattern"]));
+  }
   const Field pattern = stage["pattern"]["Regex"];
   const WordSize words = find_words(pattern.text());
   if (!words) pattern.fail("the pattern of one of " + known_patterns());

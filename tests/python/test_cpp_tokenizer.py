@@ -160,6 +160,23 @@ def llama2_normalizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def gemma() -> tokenizers.Tokenizer:
+    """Text in one piece: the spaces that it would be cut behind are replaced before."""
+    cut = pre_tokenizers.Split(" ", "merged_with_previous")
+    stages = {"normalizer": normalizers.Replace(" ", "▁"), "pre_tokenizer": cut}
+    tokenizer = with_byte_fallback(stages)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("▁▁", "\n\n", "<mask>")])
+    return tokenizer
+
+
+def cut_behind() -> tokenizers.Tokenizer:
+    return trained({"pre_tokenizer": pre_tokenizers.Split(" ", "merged_with_previous")})
+
+
 def metaspace() -> tokenizers.Tokenizer:
     cut = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     stages = {"pre_tokenizer": cut, "decoder": decoders.Metaspace(prepend_scheme="always")}
@@ -188,7 +205,7 @@ def added() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("make", [llama3, qwen2, llama2, added], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [llama3, qwen2, llama2, gemma, added], ids=lambda make: make.__name__)
 def test_json(tmp_path, make):
     make().save(str(tmp_path / "tokenizer.json"))
     check_equal(tmp_path)
@@ -201,6 +218,7 @@ VARIANTS = {
     "digits": digits,
     "prepend": llama2_normalizer,
     "metaspace": metaspace,
+    "cut behind": cut_behind,
     "plain": plain,
 }
 
