@@ -64,7 +64,7 @@ static Attention arguments(CudaState& state, const Inputs& inputs, const ModelCo
   a.capacity = static_cast<int>(state.capacity);
   a.window = static_cast<int>(config.sliding_window[layer]);
   a.eps = static_cast<float>(config.rms_norm_eps);
-  a.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  a.scale = config.attention_scale();
   return a;
 }
 
@@ -73,7 +73,11 @@ void CudaBackend::qkv(State& s, std::int64_t layer) const {
   if (skips(state)) return;
   const DeviceLayer& weights = layers_[layer];
   multiply(state, model_->layers[layer].qkv, weights.qkv, state.x.data(), state.tokens(),
-           &weights.attention_norm, weights.qkv_bias, state.qkv.data(), false);
+           model_->config.pre_norms ? &weights.attention_norm : nullptr, weights.qkv_bias,
+           state.qkv.data(), false);
+  if (!model_->config.qk_norm_of_all_heads) return;
+  norm_heads(state, state.qkv.data(), weights.q_norm);
+  norm_heads(state, state.qkv.data() + model_->config.q_size(), weights.k_norm);
 }
 
 /// RoPE and the write to the KV cache happen here instead of in qkv(): for one token they are part
@@ -87,8 +91,11 @@ void CudaBackend::attention(State& s, std::int64_t layer) const {
   const int heads = block_heads(config);
   const bool f32 = state.kv == KvFormat::f32, fresh = tokens == 1;
   Attention a = arguments(state, inputs(state), config, layer);
-  a.q_norm = layers_[layer].q_norm.data();
-  a.k_norm = layers_[layer].k_norm.data();
+  const std::int64_t angles = ropes_.of_layer(layer) * state.tokens() * (config.head_dim / 2);
+  a.cos += angles;
+  a.sin += angles;
+  a.q_norm = config.qk_norm ? layers_[layer].q_norm.data() : nullptr;
+  a.k_norm = config.qk_norm ? layers_[layer].k_norm.data() : nullptr;
   if (!fresh)
     launch(stream_,
            {blocks_of(config.num_heads + 2 * config.num_kv_heads, kAttendWarps), tokens, 1},

@@ -4,7 +4,6 @@
 #include <thread>
 
 #include "attention.h"
-#include "backend/rope.h"
 #include "cuda_backend.h"
 #include "ffn.h"
 
@@ -34,7 +33,7 @@ std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model, i
 }
 
 CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool graphs)
-    : model_(std::move(model)), threads_(threads), use_graphs_(graphs) {
+    : model_(std::move(model)), threads_(threads), use_graphs_(graphs), ropes_(model_->config) {
   const ModelConfig& config = model_->config;
   if (threads < 0)
     throw OptionError("threads " + std::to_string(threads) + ", expected 0 (all) or more");
@@ -54,9 +53,6 @@ CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool g
   // Older drivers cannot capture programmatic dependent launches in a graph.
   stream_.overlaps = device.major >= 9 && driver >= 12030;
   check_memory();
-  if (config.rope.scaling != RopeConfig::Scaling::dynamic)
-    rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
-
   upload(model_->embedding, embedding_);
   if (model_->head.data != model_->embedding.data) upload(model_->head, head_);
   upload(model_->final_norm, final_norm_);
@@ -71,7 +67,9 @@ CudaBackend::CudaBackend(std::shared_ptr<const Model> model, int threads, bool g
     upload(from.k_norm, to.k_norm);
     upload(from.output, to.output);
     upload(from.output_bias, to.output_bias);
+    upload(from.attention_post_norm, to.attention_post_norm);
     upload(from.ffn_norm, to.ffn_norm);
+    upload(from.ffn_post_norm, to.ffn_post_norm);
     upload(from.gate, to.gate);
     upload(from.up, to.up);
     upload(from.down, to.down);
@@ -188,15 +186,16 @@ void CudaBackend::begin(State& s, const Step& step) const {
   if (step.ffn != state.step.ffn) count_reads(state);
   state.step = step;
 
-  const std::int64_t half = config.head_dim / 2;
+  const std::int64_t half = config.head_dim / 2, angles = ropes_.count() * half;
   const std::int64_t heads_partials =
       tokens * config.num_heads * splits(tokens) * (2 + padded(config.head_dim));
   const char* needed_for = "a step's activations";
-  const std::int64_t inputs_size = Inputs::size(tokens, half, sampled);
+  const std::int64_t inputs_size = Inputs::size(tokens, angles, sampled);
   bool grown = state.inputs.reserve(inputs_size, needed_for);
   state.host_inputs.reserve(inputs_size, needed_for);
   grown |= state.x.reserve(tokens * config.hidden_size, needed_for);
   grown |= state.normed.reserve(tokens * config.hidden_size, needed_for);
+  if (joins()) grown |= state.branch.reserve(tokens * config.hidden_size, needed_for);
   grown |= state.qkv.reserve(tokens * (config.q_size() + 2 * config.kv_size()), needed_for);
   grown |= state.attended.reserve(tokens * config.q_size(), needed_for);
   grown |= state.hidden.reserve(tokens * config.intermediate_size, needed_for);
@@ -210,21 +209,21 @@ void CudaBackend::begin(State& s, const Step& step) const {
   if (grown)  // recorded graphs hold the old addresses
     for (Graph& graph : state.graphs) graph.reset();
 
-  const Inputs host(state.host_inputs.data(), tokens, half);
+  const Inputs host(state.host_inputs.data(), tokens, angles);
   *host.position = static_cast<int>(step.position);
   std::copy(step.tokens.begin(), step.tokens.end(), host.tokens);
   std::copy(step.samples.begin(), step.samples.end(), host.samples);
-  const std::vector<float> frequencies =
-      config.rope.scaling == RopeConfig::Scaling::dynamic
-          ? rope_frequencies(config.rope, config.head_dim, step.sequence_length)
-          : rope_frequencies_;
-  const float factor = static_cast<float>(config.rope.attention_factor);
-  for (std::int64_t t = 0; t < tokens; ++t)
-    for (std::int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(step.position + t) * frequencies[i];
-      host.cos[t * half + i] = std::cos(angle) * factor;
-      host.sin[t * half + i] = std::sin(angle) * factor;
-    }
+  for (std::int64_t rope = 0; rope < ropes_.count(); ++rope) {
+    const std::vector<float> frequencies = ropes_.frequencies(rope, step.sequence_length);
+    const float factor = static_cast<float>(ropes_.config(rope).attention_factor);
+    for (std::int64_t t = 0; t < tokens; ++t)
+      for (std::int64_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(step.position + t) * frequencies[i];
+        const std::int64_t at = (rope * tokens + t) * half + i;
+        host.cos[at] = std::cos(angle) * factor;
+        host.sin[at] = std::sin(angle) * factor;
+      }
+  }
   copy(stream_, state.inputs.data(), state.host_inputs.data(), inputs_size);
 
   state.recording = CudaState::Recording::none;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/rope.h"
 #include "cublas.h"
 #include "memory.h"
 
@@ -15,18 +16,19 @@ namespace tda {
 
 /// A step's inputs from the host, in one buffer and one copy.
 struct Inputs {
-  Inputs(std::uint32_t* memory, std::int64_t tokens, std::int64_t half)
+  /// angles: of a token, head_dim / 2 for each RoPE
+  Inputs(std::uint32_t* memory, std::int64_t tokens, std::int64_t angles)
       : position(reinterpret_cast<int*>(memory)),
         tokens(position + 1),
         cos(reinterpret_cast<float*>(memory + 1 + tokens)),
-        sin(cos + tokens * half),
-        samples(reinterpret_cast<int*>(memory + 1 + tokens + 2 * tokens * half)) {}
-  static std::int64_t size(std::int64_t tokens, std::int64_t half, std::int64_t samples) {
-    return 1 + tokens + 2 * tokens * half + samples;
+        sin(cos + tokens * angles),
+        samples(reinterpret_cast<int*>(memory + 1 + tokens + 2 * tokens * angles)) {}
+  static std::int64_t size(std::int64_t tokens, std::int64_t angles, std::int64_t samples) {
+    return 1 + tokens + 2 * tokens * angles + samples;
   }
   int* position;     // [1]
   int* tokens;       // [T]
-  float *cos, *sin;  // [T, head_dim / 2]
+  float *cos, *sin;  // [ropes, T, head_dim / 2]
   int* samples;      // indices of the step's tokens to add to the samples
 };
 
@@ -65,6 +67,7 @@ struct CudaState final : State {
   cuda::Memory<std::uint32_t> inputs;  // see Inputs
   cuda::PinnedMemory<std::uint32_t> host_inputs;
   cuda::Memory<float> x, normed;        // [T, H]
+  cuda::Memory<float> branch;           // [T, H] see CudaBackend::joins
   cuda::Memory<float> qkv, attended;    // [T, q_size + 2 kv_size], [T, q_size]
   cuda::Memory<float> hidden, ups;      // [T, F]
   cuda::Memory<std::uint16_t> rounded;  // [T, up to padded(max(H, q_size, F))] bf16
@@ -122,7 +125,8 @@ class CudaBackend final : public Backend {
   using Bytes = cuda::Memory<std::byte>;
   using Floats = cuda::Memory<float>;
   struct DeviceLayer {
-    Floats attention_norm, qkv_bias, q_norm, k_norm, output_bias, ffn_norm, down_lengths;
+    Floats attention_norm, qkv_bias, q_norm, k_norm, output_bias, attention_post_norm;
+    Floats ffn_norm, down_lengths, ffn_post_norm;
     Bytes qkv, output, gate, up, down;  // rows padded to whole chunks
   };
 
@@ -131,7 +135,7 @@ class CudaBackend final : public Backend {
   void upload(const Matrix& from, Bytes& to) const;
   void upload(std::span<const float> from, Floats& to) const;
   Inputs inputs(const CudaState& state) const {
-    return {state.inputs.data(), state.tokens(), model_->config.head_dim / 2};
+    return {state.inputs.data(), state.tokens(), ropes_.count() * (model_->config.head_dim / 2)};
   }
   bool skips(const CudaState& state) const {
     return state.recording == CudaState::Recording::replaying;
@@ -151,6 +155,14 @@ class CudaBackend final : public Backend {
             float* c, std::int64_t tokens, std::int64_t n, std::int64_t depth, bool add) const;
   void make_logits(CudaState&, std::int64_t rows) const;
   void norm(CudaState&, const float* x, std::int64_t tokens, const Floats& weight) const;
+  /// In place, over all heads of q or of k together.
+  void norm_heads(CudaState&, float* heads, const Floats& weight) const;
+  /// Whether what attention and feed-forward give is normed or scaled before it is added to x. It
+  /// then goes to the branch, and join() adds it.
+  bool joins() const { return model_->config.post_norms || model_->config.residual_scale != 1; }
+  float* sum_of(CudaState&) const;
+  /// weight: of the norm behind, may be empty
+  void join(CudaState&, const Floats& weight) const;
 
   // ffn.cu
   void ffn_one(CudaState&, std::int64_t layer, std::int64_t token) const;
@@ -174,8 +186,8 @@ class CudaBackend final : public Backend {
   unsigned processors_ = 0;  // the device's multiprocessors
   cuda::Stream stream_;
   cuda::Cublas cublas_;
-  std::vector<float> rope_frequencies_;  // [head_dim / 2]; empty if they depend on the step
-  Bytes embedding_, head_;               // head_ is empty if tied
+  Ropes ropes_;
+  Bytes embedding_, head_;  // head_ is empty if tied
   Floats final_norm_;
   std::vector<DeviceLayer> layers_;
 };

@@ -37,6 +37,7 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
       for (std::int64_t t = 0; t < state.tokens(); ++t) ffn_one(state, layer, t);
     else
       ffn_tokens(state, layer);
+    join(state, layers_[layer].ffn_post_norm);
     if (step.ffn == FfnMode::gather) gather(state, layer);
     if (step.ffn != FfnMode::sparse && !step.samples.empty()) sample(state, layer);
   }
@@ -50,7 +51,7 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
   if (state.counts_reads()) ++state.uncounted;
 }
 
-/// x[token] += FFN(norm(x[token])); in a sparse step, of the neurons that mask and threshold keep.
+/// x[token] (or the branch) += FFN(norm(x[token])); in a sparse step, of the neurons that mask and threshold keep.
 void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t token) const {
   const ModelConfig& config = model_->config;
   const DeviceLayer& weights = layers_[layer];
@@ -70,6 +71,8 @@ void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t tok
   a.threshold = state.thresholds.data() + layer;
   a.norm = weights.ffn_norm.data();
   a.x = state.x.data() + token * hidden;
+  a.out = sum_of(state) + token * hidden;
+  a.add = !joins();
   a.h = state.hidden.data() + token * neurons;
   a.selected = state.selected.data();
   a.partials = state.partials.data();
@@ -95,14 +98,14 @@ void CudaBackend::ffn_tokens(CudaState& state, std::int64_t layer) const {
   const DeviceLayer& weights = layers_[layer];
   const std::int64_t hidden = model_->config.hidden_size, tokens = state.tokens();
   const std::int64_t neurons = model_->config.intermediate_size, n = tokens * neurons;
-  norm(state, state.x.data(), tokens, weights.ffn_norm);
-  const float* in = state.normed.data();
+  if (model_->config.pre_norms) norm(state, state.x.data(), tokens, weights.ffn_norm);
+  const float* in = model_->config.pre_norms ? state.normed.data() : state.x.data();
   float *h = state.hidden.data(), *ups = state.ups.data();
   gemm(state, weights.gate, false, in, nullptr, h, tokens, neurons, hidden, false);
   gemm(state, weights.up, false, in, nullptr, ups, tokens, neurons, hidden, false);
   launch(stream_, {blocks_of(n, kThreads), 1, 1}, kThreads, 0, gated_kernel,
          model_->config.activation, h, ups, n);
-  gemm(state, weights.down, true, h, nullptr, state.x.data(), tokens, hidden, neurons, true);
+  gemm(state, weights.down, true, h, nullptr, sum_of(state), tokens, hidden, neurons, !joins());
 }
 
 /// Adds the step's tokens to the statistic: each neuron's h[j] w[j] squared, relative to the token's

@@ -31,7 +31,9 @@ struct Neurons {
   const int* count;              // [1] of the list, or null: all
   const float* threshold;        // [1]
   const float* norm;             // [hidden]
-  float* x;                      // [hidden] the residual stream
+  const float* x;                // [hidden] the residual stream
+  float* out;                    // [hidden] where the result goes
+  bool add;                      // to what is there
   float* h;                      // [neurons] by list entry
   std::uint8_t* selected;  // [neurons / 8], to whole words; bit b of byte i: list entry 8 i + b
   float* partials;         // [groups, padded(hidden)]
@@ -220,11 +222,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) down_kernel(Neurons a) 
   if (!last_to_arrive(a.counters + blockIdx.x, groups, flag)) return;
   if (TDA_WITHIN(mine, a.hidden)) {
     float total = 0;
-    const float before = read(a.x + mine);
+    const float before = a.add ? read(a.out + mine) : 0;
 #pragma unroll 16
     for (int g = 0; g < groups; ++g)
       total += read(a.partials + static_cast<std::int64_t>(g) * pitch + mine);
-    a.x[mine] = before + total;
+    a.out[mine] = before + total;
   }
   if (a.exact && blockIdx.x == 0 && threadIdx.x == 0) *a.exact += share.total;
 }

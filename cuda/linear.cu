@@ -73,7 +73,27 @@ void CudaBackend::norm(CudaState& state, const float* x, std::int64_t tokens,
   const std::int64_t n = model_->config.hidden_size;
   launch(stream_, {static_cast<unsigned>(tokens), 1, 1}, kThreads, (padded(n) + kWarps) * 4,
          norm_kernel, x, weight.data(), static_cast<float>(model_->config.rms_norm_eps),
-         static_cast<int>(n), state.normed.data());
+         static_cast<int>(n), n, state.normed.data());
+}
+
+void CudaBackend::norm_heads(CudaState& state, float* heads, const Floats& weight) const {
+  const std::int64_t n = weight.size();
+  launch(stream_, {static_cast<unsigned>(state.tokens()), 1, 1}, kThreads, (padded(n) + kWarps) * 4,
+         norm_kernel, heads, weight.data(), static_cast<float>(model_->config.rms_norm_eps),
+         static_cast<int>(n), model_->layers.front().qkv.rows, heads);
+}
+
+float* CudaBackend::sum_of(CudaState& state) const {
+  return joins() ? state.branch.data() : state.x.data();
+}
+
+void CudaBackend::join(CudaState& state, const Floats& weight) const {
+  if (!joins()) return;
+  const ModelConfig& config = model_->config;
+  launch(stream_, {static_cast<unsigned>(state.tokens()), 1, 1}, kThreads,
+         (padded(config.hidden_size) + kWarps) * 4, join_kernel, state.branch.data(), weight.data(),
+         static_cast<float>(config.rms_norm_eps), config.residual_scale,
+         static_cast<int>(config.hidden_size), state.x.data());
 }
 
 void CudaBackend::embed(State& s) const {
@@ -82,14 +102,15 @@ void CudaBackend::embed(State& s) const {
   launch(stream_, {static_cast<unsigned>(state.tokens()), 1, 1}, kThreads, 0,
          model_->format == WeightFormat::f32 ? embed_kernel<float> : embed_kernel<bf16>,
          embedding_.data(), inputs(state).tokens, static_cast<int>(model_->config.hidden_size),
-         state.x.data());
+         model_->embedding_scale(), state.x.data());
 }
 
 void CudaBackend::attention_out(State& s, std::int64_t layer) const {
   CudaState& state = CudaState::of(s);
   if (skips(state)) return;
   multiply(state, model_->layers[layer].output, layers_[layer].output, state.attended.data(),
-           state.tokens(), nullptr, layers_[layer].output_bias, state.x.data(), true);
+           state.tokens(), nullptr, layers_[layer].output_bias, sum_of(state), !joins());
+  join(state, layers_[layer].attention_post_norm);
 }
 
 void CudaBackend::make_logits(CudaState& state, std::int64_t rows) const {

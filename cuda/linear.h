@@ -272,27 +272,44 @@ static __global__ void draw_kernel(Draw d) {
   d.best->id = from + locate(d.run, left, [&](int i) { return weight(d, from + i); });
 }
 
-/// x[t] = embedding[tokens[t]]; a block per token. x: [T, cols]
+/// x[t] = scale * embedding[tokens[t]]; a block per token. x: [T, cols]
 template <class W>
-__global__ void embed_kernel(const void* embedding, const int* tokens, int cols, float* x) {
+__global__ void embed_kernel(const void* embedding, const int* tokens, int cols, float scale,
+                             float* x) {
   const std::int64_t t = blockIdx.x;
   const W* row = static_cast<const W*>(embedding) + tokens[t] * padded(cols);
-  for (int i = threadIdx.x; i < cols; i += blockDim.x) x[t * cols + i] = value_of(row[i]);
+  for (int i = threadIdx.x; i < cols; i += blockDim.x) x[t * cols + i] = value_of(row[i]) * scale;
 }
 
 // ---- several tokens -----------------------------------------------------------------------------
 
-/// out[t] = rmsnorm(x[t]); a block per token. x, out: [T, n]; shared: padded(n) + kWarps floats
+/// out[t] = rmsnorm(x[t]), may be in place; a block per token. x, out: n values each `stride`;
+/// shared: padded(n) + kWarps floats
 static __global__ void norm_kernel(const float* x, const float* weight, float eps, int n,
-                                   float* out) {
+                                   std::int64_t stride, float* out) {
   float* row = shared_as<float>();
   const std::int64_t t = blockIdx.x;
   const int pitch = static_cast<int>(padded(n));
   load_weight(weight, n, row);
-  load_vector(x + t * n, true, n, row, row + pitch);
+  load_vector(x + t * stride, true, n, row, row + pitch);
   __syncthreads();
   const float scale = rms_scale(true, eps, n, row + pitch);
-  for (int i = threadIdx.x; i < n; i += blockDim.x) out[t * n + i] = row[place(i, pitch)] * scale;
+  for (int i = threadIdx.x; i < n; i += blockDim.x)
+    out[t * stride + i] = row[place(i, pitch)] * scale;
+}
+
+/// x[t] += scale * rmsnorm(branch[t]), without the norm if `weight` is null; a block per token.
+/// branch, x: [T, n]; shared: padded(n) + kWarps floats
+static __global__ void join_kernel(const float* branch, const float* weight, float eps, float scale,
+                                   int n, float* x) {
+  float* row = shared_as<float>();
+  const std::int64_t t = blockIdx.x;
+  const int pitch = static_cast<int>(padded(n));
+  load_weight(weight, n, row);
+  load_vector(branch + t * n, weight != nullptr, n, row, row + pitch);
+  __syncthreads();
+  scale *= rms_scale(weight != nullptr, eps, n, row + pitch);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) x[t * n + i] += row[place(i, pitch)] * scale;
 }
 
 }  // namespace tda::cuda

@@ -63,6 +63,7 @@ YarnRamp yarn_ramp(const RopeConfig& rope, double dim) {
 std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_dim,
                                     std::int64_t sequence_length) {
   using Scaling = RopeConfig::Scaling;
+  if (rope.off) return std::vector<float>(head_dim / 2);
   const double dim = static_cast<double>(head_dim);
   const float base =
       static_cast<float>(rope.scaling == Scaling::dynamic
@@ -93,6 +94,20 @@ std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_di
     frequencies[i] = frequency;
   }
   return frequencies;
+}
+
+Ropes::Ropes(const ModelConfig& config)
+    : head_dim_(config.head_dim), layers_(config.uses_other_rope) {
+  ropes_.push_back({config.rope, rope_frequencies(config.rope, head_dim_, 0)});
+  if (config.other_rope)
+    ropes_.push_back({*config.other_rope, rope_frequencies(*config.other_rope, head_dim_, 0)});
+}
+
+std::vector<float> Ropes::frequencies(std::int64_t rope, std::int64_t sequence_length) const {
+  const auto& [config, kept] = ropes_[rope];
+  return config.scaling == RopeConfig::Scaling::dynamic
+             ? rope_frequencies(config, head_dim_, sequence_length)
+             : kept;
 }
 
 }  // namespace tda

@@ -13,4 +13,28 @@ namespace tda {
 std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_dim,
                                     std::int64_t sequence_length);
 
+/// The one or two RoPEs of a model's layers.
+class Ropes {
+ public:
+  explicit Ropes(const ModelConfig& config);
+
+  std::int64_t count() const { return std::ssize(ropes_); }
+  /// Which one a layer has.
+  std::int64_t of_layer(std::int64_t layer) const {
+    return !layers_.empty() && layers_[static_cast<std::size_t>(layer)] ? 1 : 0;
+  }
+  const RopeConfig& config(std::int64_t rope) const { return ropes_[rope].config; }
+  /// rope_frequencies(), kept where they do not depend on the length.
+  std::vector<float> frequencies(std::int64_t rope, std::int64_t sequence_length) const;
+
+ private:
+  struct Rope {
+    RopeConfig config;
+    std::vector<float> frequencies;  // of a sequence of any length; not of a dynamic RoPE
+  };
+  std::int64_t head_dim_;
+  std::vector<Rope> ropes_;
+  std::vector<bool> layers_;
+};
+
 }  // namespace tda

@@ -40,12 +40,17 @@ void CpuBackend::append(CpuState& state, std::int64_t layer) const {
 
   pool_.run(layout.panels, [&](std::int64_t panel, int) {
     float* heads = state.qkv.data() + panel * panel_heads * head_size;
-    const float* cos = state.cos.data() + panel * head_size / 2;
-    const float* sin = state.sin.data() + panel * head_size / 2;
+    const std::int64_t angles = ropes_.of_layer(layer) * angles_size(state) + panel * head_size / 2;
+    const float *cos = state.cos.data() + angles, *sin = state.sin.data() + angles;
+    if (config.qk_norm_of_all_heads) {
+      float* const keys = heads + config.num_heads * head_size;
+      norm(heads, weights.q_norm.data(), eps, config.q_size(), heads);
+      norm(keys, weights.k_norm.data(), eps, config.kv_size(), keys);
+    }
     for (std::int64_t head = 0; head < config.num_heads + config.num_kv_heads; ++head) {
       float* vector = heads + head * head_size;
       const auto& weight = head < config.num_heads ? weights.q_norm : weights.k_norm;
-      if (!weight.empty()) norm(vector, weight.data(), eps, config.head_dim, vector);
+      if (config.qk_norm) norm(vector, weight.data(), eps, config.head_dim, vector);
       kernels_.rotate(vector, cos, sin, head_size / 2);
       if (!scales) continue;
       const bool query = head < config.num_heads;
@@ -88,7 +93,7 @@ void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
   const std::int64_t begin = window > 0 ? std::max<std::int64_t>(0, end - window) : 0;
   const std::int64_t chunks = (end - begin + kAttendKeys - 1) / kAttendKeys;
   const std::int64_t chunk_size = group * (2 + n);  // floats in partials: [kv heads, chunks, group]
-  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
+  const float scale = config.attention_scale();
   float* partials = state.partials.reserve(Size(config.num_kv_heads) * chunks * chunk_size,
                                            "attention's partial sums");
 
@@ -136,7 +141,7 @@ void CpuBackend::attend_panel(CpuState& state, std::int64_t layer, std::int64_t 
   const std::int64_t group = config.num_heads / config.num_kv_heads, n = config.head_dim;
   const std::int64_t width = state.layout.width, head_size = n * width;
   const std::int64_t first_head = kv_head * group;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
+  const float scale = config.attention_scale();
 
   const std::int64_t query = state.step.position + panel * width;  // position of the first one
   const std::int64_t end =

@@ -133,13 +133,13 @@ std::int64_t CpuBackend::multiply_bricks(CpuState& state, const Matrix& matrix, 
 
 /// x += W_down h, where h = act(gate) * up: a block of 32 neurons is a strip of gate_up and a block
 /// of down's inputs.
-void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer, const float* in) const {
   const LayerWeights& weights = model_->layers[layer];
   const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
   const bool by_input = state.step.ffn == FfnMode::sparse;
   const InputThresholds thresholds = by_input ? state.layers[layer].inputs : InputThresholds{};
-  const BrickInputs inputs = brick_inputs(state, gate_up, state.normed.data(),
-                                          thresholds.of[static_cast<int>(Product::gate_up)]);
+  const BrickInputs inputs =
+      brick_inputs(state, gate_up, in, thresholds.of[static_cast<int>(Product::gate_up)]);
   const std::int64_t strips = gate_up.strips;
   const std::int64_t part_strips = std::max(kLeastPartBlocks, ceil_div(strips, kMostParts));
   const std::int64_t parts = ceil_div(strips, part_strips);
@@ -165,7 +165,7 @@ void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer) const {
           hidden, thresholds.of[static_cast<int>(Product::down)], partials + part * stride);
   });
 
-  float* const out = state.x.data();
+  float* const out = state.sum;
   for (std::int64_t i = 0; i < down.rows; ++i) {
     float sum = 0;
     for (std::int64_t part = 0; part < parts; ++part) sum += partials[part * stride + i];
@@ -182,7 +182,7 @@ void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer) const {
 }
 
 /// Prefill: all rests count.
-void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer, const float* in) const {
   const LayerWeights& weights = model_->layers[layer];
   const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
   const std::int64_t width = state.layout.width, panels = state.layout.panels;
@@ -192,8 +192,7 @@ void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer) const {
       [&](const Block& block, int thread) {
         const Panels out = {scratch(state, thread), kStripRows * width};
         const std::int64_t strip = block.row / kStripRows, neuron = strip * kBlockInputs;
-        kernels_.bricks->multiply(gate_up, strip,
-                                  {state.normed.data() + block.panel * x_stride, x_stride}, out,
+        kernels_.bricks->multiply(gate_up, strip, {in + block.panel * x_stride, x_stride}, out,
                                   block.panels, false);
         const std::int64_t neurons = std::min(kBlockInputs, down.cols - neuron);
         for (std::int64_t p = 0; p < block.panels; ++p) {
@@ -204,7 +203,7 @@ void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer) const {
         }
       },
       kStripRows);
-  multiply_bricks_panels(state.layout, weights.down, state.hidden.data(), state.x.data(), true);
+  multiply_bricks_panels(state.layout, weights.down, state.hidden.data(), state.sum, true);
 }
 
 void CpuBackend::multiply_bricks_panels(const Layout& layout, const Matrix& matrix, const float* in,

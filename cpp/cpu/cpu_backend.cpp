@@ -5,7 +5,6 @@
 #include <mutex>
 #include <numeric>
 
-#include "backend/rope.h"
 #include "base/parallel.h"
 
 namespace tda {
@@ -15,10 +14,8 @@ std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model, in
 }
 
 CpuBackend::CpuBackend(std::shared_ptr<const Model> model, int threads)
-    : model_(std::move(model)), kernels_(choose_kernels()), pool_(threads) {
+    : model_(std::move(model)), kernels_(choose_kernels()), pool_(threads), ropes_(model_->config) {
   const ModelConfig& config = model_->config;
-  if (config.rope.scaling != RopeConfig::Scaling::dynamic)
-    rope_frequencies_ = rope_frequencies(config.rope, config.head_dim, 0);
   all_neurons_.resize(config.intermediate_size);
   std::iota(all_neurons_.begin(), all_neurons_.end(), 0);
   scratch_size_ = std::max(std::max(kBlockRows, kStripRows) * kTaskTokens, attention_scratch());
@@ -133,8 +130,9 @@ void CpuBackend::begin(State& s, const Step& step) const {
   state.qkv.reserve(lanes * model_->layers.front().qkv.rows, needed_for);
   state.attended.reserve(lanes * config.q_size(), needed_for);
   state.hidden.reserve(lanes * config.intermediate_size + kBlockInputs, needed_for);
-  state.cos.reserve(lanes * (config.head_dim / 2), needed_for);
-  state.sin.reserve(lanes * (config.head_dim / 2), needed_for);
+  const Size angles_count = Size(ropes_.count()) * angles_size(state);
+  state.cos.reserve(angles_count, needed_for);
+  state.sin.reserve(angles_count, needed_for);
   state.thread_scratch.reserve(Size(threads()) * scratch_size_, needed_for);
   angles(state);
 }
@@ -147,25 +145,28 @@ Layout CpuBackend::layout_of(std::int64_t tokens, std::int64_t width) {
   return {tokens, width, (tokens + width - 1) / width};
 }
 
+std::int64_t CpuBackend::angles_size(const CpuState& state) const {
+  return state.layout.lanes() * (model_->config.head_dim / 2);
+}
+
 void CpuBackend::angles(CpuState& state) const {
-  const ModelConfig& config = model_->config;
-  const std::int64_t half = config.head_dim / 2;
-  const bool dynamic = config.rope.scaling == RopeConfig::Scaling::dynamic;
-  const std::vector<float> frequencies =
-      dynamic ? rope_frequencies(config.rope, config.head_dim, state.step.sequence_length)
-              : rope_frequencies_;
-  const float factor = static_cast<float>(config.rope.attention_factor);
-  const std::int64_t width = state.layout.width;
-  pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
-    for (std::int64_t i = 0; i < half; ++i)
-      for (std::int64_t lane = 0; lane < width; ++lane) {
-        const std::int64_t position = state.step.position + panel * width + lane;
-        const float angle = static_cast<float>(position) * frequencies[i];
-        const std::int64_t at = (panel * half + i) * width + lane;
-        state.cos.data()[at] = std::cos(angle) * factor;
-        state.sin.data()[at] = std::sin(angle) * factor;
-      }
-  });
+  const std::int64_t half = model_->config.head_dim / 2, width = state.layout.width;
+  for (std::int64_t rope = 0; rope < ropes_.count(); ++rope) {
+    const std::vector<float> frequencies = ropes_.frequencies(rope, state.step.sequence_length);
+    const float factor = static_cast<float>(ropes_.config(rope).attention_factor);
+    float* const cos = state.cos.data() + rope * angles_size(state);
+    float* const sin = state.sin.data() + rope * angles_size(state);
+    pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
+      for (std::int64_t i = 0; i < half; ++i)
+        for (std::int64_t lane = 0; lane < width; ++lane) {
+          const std::int64_t position = state.step.position + panel * width + lane;
+          const float angle = static_cast<float>(position) * frequencies[i];
+          const std::int64_t at = (panel * half + i) * width + lane;
+          cos[at] = std::cos(angle) * factor;
+          sin[at] = std::sin(angle) * factor;
+        }
+    });
+  }
 }
 
 void CpuBackend::embed(State& s) const {
@@ -176,17 +177,19 @@ void CpuBackend::embed(State& s) const {
   if (layout.lanes() > layout.tokens)
     std::fill_n(x + (layout.panels - 1) * layout.width * embedding.cols,
                 layout.width * embedding.cols, 0.0f);
+  const float scale = model_->embedding_scale();
+  const std::int64_t n = embedding.cols;
   pool_.run(layout.tokens, [&](std::int64_t t, int) {
+    float* const to = x + layout.at(t, n);
     if (in_bricks()) {
-      std::vector<float> row(embedding.cols);
-      read_row(embedding, state.step.tokens[t], 0, embedding.cols, row.data());
-      for (std::int64_t i = 0; i < embedding.cols; ++i)
-        x[layout.at(t, embedding.cols) + i * layout.width] = row[i];
-      return;
+      std::vector<float> row(n);
+      read_row(embedding, state.step.tokens[t], 0, n, row.data());
+      for (std::int64_t i = 0; i < n; ++i) to[i * layout.width] = row[i];
+    } else {
+      rows(embedding.format).load(rows_of(embedding, state.step.tokens[t]), to, layout.width);
     }
-    rows(embedding.format)
-        .load(rows_of(embedding, state.step.tokens[t]), x + layout.at(t, embedding.cols),
-              layout.width);
+    if (scale != 1)
+      for (std::int64_t i = 0; i < n; ++i) to[i * layout.width] *= scale;
   });
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/rope.h"
 #include "base/buffer.h"
 #include "base/fork_safe.h"
 #include "base/thread_pool.h"
@@ -78,11 +79,13 @@ struct CpuState final : State {
   Layout layout;
   Buffer<float> x;               // [panels, H, P] the residual stream
   Buffer<float> normed;          // [panels, H, P]
+  Buffer<float> branch;          // [panels, H, P] see CpuBackend::begin_branch
+  float* sum = nullptr;          // what attention or feed-forward adds to: x, or branch
   Buffer<float> qkv;             // [panels, q_size + 2 kv_size, P]
   Buffer<float> attended;        // [panels, q_size, P]
   Buffer<float> hidden;          // [panels, F, P] h; decode: of the active neurons, in mask order
   Buffer<float> gates;           // [panels, F, P] act(gate), if the step samples it
-  Buffer<float> cos, sin;        // [panels, head_dim / 2, P]
+  Buffer<float> cos, sin;        // [ropes, panels, head_dim / 2, P]
   Buffer<float> partials;        // decode: partial sums of tasks
   Buffer<float> thread_scratch;  // [threads, scratch_size]
   Buffer<std::byte> prepared;    // see RowKernels::prepare, PanelKernels::prepare
@@ -149,6 +152,7 @@ class CpuBackend final : public Backend {
   Layout layout_of(std::int64_t tokens) const;
   static Layout layout_of(std::int64_t tokens, std::int64_t width);
   void angles(CpuState&) const;
+  std::int64_t angles_size(const CpuState&) const;  // of one RoPE
   const RowKernels& rows(WeightFormat format) const { return row_kernels(kernels_, format); }
   const PanelKernels& panels(WeightFormat format) const { return panel_kernels(kernels_, format); }
   const CacheKernels& caches(KvFormat format) const { return cache_kernels(kernels_, format); }
@@ -170,6 +174,12 @@ class CpuBackend final : public Backend {
   // linear.cpp
   /// out = rmsnorm(in) of every token. in, out: [panels, H, P]
   void norm(const Layout&, const float* in, std::span<const float> weight, float* out) const;
+  /// The input of attention or feed-forward: rmsnorm(x), or x itself without a norm before it.
+  const float* normed(CpuState&, std::span<const float> weight) const;
+  /// Sets state.sum to x or, where what is added to x must be normed or scaled before, to zeros;
+  /// end_branch then does that. weight: of the norm behind, may be empty
+  void begin_branch(CpuState&, std::span<const float> weight) const;
+  void end_branch(CpuState&, std::span<const float> weight) const;
   /// Decode: the first rows a thread reads of a matrix, or of a layer's feed-forward (ffn.cpp).
   NextRead first_read(const Matrix&, int thread) const;
   NextRead first_ffn_read(std::int64_t layer, int thread) const;
@@ -201,7 +211,8 @@ class CpuBackend final : public Backend {
                     float* scratch) const;
 
   // ffn.cpp
-  void ffn_sparse(CpuState&, std::int64_t layer) const;
+  // in: [panels, H, P]
+  void ffn_sparse(CpuState&, std::int64_t layer, const float* in) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
                    const float* in, float* x, std::int64_t x_stride) const;
   /// Adds the outliers of these neurons' down rows, which are stored apart: x += h * outlier, for
@@ -209,7 +220,7 @@ class CpuBackend final : public Backend {
   static void add_outliers(const LayerWeights&, std::span<const std::int32_t> neurons,
                            const float* h, std::int64_t h_stride, float* x, std::int64_t x_stride,
                            std::int64_t lanes);
-  void ffn_panels(CpuState&, std::int64_t layer) const;
+  void ffn_panels(CpuState&, std::int64_t layer, const float* in) const;
   void gather(CpuState&, std::int64_t layer) const;
   void sample(CpuState&, std::int64_t layer) const;
 
@@ -224,8 +235,8 @@ class CpuBackend final : public Backend {
   /// The same for several tokens and all rests. in: [panels, w.cols, P], out: [panels, w.rows, P]
   void multiply_bricks_panels(const Layout&, const Matrix& w, const float* in, float* out,
                               bool add) const;
-  void ffn_bricks(CpuState&, std::int64_t layer) const;
-  void ffn_bricks_panels(CpuState&, std::int64_t layer) const;
+  void ffn_bricks(CpuState&, std::int64_t layer, const float* in) const;
+  void ffn_bricks_panels(CpuState&, std::int64_t layer, const float* in) const;
   /// Keeps the x of the tokens named by the step. x: [panels, n, P]
   void sample_inputs(CpuState&, const float* x, std::int64_t n, std::vector<float>& to) const;
   void sample_head(CpuState&) const;
@@ -233,7 +244,7 @@ class CpuBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;
   mutable ThreadPool pool_;
-  std::vector<float> rope_frequencies_;        // [head_dim / 2]; empty if they depend on the step
+  Ropes ropes_;
   std::vector<std::int32_t> all_neurons_;      // 0 ... F-1
   mutable ForkSafeMutex scaling_;              // while key_scales_ are made
   mutable std::vector<KeyScales> key_scales_;  // [L]; made with the first int8 cache

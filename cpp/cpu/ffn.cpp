@@ -30,24 +30,28 @@ NextRead CpuBackend::first_ffn_read(std::int64_t layer, int thread) const {
 
 void CpuBackend::ffn(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
-  norm(state.layout, state.x.data(), model_->layers[layer].ffn_norm, state.normed.data());
+  const LayerWeights& weights = model_->layers[layer];
   const FfnMode mode = state.step.ffn;
+  const float* const in = normed(state, weights.ffn_norm);
+  begin_branch(state, weights.ffn_post_norm);
   if (in_bricks()) {
-    sample_inputs(state, state.normed.data(), model_->config.hidden_size,
+    sample_inputs(state, in, model_->config.hidden_size,
                   state.layers[layer].input_samples[static_cast<int>(Product::gate_up)]);
     if (state.layout.width == 1)
-      ffn_bricks(state, layer);
+      ffn_bricks(state, layer, in);
     else
-      ffn_bricks_panels(state, layer);
-    if (layer + 1 == model_->config.num_layers) sample_head(state);
+      ffn_bricks_panels(state, layer, in);
   } else if (mode == FfnMode::sparse) {
-    return ffn_sparse(state, layer);
-  } else if (state.layout.width == 1)
-    ffn_neurons(state, layer, all_neurons_, state.normed.data(), state.x.data(), 1);
-  else
-    ffn_panels(state, layer);
+    ffn_sparse(state, layer, in);
+  } else if (state.layout.width == 1) {
+    ffn_neurons(state, layer, all_neurons_, in, state.sum, 1);
+  } else {
+    ffn_panels(state, layer, in);
+  }
+  end_branch(state, weights.ffn_post_norm);
+  if (in_bricks() && layer + 1 == model_->config.num_layers) sample_head(state);
   if (mode == FfnMode::gather) gather(state, layer);
-  sample(state, layer);
+  if (in_bricks() || mode != FfnMode::sparse) sample(state, layer);
 }
 
 namespace {
@@ -108,15 +112,14 @@ void CpuBackend::compact_masks(State& s) const {
   }
 }
 
-void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer, const float* in) const {
   const Layout& layout = state.layout;
   const std::vector<std::int32_t>& active = state.layers[layer].mask;
   const std::int64_t n = model_->config.hidden_size;
   std::vector<float> row(n);
   for (std::int64_t t = 0; t < layout.tokens; ++t) {
-    for (std::int64_t i = 0; i < n; ++i)
-      row[i] = state.normed.data()[layout.at(t, n) + i * layout.width];
-    ffn_neurons(state, layer, active, row.data(), state.x.data() + layout.at(t, n), layout.width);
+    for (std::int64_t i = 0; i < n; ++i) row[i] = in[layout.at(t, n) + i * layout.width];
+    ffn_neurons(state, layer, active, row.data(), state.sum + layout.at(t, n), layout.width);
   }
 }
 
@@ -198,7 +201,7 @@ void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::
 }
 
 /// Prefill: h = act(gate) * up, then x += Wᵀ_down h, dense.
-void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
+void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer, const float* in) const {
   const LayerWeights& weights = model_->layers[layer];
   const PanelKernels& kernels = panels(weights.gate.format);
   const std::int64_t width = state.layout.width, panels = state.layout.panels;
@@ -208,14 +211,13 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
   float* const gates =
       state.samples_gates() ? state.gates.reserve(Size(panels) * h_stride, "gates") : nullptr;
 
-  const PreparedPanels prepared =
-      prepare(state, state.layout, weights.gate.format, state.normed.data(), n);
+  const PreparedPanels prepared = prepare(state, state.layout, weights.gate.format, in, n);
   for_blocks(neurons, panels, [&](const Block& block, int thread) {
-    const PreparedPanels in = prepared.from(block.panel);
+    const PreparedPanels b = prepared.from(block.panel);
     const Panels h = {state.hidden.data() + block.panel * h_stride + block.row * width, h_stride};
     const Panels up = {scratch(state, thread), kBlockRows * width};
-    kernels.multiply(rows_of(weights.gate, block.row), block.rows, in, h, block.panels, false);
-    kernels.multiply(rows_of(weights.up, block.row), block.rows, in, up, block.panels, false);
+    kernels.multiply(rows_of(weights.gate, block.row), block.rows, b, h, block.panels, false);
+    kernels.multiply(rows_of(weights.up, block.row), block.rows, b, up, block.panels, false);
     for (std::int64_t p = 0; p < block.panels; ++p) {
       float* gate = h.data + p * h.stride;
       if (gates) {
@@ -228,15 +230,15 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer) const {
     }
   });
   const auto down = [&](const Block& block, int) {
-    kernels.multiply_transposed(
-        rows_of(weights.down), neurons, block.row, block.rows,
-        {state.hidden.data() + block.panel * h_stride, h_stride},
-        {state.x.data() + block.panel * x_stride + block.row * width, x_stride}, block.panels);
+    kernels.multiply_transposed(rows_of(weights.down), neurons, block.row, block.rows,
+                                {state.hidden.data() + block.panel * h_stride, h_stride},
+                                {state.sum + block.panel * x_stride + block.row * width, x_stride},
+                                block.panels);
   };
   for_blocks(n, panels, down, kernels.block_columns);
   for (std::int64_t panel = 0; panel < panels; ++panel)
     add_outliers(weights, all_neurons_, state.hidden.data() + panel * h_stride, width,
-                 state.x.data() + panel * x_stride, width, width);
+                 state.sum + panel * x_stride, width, width);
 }
 
 /// Adds the step's tokens to the statistic: for each token the squares of h[j] * w[j], relative to

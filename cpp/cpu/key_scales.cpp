@@ -11,7 +11,7 @@ std::vector<float> channel_sizes(const ModelConfig& config, const LayerWeights& 
   std::vector<float> sizes(config.kv_size());
   for (std::int64_t c = 0; c < config.kv_size(); ++c) {
     if (!weights.k_norm.empty()) {
-      sizes[c] = std::abs(weights.k_norm[c % config.head_dim]);
+      sizes[c] = std::abs(weights.k_norm[c % std::ssize(weights.k_norm)]);
       continue;
     }
     // The bias, and three standard deviations for an input whose normed channels are independent.

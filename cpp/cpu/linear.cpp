@@ -48,6 +48,31 @@ void CpuBackend::norm(const Layout& layout, const float* in, std::span<const flo
   });
 }
 
+const float* CpuBackend::normed(CpuState& state, std::span<const float> weight) const {
+  if (weight.empty()) return state.x.data();
+  norm(state.layout, state.x.data(), weight, state.normed.data());
+  return state.normed.data();
+}
+
+void CpuBackend::begin_branch(CpuState& state, std::span<const float> weight) const {
+  state.sum = state.x.data();
+  if (weight.empty() && model_->config.residual_scale == 1) return;
+  const Size size = Size(state.layout.lanes()) * model_->config.hidden_size;
+  state.sum = state.branch.reserve(size, "a step's activations");
+  std::fill_n(state.sum, size.value(), 0.0f);
+}
+
+void CpuBackend::end_branch(CpuState& state, std::span<const float> weight) const {
+  if (state.sum == state.x.data()) return;
+  if (!weight.empty()) norm(state.layout, state.sum, weight, state.sum);
+  const float scale = model_->config.residual_scale;
+  const std::int64_t size = state.layout.width * model_->config.hidden_size;
+  pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
+    for (std::int64_t i = panel * size; i < (panel + 1) * size; ++i)
+      state.x.data()[i] += state.sum[i] * scale;
+  });
+}
+
 NextRead CpuBackend::first_read(const Matrix& w, int thread) const {
   const Tasks tasks = tasks_of(w, pool_.threads());
   return rows_of(w, tasks.first_of(pool_.first_task(thread, tasks.count)));
@@ -99,9 +124,8 @@ void CpuBackend::project(CpuState& state, std::int64_t layer, Product product, c
 void CpuBackend::qkv(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
-  norm(state.layout, state.x.data(), weights.attention_norm, state.normed.data());
-  project(state, layer, Product::qkv, weights.qkv, state.normed.data(), state.qkv.data(), false,
-          kUnknown);
+  const float* const in = normed(state, weights.attention_norm);
+  project(state, layer, Product::qkv, weights.qkv, in, state.qkv.data(), false, kUnknown);
   if (!weights.qkv_bias.empty()) add_bias(state.layout, weights.qkv_bias, state.qkv.data());
   append(state, layer);
 }
@@ -109,12 +133,14 @@ void CpuBackend::qkv(State& s, std::int64_t layer) const {
 void CpuBackend::attention_out(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   const LayerWeights& weights = model_->layers[layer];
-  project(state, layer, Product::output, weights.output, state.attended.data(), state.x.data(),
-          true, [&](int thread) {
+  begin_branch(state, weights.attention_post_norm);
+  project(state, layer, Product::output, weights.output, state.attended.data(), state.sum, true,
+          [&](int thread) {
             const bool dense = state.step.ffn != FfnMode::sparse;
             return dense ? first_ffn_read(layer, thread) : NextRead();
           });
-  if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.x.data());
+  if (!weights.output_bias.empty()) add_bias(state.layout, weights.output_bias, state.sum);
+  end_branch(state, weights.attention_post_norm);
 }
 
 std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {

@@ -125,6 +125,8 @@ void copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
   std::vector<float> values(cols);
   for (std::int64_t r = begin; r < end; ++r) {
     to_f32(copy.source->dtype, data.data() + (r - begin) * row_bytes, cols, values.data());
+    if (copy.offset != 0 || copy.factor != 1)
+      for (float& value : values) value = (value + copy.offset) * copy.factor;
     store_row(copy, r, values.data());
   }
 }

@@ -17,6 +17,7 @@ struct Copy {
   Matrix target;    // in the arena, so writable
   bool transposed;  // the target's rows are the source's columns
   float* lengths;   // [rows] where to put the L2 norms of the target's rows; null: not wanted
+  float offset = 0, factor = 1;  // stored is (value + offset) * factor; not if transposed
 };
 
 /// Whether samples of a tensor [rows, cols] tell that its groups of 32 values had 4 bits before, as

@@ -148,6 +148,15 @@ std::span<const float> Layout::vector(const std::vector<std::string>& names,
   return {data, data ? static_cast<std::size_t>(total) : 0};
 }
 
+std::span<const float> Layout::norm(const std::string& name, std::int64_t size, float factor) {
+  const std::span<const float> result = vector(name, size);
+  if (memory_ && !checkpoint_.packed()) {
+    copies_.back().offset = checkpoint_.config().norm_offset;
+    copies_.back().factor = factor;
+  }
+  return result;
+}
+
 LayerWeights Layout::layer(const std::string& prefix) {
   const ModelConfig& config = checkpoint_.config();
   const std::int64_t hidden = config.hidden_size, neurons = config.intermediate_size;
@@ -159,16 +168,26 @@ LayerWeights Layout::layer(const std::string& prefix) {
   const std::vector qkv_rows{config.q_size(), config.kv_size(), config.kv_size()};
 
   LayerWeights w;
-  w.attention_norm = vector(prefix + "input_layernorm.weight", hidden);
+  if (config.pre_norms) w.attention_norm = norm(prefix + "input_layernorm.weight", hidden);
   w.qkv = matrix(qkv("weight"), qkv_rows, hidden);
   if (config.qkv_bias) w.qkv_bias = vector(qkv("bias"), qkv_rows);
   if (config.qk_norm) {
-    w.q_norm = vector(attention + "q_norm.weight", config.head_dim);
-    w.k_norm = vector(attention + "k_norm.weight", config.head_dim);
+    w.q_norm = norm(attention + "q_norm.weight", config.head_dim);
+    w.k_norm = norm(attention + "k_norm.weight", config.head_dim);
+  } else if (config.qk_norm_of_all_heads) {
+    w.q_norm = norm(attention + "q_norm.weight", config.q_size());
+    w.k_norm = norm(attention + "k_norm.weight", config.kv_size());
   }
   w.output = matrix(attention + "o_proj.weight", hidden, config.q_size());
   if (config.output_bias) w.output_bias = vector(attention + "o_proj.bias", hidden);
-  w.ffn_norm = vector(prefix + "post_attention_layernorm.weight", hidden);
+  // Without norms behind, the one before the feed-forward network is named after its place.
+  const std::string behind = prefix + "post_attention_layernorm.weight";
+  if (config.post_norms) w.attention_post_norm = norm(behind, hidden);
+  if (config.pre_norms)
+    w.ffn_norm =
+        norm(config.post_norms ? prefix + "pre_feedforward_layernorm.weight" : behind, hidden);
+  if (config.post_norms)
+    w.ffn_post_norm = norm(prefix + "post_feedforward_layernorm.weight", hidden);
   float* const lengths = floats(neurons);
   const std::string gate = ffn + "gate_proj.weight", up = ffn + "up_proj.weight";
   const std::string down = ffn + "down_proj.weight";
@@ -203,12 +222,13 @@ Model Layout::model() {
   for (std::int64_t i = 0; i < config.num_layers; ++i)
     model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
   const std::string beyond =
-      "model.layers." + std::to_string(config.num_layers) + ".input_layernorm.weight";
+      "model.layers." + std::to_string(config.num_layers) +
+      (config.pre_norms ? ".input_layernorm.weight" : ".post_attention_layernorm.weight");
   if (checkpoint_.contains(beyond))
     throw CheckpointError("checkpoint " + checkpoint_.name() + ": num_hidden_layers is " +
                           std::to_string(config.num_layers) +
                           ", expected more: there is a tensor \"" + beyond + "\"");
-  model.final_norm = vector("model.norm.weight", config.hidden_size);
+  model.final_norm = norm("model.norm.weight", config.hidden_size, config.logit_scale);
   model.head = config.tied_embeddings ? model.embedding : vocabulary("lm_head.weight");
   model.weight_bytes = used_.value();
   return model;

@@ -66,6 +66,8 @@ class Layout {
   std::span<const float> vector(const std::string& name, std::int64_t size) {
     return vector(std::vector{name}, {size});
   }
+  /// A norm's weights as they are multiplied with: with the family's offset, then times `factor`.
+  std::span<const float> norm(const std::string& name, std::int64_t size, float factor = 1);
   LayerWeights layer(const std::string& prefix);
 
   const Checkpoint& checkpoint_;

@@ -88,11 +88,13 @@ void check_vectors(const Model& model, const std::string& file) {
     const LayerWeights& w = model.layers[l];
     const std::string layer = "layer " + std::to_string(l) + ", ";
     check(layer + "norm before attention", w.attention_norm);
+    check(layer + "norm behind attention", w.attention_post_norm);
     check(layer + "bias of q, k and v", w.qkv_bias);
     check(layer + "norm of q", w.q_norm);
     check(layer + "norm of k", w.k_norm);
     check(layer + "bias behind attention", w.output_bias);
     check(layer + "norm before the feed-forward network", w.ffn_norm);
+    check(layer + "norm behind the feed-forward network", w.ffn_post_norm);
     check(layer + "lengths of the down rows", w.down_lengths);
     for (const Matrix* m : w.in_bricks()) check_bricks(*m, file, layer, check);
     for (const std::int32_t j : w.outlier_neurons)

@@ -79,13 +79,14 @@ void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::i
 
 /// Vectors are f32 whatever the weight format; an empty span means the model has none.
 struct LayerWeights {
-  std::span<const float> attention_norm;  // [H]
+  // Norms before and behind attention and feed-forward; Gemma's offset of 1 is added already.
+  std::span<const float> attention_norm, attention_post_norm;  // [H]
   Matrix qkv;                             // [q_size + 2 kv_size, H], rows q then k then v
   std::span<const float> qkv_bias;        // [q_size + 2 kv_size]
-  std::span<const float> q_norm, k_norm;  // [head_dim]
+  std::span<const float> q_norm, k_norm;  // [head_dim], or of all heads [q_size], [kv_size]
   Matrix output;                          // [H, q_size]
   std::span<const float> output_bias;     // [H]
-  std::span<const float> ffn_norm;        // [H]
+  std::span<const float> ffn_norm, ffn_post_norm;  // [H]
   // Neuron-major: row j of each of the three is all that neuron j needs. In int8, rows read together
   // are interleaved: the high planes of gate and up, their low planes, and both planes of down.
   Matrix gate, up, down;  // [F, H]; down is W_down transposed
@@ -106,12 +107,15 @@ struct Model {
   std::int64_t parameters = 0;          // how many, in the checkpoint
   Matrix embedding;                     // [V, H]
   Matrix head;                          // [V, H]; the embedding itself when tied
-  std::span<const float> final_norm;    // [H]
+  std::span<const float> final_norm;    // [H], times the logits' scale
   std::vector<LayerWeights> layers;     // [L]
   std::shared_ptr<const void> storage;  // keeps every pointer above alive
   std::int64_t weight_bytes = 0;
   std::vector<std::string> notices;  // of what loading chose, for the user
 
+  float embedding_scale() const {
+    return format == WeightFormat::f32 ? config.embedding_scale : config.embedding_scale_bf16;
+  }
   /// FFN weight bytes of one neuron: its rows of gate, up and down. Bricks have none such.
   std::int64_t neuron_bytes() const {
     const LayerWeights& layer = layers.front();

@@ -96,14 +96,16 @@ struct Session {
     return out;
   }
 
-  void rotate(double* head, std::int64_t position) const {
+  void rotate(double* head, std::int64_t position, std::int64_t layer) const {
     const ModelConfig& c = model->config;
-    const auto frequencies = tda::rope_frequencies(c.rope, c.head_dim, step.sequence_length);
+    const bool other = c.other_rope && c.uses_other_rope[layer];
+    const tda::RopeConfig& rope = other ? *c.other_rope : c.rope;
+    const auto frequencies = tda::rope_frequencies(rope, c.head_dim, step.sequence_length);
     const std::int64_t half = c.head_dim / 2;
     for (std::int64_t i = 0; i < half; ++i) {
       const double angle = static_cast<float>(position) * frequencies[i];
-      const double cos = std::cos(angle) * c.rope.attention_factor;
-      const double sin = std::sin(angle) * c.rope.attention_factor;
+      const double cos = std::cos(angle) * rope.attention_factor;
+      const double sin = std::sin(angle) * rope.attention_factor;
       const double a = head[i], b = head[i + half];
       head[i] = a * cos - b * sin;
       head[i + half] = b * cos + a * sin;
@@ -136,7 +138,10 @@ struct Session {
 
   void embed() {
     x.clear();
-    for (const Token token : step.tokens) x.push_back(values(model->embedding, token));
+    for (const Token token : step.tokens) {
+      x.push_back(values(model->embedding, token));
+      for (double& v : x.back()) v *= model->embedding_scale();
+    }
   }
 
   void qkv(std::int64_t layer) {
@@ -146,17 +151,21 @@ struct Session {
     keys[layer].resize(step.position);
     values_[layer].resize(step.position);
     for (std::size_t t = 0; t < x.size(); ++t) {
-      Vector out = product(w.qkv, rounded(norm(x[t].data(), w.attention_norm)),
+      Vector out = product(w.qkv, rounded(normed(x[t], w.attention_norm)),
                            threshold(layer, tda::Product::qkv));
       for (std::size_t i = 0; i < w.qkv_bias.size(); ++i) out[i] += w.qkv_bias[i];
+      const auto norm_in_place = [&](double* vector, std::span<const float> weight) {
+        const Vector result = norm(vector, weight);
+        std::copy(result.begin(), result.end(), vector);
+      };
+      if (c.qk_norm_of_all_heads) {
+        norm_in_place(out.data(), w.q_norm);
+        norm_in_place(out.data() + c.q_size(), w.k_norm);
+      }
       for (std::int64_t head = 0; head < c.num_heads + c.num_kv_heads; ++head) {
         double* vector = out.data() + head * c.head_dim;
-        const auto weight = head < c.num_heads ? w.q_norm : w.k_norm;
-        if (!weight.empty()) {
-          const Vector normed = norm(vector, weight);
-          std::copy(normed.begin(), normed.end(), vector);
-        }
-        rotate(vector, step.position + static_cast<std::int64_t>(t));
+        if (c.qk_norm) norm_in_place(vector, head < c.num_heads ? w.q_norm : w.k_norm);
+        rotate(vector, step.position + static_cast<std::int64_t>(t), layer);
       }
       const auto k = out.begin() + c.q_size(), v = k + c.kv_size();
       queries.emplace_back(out.begin(), k);
@@ -183,7 +192,7 @@ struct Session {
           double score = 0;
           for (std::int64_t i = 0; i < c.head_dim; ++i)
             score += queries[t][q + i] * keys[layer][p][kv_at + i];
-          weights.push_back(std::exp(score / std::sqrt(static_cast<double>(c.head_dim))));
+          weights.push_back(std::exp(score * c.attention_scale()));
           total += weights.back();
         }
         for (std::int64_t p = first; p <= last; ++p)
@@ -195,11 +204,20 @@ struct Session {
   void attention_out(std::int64_t layer) {
     const LayerWeights& w = model->layers[layer];
     for (std::size_t t = 0; t < x.size(); ++t) {
-      const Vector out =
-          product(w.output, rounded(attended[t]), threshold(layer, tda::Product::output));
-      for (std::size_t i = 0; i < out.size(); ++i)
-        x[t][i] += out[i] + (w.output_bias.empty() ? 0 : w.output_bias[i]);
+      Vector out = product(w.output, rounded(attended[t]), threshold(layer, tda::Product::output));
+      for (std::size_t i = 0; i < w.output_bias.size(); ++i) out[i] += w.output_bias[i];
+      join(x[t], out, w.attention_post_norm);
     }
+  }
+
+  /// The input of attention or feed-forward, and what is done with the output.
+  Vector normed(const Vector& v, std::span<const float> weight) const {
+    return weight.empty() ? v : norm(v.data(), weight);
+  }
+  void join(Vector& residual, const Vector& out, std::span<const float> weight) const {
+    const Vector added = normed(out, weight);
+    for (std::size_t i = 0; i < added.size(); ++i)
+      residual[i] += added[i] * model->config.residual_scale;
   }
 
   /// Gate and up of neuron j are rows j % 32 and 32 + j % 32 of strip j / 32.
@@ -207,14 +225,14 @@ struct Session {
     const LayerWeights& w = model->layers[layer];
     hidden.assign(x.size(), Vector(w.down.cols));
     for (std::size_t t = 0; t < x.size(); ++t) {
-      const Vector both = product(w.gate_up, norm(x[t].data(), w.ffn_norm),
-                                  threshold(layer, tda::Product::gate_up));
+      const Vector both =
+          product(w.gate_up, normed(x[t], w.ffn_norm), threshold(layer, tda::Product::gate_up));
       for (std::int64_t j = 0; j < w.down.cols; ++j) {
         const std::int64_t row = j / 32 * 64 + j % 32;
         hidden[t][j] = activate(model->config.activation, both[row]) * both[row + 32];
       }
       const Vector out = product(w.down, hidden[t], threshold(layer, tda::Product::down));
-      for (std::size_t i = 0; i < out.size(); ++i) x[t][i] += out[i];
+      join(x[t], out, w.ffn_post_norm);
     }
   }
 
@@ -224,7 +242,8 @@ struct Session {
     hidden.assign(x.size(), Vector(w.gate.rows));
     for (std::size_t t = 0; t < x.size(); ++t) {
       const bool masked = step.ffn == FfnMode::sparse;  // token by token, as in decode: not rounded
-      const Vector normed = norm(x[t].data(), w.ffn_norm), in = masked ? normed : rounded(normed);
+      const Vector exact = normed(x[t], w.ffn_norm), in = masked ? exact : rounded(exact);
+      Vector out(x[t].size());
       const Vector gate = product(w.gate, in), up = product(w.up, in);
       for (std::int64_t j = 0; j < w.gate.rows; ++j)
         hidden[t][j] = activate(model->config.activation, gate[j]) * up[j];
@@ -232,8 +251,9 @@ struct Session {
         if (masked && !std::binary_search(masks[layer].begin(), masks[layer].end(), j)) continue;
         const Vector down = values(w.down, j);
         const double h = masked ? hidden[t][j] : rounded(hidden[t][j]);
-        for (std::size_t i = 0; i < down.size(); ++i) x[t][i] += h * down[i];
+        for (std::size_t i = 0; i < down.size(); ++i) out[i] += h * down[i];
       }
+      join(x[t], out, w.ffn_post_norm);
     }
   }
 

@@ -46,6 +46,32 @@ inline ModelConfig small_config() {
   return c;
 }
 
+/// What Gemma 3 adds, the first layer with a sliding window.
+inline void like_gemma3(ModelConfig& c) {
+  c.qk_norm = c.post_norms = true;
+  c.embedding_scale = c.embedding_scale_bf16 = 1.5f;
+  c.score_scale = 0.25f;
+  c.sliding_window = {4, 0};
+  c.other_rope = tda::RopeConfig();
+  c.other_rope->theta = 50;
+  c.uses_other_rope = {true, false};
+  c.activation = tda::Activation::gelu_tanh;
+}
+
+/// What OLMo 2 has in place of Llama's norms.
+inline void like_olmo2(ModelConfig& c) {
+  c.pre_norms = false;
+  c.post_norms = c.qk_norm_of_all_heads = true;
+}
+
+/// Granite's factors, and layers without RoPE, as in SmolLM3.
+inline void like_granite(ModelConfig& c) {
+  c.residual_scale = 0.5f;
+  c.other_rope = tda::RopeConfig();
+  c.other_rope->off = true;
+  c.uses_other_rope = {false, true};
+}
+
 inline std::vector<Token> random_tokens(std::int64_t count, std::int64_t vocab_size) {
   std::vector<Token> tokens(count);
   std::uint32_t state = 12345;
@@ -74,14 +100,18 @@ class RandomModel {
     for (std::int64_t l = 0; l < config.num_layers; ++l) {
       LayerWeights w;
       const std::int64_t qkv = config.q_size() + 2 * config.kv_size();
-      w.attention_norm = vector(config.hidden_size, 1, 0.2);
+      if (config.pre_norms) w.attention_norm = vector(config.hidden_size, 1, 0.2);
+      if (config.post_norms) w.attention_post_norm = vector(config.hidden_size, 1, 0.2);
       w.qkv = matrix(format, qkv, config.hidden_size, 0);
       if (config.qkv_bias) w.qkv_bias = vector(qkv, 0, 0.5);
       if (config.qk_norm) w.q_norm = vector(config.head_dim, 1, 0.3);
       if (config.qk_norm) w.k_norm = vector(config.head_dim, 1, 0.3);
+      if (config.qk_norm_of_all_heads) w.q_norm = vector(config.q_size(), 1, 0.3);
+      if (config.qk_norm_of_all_heads) w.k_norm = vector(config.kv_size(), 1, 0.3);
       w.output = matrix(format, config.hidden_size, config.q_size(), 0);
       if (config.output_bias) w.output_bias = vector(config.hidden_size, 0, 0.5);
-      w.ffn_norm = vector(config.hidden_size, 1, 0.2);
+      if (config.pre_norms) w.ffn_norm = vector(config.hidden_size, 1, 0.2);
+      if (config.post_norms) w.ffn_post_norm = vector(config.hidden_size, 1, 0.2);
       const double down = 2 / std::sqrt(static_cast<double>(config.intermediate_size));
       if (tda::in_bricks(format)) {
         const std::int64_t neurons = config.intermediate_size, padded = (neurons + 31) / 32 * 32;

@@ -38,6 +38,27 @@ BASE = {
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 12,
+    "tie_word_embeddings": True,
+}
+OLMO2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+GRANITE = {
+    "architectures": ["GraniteForCausalLM"],
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 1.6,
+}
+SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0}
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,33 @@ VARIANTS = {
         }
     ),
     "qwen3": Variant(QWEN3),
+    "gemma3": Variant(  # as transformers 4 writes it
+        {
+            **GEMMA3,
+            "rope_theta": 50000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 3,
+        }
+    ),
+    "gemma3_layer_types": Variant(  # as transformers 5 does
+        {
+            **GEMMA3,
+            "rope_theta": None,
+            "attention_bias": True,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 20000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        }
+    ),
+    "gemma3_defaults": Variant({**GEMMA3, "num_hidden_layers": 7, "rope_theta": None}),
+    "olmo2": Variant(OLMO2),
+    "granite": Variant(GRANITE),
+    "granite_tied": Variant({**GRANITE, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": Variant({**SMOLLM3, "num_hidden_layers": 5, "rope_theta": None}),
+    "smollm3_listed": Variant({**SMOLLM3, "no_rope_layers": [0, 1]}),
 }
 
 
@@ -146,6 +194,8 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     head_dim = config.get("head_dim", hidden // heads)
     family = config["model_type"]
     qkv_bias = family == "qwen2" or config.get("attention_bias", False)
+    pre_norms, post_norms = family != "olmo2", family in ("gemma3_text", "olmo2")
+    offset = 0 if family == "gemma3_text" else 1  # Gemma stores weights of norms less 1
     result = {}
 
     def matrix(name: str, rows: int, cols: int, gain: float) -> None:
@@ -153,7 +203,7 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
         result[f"{name}.weight"] = values.astype(np.float32)
 
     def norm(name: str, size: int) -> None:
-        result[f"{name}.weight"] = (1 + 0.3 * random.standard_normal(size)).astype(np.float32)
+        result[f"{name}.weight"] = (offset + 0.3 * random.standard_normal(size)).astype(np.float32)
 
     def bias(name: str, size: int) -> None:
         result[f"{name}.bias"] = (0.3 * random.standard_normal(size)).astype(np.float32)
@@ -161,7 +211,8 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     matrix("model.embed_tokens", config["vocab_size"], hidden, gain=2.5)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        norm(f"{prefix}.input_layernorm", hidden)
+        if pre_norms:
+            norm(f"{prefix}.input_layernorm", hidden)
         for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             matrix(f"{prefix}.self_attn.{part}_proj", rows * head_dim, hidden, gain=1.5)
             if qkv_bias:
@@ -169,10 +220,14 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
         matrix(f"{prefix}.self_attn.o_proj", hidden, heads * head_dim, gain=1.0)
         if family != "qwen2" and qkv_bias:
             bias(f"{prefix}.self_attn.o_proj", hidden)
-        if family == "qwen3":
-            norm(f"{prefix}.self_attn.q_norm", head_dim)
-            norm(f"{prefix}.self_attn.k_norm", head_dim)
+        if family in ("qwen3", "gemma3_text", "olmo2"):
+            norm(f"{prefix}.self_attn.q_norm", head_dim * (heads if family == "olmo2" else 1))
+            norm(f"{prefix}.self_attn.k_norm", head_dim * (kv_heads if family == "olmo2" else 1))
         norm(f"{prefix}.post_attention_layernorm", hidden)
+        if post_norms:
+            if pre_norms:
+                norm(f"{prefix}.pre_feedforward_layernorm", hidden)
+            norm(f"{prefix}.post_feedforward_layernorm", hidden)
         matrix(f"{prefix}.mlp.gate_proj", neurons, hidden, gain=1.5)
         matrix(f"{prefix}.mlp.up_proj", neurons, hidden, gain=1.5)
         matrix(f"{prefix}.mlp.down_proj", hidden, neurons, gain=1.0)

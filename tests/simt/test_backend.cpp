@@ -8,6 +8,7 @@
 #include "simt_backend.h"
 
 using namespace tda;
+using naive::like_gemma3, naive::like_granite, naive::like_olmo2;
 using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
 
 namespace {
@@ -64,6 +65,12 @@ std::deque<Case> cases() {
   split.config.num_heads = 8;
   split.config.num_kv_heads = 2;
   split.steps = {140, 1, 1};
+  like_gemma3(add("norms behind, a second rope").config);
+  like_olmo2(add("norms behind alone, of all heads").config);
+  like_granite(add("residual scale, a layer without rope").config);
+  Case& gemma = add("norms behind in bf16");
+  like_gemma3(gemma.config);
+  gemma.format = WeightFormat::bf16;
   Case& tiles = add("several tiles of tensor cores");
   tiles.format = WeightFormat::bf16;
   tiles.config.num_layers = 1;

@@ -3,6 +3,7 @@
 
 #include <tda/types.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -25,10 +26,11 @@ struct RopeConfig {
   bool truncate = true;                    // yarn: round the ramp's ends to whole dimensions
   double attention_factor = 1.0;           // yarn: multiplies cos and sin
   std::int64_t original_max_position = 0;  // dynamic, llama3, yarn
+  bool off = false;                        // no rotation at all
 };
 
 struct ModelConfig {
-  std::string model_type;              // "llama", "mistral", "qwen2", "qwen3"
+  std::string model_type;              // "llama", "gemma3_text", ...
   std::int64_t vocab_size = 0;         // V
   std::int64_t hidden_size = 0;        // H
   std::int64_t intermediate_size = 0;  // F, neurons per layer
@@ -40,10 +42,21 @@ struct ModelConfig {
   double rms_norm_eps = 1e-6;
   Activation activation = Activation::silu;
   RopeConfig rope;
-  bool tied_embeddings = false;  // the output head is the embedding
+  std::optional<RopeConfig> other_rope;  // of some layers, if they differ from the rest
+  std::vector<bool> uses_other_rope;     // [L]; empty without other_rope
+  bool tied_embeddings = false;          // the output head is the embedding
   bool qkv_bias = false;
-  bool output_bias = false;  // on the attention's output projection
-  bool qk_norm = false;      // RMSNorm over each head of q and k (Qwen3)
+  bool output_bias = false;           // on the attention's output projection
+  bool qk_norm = false;               // RMSNorm over each head of q and k (Qwen3, Gemma 3)
+  bool qk_norm_of_all_heads = false;  // or over all heads together (OLMo 2)
+  bool pre_norms = true;              // RMSNorm before attention and feed-forward
+  bool post_norms = false;            // RMSNorm behind them, before the residual is added
+  float norm_offset = 0;              // added to the weights of every norm: 1 in Gemma
+  float embedding_scale = 1;          // of the embeddings, where they enter the residual stream
+  float embedding_scale_bf16 = 1;     // the same unless weights are f32
+  float residual_scale = 1;           // of what attention and feed-forward add (Granite)
+  float logit_scale = 1;              // of the logits (Granite)
+  std::optional<float> score_scale;   // of q k before softmax; 1 / sqrt(head_dim) without
   /// Per layer: how many of the latest positions a token sees, including its own; 0: all.
   std::vector<std::int64_t> sliding_window;
   std::optional<Token> bos_token;
@@ -52,6 +65,9 @@ struct ModelConfig {
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  float attention_scale() const {
+    return score_scale ? *score_scale : 1.0f / std::sqrt(static_cast<float>(head_dim));
+  }
 };
 
 }  // namespace tda
