@@ -21,7 +21,7 @@ from .gguf_tokenizer import tokenizer_files
 from .source import Source, json_bytes
 from .tensors import Tensor
 
-ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
 
 # The parts of "blk.<layer>.<part>.<weight or bias>": their names, and the shape of the weight.
 BLOCK_PARTS = {
@@ -38,6 +38,14 @@ BLOCK_PARTS = {
     "ffn_down": ("mlp.down_proj", ("hidden", "ffn")),
 }
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+# Gemma has norms behind attention and feed-forward, too. GGUF adds 1 to the weights of all norms.
+GEMMA_PARTS = {
+    "post_attention_norm": ("post_attention_layernorm", ("hidden",)),
+    "ffn_norm": ("pre_feedforward_layernorm", ("hidden",)),
+    "post_ffw_norm": ("post_feedforward_layernorm", ("hidden",)),
+}
+GEMMA_PERIOD = 6  # of layers, the last of which has no sliding window
+GEMMA_27B_LAYERS = 62  # whose attention scale is that of hidden / heads instead of the head's size
 OUTER_PARTS = {
     "token_embd.weight": ("model.embed_tokens.weight", ("vocab", "hidden")),
     "output_norm.weight": ("model.norm.weight", ("hidden",)),
@@ -58,7 +66,6 @@ OFF = {
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
     "attention.temperature_scale": (0,),
-    "attention.sliding_window_pattern": (0, 1),
     "attn_logit_softcapping": (0,),
     "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
@@ -115,6 +122,8 @@ def _tensor(metadata: Metadata, name: str, stored: StoredTensor, heads: tuple[in
         values = stored.read()
         if rotated and metadata.architecture == "llama":
             return _rows_in_halves(values, heads[rotated[1] == "k"])
+        if metadata.architecture == "gemma3" and stored.name.endswith("norm.weight"):
+            return values - np.float32(1)
         return values
 
     return Tensor(name, "F32", stored.shape, stored.file, read)
@@ -174,9 +183,11 @@ def _expected_tensors(
         biased = ("attn_q", "attn_k", "attn_v")
     elif "blk.0.attn_q.bias" in stored:
         biased = ("attn_q", "attn_k", "attn_v", "attn_output")
+    gemma = metadata.architecture == "gemma3"
+    parts = {**BLOCK_PARTS, **(GEMMA_PARTS if gemma else {})}
     for layer in range(metadata.get("@.block_count", int)):
-        for part, (target, shape) in BLOCK_PARTS.items():
-            if part not in HEAD_NORMS or metadata.architecture == "qwen3":
+        for part, (target, shape) in parts.items():
+            if part not in HEAD_NORMS or gemma or metadata.architecture == "qwen3":
                 yield f"blk.{layer}.{part}.weight", f"model.layers.{layer}.{target}.weight", shape
             if part in biased:
                 yield f"blk.{layer}.{part}.bias", f"model.layers.{layer}.{target}.bias", shape[:1]
@@ -204,7 +215,6 @@ def _config(metadata: Metadata, stored: dict[str, StoredTensor]) -> dict[str, An
         metadata.expect(f"@.{key}", (value,))
     _check_attention_scale(metadata, head_dim)
     base = get("@.rope.freq_base", float, 10000.0)
-    metadata.expect("@.rope.freq_base_swa", (base,))
     config = {
         "hidden_size": hidden,
         "intermediate_size": metadata.get_of_layers("@.feed_forward_length", layers),
@@ -223,6 +233,10 @@ def _config(metadata: Metadata, stored: dict[str, StoredTensor]) -> dict[str, An
     if scaling:
         config["rope_scaling"] = scaling
 
+    if metadata.architecture == "gemma3":
+        return _gemma(metadata, config)
+    metadata.expect("@.rope.freq_base_swa", (base,))
+    metadata.expect("@.attention.sliding_window_pattern", (0, 1))
     family = ARCHITECTURES[metadata.architecture]
     window = get("@.attention.sliding_window", int, 0)
     if window:
@@ -235,6 +249,29 @@ def _config(metadata: Metadata, stored: dict[str, StoredTensor]) -> dict[str, An
     elif family != "Qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in stored
     return {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), **config}
+
+
+def _gemma(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    window = metadata.get("@.attention.sliding_window", int, 0)
+    period = metadata.get("@.attention.sliding_window_pattern", int, GEMMA_PERIOD)
+    if window < 0 or period < 0:
+        raise metadata.error("attention.sliding_window, its pattern", (window, period), "both >= 0")
+    slides = [window > 0 and (period == 0 or i % period != 0) for i in range(1, layers + 1)]
+    scalar = config["head_dim"]
+    if layers == GEMMA_27B_LAYERS:
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    del config["hidden_act"]
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **config,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": metadata.get("@.rope.freq_base_swa", float, 10000.0),
+        "sliding_window": window or None,
+        "layer_types": [f"{'sliding' if each else 'full'}_attention" for each in slides],
+    }
 
 
 def _check_attention_scale(metadata: Metadata, head_dim: int) -> None:

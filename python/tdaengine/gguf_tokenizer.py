@@ -140,6 +140,8 @@ class _Vocabulary:
         stated += [self._checked(several, t) for t in self._metadata.get_list(several, int, [])]
         ids = {token: i for i, token in enumerate(self.tokens)}
         named = [ids[name] for name in ENDS if name in ids]
+        if self._metadata.architecture == "gemma3" and "</s>" in ids:
+            named.remove(ids["</s>"])  # there a tag of HTML
         if any(pair <= ids.keys() for pair in PARTS_END) and "<|end|>" in ids:
             named.remove(ids["<|end|>"])
         return list(dict.fromkeys(token for token in [*stated, *named] if token is not None))
@@ -249,7 +251,9 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
         raise metadata.error("tokenizer.ggml.scores", "a list with NaN or infinity", "none")
     model = pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
+        # GGUF spells spaces of added tokens as they are, SentencePiece as in all others.
+        piece = token.replace(" ", "▁") if kind == USER_DEFINED else token
+        model.pieces.add(piece=piece, score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = pb2.TrainerSpec.BPE  # type: ignore[attr-defined]
     trainer.vocab_size = len(vocabulary.tokens)

@@ -205,7 +205,9 @@ def added() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("make", [llama3, qwen2, llama2, gemma, added], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [llama3, qwen2, llama2, gemma, added], ids=lambda make: make.__name__
+)
 def test_json(tmp_path, make):
     make().save(str(tmp_path / "tokenizer.json"))
     check_equal(tmp_path)

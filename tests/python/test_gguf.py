@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -62,6 +63,66 @@ def test_gguf_gives_back_the_checkpoint(tmp_path: Path, variant: str):
         assert found[key] == config[key], key
     assert found["eos_token_id"] == 0 and found["bos_token_id"] is None
     assert Engine(tmp_path / "out").logits(tiny.tokens(variant)).shape == (80, config["vocab_size"])
+
+
+GEMMA = {
+    "gemma3.attention.sliding_window": 12,
+    "gemma3.attention.sliding_window_pattern": 3,
+    "gemma3.rope.freq_base_swa": 100.0,
+    "gemma3.rope.scaling.type": "linear",
+    "gemma3.rope.scaling.factor": 8.0,
+}
+
+
+def test_gguf_of_gemma(tmp_path: Path):
+    """Norms have 1 added, which rounds; the scale of scores follows from the size of a head."""
+    config = config_of("gemma3") | {"query_pre_attn_scalar": 16}
+    weights = tiny.make_weights(config, seed=1)
+    source = tiny_gguf.write(tmp_path / "model.gguf", config, weights, metadata=GEMMA)
+    convert(source, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == weights.keys()
+    for name in weights:
+        assert np.allclose(made[name], weights[name], rtol=0, atol=2e-7 * (weights[name].ndim == 1))
+    original = tmp_path / "original"
+    original.mkdir()
+    (original / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v}))
+    tiny.write_safetensors(original / "model.safetensors", weights, "F32")
+    tokens = tiny.tokens("gemma3")
+    logits = Engine(original).logits(tokens)
+    assert np.abs(Engine(tmp_path / "out").logits(tokens) - logits).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"gemma3.attention.sliding_window": None}, [False, False, False, False]),
+        ({"gemma3.attention.sliding_window_pattern": None}, [True, True, True, True]),
+        ({"gemma3.attention.sliding_window_pattern": 2}, [True, False, True, False]),
+        ({"gemma3.attention.sliding_window_pattern": 1}, [False, False, False, False]),
+        ({"gemma3.attention.sliding_window_pattern": 0}, [True, True, True, True]),
+    ],
+)
+def test_gguf_windows_of_gemma(tmp_path: Path, change: dict, expected: list[bool]):
+    convert(write_gguf(tmp_path, "gemma3", metadata=GEMMA | change), tmp_path / "out")
+    types = read_json(tmp_path / "out" / "config.json")["layer_types"]
+    assert types == [f"{'sliding' if slides else 'full'}_attention" for slides in expected]
+    windows = [12 * slides for slides in expected]
+    assert Engine(tmp_path / "out").config.sliding_window == windows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gemma3.final_logit_softcapping": 30.0},
+        {"gemma3.attention.sliding_window_pattern": [True, False, True, False]},
+        {"gemma3.attention.scale": 0.3},
+        {"gemma3.attention.new_thing": 1},
+    ],
+)
+def test_gguf_of_gemma_is_refused(tmp_path: Path, change: dict):
+    source = write_gguf(tmp_path, "gemma3", metadata=GEMMA | change)
+    refused(source, tmp_path / "parent", CheckpointError, str(source), next(iter(change)))
 
 
 def test_gguf_quantized_is_bf16_unless_told(tmp_path: Path):

@@ -157,6 +157,31 @@ def test_sentencepiece_without_ids(tmp_path: Path, types: list[int]):
     assert tokenizer.decode([1, 6, 5, 7, 2]) == "ab"
 
 
+def test_spaces_of_added_tokens(tmp_path: Path):
+    """GGUF spells them as they are, SentencePiece as ▁."""
+    tokens = [*SENTENCEPIECE["tokenizer.ggml.tokens"][:-1], "  "]
+    types = [*SENTENCEPIECE["tokenizer.ggml.token_type"][:-1], 4]
+    added = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    added["tokenizer.ggml.add_space_prefix"] = False
+    weights = tiny.make_weights(CONFIG | {"vocab_size": 8}, seed=1)
+    metadata = SENTENCEPIECE | added
+    source = tiny_gguf.write(tmp_path / "model.gguf", CONFIG, weights, metadata)
+    convert(source, tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.encode("a  b a", add_special_tokens=False) == [4, 7, 5, 6]
+    assert tokenizer.decode([4, 7, 5, 6]) == "a  b a"
+
+
+def test_gemma_may_write_html(tmp_path: Path):
+    """Its </s> ends struck-out text."""
+    tokens = ["<eos>", "</s>", *tiny_gguf.BPE_TOKENS[2:]]
+    config = {**tiny.BASE, **tiny.VARIANTS["gemma3"].config, "vocab_size": len(tokens)}
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 5}
+    weights = tiny.make_weights(config, seed=1)
+    convert(tiny_gguf.write(tmp_path / "model.gguf", config, weights, metadata), tmp_path / "out")
+    assert ends(tmp_path / "out") == [5, 0]
+
+
 def test_sentencepiece_ids_of_the_file_win(tmp_path: Path):
     metadata = SENTENCEPIECE | {
         "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 3],

@@ -25,6 +25,11 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 # A byte-level vocabulary in miniature.
 MERGES = ["1 2", "12 3", "123 4", "a b"]
@@ -45,7 +50,7 @@ def write(
     """metadata: further keys, or None for one to leave out. tensors: further ones by GGUF name.
     quantized: how matrices are stored. tensors_per_file: 0 for one file, else the first of several
     is returned."""
-    arch = config["model_type"].replace("mistral", "llama")
+    arch = config["model_type"].replace("mistral", "llama").removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     values = {
         f"{arch}.context_length": config["max_position_embeddings"],
@@ -72,9 +77,11 @@ def write(
         if arch == "llama" and (match := re.search(r"self_attn\.([qk])_proj", name)):
             which = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
             array = in_pairs(array, config[which])
+        if arch == "gemma3" and array.ndim == 1:
+            array = array + np.float32(1)
         kind = quantized if array.ndim == 2 else GGMLQuantizationType.F32
         data = gguf.quants.quantize(array, kind)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+        writer.add_tensor(gguf_name(name, arch), data, raw_dtype=kind)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -84,10 +91,11 @@ def write(
     return path if path.exists() else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str = "llama") -> str:
     stem, kind = name.rsplit(".", 1)
+    names = NAMES | (GEMMA_NAMES if arch == "gemma3" else {})
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", stem)
-    return f"blk.{match[1]}.{NAMES[match[2]]}.{kind}" if match else f"{NAMES[stem]}.{kind}"
+    return f"blk.{match[1]}.{names[match[2]]}.{kind}" if match else f"{names[stem]}.{kind}"
 
 
 def divisors(factor: float, original: float = 8192, head_dim: int = 12) -> np.ndarray:
