@@ -214,7 +214,8 @@ void bind_config(nb::module_& m) {
   using tda::ModelConfig;
   using tda::RopeConfig;
   nb::class_<RopeConfig>(m, "RopeConfig", "Rotary position embedding and how it is stretched.")
-      .def_prop_ro("scaling", [](const RopeConfig& c) { return to_string(c.scaling); })
+      .def_prop_ro("scaling",
+                   [](const RopeConfig& c) { return c.off ? "off" : to_string(c.scaling); })
       .def_ro("theta", &RopeConfig::theta)
       .def_ro("factor", &RopeConfig::factor)
       .def_ro("original_max_position", &RopeConfig::original_max_position);
@@ -231,10 +232,19 @@ void bind_config(nb::module_& m) {
       .def_ro("rms_norm_eps", &ModelConfig::rms_norm_eps)
       .def_prop_ro("activation", [](const ModelConfig& c) { return to_string(c.activation); })
       .def_ro("rope", &ModelConfig::rope)
+      .def_ro("other_rope", &ModelConfig::other_rope, "Of the layers that uses_other_rope names.")
+      .def_ro("uses_other_rope", &ModelConfig::uses_other_rope)
       .def_ro("tied_embeddings", &ModelConfig::tied_embeddings)
       .def_ro("qkv_bias", &ModelConfig::qkv_bias)
       .def_ro("output_bias", &ModelConfig::output_bias)
       .def_ro("qk_norm", &ModelConfig::qk_norm)
+      .def_ro("qk_norm_of_all_heads", &ModelConfig::qk_norm_of_all_heads)
+      .def_ro("pre_norms", &ModelConfig::pre_norms)
+      .def_ro("post_norms", &ModelConfig::post_norms)
+      .def_ro("embedding_scale", &ModelConfig::embedding_scale)
+      .def_ro("residual_scale", &ModelConfig::residual_scale)
+      .def_ro("logit_scale", &ModelConfig::logit_scale)
+      .def_prop_ro("attention_scale", &ModelConfig::attention_scale)
       .def_ro("sliding_window", &ModelConfig::sliding_window)
       .def_ro("bos_token", &ModelConfig::bos_token)
       .def_ro("eos_tokens", &ModelConfig::eos_tokens);

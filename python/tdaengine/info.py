@@ -26,8 +26,11 @@ def info(engine: Engine) -> dict[str, Any]:
 def describe(values: Mapping[str, Any]) -> str:
     """`info` in sections of aligned lines."""
     config = {**values["config"], "sliding_window": window(values["config"]["sliding_window"])}
-    rope = config.pop("rope")
-    config["rope"] = ", ".join(f"{name} {_shown(value)}" for name, value in rope.items())
+    others = [str(i) for i, other in enumerate(config.pop("uses_other_rope")) if other]
+    other = config.pop("other_rope")
+    config["rope"] = _rope(config.pop("rope"))
+    if other is not None:
+        config["other_rope"] = f"{_rope(other)}, in layers {', '.join(others)}"
     sections = {
         "model": {name: values[name] for name in ("path", "fingerprint", "parameters")},
         "engine": {name: values[name] for name in ENGINE},
@@ -54,6 +57,10 @@ def window(layers: Sequence[int]) -> str:
         name = f"{size:,} tokens" if size else "none"
         phrases.append(f"{name} in layers {', '.join(which)}")
     return "; ".join(phrases)
+
+
+def _rope(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
 
 
 def _shown(value: Any) -> str:
