@@ -18,7 +18,15 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
         tda::parse_config(config, zero == text.npos ? nullptr : &generation, "");
     fuzz::require(std::ssize(model.sliding_window) == model.num_layers, "windows", "");
     if (model.head_dim > 256) return;
-    for (const float frequency : tda::rope_frequencies(model.rope, model.head_dim, 1))
-      fuzz::require(std::isfinite(frequency), "RoPE", std::to_string(frequency));
+    for (const float factor : {model.embedding_scale, model.embedding_scale_bf16, model.logit_scale,
+                               model.residual_scale, model.attention_scale()})
+      fuzz::require(std::isfinite(factor) && factor > 0, "a factor", std::to_string(factor));
+    const tda::Ropes ropes(model);
+    fuzz::require(model.uses_other_rope.empty() ||
+                      (ropes.count() == 2 && std::ssize(model.uses_other_rope) == model.num_layers),
+                  "RoPEs", "");
+    for (std::int64_t rope = 0; rope < ropes.count(); ++rope)
+      for (const float frequency : ropes.frequencies(rope, 1))
+        fuzz::require(std::isfinite(frequency), "RoPE", std::to_string(frequency));
   });
 }

@@ -50,6 +50,37 @@ CONFIGS = {
     "qwen2": LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]} | WINDOWS,
     "qwen3": LLAMA
     | {"model_type": "qwen3", "architectures": None, "layer_types": ["full_attention"]},
+    "gemma3": LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 4,
+        "query_pre_attn_scalar": 3,
+        "sliding_window": 2,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 99.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma3_ropes": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "olmo2": LLAMA | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]},
+    "granite": LLAMA
+    | {
+        "model_type": "granite",
+        "architectures": None,
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.2,
+        "attention_multiplier": 0.5,
+        "logits_scaling": 8,
+    },
+    "smollm3": LLAMA | {"model_type": "smollm3", "architectures": None, "no_rope_layers": [0, 1]},
     "biased": LLAMA | {"attention_bias": True, "bos_token_id": 1, "hidden_act": "gelu_new"},
 }
 THRESHOLDS = {
@@ -99,8 +130,12 @@ def weights(config: dict, dtype: str) -> bytes:
         shapes["lm_head.weight"] = [vocab, hidden]
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
-        shapes[p + "input_layernorm.weight"] = [hidden]
-        shapes[p + "post_attention_layernorm.weight"] = [hidden]
+        family = config["model_type"]
+        norms = ["input"] * (family != "olmo2") + ["post_attention"]
+        norms += ["pre_feedforward"] * (family == "gemma3_text")
+        norms += ["post_feedforward"] * (family in ("gemma3_text", "olmo2"))
+        for norm in norms:
+            shapes[f"{p}{norm}_layernorm.weight"] = [hidden]
         for name, rows in ("q", heads * size), ("k", kv * size), ("v", kv * size):
             shapes[f"{p}self_attn.{name}_proj.weight"] = [rows, hidden]
             if config.get("attention_bias") or config["model_type"] == "qwen2":
@@ -108,9 +143,9 @@ def weights(config: dict, dtype: str) -> bytes:
         shapes[p + "self_attn.o_proj.weight"] = [hidden, heads * size]
         if config.get("attention_bias"):
             shapes[p + "self_attn.o_proj.bias"] = [hidden]
-        if config["model_type"] == "qwen3":
-            for name in "q_norm", "k_norm":
-                shapes[f"{p}self_attn.{name}.weight"] = [size]
+        if family in ("qwen3", "gemma3_text", "olmo2"):
+            for name, count in ("q_norm", heads), ("k_norm", kv):
+                shapes[f"{p}self_attn.{name}.weight"] = [size * (count if family == "olmo2" else 1)]
         for name, shape in (
             ("gate", [neurons, hidden]),
             ("up", [neurons, hidden]),
@@ -206,7 +241,8 @@ def main() -> None:
     write("safetensors", "metadata", b"\x1f" + bytes(7) + b'{"__metadata__": {"key": "v"}} ')
     write("safetensors", "length", b"\xff" * 8 + b"{}")
 
-    for name, dtype in ("llama", "F32"), ("mistral", "F16"), ("qwen2", "BF16"), ("biased", "F32"):
+    dtypes = {"llama": "F32", "mistral": "F16", "qwen2": "BF16", "biased": "F32"}
+    for name, dtype in (dtypes | {"gemma3": "BF16", "olmo2": "F32"}).items():
         config = CONFIGS[name]
         write("folder", name, json.dumps(config).encode() + b"\0" + weights(config, dtype))
     qwen3 = CONFIGS["qwen3"] | {"head_dim": 4}
