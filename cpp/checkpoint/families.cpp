@@ -75,6 +75,13 @@ void read_usual(const Object& config, ModelConfig& model, double theta = 10000) 
   model.rope = read_rope(config, theta, model);
 }
 
+/// Within what gives finite results in f32.
+double read_factor(const Object& config, const char* key, double absent) {
+  const double factor = config.number(key, any_number).value_or(absent);
+  if (!(factor >= 1e-6 && factor <= 1e6)) config.fail(key, "a number from 0.000001 to 1000000");
+  return factor;
+}
+
 void read_llama(const Object& config, ModelConfig& model) {
   read_usual(config, model);
   read_biases(config, model);
@@ -127,7 +134,7 @@ void read_gemma3(const Object& config, ModelConfig& model) {
   // transformers rounds the factor to the type of the embeddings.
   model.embedding_scale_bf16 = bf16_to_f32(f32_to_bf16(model.embedding_scale));
   model.score_scale =
-      static_cast<float>(1 / std::sqrt(config.number("query_pre_attn_scalar", 0).value_or(256)));
+      static_cast<float>(1 / std::sqrt(read_factor(config, "query_pre_attn_scalar", 256)));
 
   const std::int64_t period = config.integer("sliding_window_pattern", 1, max_window).value_or(6);
   std::vector<bool> sliding = layers_of(model, true);
@@ -153,12 +160,22 @@ void read_olmo2(const Object& config, ModelConfig& model) {
 void read_granite(const Object& config, ModelConfig& model) {
   read_llama(config, model);
   const auto factor = [&](const char* key) {
-    return static_cast<float>(config.number(key, 0).value_or(1));
+    return static_cast<float>(read_factor(config, key, 1));
   };
   model.embedding_scale = model.embedding_scale_bf16 = factor("embedding_multiplier");
   model.residual_scale = factor("residual_multiplier");
   model.score_scale = factor("attention_multiplier");
   model.logit_scale = 1 / factor("logits_scaling");
+}
+
+/// Fused matrices.
+void read_phi3(const Object& config, ModelConfig& model) {
+  read_usual(config, model);
+  if (model.rope.scaling != RopeConfig::Scaling::none)
+    config.fail(config.has("rope_scaling") ? "rope_scaling" : "rope_parameters",
+                "no scaling of RoPE: that of phi3 (longrope) is not supported");
+  model.fused_matrices = true;
+  model.sliding_window = read_layer_types(config, read_window(config, 0), layers_of(model, true));
 }
 
 /// Some layers have no RoPE.
@@ -198,6 +215,7 @@ constexpr Family families[] = {
     {"olmo2", "Olmo2ForCausalLM", 50304, 4096, 11008, 32, 32, 0, 0, 2048, {}, 50279, read_olmo2,
      1e-5},
     {"granite", "GraniteForCausalLM", 32000, 4096, 11008, 32, 32, 0, 0, 2048, 1, 2, read_granite},
+    {"phi3", "Phi3ForCausalLM", 32064, 3072, 8192, 32, 32, 0, 0, 4096, 1, 32000, read_phi3, 1e-5},
     {"smollm3", "SmolLM3ForCausalLM", 128256, 2048, 11008, 36, 16, 4, 0, 32768, 128000, 128001,
      read_smollm3, 1e-6, true},
 };

@@ -61,11 +61,25 @@ void Layout::allocate_records(std::initializer_list<Plane> planes, std::int64_t 
   }
 }
 
-Matrix Layout::bricks(WeightFormat format, const std::vector<std::string>& names,
+const TensorView& Layout::find(const Source& source, std::int64_t rows, std::int64_t cols) {
+  const TensorView& whole = checkpoint_.tensor(source.name, {source.all ? source.all : rows, cols});
+  if (!source.all) return whole;
+  const std::int64_t row_bytes = whole.bytes / source.all;
+  TensorView& part = parts_.emplace_back(whole);
+  part.shape.front() = rows;
+  part.begin += source.first * row_bytes;
+  part.bytes = rows * row_bytes;
+  return part;
+}
+
+Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
                       const std::vector<std::int64_t>& rows, std::int64_t cols, bool in_turn,
                       bool by_block, float* lengths) {
   Matrix result{format, 0, cols};
-  if (format == WeightFormat::int4) result.kind = int4_kind(names, rows, cols);
+  BrickCopy copy{{}, rows, {}, in_turn, lengths};
+  for (std::size_t i = 0; i < sources.size() && !checkpoint_.packed(); ++i)
+    copy.sources.push_back(&find(sources[i], rows[i], cols));
+  if (format == WeightFormat::int4) result.kind = int4_kind(copy.sources);
   Size size = 0;
   for (std::int64_t n : rows) {
     result.rows += in_turn ? round_up(n, kStripRows / 2) : n;
@@ -75,16 +89,13 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<std::string>& names
   result.data = size.too_large() ? allocate(size, 2) : allocate(1, result.bytes());
   if (checkpoint_.packed()) return result;
   if (memory_) std::fill_n(const_cast<std::byte*>(result.data), result.bytes(), std::byte{});
-  BrickCopy copy{{}, rows, result, in_turn, lengths};
-  for (std::size_t i = 0; i < names.size(); ++i)
-    copy.sources.push_back(&checkpoint_.tensor(names[i], {rows[i], cols}));
+  copy.target = result;
   if (memory_) brick_copies_.push_back(std::move(copy));
   return result;
 }
 
 /// Of the next matrix. Lines if its tensors had 4 bits before, as samples of them tell.
-BrickKind Layout::int4_kind(const std::vector<std::string>& names,
-                            const std::vector<std::int64_t>& rows, std::int64_t cols) {
+BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
   const std::size_t i = kinds_++;
   if (checkpoint_.packed()) {
     const std::vector<std::string>& kinds = checkpoint_.packed()->matrices;
@@ -96,15 +107,14 @@ BrickKind Layout::int4_kind(const std::vector<std::string>& names,
                             ", expected \"graded\", \"int4\" or \"lines\"");
     return static_cast<BrickKind>(known - std::begin(kBrickKinds));
   }
-  for (std::size_t i = 0; i < names.size(); ++i)
-    if (!had_four_bits(checkpoint_.tensor(names[i], {rows[i], cols}))) return BrickKind::int4;
-  return BrickKind::lines;
+  const auto had_four = [](const TensorView* tensor) { return had_four_bits(*tensor); };
+  return std::ranges::all_of(sources, had_four) ? BrickKind::lines : BrickKind::int4;
 }
 
-void Layout::fill(const Matrix& target, const std::string& name) {
+void Layout::fill(const Matrix& target, const Source& source) {
   if (checkpoint_.packed()) return;
-  const TensorView& source = checkpoint_.tensor(name, {target.rows, target.cols});
-  if (memory_) copies_.push_back({&source, target, false, nullptr});
+  const TensorView& tensor = find(source, target.rows, target.cols);
+  if (memory_) copies_.push_back({&tensor, target, false, nullptr});
 }
 
 void Layout::fill_transposed(const Matrix& target, const std::string& name, float* row_lengths) {
@@ -115,7 +125,8 @@ void Layout::fill_transposed(const Matrix& target, const std::string& name, floa
 
 Matrix Layout::matrix(WeightFormat format, const std::vector<std::string>& names,
                       const std::vector<std::int64_t>& rows, std::int64_t cols) {
-  if (in_bricks(format)) return bricks(format, names, rows, cols);
+  if (in_bricks(format))
+    return bricks(format, std::vector<Source>(names.begin(), names.end()), rows, cols);
   Matrix result{format, 0, cols};
   for (std::int64_t n : rows) result.rows += n;
   allocate(result);
@@ -169,7 +180,9 @@ LayerWeights Layout::layer(const std::string& prefix) {
 
   LayerWeights w;
   if (config.pre_norms) w.attention_norm = norm(prefix + "input_layernorm.weight", hidden);
-  w.qkv = matrix(qkv("weight"), qkv_rows, hidden);
+  w.qkv = config.fused_matrices ? matrix(attention + "qkv_proj.weight",
+                                         config.q_size() + 2 * config.kv_size(), hidden)
+                                : matrix(qkv("weight"), qkv_rows, hidden);
   if (config.qkv_bias) w.qkv_bias = vector(qkv("bias"), qkv_rows);
   if (config.qk_norm) {
     w.q_norm = norm(attention + "q_norm.weight", config.head_dim);
@@ -189,8 +202,10 @@ LayerWeights Layout::layer(const std::string& prefix) {
   if (config.post_norms)
     w.ffn_post_norm = norm(prefix + "post_feedforward_layernorm.weight", hidden);
   float* const lengths = floats(neurons);
-  const std::string gate = ffn + "gate_proj.weight", up = ffn + "up_proj.weight";
-  const std::string down = ffn + "down_proj.weight";
+  const bool fused = config.fused_matrices;
+  const std::string both = ffn + "gate_up_proj.weight", down = ffn + "down_proj.weight";
+  const Source gate = fused ? Source(both, 0, 2 * neurons) : Source(ffn + "gate_proj.weight");
+  const Source up = fused ? Source(both, neurons, 2 * neurons) : Source(ffn + "up_proj.weight");
   if (in_bricks(format_)) {
     w.gate_up = bricks(format_, {gate, up}, {neurons, neurons}, hidden, true);
     w.down = bricks(format_, {down}, {hidden}, neurons, false, true, lengths);

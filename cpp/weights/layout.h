@@ -1,9 +1,11 @@
 // Where each weight lies in a model's arena.
 #pragma once
 
+#include <deque>
 #include <initializer_list>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/size.h"
@@ -34,6 +36,15 @@ class Layout {
     std::int64_t bytes() const { return low ? matrix.low_row_bytes() : matrix.row_bytes(); }
   };
 
+  /// A tensor, or a part of one of `all` rows, from row `first` on.
+  struct Source {
+    Source(std::string tensor, std::int64_t from = 0, std::int64_t of = 0)
+        : name(std::move(tensor)), first(from), all(of) {}
+    std::string name;
+    std::int64_t first, all;  // 0: the whole tensor
+  };
+  const TensorView& find(const Source& source, std::int64_t rows, std::int64_t cols);
+
   std::byte* allocate(Size count, std::int64_t each);
   void allocate(Matrix& matrix);
   void allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden);
@@ -42,12 +53,11 @@ class Layout {
   float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count, 4)); }
 
   /// A matrix in bricks of the tensors' rows, one tensor after the other or, `in_turn`, 32 of each.
-  Matrix bricks(WeightFormat format, const std::vector<std::string>& names,
+  Matrix bricks(WeightFormat format, const std::vector<Source>& sources,
                 const std::vector<std::int64_t>& rows, std::int64_t cols, bool in_turn = false,
                 bool by_block = false, float* lengths = nullptr);
-  BrickKind int4_kind(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
-                      std::int64_t cols);
-  void fill(const Matrix& target, const std::string& name);
+  BrickKind int4_kind(const std::vector<const TensorView*>& sources);
+  void fill(const Matrix& target, const Source& source);
   void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths);
 
   /// One matrix of the tensors' rows, one tensor after the other. rows: of each tensor
@@ -74,7 +84,8 @@ class Layout {
   const WeightFormat format_;
   std::byte* const memory_;
   Size used_ = 0;
-  std::size_t kinds_ = 0;  // of matrices in bricks so far
+  std::deque<TensorView> parts_;  // of tensors
+  std::size_t kinds_ = 0;         // of matrices in bricks so far
   std::vector<Copy> copies_;
   std::vector<BrickCopy> brick_copies_;
 };

@@ -41,6 +41,81 @@ TEST(config_defaults_are_the_families) {
   CHECK(qwen3.head_dim == 128 && qwen3.qk_norm && !qwen3.qkv_bias);
 }
 
+TEST(config_knows_what_sets_families_apart) {
+  const tda::ModelConfig gemma = config_of({{"model_type", "gemma3_text"}});
+  CHECK(gemma.head_dim == 256 && gemma.tied_embeddings && gemma.qk_norm && gemma.post_norms);
+  CHECK(gemma.norm_offset == 1 && gemma.embedding_scale == 48 && gemma.attention_scale() == 0.0625);
+  CHECK(gemma.activation == tda::Activation::gelu_tanh && gemma.rope.theta == 1e6);
+  CHECK(gemma.other_rope && gemma.other_rope->theta == 1e4);
+  CHECK(gemma.bos_token == 2 && gemma.eos_tokens == std::vector<tda::Token>{1});
+  for (std::size_t i = 0; i < 26; ++i) {
+    CHECK(gemma.sliding_window[i] == (i % 6 == 5 ? 0 : 4096));
+    CHECK(gemma.uses_other_rope[i] == (i % 6 != 5));
+  }
+  const tda::ModelConfig small =
+      config_of({{"model_type", "gemma3_text"}, {"hidden_size", 640}, {"num_hidden_layers", 1}});
+  CHECK(small.embedding_scale == std::sqrt(640.0f) && small.embedding_scale_bf16 == 25.25f);
+
+  const tda::ModelConfig olmo = config_of({{"model_type", "olmo2"}});
+  CHECK(!olmo.pre_norms && olmo.post_norms && olmo.qk_norm_of_all_heads && !olmo.qk_norm);
+  CHECK(olmo.rms_norm_eps == 1e-5 && olmo.eos_tokens == std::vector<tda::Token>{50279});
+
+  const tda::ModelConfig granite = config_of({{"model_type", "granite"},
+                                              {"embedding_multiplier", 12},
+                                              {"residual_multiplier", 0.25},
+                                              {"attention_multiplier", 0.125},
+                                              {"logits_scaling", 8}});
+  CHECK(granite.embedding_scale == 12 && granite.residual_scale == 0.25f);
+  CHECK(granite.attention_scale() == 0.125f && granite.logit_scale == 0.125f);
+
+  const tda::ModelConfig smollm3 = config_of({{"model_type", "smollm3"}});
+  CHECK(smollm3.rope.theta == 2e6 && smollm3.other_rope && smollm3.other_rope->off);
+  for (std::size_t i = 0; i < 36; ++i) CHECK(smollm3.uses_other_rope[i] == (i % 4 == 3));
+}
+
+TEST(config_refuses_what_a_family_cannot_run) {
+  struct Case {
+    const char* type;
+    json changes;
+    const char* message;
+  };
+  const json full = {{"full_attention", {{"rope_theta", 1e5}}}};
+  const Case cases[] = {
+      {"gemma3_text", {{"attn_logit_softcapping", 50}}, "attn_logit_softcapping is 50, expected"},
+      {"gemma3_text", {{"final_logit_softcapping", 30}}, "final_logit_softcapping is 30, expected"},
+      {"gemma3_text", {{"use_bidirectional_attention", true}}, "use_bidirectional_attention is"},
+      {"gemma3_text", {{"query_pre_attn_scalar", 0}}, "query_pre_attn_scalar is 0"},
+      {"gemma3_text", {{"sliding_window", nullptr}}, "sliding_window is null"},
+      {"gemma3_text", {{"sliding_window_pattern", 0}}, "sliding_window_pattern is 0"},
+      {"gemma3_text", {{"hidden_activation", "swiglu"}}, "hidden_activation is \"swiglu\""},
+      {"gemma3_text",
+       {{"rope_parameters", {{"rope_theta", 1e5}}}},
+       "rope_parameters is an object, expected an object with full_attention"},
+      {"gemma3_text",
+       {{"rope_parameters", full}, {"rope_scaling", {{"type", "linear"}, {"factor", 8}}}},
+       "rope_scaling is an object, expected none beside"},
+      {"gemma3_text", {{"query_pre_attn_scalar", 1e-300}}, "expected a number from 0.000001"},
+      {"granite", {{"residual_multiplier", 0}}, "residual_multiplier is 0"},
+      {"granite", {{"logits_scaling", 1e300}}, "expected a number from 0.000001 to 1000000"},
+      {"granite", {{"logits_scaling", "8"}}, "logits_scaling is \"8\""},
+      {"smollm3", {{"no_rope_layers", {1}}}, "no_rope_layers is an array, expected an array of"},
+      {"smollm3", {{"no_rope_layers", {1, 2}}}, "no_rope_layers is an array, expected 0 and 1"},
+      {"smollm3", {{"use_sliding_window", true}}, "use_sliding_window is true"},
+      {"phi3",
+       {{"rope_scaling", {{"type", "linear"}, {"factor", 8}}}},
+       "rope_scaling is an object, expected no scaling"},
+      {"phi3", {{"rope_scaling", {{"type", "longrope"}}}}, "rope_scaling.type is \"longrope\""},
+      {"gemma2", json::object(), "model_type is \"gemma2\", expected \"llama\""},
+      {"mixtral", json::object(), "model_type is \"mixtral\""},
+  };
+  for (const Case& c : cases) {
+    json config = updated(tiny, c.changes);
+    config["model_type"] = c.type;
+    config.erase("architectures");
+    CHECK_THROWS(config_of(config), CheckpointError, c.message);
+  }
+}
+
 TEST(config_reads_what_is_given) {
   const tda::ModelConfig c = config_of(updated(tiny, {{"head_dim", 8},
                                                       {"attention_bias", true},

@@ -41,7 +41,9 @@ def run(capsys):
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4", "bf16c", "graded"])
-@pytest.mark.parametrize("variant", ["llama_tied", "llama_bias", "llama_odd", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["llama_tied", "llama_bias", "llama_odd", "qwen3", "gemma3", "granite", "phi3"]
+)
 def test_the_same_bits(tmp_path: Path, variant: str, weights: str):
     source = tiny.write(tmp_path / "source", variant)
     convert(source, tmp_path / "packed", weights=weights)

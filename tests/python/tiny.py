@@ -58,6 +58,7 @@ GRANITE = {
     "attention_multiplier": 0.2,
     "logits_scaling": 1.6,
 }
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
 SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0}
 
 
@@ -154,6 +155,8 @@ VARIANTS = {
     "olmo2": Variant(OLMO2),
     "granite": Variant(GRANITE),
     "granite_tied": Variant({**GRANITE, "attention_bias": True, "tie_word_embeddings": True}),
+    "phi3": Variant(PHI3),
+    "phi3_sliding": Variant({**PHI3, "sliding_window": 16}, storage="BF16"),
     "smollm3": Variant({**SMOLLM3, "num_hidden_layers": 5, "rope_theta": None}),
     "smollm3_listed": Variant({**SMOLLM3, "no_rope_layers": [0, 1]}),
 }
@@ -213,7 +216,10 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
         prefix = f"model.layers.{layer}"
         if pre_norms:
             norm(f"{prefix}.input_layernorm", hidden)
-        for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        projections = {"q": heads, "k": kv_heads, "v": kv_heads}
+        if family == "phi3":
+            projections = {"qkv": heads + 2 * kv_heads}
+        for part, rows in projections.items():
             matrix(f"{prefix}.self_attn.{part}_proj", rows * head_dim, hidden, gain=1.5)
             if qkv_bias:
                 bias(f"{prefix}.self_attn.{part}_proj", rows * head_dim)
@@ -228,8 +234,11 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
             if pre_norms:
                 norm(f"{prefix}.pre_feedforward_layernorm", hidden)
             norm(f"{prefix}.post_feedforward_layernorm", hidden)
-        matrix(f"{prefix}.mlp.gate_proj", neurons, hidden, gain=1.5)
-        matrix(f"{prefix}.mlp.up_proj", neurons, hidden, gain=1.5)
+        if family == "phi3":
+            matrix(f"{prefix}.mlp.gate_up_proj", 2 * neurons, hidden, gain=1.5)
+        else:
+            matrix(f"{prefix}.mlp.gate_proj", neurons, hidden, gain=1.5)
+            matrix(f"{prefix}.mlp.up_proj", neurons, hidden, gain=1.5)
         matrix(f"{prefix}.mlp.down_proj", hidden, neurons, gain=1.0)
     norm("model.norm", hidden)
     if not config["tie_word_embeddings"]:

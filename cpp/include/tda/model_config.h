@@ -45,6 +45,7 @@ struct ModelConfig {
   std::optional<RopeConfig> other_rope;  // of some layers, if they differ from the rest
   std::vector<bool> uses_other_rope;     // [L]; empty without other_rope
   bool tied_embeddings = false;          // the output head is the embedding
+  bool fused_matrices = false;           // q, k and v are one tensor, gate and up another (Phi-3)
   bool qkv_bias = false;
   bool output_bias = false;           // on the attention's output projection
   bool qk_norm = false;               // RMSNorm over each head of q and k (Qwen3, Gemma 3)
