@@ -179,6 +179,7 @@ NB_MODULE(_native, m) {
   bind_results(m);
   bind_session(m);
   bind_engine(m);
+  bind_gguf(m);
 }
 #undef PyInit__native
 

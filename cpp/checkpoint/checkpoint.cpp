@@ -8,6 +8,7 @@
 
 #include "base/json.h"
 #include "base/size.h"
+#include "checkpoint/gguf.h"
 
 namespace tda {
 namespace {
@@ -19,14 +20,6 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text;
   for (std::int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
   return "[" + text + "]";
-}
-
-void check_folder(const fs::path& folder) {
-  std::error_code ignored;
-  if (fs::is_directory(folder, ignored)) return;
-  throw CheckpointError(folder.string() +
-                        (fs::exists(folder, ignored) ? ": found a file" : ": no such folder") +
-                        ", expected a folder with config.json and model.safetensors");
 }
 
 /// FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv), 64 bits.
@@ -96,18 +89,58 @@ std::map<std::string, std::string> parse_weight_map(const json& index, const std
   return result;
 }
 
-Checkpoint::Checkpoint(const fs::path& folder) {
-  check_folder(folder);
+void TensorView::read_rows(std::int64_t first, std::int64_t count, std::byte* out) const {
+  const bool is_vector = shape.size() == 1;
+  const std::int64_t row = is_vector ? bytes : bytes / shape[0];
+  if (rotary_heads == 0) return read(first * row, count * row, out);
+  // What lies in another order: rows, or a vector's values.
+  const std::int64_t unit = bytes / shape[0], units = is_vector ? shape[0] : 1;
+  const std::int64_t head = shape[0] / rotary_heads, half = head / 2;
+  for (std::int64_t i = first * units; i < (first + count) * units; ++i, out += unit) {
+    const std::int64_t in_head = i % head;
+    read((i - in_head + in_head % half * 2 + in_head / half) * unit, unit, out);
+  }
+}
+
+Checkpoint::Checkpoint(const fs::path& path) {
   std::error_code ignored;
-  name_ = fs::canonical(folder, ignored).filename().string();
+  name_ = fs::canonical(path, ignored).filename().string();
+  if (fs::is_directory(path, ignored)) {
+    read_folder(path);
+  } else if (fs::exists(path, ignored)) {
+    const GgufModel model(path);
+    config_ = model.parsed();
+    config_json_ = model.config();
+    tensors_ = model.tensors();
+    for (const GgufFile& file : model.files()) file.prefetch();
+  } else {
+    throw CheckpointError(path.string() +
+                          ": no such folder, expected one with config.json and "
+                          "model.safetensors, or a GGUF file");
+  }
+  if (!packed_) measure();
+}
+
+void Checkpoint::read_folder(const fs::path& folder) {
   config_ = read_config(folder);
-  packed_ = read_packed(folder);
+  config_json_ =
+      std::make_shared<const json>(read_json_object(folder / "config.json", NonFinite::as_text));
+  packed_ = read_packed(folder, *config_json_);
   if (packed_) {
     fingerprint_ = packed_->fingerprint;
     parameters_ = packed_->parameters;
     return;
   }
+  read_tensors(folder);
+  // A head of its own that is stored counts more than a configuration that knows of none.
+  const auto head = tensors_.find("lm_head.weight"),
+             in = tensors_.find("model.embed_tokens.weight");
+  if (config_.tied_embeddings && head != tensors_.end() && in != tensors_.end())
+    config_.tied_embeddings = are_equal(head->second, in->second);
+}
 
+void Checkpoint::read_tensors(const fs::path& folder) {
+  std::error_code ignored;
   const fs::path single = folder / "model.safetensors";
   const fs::path index = folder / "model.safetensors.index.json";
   std::map<std::string, std::string> weight_map;
@@ -139,13 +172,9 @@ Checkpoint::Checkpoint(const fs::path& folder) {
       throw CheckpointError((folder / shard).string() + ": tensor " + describe(tensor) +
                             " is missing, expected here by " + index.string());
   }
+}
 
-  // A head of its own that is stored counts more than a configuration that knows of none.
-  const auto head = tensors_.find("lm_head.weight"),
-             in = tensors_.find("model.embed_tokens.weight");
-  if (config_.tied_embeddings && head != tensors_.end() && in != tensors_.end())
-    config_.tied_embeddings = are_equal(head->second, in->second);
-
+void Checkpoint::measure() {
   Hash hash;
   Size parameters = 0;
   for (const auto& [name, view] : tensors_) {

@@ -1,4 +1,5 @@
-// A checkpoint folder: config.json, and safetensors files with tensors or with packed weights.
+// A checkpoint: a folder with config.json and safetensors files, of tensors or of packed weights, or
+// a GGUF file.
 #pragma once
 
 #include <tda/model_config.h>
@@ -16,12 +17,11 @@
 #include <vector>
 
 #include "base/file.h"
+#include "checkpoint/ggml_types.h"
 
 namespace tda {
 
-enum class DType { f32, f16, bf16, other };
-
-/// A tensor of a safetensors file. Its data is read in pieces instead of mapped, so that a file
+/// A tensor of a safetensors or GGUF file. Its data is read in pieces instead of mapped, so that a file
 /// that is replaced or truncated meanwhile makes a read fail and does not end the process.
 struct TensorView {
   std::string name;
@@ -31,11 +31,17 @@ struct TensorView {
   std::int64_t begin = 0;  // offset of its data in the file, not aligned
   std::int64_t bytes = 0;
   std::shared_ptr<const File> file;
+  /// If not 0, each of so many heads has its rows in the file in rotary pairs, (0, h), (1, h + 1) and
+  /// so on with h half of the head, instead of in order.
+  std::int64_t rotary_heads = 0;
+  float added = 0;  // to every value of the file: dequantize() gives so much more than meant
 
   /// Bytes [first, first + count) of the data. Throws CheckpointError.
   void read(std::int64_t first, std::int64_t count, void* out) const {
     file->read(begin + first, count, out);
   }
+  /// Rows [first, first + count) in order; a vector is one row. dequantize() gives their values.
+  void read_rows(std::int64_t first, std::int64_t count, std::byte* out) const;
 };
 
 using TensorMap = std::map<std::string, TensorView, std::less<>>;
@@ -64,8 +70,10 @@ struct PackedWeights {
   std::shared_ptr<const std::byte> data;
 };
 
-/// nullopt if config.json does not describe an engine folder. Throws CheckpointError.
-std::optional<PackedWeights> read_packed(const std::filesystem::path& folder);
+/// nullopt if config.json, whose content is `config`, does not describe an engine folder. Throws
+/// CheckpointError.
+std::optional<PackedWeights> read_packed(const std::filesystem::path& folder,
+                                         const nlohmann::json& config);
 
 /// Tensor name -> shard, from the content of model.safetensors.index.json. A shard is a plain file
 /// name in the same folder. Throws CheckpointError.
@@ -74,11 +82,14 @@ std::map<std::string, std::string> parse_weight_map(const nlohmann::json& index,
 
 class Checkpoint {
  public:
-  /// Reads config.json, generation_config.json if there, and model.safetensors or the shards that
-  /// model.safetensors.index.json lists. Throws CheckpointError.
-  explicit Checkpoint(const std::filesystem::path& folder);
+  /// Of a folder reads config.json, generation_config.json if there, and model.safetensors or the
+  /// shards that model.safetensors.index.json lists. A file is taken for a GGUF file, of several the
+  /// first. Throws CheckpointError.
+  explicit Checkpoint(const std::filesystem::path& path);
 
   const ModelConfig& config() const { return config_; }
+  /// What config.json says, or would say of a GGUF file.
+  const nlohmann::json& config_json() const { return *config_json_; }
   const std::string& name() const { return name_; }
   /// 16 hex digits: a hash of all tensors' names, dtypes, shapes and samples of their data. Packed
   /// weights have the fingerprint of the checkpoint they were made from.
@@ -88,18 +99,23 @@ class Checkpoint {
   std::int64_t parameters() const { return parameters_; }
 
   bool contains(std::string_view tensor) const;
-  /// Throws CheckpointError if absent, of another shape, or of a dtype other than f32, f16, bf16.
+  /// Throws CheckpointError if absent, of another shape, or of a dtype without f32 values.
   const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
   /// Throws CheckpointError if there are further tensors that would change results.
   void refuse_unused(const std::set<std::string_view>& used) const;
-  /// f32 if any weight matrix is f32, else bf16: what WeightFormat::automatic means here.
+  /// f32 if any weight matrix is f32, else bf16 (to which quantised ones are rounded): what WeightFormat::automatic means here.
   WeightFormat natural_format() const;
   /// Null for a checkpoint of single tensors.
   const PackedWeights* packed() const { return packed_ ? &*packed_ : nullptr; }
 
  private:
+  void read_folder(const std::filesystem::path& folder);
+  void read_tensors(const std::filesystem::path& folder);
+  void measure();
+
   std::string name_;
   ModelConfig config_;
+  std::shared_ptr<const nlohmann::json> config_json_;
   std::string fingerprint_;
   std::int64_t parameters_ = 0;
   std::optional<PackedWeights> packed_;

@@ -104,9 +104,8 @@ TensorView find_arena(const TensorMap& tensors, const std::string& file) {
 
 }  // namespace
 
-std::optional<PackedWeights> read_packed(const std::filesystem::path& folder) {
+std::optional<PackedWeights> read_packed(const std::filesystem::path& folder, const json& config) {
   const std::string file = (folder / "config.json").string();
-  const json config = read_json_object(file, NonFinite::as_text);
   const auto found = config.find(PackedWeights::kKey);
   if (found == config.end()) return std::nullopt;
   const Description description(file, *found);

@@ -20,7 +20,7 @@ class Runtime {
         kv(kv),
         max_context(max_context),
         before_step(std::move(before_step)),
-        calibration(std::filesystem::absolute(checkpoint) / "tda.json") {}
+        calibration(calibration_of(std::filesystem::absolute(checkpoint))) {}
 
   const Model& model() const { return backend->model(); }
   const ModelConfig& config() const { return model().config; }
@@ -31,6 +31,12 @@ class Runtime {
   const std::function<void()> before_step;  // see EngineOptions; may be empty
   const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists
   mutable ForkSafeMutex computing;          // held during a step
+
+ private:
+  static std::filesystem::path calibration_of(const std::filesystem::path& checkpoint) {
+    if (std::filesystem::is_directory(checkpoint)) return checkpoint / "tda.json";
+    return std::filesystem::path(checkpoint).replace_extension(".tda.json");  // beside a GGUF file
+  }
 };
 
 /// Throws OptionError if tokens is empty or an id is outside the vocabulary.

@@ -26,6 +26,11 @@ constexpr const char* companions[] = {"tokenizer_config.json", "special_tokens_m
 Tokenizer::Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
 Tokenizer::Tokenizer(const fs::path& checkpoint, std::int64_t vocab_size) {
+  std::error_code no_error;
+  if (fs::is_regular_file(checkpoint, no_error))
+    throw CheckpointError(checkpoint.string() + ": found a file, expected a folder with " +
+                          json_file + " or " + model_file +
+                          "; of a GGUF file `tdaengine convert` makes one");
   std::map<std::string, std::string> files;
   const auto read = [&](const char* name) {
     std::error_code ignored;

@@ -11,37 +11,16 @@
 
 #include "base/buffer.h"
 #include "base/half.h"
+#include "checkpoint/ggml_types.h"
 
 namespace tda {
 namespace {
 
-// Columns transposed at a time, in elements. A tile of f32 is 16 KiB, half an L1 data cache.
-constexpr std::int64_t kTile = 64;
-
-std::int64_t element_bytes(const TensorView& tensor) { return tensor.dtype == DType::f32 ? 4 : 2; }
-
-/// Reads by memcpy because `data` may have any alignment.
-void to_f32(DType dtype, const std::byte* data, std::int64_t count, float* out) {
-  if (dtype == DType::f32) {
-    std::memcpy(out, data, static_cast<std::size_t>(4 * count));
-    return;
-  }
-  const auto half = [data](std::int64_t i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, data + 2 * i, 2);
-    return bits;
-  };
-  if (dtype == DType::f16)
-    for (std::int64_t i = 0; i < count; ++i) out[i] = f16_to_f32(half(i));
-  else
-    for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(half(i));
-}
-
-/// A row of a matrix [rows, cols] as f32.
+/// A row of a matrix as f32.
 void read_tensor_row(const TensorView& tensor, std::int64_t row, std::int64_t cols, float* out) {
-  std::vector<std::byte> data(cols * element_bytes(tensor));
-  tensor.read(row * std::ssize(data), std::ssize(data), data.data());
-  to_f32(tensor.dtype, data.data(), cols, out);
+  std::vector<std::byte> data(stored_bytes(tensor.dtype, cols));
+  tensor.read_rows(row, 1, data.data());
+  dequantize(tensor.dtype, data.data(), cols, out);
 }
 
 /// Removes a row's largest value if it is so much larger than the rest of its group that the
@@ -119,29 +98,37 @@ void store_row(const Copy& copy, std::int64_t row, float* values) {
 }
 
 void copy_rows(const Copy& copy, std::int64_t begin, std::int64_t end) {
-  const std::int64_t cols = copy.target.cols, row_bytes = cols * element_bytes(*copy.source);
+  const DType dtype = copy.source->dtype;
+  const std::int64_t cols = copy.target.cols, row_bytes = stored_bytes(dtype, cols);
   std::vector<std::byte> data((end - begin) * row_bytes);
-  copy.source->read(begin * row_bytes, std::ssize(data), data.data());
+  copy.source->read_rows(begin, end - begin, data.data());
   std::vector<float> values(cols);
   for (std::int64_t r = begin; r < end; ++r) {
-    to_f32(copy.source->dtype, data.data() + (r - begin) * row_bytes, cols, values.data());
-    if (copy.offset != 0 || copy.factor != 1)
-      for (float& value : values) value = (value + copy.offset) * copy.factor;
+    dequantize(dtype, data.data() + (r - begin) * row_bytes, cols, values.data());
+    const float offset = copy.offset - copy.source->added;
+    if (offset != 0 || copy.factor != 1)
+      for (float& value : values) value = (value + offset) * copy.factor;
     store_row(copy, r, values.data());
   }
 }
 
-/// Writes target rows [begin, end), at most kTile of them, which are columns of the source. Reads
-/// kTile elements of each source row at a time, so that both sides move whole cache lines. data:
-/// all of the source
+/// Columns transposed at a time, in elements: 64, or a block of the source. A tile of f32 is 16 KiB,
+/// half an L1 data cache.
+std::int64_t tile_of(const TensorView& source) {
+  return std::max<std::int64_t>(64, block_of(source.dtype).values);
+}
+
+/// Writes target rows [begin, end), at most a tile, which are columns of the source. Reads a tile's
+/// elements of each source row at a time, so that both sides move whole cache lines. data: all of
+/// the source
 void copy_transposed(const Copy& copy, const std::byte* data, std::int64_t begin,
                      std::int64_t end) {
   const Matrix& target = copy.target;
-  const std::int64_t size = element_bytes(*copy.source);
-  std::vector<float> rows((end - begin) * target.cols);
-  float column[kTile];
+  const DType dtype = copy.source->dtype;
+  std::vector<float> rows((end - begin) * target.cols), column(end - begin);
   for (std::int64_t c = 0; c < target.cols; ++c) {
-    to_f32(copy.source->dtype, data + (c * target.rows + begin) * size, end - begin, column);
+    dequantize(dtype, data + stored_bytes(dtype, c * target.rows + begin), end - begin,
+               column.data());
     for (std::int64_t r = begin; r < end; ++r)
       rows[(r - begin) * target.cols + c] = column[r - begin];
   }
@@ -280,7 +267,7 @@ void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& b
       const auto body = [&](std::int64_t begin, std::int64_t end) {
         copy_transposed(copy, data, begin, end);
       };
-      in_parts(pool, target.rows, kTile, body, report);
+      in_parts(pool, target.rows, tile_of(source), body, report);
     } else {
       const auto body = [&](std::int64_t begin, std::int64_t end) { copy_rows(copy, begin, end); };
       // A few parts per thread, or small matrices would leave threads idle.

@@ -54,11 +54,11 @@ std::vector<std::string> pack_checkpoint(const fs::path& source, const fs::path&
   for (const char* name : {"config.json", "model.safetensors"})
     if (fs::exists(destination / name, ignored))
       throw OptionError(destination.string() + ": found " + name + ", expected a folder without");
-  const auto model = load_model(Checkpoint(source), weights, threads, progress);
+  const Checkpoint checkpoint(source);
+  const auto model = load_model(checkpoint, weights, threads, progress);
   write_weights(*model, destination / "model.safetensors");
   // Last, because config.json makes the folder an engine folder.
-  write_config(*model, read_json_object(source / "config.json", NonFinite::as_text),
-               destination / "config.json");
+  write_config(*model, checkpoint.config_json(), destination / "config.json");
   return model->notices;
 }
 

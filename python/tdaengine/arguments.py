@@ -27,7 +27,7 @@ def flag(group: Any, name: str, *, help: str, default: Any = False) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder or hub id")
+    parser.add_argument("model", help="checkpoint folder, GGUF file or hub id")
     group = parser.add_argument_group("engine")
     option(group, "--device", default="auto", help="auto, cpu or cuda")
     option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -17,7 +16,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from ._native import CheckpointError, OptionError
-from .files import MAX_TEMPLATE, read_json_object, read_text
+from .contents import Contents
+from .files import MAX_TEMPLATE
 from .sandbox import BoundedEnvironment
 from .tokenizer import Tokenizer
 from .tokenizer_files import Settings
@@ -85,35 +85,37 @@ class ChatTemplate:
             raise CheckpointError(f"{name}: chat template: {error}") from error
 
     @staticmethod
-    def load(folder: Path) -> ChatTemplate:
-        """From chat_template.jinja and additional_chat_templates/, or else tokenizer_config.json.
-        Raises CheckpointError.
+    def load(checkpoint: Path | str | Contents) -> ChatTemplate:
+        """From chat_template.jinja and additional_chat_templates/, or else tokenizer_config.json,
+        of a folder or of what a GGUF file has in their place. Raises CheckpointError.
         """
-        path = folder / "chat_template.jinja"
-        named = {each.stem: each for each in (folder / "additional_chat_templates").glob("*.jinja")}
-        if os.path.lexists(path):
-            named.setdefault("default", path)
+        contents = Contents.of(checkpoint)
+        folder = "additional_chat_templates"
+        named = contents.named(folder, ".jinja")
+        if contents.has("chat_template.jinja"):
+            named.setdefault("default", "chat_template.jinja")
         if named:
-            path = _default_of(named, str(folder / "additional_chat_templates"))
-            source = read_text(path, "a chat template", MAX_TEMPLATE)
-            return ChatTemplate(source, Settings.read(folder).special_tokens, str(path))
-        path = folder / "tokenizer_config.json"
-        stored = read_json_object(path, optional=True).get("chat_template")
+            name = _default_of(named, contents.label(folder))
+            source = contents.text(name, "a chat template", MAX_TEMPLATE)
+            special_tokens = Settings.read(contents).special_tokens
+            return ChatTemplate(source, special_tokens, contents.label(name))
+        label = contents.label("tokenizer_config.json")
+        stored = contents.json_object("tokenizer_config.json").get("chat_template")
         if stored is None:
             raise CheckpointError(
-                f"{folder}: no chat template, looked for chat_template.jinja "
+                f"{contents.path}: no chat template, looked for chat_template.jinja "
                 "and chat_template in tokenizer_config.json"
             )
         if isinstance(stored, list):
             stored = {each["name"]: each["template"] for each in stored if _is_named(each)}
         if isinstance(stored, dict):
-            stored = _default_of(stored, f"{path}: chat_template")
+            stored = _default_of(stored, f"{label}: chat_template")
         if not isinstance(stored, str):
             found = type(stored).__name__
             raise CheckpointError(
-                f"{path}: chat_template: found {found}, expected str or several with names"
+                f"{label}: chat_template: found {found}, expected str or several with names"
             )
-        return ChatTemplate(stored, Settings.read(folder).special_tokens, str(path))
+        return ChatTemplate(stored, Settings.read(contents).special_tokens, label)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The conversation and the beginning of the assistant's answer."""

@@ -192,7 +192,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     _add_output(
         parser,
         "where the thresholds go, as JSON",
-        "tda.json in the model's folder, where --tda loss=0.02 finds it",
+        "tda.json in the model's folder, NAME.tda.json beside NAME.gguf; --tda loss=0.02 finds it",
     )
 
 

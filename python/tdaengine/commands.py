@@ -19,6 +19,7 @@ from .analyze import analyze
 from .analyze import table as overlaps
 from .bench import bench
 from .bench import table as speeds
+from .contents import thresholds_file
 from .engine import Engine
 from .evaluate import DENSE, Run, evaluate, frontier, table
 from .files import MAX_DATA, check_output, read, read_texts
@@ -130,7 +131,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         check_output(args.output)
     texts = None if args.data is None else read_texts(Path(args.data))
     engine = open_engine(args)
-    output = args.output or engine.path / "tda.json"
+    output = args.output or thresholds_file(engine.path)
     check_output(output)
     ids = None if texts is None else _encoded(args, engine, texts, 1)
     with _progress_bar(unit="step", disable=args.json) as progress:

@@ -7,9 +7,12 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import _native
 from ._native import CheckpointError, OptionError
+from .gguf import read_gguf
+from .gguf_tokenizer import tokenizer_files
 from .new_folder import check_destination, publish, working_folder
 from .source import WEIGHTS, Source, check_weights, copied_files, json_bytes, read_folder
 from .tensors import write_safetensors
@@ -51,9 +54,6 @@ def convert(
             if weights is None:
                 sums = _write(_read(source), folder, DTYPES.get(dtype), progress)
             else:
-                if not source.is_dir():
-                    _write(_read(source), work / "unpacked", None, progress)
-                    source = work / "unpacked"
                 sums = _pack(source, folder, weights, progress)
             publish(folder, destination, sums)
     except OSError as error:
@@ -64,8 +64,6 @@ def _read(source: Path) -> Source:
     if source.is_dir():
         return read_folder(source)
     if source.is_file():
-        from .gguf import read_gguf  # optional: needs the package gguf
-
         return read_gguf(source)
     found = "neither a file nor a folder" if source.exists() else "not found"
     raise CheckpointError(f"{source}: {found}, expected a checkpoint folder or a GGUF file")
@@ -88,8 +86,12 @@ def _write(
 
 
 def _pack(source: Path, folder: Path, weights: str, progress: Progress | None) -> dict[str, str]:
-    check_weights(source)
-    files = copied_files(source)
+    files: dict[str, Any] = {}
+    if source.is_dir():
+        check_weights(source)
+        files |= copied_files(source)
+    else:
+        files |= tokenizer_files(_native.GgufModel(str(source)))
     folder.mkdir()
     for notice in _native.pack_checkpoint(str(source), str(folder), weights, progress):
         warnings.warn(notice, stacklevel=3)

@@ -24,6 +24,7 @@ from ._native import (
     Thresholds,
 )
 from .chat import ChatTemplate
+from .contents import Contents
 from .options import GenerateKeywords, generate_options, options_of_each
 from .stream import Output, Stream
 from .tokenizer import Tokenizer, has_tokenizer
@@ -50,7 +51,7 @@ class Engine(_native.Engine):
     of its own; computation is one call at a time. It is not pickled: load one in each process that
     is spawned (from an engine folder they share its pages). `with` or `close` gives it up.
 
-    model: a checkpoint folder, or a Hugging Face hub id.
+    model: a checkpoint folder, a GGUF file (of several the first), or a Hugging Face hub id.
     device: auto | cpu | cuda (f32 and bf16 weights).
     weights: auto | f32 | bf16 | int8 | int4 | bf16c (bf16, compressed without loss)
         | graded (8 bits of which TDA reads 4 or 8).
@@ -75,6 +76,7 @@ class Engine(_native.Engine):
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path: Path = hub.find(model)
+        self._contents = Contents.of(self.path)
         self.tda = _check_tda(tda)
         super().__init__(
             str(self.path),
@@ -101,12 +103,12 @@ class Engine(_native.Engine):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError if the checkpoint has none."""
-        return Tokenizer.load(self.path, self.config.vocab_size)
+        return Tokenizer.load(self._contents, self.config.vocab_size)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Raises CheckpointError if the checkpoint has none."""
-        return ChatTemplate.load(self.path)
+        return ChatTemplate.load(self._contents)
 
     @overload
     def generate(
@@ -307,7 +309,7 @@ class Engine(_native.Engine):
         options: GenerateOptions,
     ) -> Stream:
         stop = _check_stop(stop)
-        needs_text = bool(stop) or has_tokenizer(self.path)
+        needs_text = bool(stop) or has_tokenizer(self._contents)
         text = self.tokenizer.stream() if needs_text else None
         generation = self.start(self._encode(prompt), options, self._tda(tda))
         _warn(generation.stats.warnings, TdaWarning)

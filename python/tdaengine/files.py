@@ -63,12 +63,17 @@ def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
     no such file."""
     if optional and not os.path.lexists(path):
         return {}
+    return parse_json_object(read_text(path, "a JSON file", MAX_TOKENIZER), str(path))
+
+
+def parse_json_object(text: str, name: str) -> dict[str, Any]:
+    """name: of the file. Raises CheckpointError."""
     try:
-        content = parse_json(read_text(path, "a JSON file", MAX_TOKENIZER))
+        content = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}, expected a JSON file") from error
+        raise CheckpointError(f"{name}: {error}, expected a JSON file") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found {type(content).__name__}, expected a JSON object")
+        raise CheckpointError(f"{name}: found {type(content).__name__}, expected a JSON object")
     return content
 
 

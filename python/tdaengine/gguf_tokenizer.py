@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from ._native import CheckpointError
-from .gguf_metadata import Metadata
+from ._native import CheckpointError, GgufModel
+from .gguf_keys import Keys
 from .source import json_bytes
 
 # tokenizer.ggml.token_type; SentencePiece's own numbers.
@@ -21,33 +22,6 @@ ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # What SentencePiece files without these ids mean, as far as the vocabulary has them.
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
-# Tokens that end a text, a turn or a message, whether the file says so or not: where a file is
-# wrong about it, a model goes on and speaks for the user. The names are those llama.cpp knows.
-ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|eom_id|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "[EOS]",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "<｜end▁of▁sentence｜>",
-    "<end_of_utterance>",
-    "<turn|>",
-    "<|tool_response>",
-    "<|return|>",
-    "<|call|>",
-    "<|calls|>",
-    "<|flush|>",
-)
-# "<|end|>" ends only a part of a message where there are tokens of one of these pairs.
-PARTS_END = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
 # How tokens look that are not text, and those that are not if a chat template spells them out.
 MARKER = re.compile(r"<\|[^\s<>]+\|>|<｜[^\s<>]+｜>")
 MARKER_OF_TEMPLATE = re.compile(r"<\|?[^\s<>]+\|?>|\[/?[A-Z_]+\]")
@@ -59,27 +33,27 @@ SPLIT = (
 )
 
 
-def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The tokenizer's files by name, and the token ids for generation_config.json. Raises
-    CheckpointError."""
-    metadata.expect("tokenizer.ggml.suppress_tokens", ([],))
+def tokenizer_files(model: GgufModel) -> dict[str, bytes]:
+    """The tokenizer's files and generation_config.json, by name. Raises CheckpointError."""
+    keys = Keys(model)
+    keys.expect("tokenizer.ggml.suppress_tokens", [])
     for key in ("lowercase", "strip_accents"):
-        metadata.expect(f"tokenizer.ggml.normalizer.{key}", (False,))
-    vocabulary = _Vocabulary(metadata)
-    kind = metadata.get("tokenizer.ggml.model", str)
+        keys.expect(f"tokenizer.ggml.normalizer.{key}", False)
+    vocabulary = _Vocabulary(keys, json.loads(model.generation))
+    kind = keys.get("tokenizer.ggml.model", str)
     if kind == "gpt2":
-        files = {"tokenizer.json": _byte_level_bpe(metadata, vocabulary)}
+        files = {"tokenizer.json": _byte_level_bpe(keys, vocabulary)}
         tokenizer_class = "PreTrainedTokenizerFast"
     elif kind == "llama":
-        files = {"tokenizer.model": _sentencepiece(metadata, vocabulary)}
+        files = {"tokenizer.model": _sentencepiece(keys, vocabulary)}
         tokenizer_class = "LlamaTokenizer"
     else:
-        raise metadata.error("tokenizer.ggml.model", kind, "gpt2 or llama")
+        raise keys.error("tokenizer.ggml.model", kind, "gpt2 or llama")
     config = {
         "tokenizer_class": tokenizer_class,
         "add_bos_token": vocabulary.add_bos,
         "add_eos_token": vocabulary.add_eos,
-        "model_max_length": metadata.get("@.context_length", int),
+        "model_max_length": json.loads(model.config)["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "legacy": True,  # a space goes before every stretch of text, as in llama.cpp
     }
@@ -88,26 +62,28 @@ def tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any
     if vocabulary.template is not None:
         config["chat_template"] = vocabulary.template
     files["tokenizer_config.json"] = json_bytes(config)
-    return files, vocabulary.generation_ids()
+    files["generation_config.json"] = json_bytes(vocabulary.generation)
+    return files
 
 
 class _Vocabulary:
-    def __init__(self, metadata: Metadata):
-        get = metadata.get
-        tokens: list[str] = metadata.get_list("tokenizer.ggml.tokens", str)
+    def __init__(self, keys: Keys, generation: dict[str, Any]):
+        """generation: the tokens that begin and end a text, as the native module finds them."""
+        get = keys.get
+        tokens: list[str] = keys.get_list("tokenizer.ggml.tokens", str)
         self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-        self.types: list[int] = metadata.get_list("tokenizer.ggml.token_type", int)
+        self.types: list[int] = keys.get_list("tokenizer.ggml.token_type", int)
         if len(self.types) != len(self.tokens):
-            raise metadata.error(
+            raise keys.error(
                 "tokenizer.ggml.token_type",
                 f"a list of {len(self.types)}",
                 f"as many as tokens, {len(self.tokens)}",
             )
         for kind in set(self.types) - set(TYPES):
-            raise metadata.error("tokenizer.ggml.token_type", f"a list with {kind}", "1 to 6")
+            raise keys.error("tokenizer.ggml.token_type", f"a list with {kind}", "1 to 6")
         if len(set(self.tokens)) != len(self.tokens):
-            raise metadata.error("tokenizer.ggml.tokens", "a list with repetitions", "none")
-        self._metadata = metadata
+            raise keys.error("tokenizer.ggml.tokens", "a list with repetitions", "none")
+        self._keys = keys
         self.template: str | None = get("tokenizer.chat_template", str, None)
         self.sentencepiece = get("tokenizer.ggml.model", str) == "llama"
         llama3 = get("tokenizer.ggml.pre", str, "") == "llama-bpe"
@@ -117,43 +93,28 @@ class _Vocabulary:
         for role, name in ROLES.items():
             if (token := self._id(name)) is not None:
                 self.roles[role] = token
-        self.ends = self._ends()
+        self.generation = generation
         self._correct_types()
 
     def _id(self, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
-        token: int | None = self._metadata.get(key, int, None)
+        token: int | None = self._keys.get(key, int, None)
         if token is None:
             token = SENTENCEPIECE_IDS.get(name) if self.sentencepiece else None
             return token if token is not None and token < len(self.tokens) else None
-        return self._checked(key, token)
-
-    def _checked(self, key: str, token: int) -> int:
         if not 0 <= token < len(self.tokens):
-            raise self._metadata.error(key, token, f"0 to {len(self.tokens) - 1}")
+            raise self._keys.error(key, token, f"0 to {len(self.tokens) - 1}")
         return token
-
-    def _ends(self) -> list[int]:
-        """Those that the file names first, then those known by name."""
-        several = "tokenizer.ggml.eos_token_ids"
-        stated = [self._id(name) for name in ("eos", "eot", "eom")]
-        stated += [self._checked(several, t) for t in self._metadata.get_list(several, int, [])]
-        ids = {token: i for i, token in enumerate(self.tokens)}
-        named = [ids[name] for name in ENDS if name in ids]
-        if self._metadata.architecture == "gemma3" and "</s>" in ids:
-            named.remove(ids["</s>"])  # there a tag of HTML
-        if any(pair <= ids.keys() for pair in PARTS_END) and "<|end|>" in ids:
-            named.remove(ids["<|end|>"])
-        return list(dict.fromkeys(token for token in [*stated, *named] if token is not None))
 
     def _correct_types(self) -> None:
         """Of tokens that the file has as text though they are none: they would be cut into pieces
         in a chat's prompt, and some of them shown. What merges make is text, however it looks."""
-        control = set(self.ends)
+        ends = self.generation.get("eos_token_id", [])
+        control = set(ends) if isinstance(ends, list) else {ends}
         if self.add_bos and "bos" in self.roles:
             control.add(self.roles["bos"])
         spelled = set(MARKER_OF_TEMPLATE.findall(self.template or ""))
-        merges = self._metadata.get_list("tokenizer.ggml.merges", str, [])
+        merges = self._keys.get_list("tokenizer.ggml.merges", str, [])
         merged = {merge.replace(" ", "", 1) for merge in merges}
         for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
             if i in control:
@@ -170,17 +131,10 @@ class _Vocabulary:
         if self.sentencepiece and UNKNOWN not in self.types and "unk" in self.roles:
             self.types[self.roles["unk"]] = UNKNOWN  # which SentencePiece needs
 
-    def generation_ids(self) -> dict[str, Any]:
-        """bos_token_id, and all that end a text: end of text, of a turn, of a message."""
-        result: dict[str, Any] = {"bos_token_id": self.roles["bos"]} if "bos" in self.roles else {}
-        if self.ends:
-            result["eos_token_id"] = self.ends[0] if len(self.ends) == 1 else self.ends
-        return result
 
-
-def _byte_level_bpe(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
-    merges = [tuple(m.split(" ")) for m in metadata.get_list("tokenizer.ggml.merges", str)]
-    pre = metadata.get("tokenizer.ggml.pre", str)
+def _byte_level_bpe(keys: Keys, vocabulary: _Vocabulary) -> bytes:
+    merges = [tuple(m.split(" ")) for m in keys.get_list("tokenizer.ggml.merges", str)]
+    pre = keys.get("tokenizer.ggml.pre", str)
     ids = {
         token: i
         for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
@@ -190,11 +144,11 @@ def _byte_level_bpe(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
         # Llama 3 takes a word that is in the vocabulary whole, whatever its merges.
         tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the package raises nothing narrower
-        raise metadata.error(
+        raise keys.error(
             "tokenizer.ggml.merges", f"unusable ({error})", "pairs of tokens"
         ) from error
 
-    tokenizer.pre_tokenizer = _pre_tokenizer(metadata, pre)
+    tokenizer.pre_tokenizer = _pre_tokenizer(keys, pre)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -211,7 +165,7 @@ def _byte_level_bpe(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
         used = {role: (vocabulary.tokens[i], i) for role, i in vocabulary.roles.items()}
         for role in before + after:
             if role not in used:
-                raise metadata.error(f"tokenizer.ggml.{role}_token_id", "nothing", "a token id")
+                raise keys.error(f"tokenizer.ggml.{role}_token_id", "nothing", "a token id")
         tokenizer.post_processor = TemplateProcessing(
             single=[used[r][0] for r in before] + ["$A"] + [used[r][0] for r in after],
             special_tokens=[used[r] for r in before + after],
@@ -219,7 +173,7 @@ def _byte_level_bpe(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
     return tokenizer.to_str(pretty=True).encode()
 
 
-def _pre_tokenizer(metadata: Metadata, pre: str) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(keys: Keys, pre: str) -> pre_tokenizers.PreTokenizer:
     """How text is cut into the words within which merges happen."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's rule
     if pre == "gpt-2":
@@ -231,24 +185,24 @@ def _pre_tokenizer(metadata: Metadata, pre: str) -> pre_tokenizers.PreTokenizer:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([split, to_bytes])
-    raise metadata.error("tokenizer.ggml.pre", pre, "gpt-2, smollm, llama-bpe or qwen2")
+    raise keys.error("tokenizer.ggml.pre", pre, "gpt-2, smollm, llama-bpe or qwen2")
 
 
-def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
+def _sentencepiece(keys: Keys, vocabulary: _Vocabulary) -> bytes:
     try:
         from sentencepiece import sentencepiece_model_pb2 as pb2
     except ImportError as error:
         raise CheckpointError(
-            f"{metadata.file}: its SentencePiece vocabulary needs the package protobuf: "
+            f"{keys.file}: its SentencePiece vocabulary needs the package protobuf: "
             "pip install 'tdaengine[convert]'"
         ) from error
-    scores = metadata.get_list("tokenizer.ggml.scores", float)
+    scores = keys.get_list("tokenizer.ggml.scores", float)
     if len(scores) != len(vocabulary.tokens):
-        raise metadata.error(
+        raise keys.error(
             "tokenizer.ggml.scores", f"a list of {len(scores)}", f"{len(vocabulary.tokens)} values"
         )
     if not all(map(math.isfinite, scores)):
-        raise metadata.error("tokenizer.ggml.scores", "a list with NaN or infinity", "none")
+        raise keys.error("tokenizer.ggml.scores", "a list with NaN or infinity", "none")
     model = pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
         # GGUF spells spaces of added tokens as they are, SentencePiece as in all others.
@@ -262,20 +216,20 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> bytes:
         setattr(trainer, f"{role}_id", role_id)
         setattr(trainer, f"{role}_piece", vocabulary.tokens[role_id])
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", bool, True)
-    normalizer.remove_extra_whitespaces = metadata.get(
+    normalizer.add_dummy_prefix = keys.get("tokenizer.ggml.add_space_prefix", bool, True)
+    normalizer.remove_extra_whitespaces = keys.get(
         "tokenizer.ggml.remove_extra_whitespaces", bool, False
     )
-    normalizer.precompiled_charsmap = _charsmap(metadata)
+    normalizer.precompiled_charsmap = _charsmap(keys)
     serialized: bytes = model.SerializeToString()
     return serialized
 
 
-def _charsmap(metadata: Metadata) -> bytes:
+def _charsmap(keys: Keys) -> bytes:
     """The rules of SentencePiece's normalisation, which may be stored as signed bytes."""
     key = "tokenizer.ggml.precompiled_charsmap"
-    values = metadata.get_list(key, int, [])
+    values = keys.get_list(key, int, [])
     for value in values:
         if not -128 <= value <= 255:
-            raise metadata.error(key, f"a list with {value}", "bytes")
+            raise keys.error(key, f"a list with {value}", "bytes")
     return bytes(value & 0xFF for value in values)

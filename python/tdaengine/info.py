@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._native import RopeConfig
+from ._native import GgufModel, RopeConfig
 from .engine import Engine
 
 # The sections of a description: what each line says of `info`.
@@ -73,9 +73,12 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value}"
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Name -> bytes."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Name -> bytes, of a folder's files or of those of a GGUF model."""
+    if checkpoint.is_dir():
+        paths = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    else:
+        paths = [Path(file) for file in GgufModel(str(checkpoint)).files]
     return {path.name: path.stat().st_size for path in paths}
 
 

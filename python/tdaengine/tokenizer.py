@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -17,19 +16,20 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from ._native import CheckpointError, OptionError
-from .files import MAX_TOKENIZER, read, read_text
+from .contents import Contents
+from .files import MAX_TOKENIZER
 from .prompt_length import JsonLengths, SentencePieceLengths
 from .tokenizer_files import Settings, stages_of_class, with_flags
 
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return any(os.path.lexists(folder / name) for name in FILES)
+def has_tokenizer(contents: Contents) -> bool:
+    return any(map(contents.has, FILES))
 
 
 class Tokenizer(ABC):
-    """`Tokenizer.load(folder)` gives the one that fits the folder's files."""
+    """`Tokenizer.load(checkpoint)` gives the one that fits the checkpoint's files."""
 
     # To be set by subclasses.
     _ids: range  # everything decode accepts; ids without a token of their own have no text
@@ -39,16 +39,17 @@ class Tokenizer(ABC):
     added_tokens: dict[str, int]  # tokens that a text may spell out, and their ids
 
     @staticmethod
-    def load(folder: Path | str, vocab_size: int = 0) -> Tokenizer:
-        """vocab_size: of the model, which may know more ids than its tokenizer has tokens.
+    def load(checkpoint: Path | str | Contents, vocab_size: int = 0) -> Tokenizer:
+        """checkpoint: a folder or a GGUF file. vocab_size: of the model, which may know more ids
+        than its tokenizer has tokens.
 
         Raises CheckpointError if no tokenizer file is there or it cannot be read.
         """
-        folder = Path(folder)
+        contents = Contents.of(checkpoint)
         for name, kind in zip(FILES, (_JsonTokenizer, _SentencePieceTokenizer), strict=True):
-            if os.path.lexists(folder / name):
-                return kind(folder / name, Settings.read(folder), vocab_size)
-        raise CheckpointError(f"{folder}: no tokenizer, looked for {' and '.join(FILES)}")
+            if contents.has(name):
+                return kind(contents, Settings.read(contents), vocab_size)
+        raise CheckpointError(f"{contents.path}: no tokenizer, looked for {' and '.join(FILES)}")
 
     @property
     def vocab_size(self) -> int:
@@ -177,7 +178,7 @@ class TextStream:
 
 
 def _find_around(
-    path: Path, settings: Settings, vocabulary: dict[str, int], bos_by_default: bool
+    file: str, settings: Settings, vocabulary: dict[str, int], bos_by_default: bool
 ) -> tuple[list[int], list[int]]:
     """The tokens, none or one each, that tokenizer_config.json puts before and after every text.
     A token that is new is none that the model has learned.
@@ -194,7 +195,7 @@ def _find_around(
             around.append([declared[token.content]])
         else:
             raise CheckpointError(
-                f"{path}: {kind}_token {token.content!r} is not in the vocabulary"
+                f"{file}: {kind}_token {token.content!r} is not in the vocabulary"
             )
     return around[0], around[1]
 
@@ -207,8 +208,8 @@ class _Faults:
     """A context in which a file's faults, however late its library finds them, are
     CheckpointErrors."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: str) -> None:
+        self._file = file
 
     def __enter__(self) -> None:
         pass
@@ -217,15 +218,16 @@ class _Faults:
         # `tokenizers` raises plain Exception, and a panic of Rust's, as for a regular expression
         # that takes too many steps, is a BaseException whose class nobody can import.
         if kind and (issubclass(kind, Exception) or kind.__name__ == "PanicException"):
-            raise CheckpointError(f"{self._path}: {error}") from cast(BaseException, error)
+            raise CheckpointError(f"{self._file}: {error}") from cast(BaseException, error)
 
 
 class _JsonTokenizer(Tokenizer):
     """tokenizer.json through the `tokenizers` library."""
 
-    def __init__(self, path: Path, settings: Settings, vocab_size: int) -> None:
-        content = read_text(path, "a tokenizer", MAX_TOKENIZER)
-        self._faults = _Faults(path)
+    def __init__(self, contents: Contents, settings: Settings, vocab_size: int) -> None:
+        name, label = FILES[0], contents.label(FILES[0])
+        content = contents.text(name, "a tokenizer", MAX_TOKENIZER)
+        self._faults = _Faults(label)
         with self._faults:
             file = tokenizers.Tokenizer.from_str(content)
         own = file.get_vocab(with_added_tokens=True)
@@ -247,8 +249,8 @@ class _JsonTokenizer(Tokenizer):
         for id, token in settings.declared.items():
             if token.content and token.content not in own and vocabulary[token.content] != id:
                 raise CheckpointError(
-                    f"{path.parent}: added token {token.content!r} has id {id}, expected "
-                    f"{vocabulary[token.content]}, the next one behind {path.name}"
+                    f"{contents.path}: added token {token.content!r} has id {id}, expected "
+                    f"{vocabulary[token.content]}, the next one behind {name}"
                 )
         added = self._tokenizer.get_added_tokens_decoder()
         self.added_tokens = {token.content: id for id, token in added.items()}
@@ -261,7 +263,7 @@ class _JsonTokenizer(Tokenizer):
         self._after: list[int] = []
         post = self._tokenizer.post_processor
         if post is None or post.num_special_tokens_to_add(False) == 0:
-            self._before, self._after = _find_around(path, settings, own, False)
+            self._before, self._after = _find_around(label, settings, own, False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         with self._faults:
@@ -300,9 +302,10 @@ class _SentencePieceTokenizer(Tokenizer):
     and only if it has none.
     """
 
-    def __init__(self, path: Path, settings: Settings, vocab_size: int) -> None:
-        content = read(path, "a SentencePiece model", MAX_TOKENIZER)
-        with _Faults(path):
+    def __init__(self, contents: Contents, settings: Settings, vocab_size: int) -> None:
+        name, label = FILES[1], contents.label(FILES[1])
+        content = contents.read(name, "a SentencePiece model", MAX_TOKENIZER)
+        with _Faults(label):
             self._model = model = sentencepiece.SentencePieceProcessor()
             model.load_from_serialized_proto(content)
             self._size = model.vocab_size()
@@ -333,7 +336,7 @@ class _SentencePieceTokenizer(Tokenizer):
         is_llama = settings.tokenizer_class == "LlamaTokenizer"
         self._is_legacy = bool(settings.values.get("legacy", not is_llama))
         self._adds_space = not is_llama or settings.values.get("add_prefix_space") is not False
-        self._bos, self._eos = _find_around(path, settings, pieces, True)
+        self._bos, self._eos = _find_around(label, settings, pieces, True)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = []

@@ -6,17 +6,16 @@ transformers 5. `cpp/text/settings.cpp` does the same for the C++ library.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
 from ._native import CheckpointError
-from .files import MAX_TOKENIZER, read, read_json_object, read_text
+from .contents import Contents
+from .files import MAX_TOKENIZER
 
 # Special tokens of the tokenizer classes that build their own stages. Files may overrule each.
 CLASS_TOKENS: dict[str, dict[str, str]] = {
@@ -37,7 +36,7 @@ CONFIG = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings.read(folder) gives what the companions of tokenizer.json or tokenizer.model say."""
+    """What the companions of tokenizer.json or tokenizer.model say; made by Settings.read."""
 
     values: dict[str, Any]  # by the keys of tokenizer_config.json
     tokenizer_class: str  # one of CLASS_TOKENS, "" for the one that takes tokenizer.json as it is
@@ -47,24 +46,24 @@ class Settings:
     only_declared: bool = False  # no tokens but these are added to those of tokenizer.json
 
     @staticmethod
-    def read(folder: Path) -> Settings:
+    def read(contents: Contents) -> Settings:
         """Raises CheckpointError."""
-        config, config_name = read_json_object(folder / CONFIG, optional=True), str(folder / CONFIG)
+        config, config_name = contents.json_object(CONFIG), contents.label(CONFIG)
         only_declared = "added_tokens_decoder" in config
         # Without that list the folder is of an older version, which kept special tokens in a file
         # of their own.
-        map_path = folder / "special_tokens_map.json"
-        overrules = {} if only_declared else read_json_object(map_path, optional=True)
-        name = _tokenizer_class(folder, config)
+        token_map = "special_tokens_map.json"
+        overrules = {} if only_declared else contents.json_object(token_map)
+        name = _tokenizer_class(contents, config)
         values = config | overrules
-        roles = _roles(_defaults(folder, name) | config, config_name)
-        roles |= _named(overrules, str(map_path))
-        extra = _extra(config, config_name) + _extra(overrules, str(map_path))
+        roles = _roles(_defaults(contents, name) | config, config_name)
+        roles |= _named(overrules, contents.label(token_map))
+        extra = _extra(config, config_name) + _extra(overrules, contents.label(token_map))
         if only_declared:
             declared = _declared(config, config_name)
         else:
             special = {token.content for token in [*filter(None, roles.values()), *extra]}
-            declared = _read_added_tokens(folder / "added_tokens.json", special)
+            declared = _read_added_tokens(contents, special)
         return Settings(values, name, roles, extra, declared, only_declared)
 
     @property
@@ -101,37 +100,38 @@ def with_flags(token: AddedToken, **flags: bool) -> AddedToken:
     return AddedToken(**{**token.__getstate__(), **flags})
 
 
-def _tokenizer_class(folder: Path, config: dict[str, Any]) -> str:
+def _tokenizer_class(contents: Contents, config: dict[str, Any]) -> str:
     """The class that `AutoTokenizer` takes for the model types that the engine knows."""
-    model = read_json_object(folder / "config.json", optional=True)
+    model = contents.json_object("config.json")
     name = config.get("tokenizer_class") or model.get("tokenizer_class") or ""
     if not isinstance(name, str):
-        raise CheckpointError(f"{folder / CONFIG}: tokenizer_class: found {name!r}, expected str")
+        where = contents.label(CONFIG)
+        raise CheckpointError(f"{where}: tokenizer_class: found {name!r}, expected str")
     name = name.removesuffix("Fast")
     model_type = model.get("model_type")
     if model_type == "qwen2" or (model_type == "qwen3" and not name):
         name = "Qwen2Tokenizer"
-    path = folder / "tokenizer.json"
+    file = "tokenizer.json"
     if model_type == "mistral" or name not in CLASS_TOKENS:
         return ""
     # Llama 3's files call themselves so, too.
-    if name == "LlamaTokenizer" and os.path.lexists(path):
-        return "" if '"ByteLevel"' in read_text(path, "a tokenizer", MAX_TOKENIZER) else name
+    if name == "LlamaTokenizer" and contents.has(file):
+        return "" if '"ByteLevel"' in contents.text(file, "a tokenizer", MAX_TOKENIZER) else name
     return name
 
 
-def _defaults(folder: Path, tokenizer_class: str) -> dict[str, Any]:
+def _defaults(contents: Contents, tokenizer_class: str) -> dict[str, Any]:
     if tokenizer_class:
         return dict(CLASS_TOKENS[tokenizer_class])
-    path = folder / "tokenizer.model"
-    if os.path.lexists(folder / "tokenizer.json") or not os.path.lexists(path):
+    file = "tokenizer.model"
+    if contents.has("tokenizer.json") or not contents.has(file):
         return {}
     try:
         model = SentencePieceProcessor(
-            model_proto=read(path, "a SentencePiece model", MAX_TOKENIZER)
+            model_proto=contents.read(file, "a SentencePiece model", MAX_TOKENIZER)
         )
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{contents.label(file)}: {error}") from error
     ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
     return {role: model.id_to_piece(token) for role, token in ids.items() if token >= 0}
 
@@ -194,11 +194,13 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) and value.isascii() and value.isdigit()
 
 
-def _read_added_tokens(path: Path, special: Collection[str]) -> dict[int, AddedToken]:
-    entries = read_json_object(path, optional=True)
+def _read_added_tokens(contents: Contents, special: Collection[str]) -> dict[int, AddedToken]:
+    file = "added_tokens.json"
+    entries = contents.json_object(file)
     for text, id in entries.items():
         if isinstance(id, bool) or not isinstance(id, int) or id < 0:
-            raise CheckpointError(f"{path}: {text!r}: found {id!r}, expected a token id")
+            where = f"{contents.label(file)}: {text!r}"
+            raise CheckpointError(f"{where}: found {id!r}, expected a token id")
     return {
         id: AddedToken(text, special=text in special, normalized=text not in special)
         for text, id in entries.items()

@@ -227,7 +227,7 @@ TEST(checkpoint_names_what_is_missing) {
   Folder folder;
   const auto opened = [](const fs::path& path) { return tda::Checkpoint(path); };
   CHECK_THROWS(opened(folder.path / "no"), CheckpointError, "no such folder");
-  CHECK_THROWS(opened(folder.write("file", "")), CheckpointError, "found a file");
+  CHECK_THROWS(opened(folder.write("file", "")), CheckpointError, "or the folder of a checkpoint");
   folder.write("config.json", tiny.dump());
   CHECK_THROWS(opened(folder.path), CheckpointError, "no weights found, expected model.safeten");
 }

@@ -4,14 +4,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=$PWD/.venv/bin build=build/coverage
-tests=(test_{checkpoint,config,load,pack,thresholds} $(ls tests/fuzz/corpus | sed 's/^/fuzz_/'))
+tests=(test_{checkpoint,config,ggml_types,gguf,load,pack,thresholds} $(ls tests/fuzz/corpus | sed 's/^/fuzz_/'))
 
 mkdir -p $build
 "$bin/cmake" -S . -B $build -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$bin/python" \
   -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O0 --coverage" -DTDA_MAX_ISA=portable -DTDA_UNITY=OFF -DTDA_CUDA=OFF -DTDA_TESTS=ON >$build/log
 "$bin/cmake" --build $build "${tests[@]/#/--target=}" >>$build/log || { cat $build/log; exit 1; }
 find $build -name '*.gcda' -delete
-"$bin/ctest" --test-dir $build -R '^(checkpoint|config|load|pack|thresholds|fuzz_.*)$' >>$build/log ||
+"$bin/ctest" --test-dir $build -R '^(checkpoint|config|ggml_types|gguf|load|pack|thresholds|fuzz_.*)$' >>$build/log ||
   { cat $build/log; exit 1; }
 
 # A line of a header counts as covered if any source file covers it.

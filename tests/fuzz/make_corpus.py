@@ -10,6 +10,8 @@ import struct
 import tempfile
 from pathlib import Path
 
+import gguf
+import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -212,7 +214,92 @@ def sentence_pieces(kind: str) -> bytes:
     return model.getvalue()
 
 
+GGUF_SIZES = {
+    "context_length": 16,
+    "embedding_length": 8,
+    "feed_forward_length": 4,
+    "block_count": 1,
+    "attention.head_count": 2,
+    "attention.head_count_kv": 1,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+GGUF_VOCABULARY = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<|im_end|>"],
+    "tokenizer.ggml.scores": [0.0, -1.0, -2.0, -3.0],
+    "tokenizer.ggml.eos_token_ids": [2, 3],
+}
+GGUF_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+
+
+def gguf_shapes(architecture: str, biased: bool = False) -> dict[str, list[int]]:
+    shapes = {"token_embd.weight": [4, 8], "output_norm.weight": [8]}
+    parts = {"attn_norm": [8], "ffn_norm": [8], "ffn_gate": [4, 8], "ffn_up": [4, 8]}
+    parts |= {"ffn_down": [8, 4], "attn_q": [8, 8], "attn_output": [8, 8]}
+    parts |= {"attn_k": [4, 8], "attn_v": [4, 8]}
+    if architecture in ("qwen3", "gemma3"):
+        parts |= {"attn_q_norm": [4], "attn_k_norm": [4]}
+    if architecture == "gemma3":
+        parts |= {"post_attention_norm": [8], "post_ffw_norm": [8]}
+    for part, shape in parts.items():
+        shapes[f"blk.0.{part}.weight"] = shape
+        with_bias = part in ("attn_q", "attn_k", "attn_v", "attn_output"[: 11 * biased])
+        if with_bias and (biased or architecture == "qwen2"):
+            shapes[f"blk.0.{part}.bias"] = shape[:1]
+    return shapes
+
+
+def gguf_file(
+    architecture: str, metadata: dict, tensors: dict[str, tuple[np.ndarray, int | None]]
+) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "made.gguf")
+        writer = gguf.GGUFWriter(path, architecture)
+        for key, value in metadata.items():
+            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+            add.get(type(value), writer.add_array)(key, value)
+        for name, (values, kind) in tensors.items():
+            writer.add_tensor(name, values, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def gguf_model(architecture: str, more: dict, biased: bool = False, factors: bool = False) -> bytes:
+    sizes = {f"{architecture}.{key}": value for key, value in GGUF_SIZES.items()}
+    tensors = {
+        name: (np.resize(np.float32([0.5, -1, 2]), shape), None)
+        for name, shape in gguf_shapes(architecture, biased).items()
+    }
+    if factors:
+        tensors["rope_freqs.weight"] = (np.ones(2, np.float32), None)
+    return gguf_file(architecture, sizes | more, tensors)
+
+
+def write_ggufs() -> None:
+    write("gguf", "llama", gguf_model("llama", GGUF_VOCABULARY))
+    yarn = {f"llama.{key}": value for key, value in GGUF_YARN.items()}
+    write("gguf", "biased", gguf_model("llama", yarn, biased=True))
+    write("gguf", "factors", gguf_model("llama", {"llama.attention.head_count": [2]}, factors=True))
+    for name in "qwen2", "qwen3":
+        write("gguf", name, gguf_model(name, {}))
+    write("gguf", "gemma3", gguf_model("gemma3", {"gemma3.attention.sliding_window": 3}))
+    kinds = [
+        kind for kind in gguf.GGMLQuantizationType if kind.value < 15 or kind.value in (20, 23, 30)
+    ]
+    tensors = {}
+    for kind in kinds:
+        values, size = gguf.GGML_QUANT_SIZES[kind]
+        if kind.name != "Q8_1":
+            data = np.arange(256 // values * size, dtype=np.uint8)
+            tensors[kind.name] = (data.reshape(1, -1), kind)
+    write("gguf", "types", gguf_file("llama", {}, tensors))
+
+
 def main() -> None:
+    write_ggufs()
     write("tokenizer", "byte_level", byte_level())
     write("tokenizer", "byte_fallback", byte_fallback())
     for kind in "bpe", "unigram":

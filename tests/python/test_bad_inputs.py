@@ -17,6 +17,7 @@ import re
 import resource
 import shlex
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ DATA = {
     "numbers.jsonl": b'{"text": "a"}\n\n{"text": 5}\n',
     "broken.jsonl": b'{"text": "a"}\n{"text": ',
     "latin.jsonl": b'{"text": "\xe9"}\n',
+    "new.gguf": b"GGUF" + struct.pack("<IQQ", 4, 0, 0),
+    "mxfp4.gguf": b"GGUF" + struct.pack("<IQQQcIQIQ", 3, 1, 0, 1, b"t", 1, 32, 39, 0) + bytes(64),
 }
 
 

@@ -1,11 +1,10 @@
-"""convert from GGUF: tensors, configuration and tokenizer come back as they were."""
+"""GGUF files, loaded as they are or converted: tensors, configuration and tokenizer come back."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +124,59 @@ def test_gguf_of_gemma_is_refused(tmp_path: Path, change: dict):
     refused(source, tmp_path / "parent", CheckpointError, str(source), next(iter(change)))
 
 
+def test_gguf_loads_as_its_folder_does(tmp_path: Path):
+    """Every format and every text: the file itself beside the folder that convert makes of it."""
+    metadata = {
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<tool>{% endfor %}",
+    }
+    source = write_gguf(tmp_path, metadata=metadata)
+    convert(source, tmp_path / "out")
+    tokens = tiny.tokens("llama")
+    for weights in ("auto", "f32", "bf16", "int8", "int4", "graded"):
+        file = Engine(source, weights=weights)
+        folder = Engine(tmp_path / "out", weights=weights)
+        assert file.weights == folder.weights == weights.replace("auto", "f32")
+        assert np.array_equal(file.logits(tokens), folder.logits(tokens)), weights
+        assert file.config.eos_tokens == folder.config.eos_tokens == [0]
+    messages = [{"role": "user", "content": "12ab"}]
+    assert file.chat_prompt(messages) == folder.chat_prompt(messages)
+    texts = [engine.generate("1+1", max_new_tokens=4).text for engine in (file, folder)]
+    assert texts[0] == texts[1] != ""
+    assert file.tokenizer.encode("1234ab 1") == folder.tokenizer.encode("1234ab 1")
+
+
+def test_gguf_packed_straight_from_the_file(tmp_path: Path):
+    """Without bf16 in between: int8 of the file's own values."""
+    config = config_of("llama") | {"hidden_size": 64, "intermediate_size": 96}
+    weights = tiny.make_weights(config, seed=1)
+    kind = GGMLQuantizationType.Q8_0
+    source = tiny_gguf.write(tmp_path / "model.gguf", config, weights, quantized=kind)
+    convert(source, tmp_path / "packed", weights="int8")
+    packed, file = Engine(tmp_path / "packed"), Engine(source, weights="int8")
+    assert packed.fingerprint == file.fingerprint and packed.weights == "int8"
+    assert np.array_equal(packed.logits([1, 2, 3]), file.logits([1, 2, 3]))
+    assert packed.tokenizer.encode("1234") == file.tokenizer.encode("1234")
+    convert(source, tmp_path / "f32", dtype="f32")
+    exact = Engine(tmp_path / "f32", weights="int8")
+    assert np.array_equal(exact.logits([1, 2, 3]), file.logits([1, 2, 3]))
+    convert(source, tmp_path / "bf16")
+    assert not np.array_equal(
+        Engine(tmp_path / "bf16", weights="int8").logits([1, 2, 3]), file.logits([1, 2, 3])
+    )
+
+
+def test_gguf_with_a_tokenizer_of_another_kind_still_computes(tmp_path: Path):
+    source = write_gguf(tmp_path, metadata={"tokenizer.ggml.pre": "falcon"})
+    engine = Engine(source)
+    assert engine.logits([1, 2]).shape == (2, 96)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is falcon, expected gpt-2"):
+        engine.tokenizer  # noqa: B018
+    with pytest.raises(CheckpointError, match="no chat template"):
+        Engine(write_gguf(tmp_path)).chat_template  # noqa: B018
+
+
 def test_gguf_quantized_is_bf16_unless_told(tmp_path: Path):
     kind = GGMLQuantizationType.Q4_0
     config = config_of("llama") | {"hidden_size": 64, "intermediate_size": 96}
@@ -174,9 +226,10 @@ def test_gguf_rope_scaling(tmp_path: Path):
         ({"tensors": {"rope_freqs.weight": divisors(8, 4096)}}, ["rope_freqs.weight"]),
         ({"tensors": {"blk.0.ffn_gate_inp.weight": divisors(8)}}, ["ffn_gate_inp"]),
         ({"metadata": {"llama.rope.dimension_count": 6}}, ["rope.dimension_count", "6", "12"]),
-        ({"metadata": {"llama.block_count": None}}, ["llama.block_count", "nothing"]),
-        ({"metadata": {"llama.block_count": "two"}}, ["llama.block_count", "two", "int"]),
-        ({"metadata": {"llama.attention.head_count": 5}}, ["attn_q.weight"]),
+        ({"metadata": {"llama.block_count": None}}, ["llama.block_count", "missing"]),
+        ({"metadata": {"llama.block_count": "two"}}, ["llama.block_count", "two", "an integer"]),
+        ({"metadata": {"llama.attention.head_count": 5}}, ["num_key_value_heads is 2", "(5)"]),
+        ({"metadata": {"llama.attention.head_count_kv": 1}}, ["blk.0.attn_k.weight", "[12,48]"]),
         ({"metadata": {"tokenizer.ggml.pre": "falcon"}}, ["tokenizer.ggml.pre", "falcon"]),
         ({"metadata": {"tokenizer.ggml.model": "bert"}}, ["tokenizer.ggml.model", "bert"]),
         ({"metadata": {"tokenizer.ggml.merges": ["1 9"]}}, ["tokenizer.ggml.merges"]),
@@ -214,7 +267,7 @@ def test_gguf_unsupported(tmp_path: Path, more: dict, parts: list[str]):
 def test_gguf_of_another_architecture(tmp_path: Path):
     config = config_of("llama") | {"model_type": "gemma"}
     source = tiny_gguf.write(tmp_path / "model.gguf", config, {})
-    parts = ["general.architecture is gemma", "llama, qwen2, qwen3"]
+    parts = ['general.architecture is "gemma"', "llama, qwen2, qwen3"]
     refused(source, tmp_path / "parent", CheckpointError, str(source), *parts)
 
 
@@ -230,14 +283,6 @@ def test_gguf_with_text_that_is_no_utf8(tmp_path: Path):
     source = write_gguf(tmp_path)
     source.write_bytes(source.read_bytes().replace(b"<tool>", b"<\xffool>"))
     refused(source, tmp_path / "parent", CheckpointError, "tokenizer.ggml.tokens", "UTF-8")
-
-
-def test_gguf_package_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = write_gguf(tmp_path)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    for name in [name for name in sys.modules if name.startswith("tdaengine.gguf")]:
-        monkeypatch.delitem(sys.modules, name)
-    refused(source, tmp_path / "parent", CheckpointError, "tdaengine[convert]")
 
 
 # ---- tokenizers from GGUF

@@ -12,10 +12,33 @@ from converting import read_json, refused
 
 from tdaengine import CheckpointError, Engine
 from tdaengine.convert import convert
-from tdaengine.gguf_tokenizer import ENDS
 from tdaengine.tokenizer import Tokenizer
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5
+# What llama.cpp takes for the end of a text, a turn or a message, in the order of its list.
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|eom_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+    "<turn|>",
+    "<|tool_response>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+)
 CONFIG = tiny.BASE | {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 16}
 
 

@@ -46,10 +46,11 @@ def write(
     tensors: dict[str, np.ndarray] | None = None,
     quantized: GGMLQuantizationType = GGMLQuantizationType.F32,
     tensors_per_file: int = 0,
+    blocks: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """metadata: further keys, or None for one to leave out. tensors: further ones by GGUF name.
-    quantized: how matrices are stored. tensors_per_file: 0 for one file, else the first of several
-    is returned."""
+    quantized: how matrices are stored; blocks: some of them as they are. tensors_per_file: 0 for
+    one file, else the first of several is returned."""
     arch = config["model_type"].replace("mistral", "llama").removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     values = {
@@ -80,7 +81,8 @@ def write(
         if arch == "gemma3" and array.ndim == 1:
             array = array + np.float32(1)
         kind = quantized if array.ndim == 2 else GGMLQuantizationType.F32
-        data = gguf.quants.quantize(array, kind)
+        given = (blocks or {}).get(name)
+        data = gguf.quants.quantize(array, kind) if given is None else given
         writer.add_tensor(gguf_name(name, arch), data, raw_dtype=kind)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
@@ -123,6 +125,8 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     if key == "general.alignment":
         writer.add_custom_alignment(value)
+    elif isinstance(value, tuple):  # type and value
+        getattr(writer, f"add_{value[0]}")(key, value[1])
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

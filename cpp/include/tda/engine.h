@@ -113,7 +113,7 @@ struct ScoreResult {
 /// threads started there; sessions that another thread was using at that moment do not.
 class Engine {
  public:
-  /// Throws CheckpointError, OptionError or DeviceError.
+  /// checkpoint: a folder or GGUF file. Throws CheckpointError, OptionError or DeviceError.
   explicit Engine(const std::filesystem::path& checkpoint, const EngineOptions& options = {});
   ~Engine();
   Engine(Engine&&) noexcept;

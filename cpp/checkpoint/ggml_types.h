@@ -1,0 +1,59 @@
+// How the values of a tensor are stored: as numbers, or in the blocks of GGML, whose values share
+// scales. Everything that needs f32 values of a tensor gets them from dequantize().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tda {
+
+enum class DType {
+  f32,
+  f16,
+  bf16,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,
+  q8_0,
+  q2_k,
+  q3_k,
+  q4_k,
+  q5_k,
+  q6_k,
+  iq4_nl,
+  iq4_xs,
+  other,  // none that dequantize() knows
+};
+
+/// A type in the numbering of GGUF files.
+struct GgmlType {
+  std::uint32_t id;
+  const char* name;
+  DType dtype;
+};
+/// Null for an id that no version of GGML has used.
+const GgmlType* find_ggml_type(std::uint32_t id);
+
+struct Block {
+  std::int64_t values, bytes;
+};
+/// Plain numbers are blocks of one value. {1, 0} for `other`.
+Block block_of(DType dtype);
+/// Bytes of `values` values, a multiple of the block's.
+inline std::int64_t stored_bytes(DType dtype, std::int64_t values) {
+  const Block block = block_of(dtype);
+  return values / block.values * block.bytes;
+}
+
+/// data: `count` values, whole blocks, of any alignment. Every operation rounds as in the package
+/// `gguf`, so that the results are the same to the bit.
+void dequantize(DType dtype, const std::byte* data, std::int64_t count, float* out);
+
+/// The 4-bit codes of values [32 * group, 32 * group + 32) of `data`: value i is
+/// scale * codes[i] + minimum, exactly what dequantize() gives. False for a type whose values are
+/// not of this form with 4-bit codes; then nothing is written.
+bool four_bit_groups(DType dtype, const std::byte* data, std::int64_t group, std::uint8_t codes[32],
+                     float& scale, float& minimum);
+
+}  // namespace tda
