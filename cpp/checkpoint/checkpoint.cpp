@@ -223,9 +223,17 @@ void Checkpoint::refuse_unused(const std::set<std::string_view>& used) const {
 }
 
 WeightFormat Checkpoint::natural_format() const {
-  for (const auto& [name, view] : tensors_)
-    if (view.dtype == DType::f32 && view.shape.size() == 2) return WeightFormat::f32;
-  return WeightFormat::bf16;
+  bool four_bits = false, quantised = false, full = false;
+  for (const auto& [name, view] : tensors_) {
+    if (view.shape.size() != 2) continue;
+    four_bits |= has_four_bits(view.dtype);
+    quantised |= block_of(view.dtype).values > 1;
+    full |= view.dtype == DType::f32;
+  }
+  return four_bits   ? WeightFormat::int4
+         : quantised ? WeightFormat::int8
+         : full      ? WeightFormat::f32
+                     : WeightFormat::bf16;
 }
 
 }  // namespace tda

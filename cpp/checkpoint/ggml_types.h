@@ -50,6 +50,11 @@ inline std::int64_t stored_bytes(DType dtype, std::int64_t values) {
 /// `gguf`, so that the results are the same to the bit.
 void dequantize(DType dtype, const std::byte* data, std::int64_t count, float* out);
 
+/// Whether values are 4-bit codes with a scale and a minimum, as four_bit_groups() gives them.
+constexpr bool has_four_bits(DType dtype) {
+  return dtype == DType::q4_0 || dtype == DType::q4_1 || dtype == DType::q4_k;
+}
+
 /// The 4-bit codes of values [32 * group, 32 * group + 32) of `data`: value i is
 /// scale * codes[i] + minimum, exactly what dequantize() gives. False for a type whose values are
 /// not of this form with 4-bit codes; then nothing is written.

@@ -162,7 +162,29 @@ RowSource source_of(const BrickCopy& copy, std::int64_t row) {
   return {nullptr, 0};
 }
 
+/// Stores rows that have 4 bits in the file, with the codes that they have there.
+void copy_lines(const BrickCopy& copy, std::int64_t strip) {
+  const Bricks target = copy.target.bricks();
+  std::vector<LineGroup> groups(target.blocks);
+  for (std::int64_t r = 0; r < kStripRows; ++r) {
+    const RowSource from = source_of(copy, strip * kStripRows + r);
+    if (!from.tensor) continue;
+    std::vector<std::byte> data(stored_bytes(from.tensor->dtype, target.cols));
+    from.tensor->read_rows(from.row, 1, data.data());
+    for (std::int64_t b = 0; b < target.blocks; ++b) {
+      LineGroup& group = groups[b];
+      four_bit_groups(from.tensor->dtype, data.data(), b, group.codes, group.scale, group.minimum);
+      if (!std::isfinite(group.scale) || !std::isfinite(group.minimum))
+        throw not_finite(*from.tensor, copy.target.format);
+    }
+    store_lines(target, strip * kStripRows + r, groups.data());
+  }
+}
+
 void copy_strip(const BrickCopy& copy, std::int64_t strip) {
+  const auto has_codes = [](const TensorView* tensor) { return has_four_bits(tensor->dtype); };
+  if (copy.target.kind == BrickKind::lines && std::ranges::all_of(copy.sources, has_codes))
+    return copy_lines(copy, strip);
   const Bricks target = copy.target.bricks();
   const std::int64_t stride = target.blocks * kBlockInputs;
   std::vector<float> values(kStripRows * stride);
@@ -219,6 +241,7 @@ void in_parts(ThreadPool& pool, std::int64_t n, std::int64_t step, const Body& b
 
 bool had_four_bits(const TensorView& tensor) {
   constexpr std::int64_t kRows = 8;
+  if (block_of(tensor.dtype).values > 1) return has_four_bits(tensor.dtype);
   const std::int64_t rows = tensor.shape[0], cols = tensor.shape[1];
   std::vector<float> row(cols);
   std::int64_t groups = 0;

@@ -94,7 +94,8 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
   return result;
 }
 
-/// Of the next matrix. Lines if its tensors had 4 bits before, as samples of them tell.
+/// Of the next matrix. Lines if its tensors had 4 bits before, as their types or samples of them
+/// tell. Files that mix types gave the others more than 4 bits for a reason: these keep 8.
 BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
   const std::size_t i = kinds_++;
   if (checkpoint_.packed()) {
@@ -108,7 +109,9 @@ BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
     return static_cast<BrickKind>(known - std::begin(kBrickKinds));
   }
   const auto had_four = [](const TensorView* tensor) { return had_four_bits(*tensor); };
-  return std::ranges::all_of(sources, had_four) ? BrickKind::lines : BrickKind::int4;
+  if (std::ranges::all_of(sources, had_four)) return BrickKind::lines;
+  const bool mixed = checkpoint_.natural_format() == WeightFormat::int4;
+  return mixed ? BrickKind::graded : BrickKind::int4;
 }
 
 void Layout::fill(const Matrix& target, const Source& source) {
