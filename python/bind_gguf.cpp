@@ -1,10 +1,12 @@
 // GGUF files: what the C++ reader finds in them, for converting and for the tokenizer.
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -49,10 +51,12 @@ nb::ndarray<nb::numpy, float> read_tensor(const tda::TensorView& tensor) {
   return to_array(std::move(values), {tensor.shape.begin(), tensor.shape.end()});
 }
 
-nb::list tensors_of(const tda::GgufModel& model) {
-  nb::list tensors;
+using Described = std::tuple<std::string, std::string, std::vector<std::int64_t>, std::string>;
+
+std::vector<Described> tensors_of(const tda::GgufModel& model) {
+  std::vector<Described> tensors;
   for (const auto& [name, view] : model.tensors())
-    tensors.append(nb::make_tuple(name, view.dtype_name, view.shape, view.file->name()));
+    tensors.emplace_back(name, view.dtype_name, view.shape, view.file->name());
   return tensors;
 }
 
