@@ -21,7 +21,7 @@ SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 
 def random_model(name: str) -> PreTrainedModel:
     """A model initialised by transformers, except parameters that would then have no effect."""
-    config = AutoConfig.for_model(**{**tiny.BASE, **tiny.VARIANTS[name].config})
+    config = AutoConfig.for_model(**tiny.config_of(name))
     config.initializer_range = 0.2
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

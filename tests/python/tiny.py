@@ -162,11 +162,17 @@ VARIANTS = {
 }
 
 
+def config_of(name: str) -> dict:
+    """config.json of a variant; its None takes a key of BASE away."""
+    config = {**BASE, **VARIANTS[name].config}
+    return {key: v for key, v in config.items() if v is not None or key not in BASE}
+
+
 def write(folder: Path, name: str) -> Path:
     """Writes the checkpoint VARIANTS[name] to `folder`, which is made, and returns it."""
     variant = VARIANTS[name]
     folder.mkdir(parents=True)
-    config = {k: v for k, v in {**BASE, **variant.config}.items() if v is not None or k not in BASE}
+    config = config_of(name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     weights = make_weights(config, seed=zlib.crc32(name.encode()))
     if variant.shards == 1:
