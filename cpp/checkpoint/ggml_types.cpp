@@ -194,7 +194,7 @@ const GgmlType* find_ggml_type(std::uint32_t id) {
   return id < std::size(ggml_types) ? &ggml_types[id] : nullptr;
 }
 
-Block block_of(DType dtype) {
+BlockSize block_of(DType dtype) {
   switch (dtype) {
     case DType::f32:
       return {1, 4};
@@ -232,7 +232,7 @@ Block block_of(DType dtype) {
 
 void dequantize(DType dtype, const std::byte* data, std::int64_t count, float* out) {
   const auto blocks = [&](void (*expand)(const std::byte*, float*)) {
-    const Block block = block_of(dtype);
+    const BlockSize block = block_of(dtype);
     for (std::int64_t i = 0; i < count; i += block.values, data += block.bytes)
       expand(data, out + i);
   };

@@ -35,14 +35,14 @@ struct GgmlType {
 /// Null for an id that no version of GGML has used.
 const GgmlType* find_ggml_type(std::uint32_t id);
 
-struct Block {
+struct BlockSize {
   std::int64_t values, bytes;
 };
 /// Plain numbers are blocks of one value. {1, 0} for `other`.
-Block block_of(DType dtype);
+BlockSize block_of(DType dtype);
 /// Bytes of `values` values, a multiple of the block's.
 inline std::int64_t stored_bytes(DType dtype, std::int64_t values) {
-  const Block block = block_of(dtype);
+  const BlockSize block = block_of(dtype);
   return values / block.values * block.bytes;
 }
 

@@ -175,7 +175,7 @@ TensorView read_entry(Reader& reader, std::uint64_t number) {
     reader.fail(what + " of type " + view.dtype_name,
                 "F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL or IQ4_XS; llama-quantize of "
                 "llama.cpp makes such a file (Q4_K_M, Q8_0) from the original one");
-  const Block block = block_of(view.dtype);
+  const BlockSize block = block_of(view.dtype);
   if (view.shape.back() % block.values != 0)
     reader.fail(
         what + " of type " + view.dtype_name + " with rows of " + std::to_string(view.shape.back()),

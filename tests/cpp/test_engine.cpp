@@ -428,8 +428,8 @@ TEST(memory_that_runs_out_is_an_error) {
   std::ifstream("/proc/self/statm") >> pages;
   rlimit before;
   ::getrlimit(RLIMIT_AS, &before);
-  const rlimit tight = {.rlim_cur = pages * ::sysconf(_SC_PAGESIZE) + (8u << 20),
-                        .rlim_max = before.rlim_max};
+  const auto left = static_cast<rlim_t>(pages * ::sysconf(_SC_PAGESIZE) + (8 << 20));
+  const rlimit tight = {.rlim_cur = left, .rlim_max = before.rlim_max};
   ::setrlimit(RLIMIT_AS, &tight);
   CHECK_THROWS(tda::Engine(large.folder.path, {.threads = 1}), tda::DeviceError,
                "out of memory: the weights need");
