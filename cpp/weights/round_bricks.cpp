@@ -240,10 +240,25 @@ float step_of(const LineGroup* groups, std::int64_t blocks) {
   return largest > 0 ? std::max(power_of_2(largest) / 0x1p14f, 0x1p-126f) : 0;
 }
 
+/// Whether 32 values of this squared error, the largest of which is `size`, lie on the line, but for
+/// rounding to 16 bits, which keeps 8 to 11 significant ones. Values between levels miss by 0.29 of a
+/// step.
+bool near(const Line& line, float error, float size) {
+  return std::sqrt(error / kBlockInputs) < 0.05f * std::abs(line.scale) + 0x1p-10f * size;
+}
+
 /// The line of least squared error of five clippings of the values' range, each fitted, and once more.
 Line choose_line(const float* values) {
   const auto [low, high] = std::minmax_element(values, values + kBlockInputs);
   const float middle = *low / 2 + *high / 2, half = *high / 2 - *low / 2;
+  // Values that had 4 bits before lie on a line whose ends they need not reach.
+  for (int steps = 15; steps > 6 && half > 0; --steps) {
+    Line line = {.scale = 2 * half / static_cast<float>(steps), .minimum = *low};
+    if (!near(line, line.encode(values), std::max(-*low, *high))) continue;
+    line.fit(values);
+    line.encode(values);
+    return line;
+  }
   Line best = {.minimum = middle};
   float least = best.encode(values);
   for (const float clip : {1.0f, 0.93f, 0.86f, 0.79f, 0.72f}) {
@@ -262,8 +277,10 @@ Line choose_line(const float* values) {
 
 void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
   const std::int64_t n = target.blocks * kBlockInputs;
-  // Inputs that pad are zeros, whatever their weights: a zero among these might lie off the line.
-  std::fill(row + target.cols, row + n, row[target.cols - 1]);
+  // Inputs that pad are zeros, whatever their weights: the group's others again, which leave its line
+  // as it is, where zeros might lie off it.
+  for (std::int64_t i = target.cols; i < n; ++i)
+    row[i] = row[std::max(i - target.cols % kBlockInputs, n - kBlockInputs)];
   // In units near the largest value: squares of very large or small ones are no floats.
   const auto by_size = [](float a, float b) { return std::abs(a) < std::abs(b); };
   const float unit = power_of_2(std::abs(*std::max_element(row, row + n, by_size)));
@@ -326,9 +343,7 @@ bool on_a_line(const float* values) {
   float in_units[kBlockInputs];
   for (std::int64_t i = 0; i < kBlockInputs; ++i) in_units[i] = values[i] / unit;
   Line line = choose_line(in_units);
-  // 16 bits keep 8 to 11 significant ones; values between levels miss by 0.29 of a step.
-  const float missed = std::sqrt(line.encode(in_units) / kBlockInputs);
-  return line.scale != 0 && missed < 0.05f * std::abs(line.scale) + 0x1p-9f;
+  return line.scale != 0 && near(line, line.encode(in_units), 1);
 }
 
 }  // namespace tda

@@ -47,17 +47,16 @@ class Engine(_native.Engine):
         with Engine("path/to/checkpoint", weights="int8") as engine:
             print(engine.generate("The sky is", tda=TDA()))
 
-    Any number of threads may use it, and so may a child of fork(), with threads
-    of its own; computation is one call at a time. It is not pickled: load one in each process that
-    is spawned (from an engine folder they share its pages). `with` or `close` gives it up.
+    Any number of threads may use it, and so may a child of fork(), with threads of its own; calls
+    are serialised. It is not pickled: load one in each process that is spawned (from an engine
+    folder they share its pages). `with` or `close` gives it up.
 
     model: a checkpoint folder, a GGUF file (of several the first), or a Hugging Face hub id.
     device: auto | cpu | cuda (f32 and bf16 weights).
-    weights: auto | f32 | bf16 | int8 | int4 | bf16c (bf16, compressed without loss)
-        | graded (8 bits of which TDA reads 4 or 8).
+    weights: auto | f32 | bf16 | bf16c (bf16, compressed without loss) | int8 | int4
+        | graded (8 bits of which TDA reads 4 or 8). auto: bf16, or as the file has them.
     kv: how keys and values are cached, auto | f32 | bf16 | int8.
-    threads: default as many as this process may run on, by its CPU affinity and its control
-    groups' CPU quota, rounded up.
+    threads: default as many as this process may run on, by CPU affinity and quota, rounded up.
     max_context: in tokens, default the checkpoint's own.
     progress(done, total): of packing, in bytes of weights; those of an engine folder are packed.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.
@@ -246,10 +245,9 @@ class Engine(_native.Engine):
         continuations: Sequence[Sequence[int]],
         tda: TDA | bool | None = None,
     ) -> list[np.ndarray]:
-        """What `score` gives, with the same `tda`, for each of `continuations` behind `prompt`, all
-        of them token ids; the prompt is prefilled once."""
-        results = super().score_each(prompt, continuations, self._tda(tda))
-        return [result.log_probabilities for result in results]
+        """`score` of each of `continuations` behind `prompt`, prefilled once; tda: as there."""
+        each = super().score_each(prompt, continuations, self._tda(tda))
+        return [result.log_probabilities for result in each]
 
     def calibrate(  # type: ignore[override]
         self,

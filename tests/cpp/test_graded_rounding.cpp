@@ -134,7 +134,9 @@ TEST(graded_rounds_to_the_nearest_codes_at_any_size) {
         // step of 4 bits, 1/4 of a deviation: 1/4 / sqrt(32).
         CHECK(error < (rows > 1 ? 0.01 : 0.045));
         const Stored four(rows, values, cols % 2 == 0, BrickKind::int4);
-        CHECK(check_rounding(four, values) < (rows * cols > 1000 ? 0.07 : 0.2));
+        // A step of 4 bits is 1.8 / 8 of a deviation, which costs 1.8 / 8 / sqrt(12) = 0.065, and
+        // more in the groups with the largest values.
+        CHECK(check_rounding(four, values) < (rows * cols > 1000 ? 0.076 : 0.2));
       }
 }
 

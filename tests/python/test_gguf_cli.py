@@ -42,7 +42,7 @@ SHORT = ("--max-new-tokens", "8", "--ignore-eos", "--temperature", "0")
 
 def test_info(run, model: Path):
     info = run("info", model)
-    assert info["path"] == str(model) and info["weights"] == "bf16"
+    assert info["path"] == str(model) and info["weights"] == "int4"
     assert info["files"] == {"model.gguf": model.stat().st_size}
     assert info["fingerprint"] == Engine(model).fingerprint
     assert info["config"]["model_type"] == "llama"

@@ -130,7 +130,9 @@ def test_values_are_those_of_gguf_to_the_bit(tmp_path: Path, name: str):
             order = np.argsort(tiny_gguf.in_pairs(np.arange(len(rows)), heads))
             expected = expected[order]
         assert np.array_equal(model.read(key).view("u4"), expected.view("u4")), key
-    assert Engine(source).weights == ("f32" if name == "F32" else "bf16")
+    plain = {"F32": "f32", "F16": "bf16", "BF16": "bf16"}
+    four_bits = name in ("Q4_0", "Q4_1", "Q4_K")
+    assert Engine(source).weights == plain.get(name, "int4" if four_bits else "int8")
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 256])

@@ -110,7 +110,7 @@ def test_a_token_that_fails_leaves_the_session_as_it_was(folder: Path, tmp_path:
         assert session.position == len(good)
         for token in good[:5]:
             assert np.array_equal(session.decode(token), untouched.decode(token))
-        if weights == "graded":  # makes no use of the statistic
+        if weights in ("graded", "int4"):  # makes no use of the statistic
             continue
         with pytest.raises(Error, match="finite"):  # what it has seen is in the statistic
             session.apply(TDA(active=0.5))
@@ -177,6 +177,6 @@ def test_tokens_out_of_a_window_do_not_sort_what_is_not_finite(tmp_path: Path, w
     with pytest.raises(Error, match="not finite"):
         engine.logits(tokens)
     settings = (TDA(scope="token", active=0.5), TDA(scope="token", error=0.1), TDA(active=0.5))
-    for tda in (TDA(inputs=0.5),) if weights == "graded" else settings:
+    for tda in (TDA(inputs=0.5),) if weights in ("graded", "int4") else settings:
         with pytest.raises(Error, match="finite"):
             engine.score(tokens, 55, tda=tda)

@@ -99,7 +99,10 @@ def test_first_come_first_served(folder: Path):
         order: list[int] = []
 
         def ask(i: int) -> None:
-            server.client.completions.create(model="tiny", prompt="a", max_tokens=1)
+            # Long enough that answers do not overtake each other on the way.
+            server.client.completions.create(
+                model="tiny", prompt="a", **ENDLESS | {"max_tokens": 3000}
+            )
             order.append(i)
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
