@@ -36,8 +36,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="FORMAT",
         help="f32, bf16, int8, int4, bf16c (bf16 compressed without loss), graded (8 bits of which "
-        "--tda reads 4 or 8), or auto: f32 for an f32 checkpoint, the format of an engine folder, "
-        "else bf16",
+        "--tda reads 4 or 8), or auto: what the file has, rounded to bf16 if that is f16",
     )
     option(
         group,
