@@ -99,13 +99,7 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
 BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
   const std::size_t i = kinds_++;
   if (checkpoint_.packed()) {
-    const std::vector<std::string>& kinds = checkpoint_.packed()->matrices;
-    const auto known = std::ranges::find(kBrickKinds, i < kinds.size() ? kinds[i] : "");
-    if (known == std::end(kBrickKinds))
-      throw CheckpointError(checkpoint_.name() + "/config.json: " + PackedWeights::kKey +
-                            ".matrices[" + std::to_string(i) + "] is " +
-                            (i < kinds.size() ? '"' + kinds[i] + '"' : "missing") +
-                            ", expected \"graded\", \"int4\" or \"lines\"");
+    const auto known = std::ranges::find(kBrickKinds, checkpoint_.packed()->matrices[i]);
     return static_cast<BrickKind>(known - std::begin(kBrickKinds));
   }
   const auto had_four = [](const TensorView* tensor) { return had_four_bits(*tensor); };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <set>
 #include <span>
 #include <string>
@@ -105,6 +106,23 @@ void check_vectors(const Model& model, const std::string& file) {
   check_bricks(model.embedding, file, "embedding, ", check);
 }
 
+/// Checks that an int4 folder names what each matrix of the layers is.
+void check_kinds(const PackedWeights& packed, const ModelConfig& config) {
+  const auto fail = [&](const std::string& what) {
+    const auto file =
+        std::filesystem::path(packed.arena.file->name()).replace_filename("config.json");
+    throw CheckpointError(file.string() + ": " + PackedWeights::kKey + ".matrices" + what);
+  };
+  const std::int64_t found = std::ssize(packed.matrices);
+  const std::int64_t expected = packed.format == WeightFormat::int4 ? 4 * config.num_layers : 0;
+  if (found != expected)
+    fail(" has " + std::to_string(found) + " names, expected " + std::to_string(expected));
+  for (std::int64_t i = 0; i < found; ++i)
+    if (std::ranges::find(kBrickKinds, packed.matrices[i]) == std::end(kBrickKinds))
+      fail("[" + std::to_string(i) + "] is \"" + packed.matrices[i] +
+           "\", expected \"graded\", \"int4\" or \"lines\"");
+}
+
 /// Uses the file's pages in place: processes share them, and each is read at its first use. Checked
 /// are the size and the f32 vectors. Matrices were checked when they were packed, and a search for
 /// NaN would read every page: what is damaged there since shows in the logits, which are checked.
@@ -115,6 +133,7 @@ std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightForma
     throw OptionError("weights is \"" + std::string(name_of(format)) + "\", but " + file +
                       " is packed as " + std::string(name_of(packed.format)) +
                       ", expected that or auto");
+  check_kinds(packed, checkpoint.config());
   Layout measured(checkpoint, packed.format, nullptr);
   measured.model();
   const std::int64_t expected = measured.bytes().value();

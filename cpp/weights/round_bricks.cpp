@@ -21,9 +21,9 @@ float nearest(float value) {
 /// 32 values, or their codes, in lanes that compilers make vectors of.
 constexpr std::int64_t kLanes = 8;
 
-/// The sum of value(i), i < n, a multiple of 8.
-template <std::int64_t n = kBlockInputs, class Value>
-float sum_of(const Value& value, std::int64_t count = n) {
+/// The sum of value(i), i < count, a multiple of 8.
+template <class Value>
+float sum_of(const Value& value, std::int64_t count = kBlockInputs) {
   float lanes[kLanes] = {};
   for (std::int64_t i = 0; i < count; i += kLanes)
     for (std::int64_t k = 0; k < kLanes; ++k) lanes[k] += value(i + k);

@@ -333,4 +333,24 @@ TEST(packing_writes_nothing_where_it_cannot_write_all) {
 
 }  // namespace
 
+TEST(kinds_of_int4_matrices_are_checked) {
+  const Packed packed(tiny, WeightFormat::int4);
+  const json config = json::parse(read(packed.folder.path / "config.json"));
+  CHECK(config.at("tdaengine").at("matrices") == json(std::vector<std::string>(8, "int4")));
+  CHECK(packed.open().weights() == WeightFormat::int4);
+  const auto refuses = [&](const json& matrices, const std::string& message) {
+    json changed = config;
+    changed["tdaengine"]["matrices"] = matrices;
+    packed.folder.write("config.json", changed.dump());
+    CHECK_THROWS(packed.open(), CheckpointError, message);
+  };
+  refuses(nullptr, "config.json: tdaengine.matrices is null, expected a list of names");
+  refuses({"int4", 4}, "tdaengine.matrices is ");
+  refuses(std::vector<std::string>(7, "int4"), "tdaengine.matrices has 7 names, expected 8");
+  refuses(std::vector<std::string>(9, "int4"), "tdaengine.matrices has 9 names, expected 8");
+  refuses(std::vector<std::string>(8, "int5"),
+          "matrices[0] is \"int5\", expected \"graded\", \"int4\" or \"lines\"");
+  refuses(std::vector<std::string>(8, "lines"), " bytes, expected ");
+}
+
 int main() { return run_tests(); }

@@ -167,6 +167,34 @@ def test_gguf_packed_straight_from_the_file(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_gguf_keeps_its_four_bits_and_what_has_more(tmp_path: Path, kind: str):
+    """Beside graded weights, which round all matrices to 8 bits: int4 rounds fewer."""
+    four, eight = GGMLQuantizationType[kind], GGMLQuantizationType.Q8_0
+    config = config_of("llama") | {"hidden_size": 64, "intermediate_size": 96}
+    weights = tiny.make_weights(config, seed=1)
+    down = {f"model.layers.{i}.mlp.down_proj.weight": eight for i in range(2)}
+    tokens = tiny.tokens("llama")
+    sizes = []
+    for name, kinds in (("four", {}), ("mixed", down)):
+        source = tiny_gguf.write(
+            tmp_path / f"{name}.gguf", config, weights, quantized=four, kinds=kinds
+        )
+        exact = Engine(source, weights="f32").logits(tokens)
+        found, graded = Engine(source), Engine(source, weights="graded")
+        errors = [np.abs(e.logits(tokens) - exact).mean() for e in (found, graded)]
+        assert found.weights == "int4" and errors[0] < 1.05 * errors[1]
+        sizes.append(found.weight_bytes)
+        convert(source, tmp_path / name, weights="int4")
+        packed = Engine(tmp_path / name)
+        assert np.array_equal(packed.logits(tokens), found.logits(tokens))
+    rows, inputs = (
+        64,
+        96,
+    )  # 64 rows of 8 bits instead of 5: rests, their steps and lengths, less 1/2
+    assert sizes[1] - sizes[0] == 2 * (inputs * 64 + 4 * rows + 4 * inputs - rows * inputs // 16)
+
+
 def test_gguf_with_a_tokenizer_of_another_kind_still_computes(tmp_path: Path):
     source = write_gguf(tmp_path, metadata={"tokenizer.ggml.pre": "falcon"})
     engine = Engine(source)

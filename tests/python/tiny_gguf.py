@@ -47,10 +47,11 @@ def write(
     quantized: GGMLQuantizationType = GGMLQuantizationType.F32,
     tensors_per_file: int = 0,
     blocks: dict[str, np.ndarray] | None = None,
+    kinds: dict[str, GGMLQuantizationType] | None = None,
 ) -> Path:
     """metadata: further keys, or None for one to leave out. tensors: further ones by GGUF name.
-    quantized: how matrices are stored; blocks: some of them as they are. tensors_per_file: 0 for
-    one file, else the first of several is returned."""
+    quantized: how matrices are stored; kinds: some of them; blocks: some as they are.
+    tensors_per_file: 0 for one file, else the first of several is returned."""
     arch = config["model_type"].replace("mistral", "llama").removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     values = {
@@ -81,6 +82,7 @@ def write(
         if arch == "gemma3" and array.ndim == 1:
             array = array + np.float32(1)
         kind = quantized if array.ndim == 2 else GGMLQuantizationType.F32
+        kind = (kinds or {}).get(name, kind)
         given = (blocks or {}).get(name)
         data = gguf.quants.quantize(array, kind) if given is None else given
         writer.add_tensor(gguf_name(name, arch), data, raw_dtype=kind)
