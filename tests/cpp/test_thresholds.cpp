@@ -97,7 +97,8 @@ TEST(losses_that_contradict_each_other) {
   CHECK_THROWS(saved([](Thresholds& t) { t.values = {1}; }), CheckpointError,
                "values: found 1 numbers, expected none for graded weights");
   CHECK_THROWS(saved([](Thresholds& t) { t.weights = "int8", t.values = t.reached = {1}; }),
-               CheckpointError, "inputs: found 3 numbers, expected none but for graded and int4 weights");
+               CheckpointError,
+               "inputs: found 3 numbers, expected none but for graded and int4 weights");
 }
 
 TEST(thresholds_round_trip) {
