@@ -115,7 +115,7 @@ def test_names_of_raw_bytes(tmp_path: Path):
 
 
 def test_what_is_typed_may_be_no_text(folder: Path):
-    arguments = command("chat", folder, *SHORT)
+    arguments = command("chat", folder, *SHORT, "--temperature", "0")
     done = subprocess.run(
         arguments, input=b"caf\xe9\nHi.\n", capture_output=True, timeout=60, check=False
     )
