@@ -19,9 +19,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from safetensors.numpy import load_file
 
 from tdaengine import CheckpointError, Engine
-from tdaengine._native import GgufModel
 from tdaengine.convert import convert
-from tdaengine.gguf import read_gguf
+from tdaengine.gguf import GgufModel, read_gguf
 from tdaengine.tensors import cast
 
 U8, U32, I32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 7, 8, 9, 10
