@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ._native import TDA, Error, OptionError, Thresholds
+from .contents import Contents
 from .engine import Engine
 from .tasks import Pair, score_pairs
 from .tokenizer_files import Settings
@@ -73,7 +74,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         if given.get("device") == "cuda:0":  # what the command says where nothing is asked for
             given["device"] = "auto"
         self.engine = Engine(pretrained, tda=_setting(**options), **given)
-        roles = Settings.read(self.engine.path).special_tokens
+        roles = Settings.read(Contents.of(self.engine.path)).special_tokens
         self._bos, self._eos = roles.get("bos_token"), roles.get("eos_token")
         self._told: set[str] = set()
 
