@@ -33,6 +33,7 @@ ENGINES = (
     {"weights": "int8", "threads": 2},
     {"weights": "int8", "kv": "int8", "threads": 1},
     {"weights": "int4", "threads": 2},
+    {"weights": "graded", "threads": 2},
     {"weights": "bf16c", "threads": 2},
 )
 SAMPLING = (
@@ -46,6 +47,11 @@ STOPS = (None, "e", ["ab", "\x7f", "q!"])
 
 def tda_settings(engine: Engine) -> Iterator[TDA | None]:
     yield None
+    if engine.weights in ("graded", "int4"):
+        yield TDA()
+        yield TDA(inputs=0.1, active=0.3)
+        yield TDA(loss=0.5, thresholds=engine.calibrate(["Some text.", "Some more."]))
+        return
     yield TDA(error=0.2)
     yield TDA(active=0.5)
     yield TDA(active=0.4, refresh=4)

@@ -180,7 +180,7 @@ void print_kernels(const char* folder) {
   std::printf("\n| ns per neuron | bytes | dense, in cache | dense | mask of 0.50 ");
   std::printf("| 0.30 + 0.50, in cache | 0.30 + 0.50 |\n|---|---|---|---|---|---|---|\n");
   const Checkpoint checkpoint(folder);
-  for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+  for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8}) {
     const std::shared_ptr<const Model> model = load_model(checkpoint, format, 0);
     const std::int64_t all = model->config.intermediate_size;
     std::printf("| %s | %d | %.1f | %.1f | %.1f |", std::string(name_of(format)).c_str(),
