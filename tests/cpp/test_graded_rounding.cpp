@@ -4,35 +4,19 @@
 #include <cmath>
 #include <vector>
 
+#include "brick_tests.h"
 #include "check.h"
 #include "kernel_tests.h"
-#include "weights/bricks.h"
 
 using namespace tda;
 
 namespace {
 
 /// A quantised matrix.
-struct Stored {
-  std::int64_t rows, cols;
-  AlignedBytes memory;
-  Bricks w;
-
+struct Stored : StoredBricks {
   Stored(std::int64_t row_count, const std::vector<float>& values, bool by_block = false,
          BrickKind kind = BrickKind::graded)
-      : rows(row_count),
-        cols(std::ssize(values) / row_count),
-        memory(Bricks(nullptr, rows, cols, kind, by_block).bytes()),
-        w(memory.data(), rows, cols, kind, by_block) {
-    const std::int64_t stride = 32 * w.blocks;
-    for (std::int64_t s = 0; s < w.strips; ++s) {
-      std::vector<float> strip(64 * stride);
-      for (std::int64_t r = 64 * s; r < std::min(rows, 64 * s + 64); ++r)
-        std::copy_n(values.data() + r * cols, cols, strip.data() + (r - 64 * s) * stride);
-      quantize_bricks(w, s, strip.data());
-    }
-    if (w.has_rests()) measure_rests(w, 0, stride);
-  }
+      : StoredBricks(row_count, values, kind, by_block) {}
 
   const CentredBrick& brick(std::int64_t r, std::int64_t i) const {
     return w.brick<CentredBrick>(r / 64, i / 32);

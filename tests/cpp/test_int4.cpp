@@ -6,34 +6,19 @@
 #include <vector>
 
 #include "base/half.h"
+#include "brick_tests.h"
 #include "check.h"
 #include "kernel_tests.h"
-#include "weights/bricks.h"
 
 using namespace tda;
 
 namespace {
 
-struct Stored {
-  std::int64_t rows, cols;
-  AlignedBytes memory;
-  Bricks w;
-
+struct Stored : StoredBricks {
   Stored(std::int64_t row_count, std::int64_t col_count)
-      : rows(row_count),
-        cols(col_count),
-        memory(Bricks(nullptr, rows, cols, BrickKind::lines, false).bytes()),
-        w(memory.data(), rows, cols, BrickKind::lines, false) {}
+      : StoredBricks(row_count, col_count, BrickKind::lines) {}
   Stored(std::int64_t row_count, const std::vector<float>& values)
-      : Stored(row_count, std::ssize(values) / row_count) {
-    const std::int64_t stride = 32 * w.blocks;
-    for (std::int64_t s = 0; s < w.strips; ++s) {
-      std::vector<float> strip(64 * stride);
-      for (std::int64_t r = 64 * s; r < std::min(rows, 64 * s + 64); ++r)
-        std::copy_n(values.data() + r * cols, cols, strip.data() + (r - 64 * s) * stride);
-      quantize_bricks(w, s, strip.data());
-    }
-  }
+      : StoredBricks(row_count, values, BrickKind::lines) {}
   std::vector<float> values() const {
     std::vector<float> all(rows * cols);
     for (std::int64_t r = 0; r < rows; ++r) dequantize_bricks(w, r, 0, cols, all.data() + r * cols);

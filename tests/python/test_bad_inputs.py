@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import MESSAGES, write_checkpoint
+from error_tables import fill_in
 
 import tdaengine
 from tdaengine import Engine, cli
@@ -232,18 +233,7 @@ def test_the_table_is_large():
     assert len(ROWS) == len({row.bad_input for row in ROWS}) >= 250
 
 
-def fill_in() -> None:
-    lines = []
+if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
         world = World(Path(root))
-        for line in TABLE.read_text().splitlines():
-            row = Row.parse(line)
-            if row:
-                found = world.run(row.bad_input)
-                row = row if row.agrees(found) else found
-            lines.append(str(row) if row else line)
-    TABLE.write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    fill_in()
+        fill_in(TABLE, Row.parse, lambda row: world.run(row.bad_input))

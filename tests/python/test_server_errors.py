@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 from conftest import write_checkpoint
+from error_tables import fill_in
 from serving import Reply, Server, serving
 
 from tdaengine import cli
@@ -153,17 +154,6 @@ def test_a_missing_extra_is_named(world: World):
     assert done.stderr == "error: serve needs fastapi: pip install 'tdaengine[server]'\n"
 
 
-def fill_in() -> None:
-    lines = []
-    with tempfile.TemporaryDirectory() as root, opened(Path(root)) as world:
-        for line in TABLE.read_text().splitlines():
-            row = Row.parse(line)
-            if row:
-                found = world.run(row.request)
-                row = row if row.agrees(found) else found
-            lines.append(str(row) if row else line)
-    TABLE.write_text("\n".join(lines) + "\n")
-
-
 if __name__ == "__main__":
-    fill_in()
+    with tempfile.TemporaryDirectory() as root, opened(Path(root)) as world:
+        fill_in(TABLE, Row.parse, lambda row: world.run(row.request))
