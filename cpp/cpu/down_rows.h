@@ -35,7 +35,7 @@ struct DownStreamsAhead {
 
   DownStreamsAhead(const Rows& w, const Batch& batch) {
     const Row row(w, batch.ids[0]);
-    const int64_t high = Row::kPlanes ? row.plane(1) - row.plane(0) : w.stride;
+    const int64_t high = row.plane(1) - row.plane(0);
     const Streams own = {{row.plane(0), row.plane(0)}, {w.stride, w.stride}};
     const NextNeurons& next = batch.next;
     ReadPath path = {own, batch.left, next_streams(next.otherwise, own, high, w.stride - high)};
@@ -231,11 +231,10 @@ template <bool kExact, class Row, int kRows, class Ahead>
 inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const float* h,
                            float* y) {
   constexpr int kScales = Row::kScales;
-  constexpr bool kBoth = Row::kPlanes && kExact;             // planes
-  constexpr float kUnit = Row::kPlanes && !kExact ? 16 : 1;  // the value of one code step
+  constexpr float kUnit = kExact ? 1 : 16;  // the value of one code step
   // With codes of 8 bits, multipliers of one byte would dominate the error.
-  constexpr int kBytes = kBoth ? 2 : 1;
-  using QuantizedMultipliers = QuantizedMultipliers<kBoth ? Row::kOffset : 8, kBytes, kRows>;
+  constexpr int kBytes = kExact ? 2 : 1;
+  using QuantizedMultipliers = QuantizedMultipliers<kExact ? Row::kOffset : 8, kBytes, kRows>;
   constexpr int64_t kGroups = QuantizedMultipliers::kBlockScales / kScales;
   const int64_t count = batch.count, groups = groups_of(w.n);
   const std::uint8_t* planes[2][kRows];
@@ -267,7 +266,7 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
       for (int64_t q = 0; 4 * q < count; ++q) {
         __m512i loaded[4], nibbles[2][4];
 #pragma GCC unroll 2
-        for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane) {
+        for (int plane = 0; plane < (kExact ? 2 : 1); ++plane) {
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             loaded[i] = _mm512_maskz_loadu_epi8(some, planes[plane][4 * q + i] + bytes);
@@ -278,8 +277,8 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const __m512i high = nibbles[0][i], low = nibbles[1][i];
-          const __m512i a = kBoth ? merge(_mm512_slli_epi16(high, 4), low) : lower_nibbles(high);
-          const __m512i b = kBoth ? merge(high, _mm512_srli_epi16(low, 4)) : upper_nibbles(high);
+          const __m512i a = kExact ? merge(_mm512_slli_epi16(high, 4), low) : lower_nibbles(high);
+          const __m512i b = kExact ? merge(high, _mm512_srli_epi16(low, 4)) : upper_nibbles(high);
 #pragma GCC unroll 2
           for (int byte = 0; byte < kBytes; ++byte) {
             const __m512i multiplier = lanes_of_scales<kScales>(multipliers.quads[byte][q] + at, i);
@@ -321,7 +320,7 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
       rows[r].template codes<kExact>(g, codes);
       if (g % 2 == 0)
 #pragma GCC unroll 2
-        for (int plane = 0; plane < (kExact && Row::kPlanes ? 2 : 1); ++plane)
+        for (int plane = 0; plane < (kExact ? 2 : 1); ++plane)
           ahead.prefetch(plane, r, g * kGroupBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
@@ -336,8 +335,8 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
 
 template <bool kExact, class Row, int kRows>
 void add_down_batch(const Rows& w, const Batch& batch, const float* h, float* y) {
-  constexpr bool kWhole = kExact || !Row::kPlanes;  // whole rows are read, without gaps
-  if (kWhole && batch.is_stream_ahead())
+  // Only whole rows, both planes, are read without gaps.
+  if (kExact && batch.is_stream_ahead())
     add_down_batch<kExact, Row, kRows>(w, batch, DownStreamsAhead<Row>(w, batch), h, y);
   else
     add_down_batch<kExact, Row, kRows>(w, batch, DownRowsAhead<Row, kRows>(w, batch), h, y);

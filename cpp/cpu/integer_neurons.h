@@ -14,7 +14,7 @@ namespace {
 template <bool kExact, bool kStream, class Row>
 [[gnu::noinline]] void gate_up(const NeuronRows& rows, Activation activation, const Batch& batch,
                                const Vector<Row>& x, float* h) {
-  constexpr int kNeurons = kExact && kStream && Row::kPlanes ? 1 : 2;
+  constexpr int kNeurons = kExact && kStream ? 1 : 2;
   const NextNeurons& next = batch.next;
   const Row gates(rows.gate, 0), ups(rows.up, 0);
   Gated gated;

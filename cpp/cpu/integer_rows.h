@@ -110,7 +110,7 @@ template <class Row>
 void prepare(const float* x, int64_t n, void* prepared) {
   constexpr int kPart = kGroup / Row::kScales, kVectors = kPart / kLanes;
   const Vector<Row> out(prepared, n);
-  const float limit = Row::kPlanes ? kOutlier * root_mean_square(x, n) : __builtin_inff();
+  const float limit = kOutlier * root_mean_square(x, n);
   for (int64_t part = 0; part < 2 * Vector<Row>::pairs_of(n) * Row::kScales; ++part) {
     const int64_t first = part * kPart, in_pair = part % (2 * Row::kScales);
     Pair& pair = out.pairs[first / (2 * kGroup)];
@@ -127,25 +127,24 @@ void prepare(const float* x, int64_t n, void* prepared) {
     for (int i = 0; i < kVectors; ++i) {
       const Floats scaled = values[i] * inverse;
       const Floats rounded = store_rounded(q + i * kLanes, scaled);
-      if (Row::kPlanes)
-        store_rounded(residual + i * kLanes, min(256.0f * (scaled - rounded), splat(127.0f)));
+      store_rounded(residual + i * kLanes, min(256.0f * (scaled - rounded), splat(127.0f)));
     }
     for (int half = 0; half < 2; ++half) {
       const int64_t to = in_pair * (kPart / 2), from = half * (kPart / 2);
       __builtin_memcpy(pair.q[half] + to, q + from, kPart / 2);
-      if (Row::kPlanes) __builtin_memcpy(pair.residual[half] + to, residual + from, kPart / 2);
+      __builtin_memcpy(pair.residual[half] + to, residual + from, kPart / 2);
     }
     pair.has_residual = (in_pair != 0 && pair.has_residual) || most > limit;
     if (part < out.count * Row::kScales) out.scales[part] = most / 127.0f;
   }
   for (int64_t i = out.count * Row::kScales; i < Vector<Row>::scale_count(n); ++i)
     out.scales[i] = 0.0f;
-  for (int64_t i = 0; Row::kPlanes && i < Vector<Row>::scale_count(n); ++i)
+  for (int64_t i = 0; i < Vector<Row>::scale_count(n); ++i)
     out.coarse_scales[i] = 16.0f * out.scales[i];
   for (int64_t p = 0; p < Vector<Row>::pairs_of(n); ++p) {
     Pair& pair = out.pairs[p];
     sum_lanes(pair.q, -Row::kOffset, pair.start);
-    if (Row::kPlanes) sum_lanes(pair.q, -8, pair.coarse_start);
+    sum_lanes(pair.q, -8, pair.coarse_start);
     if (!pair.has_residual) continue;
     sum_lanes(pair.residual, -Row::kOffset, pair.residual_start);
     const int64_t end = min(2 * (p + 1), out.count) * Row::kScales;
@@ -180,7 +179,6 @@ template <bool kExact, class Row, int kCount, class Ahead>
                                             const Vector<Row>& x, Floats (&lanes)[kCount]) {
   constexpr int kOfPair = 2 * Row::kScales;                 // scales
   constexpr int kVectors = kBlockLines * kOfPair / kLanes;  // of scales: 1 or 2
-  constexpr bool kBoth = Row::kPlanes && kExact;            // planes
   const float* const x_scales = kExact ? x.scales : x.coarse_scales;
   float steps[kCount];  // read first, since they are at the rows' ends: saves 10% of the time
   for (int r = 0; r < kCount; ++r) steps[r] = rows[r].scales.step();
@@ -190,7 +188,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
   const auto add_pair = [&](int64_t p, int sum, const auto& ahead_here, const auto& load,
                             const auto& scale) __attribute__((always_inline)) {
     const Pair& pair = x.pairs[p];
-    const bool has_residual = kBoth && pair.has_residual;
+    const bool has_residual = kExact && pair.has_residual;
     const __m512i q[2] = {load_once(pair.q[0]), load_once(pair.q[1])};
     const __m512i start = load_once(kExact ? pair.start : pair.coarse_start);
 #pragma GCC unroll 4
@@ -198,7 +196,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
       const __m512i high = load(rows[r].plane(0) + p * kPairBytes);
       ahead_here.prefetch(0, r, p * kPairBytes);
       __m512i codes[2] = {lower_nibbles(high), upper_nibbles(high)};
-      if (kBoth) {
+      if (kExact) {
         const __m512i low = load(rows[r].plane(1) + p * kPairBytes);
         ahead_here.prefetch(1, r, p * kPairBytes);
         codes[0] = merge(_mm512_slli_epi16(high, 4), low);
@@ -289,7 +287,6 @@ inline Floats spread(const float* all, int first) {
 template <bool kExact, class Row, int kCount, class Ahead>
 inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector<Row>& x,
                      Floats (&lanes)[kCount]) {
-  constexpr bool kBoth = Row::kPlanes && kExact;  // planes
   constexpr int64_t kGroups = kLanes / Row::kScales;
   constexpr int kPerVector = 2 * kVectorBytes * Row::kScales / kGroup;  // scales
   Floats sums[kCount] = {};
@@ -307,23 +304,23 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
       for (int r = 0; r < kCount; ++r) {
         Bytes high[kParts], low[kParts];
         expand(rows[r].plane(0) + g * kGroupBytes, high);
-        if (kBoth) expand(rows[r].plane(1) + g * kGroupBytes, low);
+        if (kExact) expand(rows[r].plane(1) + g * kGroupBytes, low);
         if (g % 2 == 0)
-          for (int plane = 0; plane < (kBoth ? 2 : 1); ++plane)
+          for (int plane = 0; plane < (kExact ? 2 : 1); ++plane)
             ahead.prefetch(plane, r, g * kGroupBytes);
 #pragma GCC unroll 4
         for (int part = 0; part < kParts / 2; ++part) {
           const int64_t first = part * kVectorBytes, at = g % 2 * kGroupBytes + first;
           const auto of_codes = [&](int i, const std::int8_t* q) {
-            return kBoth ? sums_of_four<16>(high[i], q) + sums_of_four<1>(low[i], q)
-                         : sums_of_four<1>(high[i], q);
+            return kExact ? sums_of_four<16>(high[i], q) + sums_of_four<1>(low[i], q)
+                          : sums_of_four<1>(high[i], q);
           };
           const auto products = [&](const std::int8_t (&q)[2][kPairBytes]) {
             return of_codes(part, q[0] + at) + of_codes(part + kParts / 2, q[1] + at);
           };
           const auto& start = kExact ? pair.start : pair.coarse_start;
           Ints integers = load_as<Ints>(start + at / 4) + products(pair.q);
-          if (kBoth && pair.has_residual)
+          if (kExact && pair.has_residual)
             integers = (integers << 8) + load_as<Ints>(pair.residual_start + at / 4) +
                        products(pair.residual);
           const int64_t of_part = (g - g0) * Row::kScales + 2 * first * Row::kScales / kGroup;
@@ -342,7 +339,7 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 template <bool kExact, class Row>
 void dot_batch(const Rows& w, int64_t first, int64_t count, int64_t rows, const NextRead& next,
                const Vector<Row>& x, float* out) {
-  constexpr int kRowsPerPass = Row::kPlanes ? 2 : 4;  // they reuse each load of x
+  constexpr int kRowsPerPass = 2;  // they reuse each load of x
   const Row row(w, first);
   const int64_t bytes = w.stride + (kExact ? w.low_stride : 0);
   const Streams own = {{row.plane(0), row.plane(1)}, {w.stride, w.low_stride}};

@@ -23,7 +23,7 @@ struct alignas(64) Part {
     PanelDwords<kDwords> dwords;  // four bytes each
     int32_t start[kPanel];        // -kOffset * the sum of the token's bytes
   };
-  Bytes q, residual;  // residual: int8 only
+  Bytes q, residual;
   float scale[kPanel];
 };
 
@@ -77,13 +77,11 @@ inline void quantize(int64_t count, const Value& value, Part<kSize>& out, int ha
   const Floats inverse = most > 0.0f ? 127.0f / most : Floats{};
   const auto scaled = [&](int64_t i) { return value(i) * inverse; };
   pack<Row>(count, [&](int64_t i) { return nearest(scaled(i)); }, out.q, half);
-  store(out.scale + half * kLanes, most / (Row::kPlanes ? 256 * 127.0f : 127.0f));
-  if (Row::kPlanes) {
-    const auto residual = [&](int64_t i) {
-      return nearest(256.0f * (scaled(i) - to_floats(nearest(scaled(i)))));
-    };
-    pack<Row>(count, residual, out.residual, half);
-  }
+  store(out.scale + half * kLanes, most / (256 * 127.0f));
+  const auto residual = [&](int64_t i) {
+    return nearest(256.0f * (scaled(i) - to_floats(nearest(scaled(i)))));
+  };
+  pack<Row>(count, residual, out.residual, half);
 }
 
 template <class Row>
@@ -131,7 +129,6 @@ inline void products(const At& at, const Part<kSize>& b, __m512i sums[kRows][2])
     for (int half = 0; half < 2; ++half)
       sums[m][half] = _mm512_loadu_si512(b.q.start + half * kLanes);
   add_products<AddQuads, kRows, kStep>(at, b.q.dwords, sums);
-  if (!Row::kPlanes) return;
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
     for (int half = 0; half < 2; ++half)

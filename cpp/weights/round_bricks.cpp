@@ -33,8 +33,7 @@ float sum_of(const Value& value, std::int64_t count = kBlockInputs) {
 
 /// Takes the strip's outliers out of `values`: the largest values that are more than kRatio times
 /// the next of their 32.
-void take_outliers(float* values, std::int64_t cols, std::int64_t stride, std::int64_t first_row,
-                   StripOutlier* out) {
+void take_outliers(float* values, std::int64_t cols, std::int64_t first_row, StripOutlier* out) {
   constexpr float kRatio = 8;
   struct Found {
     float ratio;
@@ -43,7 +42,7 @@ void take_outliers(float* values, std::int64_t cols, std::int64_t stride, std::i
   std::vector<Found> found;
   for (std::int64_t r = 0; r < kStripRows; ++r)
     for (std::int64_t first = 0; first < cols; first += kBlockInputs) {
-      const float* const group = values + r * stride + first;
+      const float* const group = values + r * cols + first;
       float largest = 0, next = 0;
       std::int64_t at = 0;
       for (std::int64_t i = 0; i < kBlockInputs; ++i) {
@@ -63,7 +62,7 @@ void take_outliers(float* values, std::int64_t cols, std::int64_t stride, std::i
   for (std::int64_t k = 0; k < kStripOutliers; ++k) {
     out[k] = {};
     if (k >= std::ssize(found)) continue;
-    float& value = values[found[k].row * stride + found[k].input];
+    float& value = values[found[k].row * cols + found[k].input];
     out[k] = {static_cast<std::int32_t>(first_row + found[k].row),
               static_cast<std::int32_t>(found[k].input), value};
     value = 0;
@@ -308,7 +307,7 @@ void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
 void quantize_bricks(const Bricks& target, std::int64_t strip, float* values) {
   const std::int64_t n = target.blocks * kBlockInputs;
   auto* const outliers = const_cast<StripOutlier*>(target.outliers + strip * kStripOutliers);
-  take_outliers(values, n, n, strip * kStripRows, outliers);
+  take_outliers(values, n, strip * kStripRows, outliers);
   if (target.kind == BrickKind::lines)
     for (const StripOutlier& outlier : std::span(outliers, kStripOutliers)) {
       if (outlier.value == 0) continue;
