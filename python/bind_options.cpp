@@ -135,7 +135,7 @@ void bind_tda(nb::module_& m) {
              "graded weights: the share of inputs read at 8 bits in q, k, v, output, gate and up;\n"
              "the head, where they count most, has its square root. active, 0 to 1, is then the\n"
              "share of down's inputs, by default half of inputs. int4 weights have 8 bits in the\n"
-             "head alone.")
+             "head, and where a GGUF file of mixed types has more than 4.")
       .field("loss", &TdaOptions::loss,
              "graded or int4 weights, instead of inputs: the fewest inputs whose calibrated loss, "
              "the rise\n"

@@ -26,6 +26,7 @@ TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
   if (options && options->loss && !options->thresholds && std::filesystem::exists(file))
     options->thresholds = std::make_shared<const Thresholds>(Thresholds::load(file));
   TdaSetting setting = tda::resolve(options, {.weights = model.format,
+                                              .layers_have_rests = model.layers_have_rests(),
                                               .cuda = backend.name().starts_with("cuda"),
                                               .parameters = model.parameters,
                                               .prompt_tokens = prompt_tokens});

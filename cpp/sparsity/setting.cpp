@@ -50,7 +50,7 @@ std::string why_dense(const TdaFacts& facts) {
 }
 
 std::string words_of(const TdaOptions& options, const TdaFacts& facts) {
-  if (options.inputs && facts.weights == WeightFormat::int4)
+  if (options.inputs && !facts.layers_have_rests)
     return "by input: " + percent(head_share(options)) +
            " of the head's inputs at 8 bits, everything else at 4" +
            (options.loss ? ", for a loss of " + percent(*options.loss) : "");

@@ -13,6 +13,8 @@ namespace tda {
 /// What a setting depends on besides itself.
 struct TdaFacts {
   WeightFormat weights = WeightFormat::bf16;
+  bool layers_have_rests =
+      true;  // of weights in bricks: 8 bits for some inputs, not in the head alone
   bool cuda = false;
   std::int64_t parameters = 0;
   std::int64_t prompt_tokens = 0;

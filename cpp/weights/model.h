@@ -4,6 +4,7 @@
 #include <tda/model_config.h>
 #include <tda/types.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -120,6 +121,14 @@ struct Model {
   std::int64_t neuron_bytes() const {
     const LayerWeights& layer = layers.front();
     return 3 * (layer.gate.row_bytes() + layer.gate.low_row_bytes());
+  }
+  /// In bricks: whether any matrix of the layers has 8 bits for some inputs. Not so of int4, but for
+  /// files of mixed types.
+  bool layers_have_rests() const {
+    return in_bricks(format) && std::ranges::any_of(layers, [](const LayerWeights& layer) {
+             return std::ranges::any_of(
+                 layer.in_bricks(), [](const Matrix* m) { return m->kind == BrickKind::graded; });
+           });
   }
   /// FFN weight bytes of a layer that a dense decode step reads.
   std::int64_t ffn_bytes() const {

@@ -318,8 +318,10 @@ TEST(tda_options) {
 /// The setting for so many prompt tokens on a small model with such weights.
 static TdaSetting resolved(const std::optional<TdaOptions>& asked, WeightFormat weights,
                            std::int64_t prompt_tokens = 500) {
-  return resolve(asked,
-                 {.weights = weights, .parameters = 135'000'000, .prompt_tokens = prompt_tokens});
+  return resolve(asked, {.weights = weights,
+                         .layers_have_rests = weights != WeightFormat::int4,
+                         .parameters = 135'000'000,
+                         .prompt_tokens = prompt_tokens});
 }
 
 TEST(recommended_setting) {

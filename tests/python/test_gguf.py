@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from sentencepiece import sentencepiece_model_pb2 as pb2
 from tiny_gguf import divisors
 
-from tdaengine import CheckpointError, Engine
+from tdaengine import TDA, CheckpointError, Engine
 from tdaengine.convert import convert
 from tdaengine.tokenizer import Tokenizer
 
@@ -185,6 +185,10 @@ def test_gguf_keeps_its_four_bits_and_what_has_more(tmp_path: Path, kind: str):
         errors = [np.abs(e.logits(tokens) - exact).mean() for e in (found, graded)]
         assert found.weights == "int4" and errors[0] < 1.05 * errors[1]
         sizes.append(found.weight_bytes)
+        words = found.generate(tokens[:20], max_new_tokens=3, ignore_eos=True, tda=TDA()).stats.tda
+        assert words.startswith(
+            "by input: 20% of inputs" if kinds else "by input: 44.7% of the head"
+        )
         convert(source, tmp_path / name, weights="int4")
         packed = Engine(tmp_path / name)
         assert np.array_equal(packed.logits(tokens), found.logits(tokens))
