@@ -1,5 +1,5 @@
-// The formats whose weights lie in bricks of 64 rows x 32 inputs, which a decode step reads from first
-// to last.
+// The formats whose weights lie in bricks of 64 rows x 32 inputs, which a decode step reads from
+// first to last.
 //
 // graded: 4 bits of every weight that are always read, with a scale for 16 inputs, and a 4-bit rest
 // that is read for the inputs that matter most to a token (precision by input, docs/tda.md).
@@ -100,11 +100,11 @@ struct Bricks {
   std::int64_t rest_bytes() const { return has_rests() ? strips * kStripRows / 2 : 0; }
 };
 
-/// Rounds a strip's rows into cleared memory. values: [64][blocks * 32], finite, zeros where rows or
-/// inputs pad; overwritten. Everything is chosen by squared error. Scales of centred bricks are those
-/// that put a group's largest value near either end of the codes, a rest's step is the best of nine
-/// for its row, and lines are the best of five clippings, each followed by the least-squares scale
-/// and minimum of its codes.
+/// Rounds a strip's rows into cleared memory. values: [64][blocks * 32], finite, zeros where rows
+/// or inputs pad; overwritten. Everything is chosen by squared error. Scales of centred bricks are
+/// those that put a group's largest value near either end of the codes, a rest's step is the best
+/// of nine for its row, and lines are the best of five clippings, each followed by the
+/// least-squares scale and minimum of its codes.
 void quantize_bricks(const Bricks& target, std::int64_t strip, float* values);
 
 /// 32 values as codes: value = scale * code + minimum.
@@ -112,8 +112,8 @@ struct LineGroup {
   std::uint8_t codes[kBlockInputs];
   float scale, minimum;
 };
-/// Stores a row of lines as it is given, but for the rounding of scales and minima to f16: by at most
-/// 2^-11 of themselves, or 2^-40 of the row's largest of them. groups: [blocks]
+/// Stores a row of lines as it is given, but for the rounding of scales and minima to f16: by at
+/// most 2^-11 of themselves, or 2^-40 of the row's largest of them. groups: [blocks]
 void store_lines(const Bricks& target, std::int64_t row, const LineGroup* groups);
 /// Whether 32 values are 16 levels of a line, but for rounding to 16 bits. False for constants.
 bool on_a_line(const float* values);

@@ -96,8 +96,8 @@ float code_of(float value, float inverse_step) {  // -8 ... 7
   return nearest(std::min(std::max(value * inverse_step, -8.0f), 7.0f));
 }
 
-/// The scales tried for 16 values: those that put the largest at 70% (with rests, which cannot reach
-/// further, 85%) to 110% of code 8, with either sign, without repeats.
+/// The scales tried for 16 values: those that put the largest at 70% (with rests, which cannot
+/// reach further, 86%) to 110% of code 8, with either sign, without repeats.
 struct ScaleCandidates {
   static constexpr int kMost = 2 * 21;
   int count = 0;
@@ -216,7 +216,8 @@ struct Line {
     });
   }
 
-  /// Takes the least-squares scale and minimum of `values` for the codes, unless these are all the same.
+  /// Takes the least-squares scale and minimum of `values` for the codes, unless these are all the
+  /// same.
   void fit(const float* values) {
     constexpr float n = kBlockInputs;
     const float sum = sum_of([&](std::int64_t i) { return values[i]; });
@@ -239,14 +240,15 @@ float step_of(const LineGroup* groups, std::int64_t blocks) {
   return largest > 0 ? std::max(power_of_2(largest) / 0x1p14f, 0x1p-126f) : 0;
 }
 
-/// Whether 32 values of this squared error, the largest of which is `size`, lie on the line, but for
-/// rounding to 16 bits, which keeps 8 to 11 significant ones. Values between levels miss by 0.29 of a
-/// step.
+/// Whether 32 values of this squared error, the largest of which is `size`, lie on the line, but
+/// for rounding to 16 bits, which keeps 8 to 11 significant ones. Values between levels miss by
+/// 0.29 of a step.
 bool near(const Line& line, float error, float size) {
   return std::sqrt(error / kBlockInputs) < 0.05f * std::abs(line.scale) + 0x1p-10f * size;
 }
 
-/// The line of least squared error of five clippings of the values' range, each fitted, and once more.
+/// The line of least squared error of five clippings of the values' range, each fitted, and once
+/// more.
 Line choose_line(const float* values) {
   const auto [low, high] = std::minmax_element(values, values + kBlockInputs);
   const float middle = *low / 2 + *high / 2, half = *high / 2 - *low / 2;
@@ -276,8 +278,8 @@ Line choose_line(const float* values) {
 
 void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
   const std::int64_t n = target.blocks * kBlockInputs;
-  // Inputs that pad are zeros, whatever their weights: the group's others again, which leave its line
-  // as it is, where zeros might lie off it.
+  // Inputs that pad are zeros, whatever their weights: the group's others again, which leave its
+  // line as it is, where zeros might lie off it.
   for (std::int64_t i = target.cols; i < n; ++i)
     row[i] = row[std::max(i - target.cols % kBlockInputs, n - kBlockInputs)];
   // In units near the largest value: squares of very large or small ones are no floats.

@@ -13,10 +13,10 @@
 // become exact; with a second, lower threshold, those in between are computed from their high 4
 // bits. With other formats gate and up are read for all neurons, and down rows are saved.
 //
-// Precision by input (ours; graded weights): in y = W x every weight has 4 bits that are always read
-// and a 4-bit rest. Inputs with |x[i]| * ||rest[:, i]|| at or above a threshold are read at 8 bits,
-// the others at 4 (TdaOptions::inputs). For the down projection that number is |n[t,j]| with the
-// rest's length in the place of the column's.
+// Precision by input (ours; graded weights): in y = W x every weight has 4 bits that are always
+// read and a 4-bit rest. Inputs with |x[i]| * ||rest[:, i]|| at or above a threshold are read at 8
+// bits, the others at 4 (TdaOptions::inputs). For the down projection that number is |n[t,j]| with
+// the rest's length in the place of the column's.
 //
 // With either scope the output head can be treated the same way if its weights have two planes: the
 // high plane estimates all logits, and those within a threshold of the largest are made exact
@@ -89,15 +89,15 @@ struct TdaOptions {
   /// Keep this share of every layer's neurons, those with the largest R; 0 < active <= 1. Scope
   /// "token": the share that the prompt's own tokens would have kept on average.
   std::optional<double> active = {};
-  /// graded weights (int4: the head), instead of scope, error or thresholds: the share of inputs at 8
-  /// bits in q, k, v, output, gate and up, 0 <= inputs <= 1. The head, where they count most, has
+  /// graded weights (int4: the head), instead of scope, error or thresholds: the share of inputs at
+  /// 8 bits in q, k, v, output, gate and up, 0 <= inputs <= 1. The head, where they count most, has
   /// its square root. `active`, 0 to 1, is then the share of down's inputs, the neurons, at 8 bits;
   /// unset: half of `inputs`. The shares are those that the prompt's own tokens would have taken on
   /// average.
   std::optional<double> inputs = {};
-  /// graded or int4 weights, instead of inputs: the fewest inputs whose calibrated loss, the rise of
-  /// perplexity, is at most this; 0.02: 2%. Needs `thresholds`, or a file tda.json in the model's
-  /// folder that Engine::calibrate has made.
+  /// graded or int4 weights, instead of inputs: the fewest inputs whose calibrated loss, the rise
+  /// of perplexity, is at most this; 0.02: 2%. Needs `thresholds`, or a file tda.json in the
+  /// model's folder that Engine::calibrate has made.
   std::optional<double> loss = {};
   /// Calibrated beforehand, see Engine::calibrate.
   std::shared_ptr<const Thresholds> thresholds = {};
@@ -120,7 +120,8 @@ struct TdaOptions {
   void validate() const;
 };
 
-/// With graded or int4 weights scope, error, bytes and sample_tokens have no meaning and stay as they are.
+/// With graded or int4 weights scope, error, bytes and sample_tokens have no meaning and stay as
+/// they are.
 struct CalibrateOptions {
   Scope scope = Scope::sequence;
   double error = 0.1;  // the CETT to meet in every layer
