@@ -46,7 +46,7 @@ def launch(kernel: str) -> tuple[int, int]:
         return 256, 0
     if name == "gate_up_kernel":
         return 256, vector + 4 * 8
-    if name in ("linear_kernel", "norm_kernel"):
+    if name in ("join_kernel", "linear_kernel", "norm_kernel"):
         return 256, vector
     if name == "down_kernel":
         most = NEURONS // GROUPS + 1
