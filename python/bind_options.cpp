@@ -1,4 +1,5 @@
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -85,8 +86,9 @@ void bind_generate_options(nb::module_& m) {
   using tda::GenerateOptions;
   RecordClass<GenerateOptions>(
       m, "GenerateOptions",
-      "How to generate. Sampling follows the order repetition_penalty, temperature, top_k, top_p,\n"
-      "min_p. Raises OptionError.")
+      "How to generate. Sampling follows the order logit_bias, repetition_penalty, "
+      "presence_penalty\n"
+      "and frequency_penalty, mask, temperature, top_k, top_p, min_p. Raises OptionError.")
       .field("max_new_tokens", &GenerateOptions::max_new_tokens, "1 or more.")
       .field("temperature", &GenerateOptions::temperature, "0: greedy.")
       .field("top_k", &GenerateOptions::top_k, "So many most likely tokens; 0: off.")
@@ -96,12 +98,23 @@ void bind_generate_options(nb::module_& m) {
              "Tokens at least this likely relative to the likeliest; 0: off.")
       .field("repetition_penalty", &GenerateOptions::repetition_penalty,
              "Over prompt and generated tokens; 1: off.")
+      .field("presence_penalty", &GenerateOptions::presence_penalty,
+             "-2 to 2, taken from the logits of tokens generated before; 0: off.")
+      .field("frequency_penalty", &GenerateOptions::frequency_penalty,
+             "The same times how often they were generated.")
+      .field("logit_bias", &GenerateOptions::logit_bias,
+             "{token id: bias} added to logits, -100 to 100; a token at -100 never comes.")
+      .field("logprobs", &GenerateOptions::logprobs,
+             "Output.logprobs tells each token's log-probability and so many of the likeliest\n"
+             "ones, 0 to 100; None: no Output.logprobs.")
       .field("seed", &GenerateOptions::seed, "0 to 2**64 - 1; None: a fresh one.")
       .field("ignore_eos", &GenerateOptions::ignore_eos, "Go on after an end-of-text token.")
       .from_keywords(
           "def __init__(self, *, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = "
-          "0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | "
-          "None = None, ignore_eos: bool = False) -> None");
+          "0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, "
+          "presence_penalty: float = 0.0, frequency_penalty: float = 0.0, logit_bias: dict[int, "
+          "float] = {}, logprobs: int | None = None, seed: int | None = None, ignore_eos: bool = "
+          "False) -> None");
 }
 
 void bind_tda(nb::module_& m) {

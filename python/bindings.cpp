@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -97,9 +98,29 @@ void bind_results(nb::module_& m) {
       .def_ro("stats", &ScoreResult::stats);
 
   using tda::Generation;
+  using Mask = nb::ndarray<const std::uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
   nb::class_<Generation>(m, "Generation", "One generation under way.")
-      .def("next", &Generation::next, nb::call_guard<GilReleased>(),
-           "The next token id, or None at the end.")
+      .def(
+          "next",
+          [](Generation& generation, std::optional<Mask> allowed) {
+            const tda::TokenMask mask =
+                allowed ? tda::TokenMask(allowed->data(), allowed->size()) : tda::TokenMask();
+            const GilReleased released;
+            return generation.next(mask);
+          },
+          "allowed"_a.none() = nb::none(),
+          "The next token id, or None at the end. allowed: bit t % 32 of word t / 32 tells "
+          "whether\n"
+          "token t may come.")
+      .def_prop_ro(
+          "logprobs",
+          [](const Generation& generation) {
+            const tda::Logprobs& last = generation.logprobs();
+            std::vector<std::pair<tda::Token, float>> top;
+            for (const auto& [token, logprob] : last.top) top.emplace_back(token, logprob);
+            return std::pair(last.chosen.logprob, top);
+          },
+          "Of the last token: its log-probability, and the likeliest tokens with theirs.")
       .def("cancel", &Generation::cancel, "From any thread: nothing more comes.")
       .def_prop_ro("finish_reason",
                    [](const Generation& g) { return to_string(g.finish_reason()); })

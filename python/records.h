@@ -7,9 +7,11 @@
 #include <nanobind/stl/string.h>
 #include <tda/error.h>
 #include <tda/sparsity.h>
+#include <tda/types.h>
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -25,6 +27,8 @@ inline std::string name_of_type(nb::handle value) {
 inline std::string short_repr(nb::handle value) {
   if (nb::isinstance<nb::list>(value) && nb::len(value) > 4)
     return "[" + std::to_string(nb::len(value)) + " numbers]";
+  if (nb::isinstance<nb::dict>(value) && nb::len(value) > 4)
+    return "{" + std::to_string(nb::len(value)) + " items}";
   return nb::cast<std::string>(nb::repr(value));
 }
 
@@ -44,6 +48,10 @@ template <>
 constexpr const char* expected<double> = "a number";
 template <>
 constexpr const char* expected<std::optional<double>> = "a number, or None";
+template <>
+constexpr const char* expected<std::optional<std::int64_t>> = "an integer of 64 bits, or None";
+template <>
+constexpr const char* expected<std::map<tda::Token, double>> = "a dict of token ids to numbers";
 template <>
 constexpr const char* expected<std::string> = "a string";
 template <>

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <ranges>
 
 #include "checkpoint/checkpoint.h"
 #include "engine/generation_impl.h"
@@ -50,6 +51,15 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   throw DeviceError("out of memory while loading " + folder.string());
 }
 
+void check_bias(const ModelConfig& config, const std::map<Token, double>& bias) {
+  for (const Token token : std::views::keys(bias)) {
+    if (token < 0 || token >= config.vocab_size) {
+      throw OptionError("logit_bias: token " + std::to_string(token) + ": expected 0 to " +
+                        std::to_string(config.vocab_size - 1));
+    }
+  }
+}
+
 /// Scores tokens behind the run's prompt, whose last logits are `logits`.
 ScoreResult score_behind(Run& run, std::span<const float> logits, Tokens tokens) {
   ScoreResult result;
@@ -86,6 +96,7 @@ Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                          const std::optional<TdaOptions>& tda) const {
   options.validate();
   check_tokens(config(), prompt);
+  check_bias(config(), options.logit_bias);
   // A subtraction, because the sum could overflow.
   if (options.max_new_tokens > max_context() - std::ssize(prompt)) {
     throw ContextOverflow("prompt of " + std::to_string(prompt.size()) +
@@ -106,6 +117,7 @@ GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
   GenerationResult result;
   while (const std::optional<Token> token = generation.next()) {
     result.tokens.push_back(*token);
+    if (options.logprobs) result.logprobs.push_back(generation.logprobs());
     if (on_token && !on_token(*token)) generation.cancel();
   }
   result.finish_reason = generation.finish_reason();

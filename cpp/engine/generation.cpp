@@ -4,17 +4,21 @@
 
 namespace tda {
 
-Token Generation::Impl::choose() {
-  if (new_tokens == 0) return sampler.sample(run.prefill());
-  if (!sampler.only_draws()) return sampler.sample(run.decode(last));
-  return run.decode_and_draw(last, options.temperature, sampler.uniform());
+Token Generation::Impl::choose(TokenMask allowed) {
+  const bool only_draws = sampler.only_draws() && allowed.empty() && !options.logprobs;
+  if (only_draws && new_tokens > 0)
+    return run.decode_and_draw(last, options.temperature, sampler.uniform());
+  const std::span<const float> logits = new_tokens == 0 ? run.prefill() : run.decode(last);
+  const Token token = sampler.sample(logits, allowed);
+  if (options.logprobs) logprobs = logprobs_of(logits, token, *options.logprobs);
+  return token;
 }
 
-std::optional<Token> Generation::Impl::next() {
+std::optional<Token> Generation::Impl::next(TokenMask allowed) {
   const InUse guard(in_use, "generation");
   if (finish_reason != FinishReason::none) return {};
   try {
-    return advance();
+    return advance(allowed);
   } catch (const Cancelled&) {
     finish_reason = FinishReason::cancelled;
     return {};
@@ -24,12 +28,12 @@ std::optional<Token> Generation::Impl::next() {
   }
 }
 
-std::optional<Token> Generation::Impl::advance() {
+std::optional<Token> Generation::Impl::advance(TokenMask allowed) {
   if (new_tokens == options.max_new_tokens) {
     finish_reason = FinishReason::length;
     return {};
   }
-  const Token token = choose();
+  const Token token = choose(allowed);
   if (!options.ignore_eos && std::ranges::count(run.config().eos_tokens, token)) {
     finish_reason = FinishReason::stop;
     return {};
@@ -43,7 +47,8 @@ Generation::Generation(Generation&&) noexcept = default;
 Generation& Generation::operator=(Generation&&) noexcept = default;
 Generation::~Generation() = default;
 
-std::optional<Token> Generation::next() { return impl_->next(); }
+std::optional<Token> Generation::next(TokenMask allowed) { return impl_->next(allowed); }
+const Logprobs& Generation::logprobs() const { return impl_->logprobs; }
 void Generation::cancel() { impl_->cancel.request_stop(); }
 FinishReason Generation::finish_reason() const { return impl_->finish_reason; }
 

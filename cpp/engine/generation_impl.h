@@ -9,14 +9,15 @@
 namespace tda {
 
 struct Generation::Impl {
-  std::optional<Token> next();
-  std::optional<Token> advance();
-  Token choose();
+  std::optional<Token> next(TokenMask allowed);
+  std::optional<Token> advance(TokenMask allowed);
+  Token choose(TokenMask allowed);
 
   Run run;
   Sampler sampler;
   GenerateOptions options;
   Token last = 0;
+  Logprobs logprobs = {};
   std::int64_t new_tokens = 0;
   FinishReason finish_reason = FinishReason::none;
   std::stop_source cancel = {};

@@ -22,7 +22,8 @@ from ._native import (
 )
 from ._native import __version__ as __version__  # type: ignore[attr-defined]  # not in stubs
 from .engine import Engine, TdaWarning
-from .stream import Output, Stream
+from .grammar import Grammar
+from .stream import Output, Stream, TokenLogprobs
 
 __all__ = [
     "TDA",
@@ -34,12 +35,14 @@ __all__ = [
     "Error",
     "GenerateOptions",
     "GenerationStats",
+    "Grammar",
     "OptionError",
     "Output",
     "Session",
     "Stream",
     "TdaWarning",
     "Thresholds",
+    "TokenLogprobs",
     "__version__",
     "measure_read_bandwidth",
 ]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -18,13 +15,24 @@ from ._native import (
     TDA,
     CalibrateOptions,
     ContextOverflow,
-    Error,
     GenerateOptions,
     OptionError,
     Thresholds,
 )
 from .chat import ChatTemplate
+from .checks import (
+    check_count,
+    check_progress,
+    check_stop,
+    check_tda,
+    check_type,
+    is_id,
+    naming,
+    warn_caller,
+)
 from .contents import Contents
+from .grammar import Grammar, GrammarCompiler
+from .masks import AllowedTokens, Mask, MaskOfFunction
 from .options import GenerateKeywords, generate_options, options_of_each
 from .stream import Output, Stream
 from .tokenizer import Tokenizer, has_tokenizer
@@ -76,17 +84,17 @@ class Engine(_native.Engine):
     ) -> None:
         self.path: Path = hub.find(model)
         self._contents = Contents.of(self.path)
-        self.tda = _check_tda(tda)
+        self.tda = check_tda(tda)
         super().__init__(
             str(self.path),
-            device=_check(device, "device", str),
-            weights=_check(weights, "weights", str),
-            kv=_check(kv, "kv", str),
-            threads=_count(threads, "threads", 2**31 - 1),
-            max_context=_count(max_context, "max_context"),
-            progress=_check_progress(progress),
+            device=check_type(device, "device", str),
+            weights=check_type(weights, "weights", str),
+            kv=check_type(kv, "kv", str),
+            threads=check_count(threads, "threads", 2**31 - 1),
+            max_context=check_count(max_context, "max_context"),
+            progress=check_progress(progress),
         )
-        _warn(self.notices, UserWarning)
+        warn_caller(self.notices, UserWarning)
 
     def __repr__(self) -> str:
         names = () if self.closed else ("weights", "device", "threads", "max_context")
@@ -117,6 +125,8 @@ class Engine(_native.Engine):
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
+        grammar: Grammar | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Output: ...
 
@@ -128,6 +138,8 @@ class Engine(_native.Engine):
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
+        grammar: Grammar | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> list[Output]: ...
 
@@ -138,31 +150,41 @@ class Engine(_native.Engine):
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
+        grammar: Grammar | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Output | list[Output]:
         """Continues `prompt`, a text or a list of token ids; of several in a list each by itself,
         in order.
 
         options or keywords: the fields of GenerateOptions, max_new_tokens=128 (or max_tokens),
-        temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None,
+        temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+        presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}, logprobs=None, seed=None,
         ignore_eos=False. Of several prompts, prompt i has the seed `seed + i`, or seed[i] of a
         list.
         stop: strings that end the text, which stops before them. They may be or contain special
         tokens, which the text does not show.
         tda: TDA() for the recommended setting or one by hand, False for none; without it that of
         the engine.
+        grammar: what the text must look like, as Grammar.json_schema(...); the generation ends
+        where the grammar does.
+        allowed_tokens: instead of it a function, called before each choice with the ids generated
+        so far, that returns the ids that may come next, or None for all.
         Raises OptionError, or ContextOverflow if prompt and max_new_tokens exceed max_context.
         Warns with TdaWarning.
         """
-        if isinstance(prompt, list | tuple) and prompt and not _is_id(prompt[0]):
+        if isinstance(prompt, list | tuple) and prompt and not is_id(prompt[0]):
             encoded = [self._encode(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
             each_options = options_of_each(options, keywords, len(encoded))
             outputs = []
             for i, (ids, own) in enumerate(zip(encoded, each_options, strict=True)):
-                with _naming(f"prompt[{i}]"):
-                    outputs.append(self._generate(ids, stop, tda, own))
+                mask = self._mask(grammar, allowed_tokens)
+                with naming(f"prompt[{i}]"):
+                    outputs.append(self._generate(ids, stop, tda, own, mask))
             return outputs
-        return self._generate(cast(Prompt, prompt), stop, tda, generate_options(options, keywords))
+        mask = self._mask(grammar, allowed_tokens)
+        chosen = generate_options(options, keywords)
+        return self._generate(cast(Prompt, prompt), stop, tda, chosen, mask)
 
     def stream(
         self,
@@ -171,12 +193,14 @@ class Engine(_native.Engine):
         *,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
+        grammar: Grammar | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Stream:
         """`generate` for one `prompt`, piece by piece; for a chat pass `chat_prompt(messages)`.
 
-        options, keywords, stop and tda: as in `generate`. What is wrong with them raises here, what
-        goes wrong in computing raises with the piece.
+        options, keywords, stop, tda, grammar, allowed_tokens: as in `generate`. What is wrong with
+        them raises here, what goes wrong in computing raises with the piece.
         """
         if (
             isinstance(prompt, list | tuple)
@@ -188,7 +212,8 @@ class Engine(_native.Engine):
                 "generate several"
             )
         self.tokenizer  # noqa: B018  raises where there is none: ids alone make no pieces
-        return self._stream(prompt, stop, tda, generate_options(options, keywords))
+        mask = self._mask(grammar, allowed_tokens)
+        return self._stream(prompt, stop, tda, generate_options(options, keywords), mask)
 
     def chat(
         self,
@@ -198,16 +223,19 @@ class Engine(_native.Engine):
         parse_special: bool = True,
         stop: str | Sequence[str] | None = None,
         tda: TDA | bool | None = None,
+        grammar: Grammar | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Output:
         """Answers `messages`, [{"role": "user", "content": "..."}, ...], one conversation.
 
-        parse_special: as in `chat_prompt`; options, keywords, stop and tda: as in `generate`.
+        parse_special: as in `chat_prompt`; options, keywords, stop, tda, grammar and
+        allowed_tokens: as in `generate`.
         Raises what `chat_prompt` and `generate` raise.
         """
         chosen = generate_options(options, keywords)
         prompt = self.chat_prompt(messages, parse_special=parse_special)
-        return self._generate(prompt, stop, tda, chosen)
+        return self._generate(prompt, stop, tda, chosen, self._mask(grammar, allowed_tokens))
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, parse_special: bool = True
@@ -222,7 +250,7 @@ class Engine(_native.Engine):
         are of the wrong shape, that the template refuses, or that hold a special token which the
         tokenizer has no other way to write.
         """
-        parse_special = _check(parse_special, "parse_special", bool)
+        parse_special = check_type(parse_special, "parse_special", bool)
         check = partial(self._check_length, name="messages")
         tokenizer = self.tokenizer  # if it is missing, this is said before the template is
         return self.chat_template.encode(messages, tokenizer, parse_special, check)
@@ -236,7 +264,7 @@ class Engine(_native.Engine):
         The prompt is prefilled, the rest goes through the decode path that `generate` uses.
         tda: as in `generate`. Raises OptionError, or ContextOverflow if T exceeds max_context.
         """
-        count = _count(prompt_tokens, "prompt_tokens")
+        count = check_count(prompt_tokens, "prompt_tokens")
         return super().score(token_ids, count, self._tda(tda)).log_probabilities
 
     def score_each(  # type: ignore[override]
@@ -284,7 +312,7 @@ class Engine(_native.Engine):
             self._encode(text, f"texts[{i}]", is_prompt=False) for i, text in enumerate(texts or ())
         ]
         return super().calibrate(
-            ids, CalibrateOptions(**wanted, **options), _check_progress(progress)
+            ids, CalibrateOptions(**wanted, **options), check_progress(progress)
         )
 
     def _generate(
@@ -293,8 +321,9 @@ class Engine(_native.Engine):
         stop: str | Sequence[str] | None,
         tda: TDA | bool | None,
         options: GenerateOptions,
+        mask: Mask | None,
     ) -> Output:
-        stream = self._stream(prompt, stop, tda, options)
+        stream = self._stream(prompt, stop, tda, options, mask)
         for _ in stream:
             pass
         return stream.output
@@ -305,20 +334,35 @@ class Engine(_native.Engine):
         stop: str | Sequence[str] | None,
         tda: TDA | bool | None,
         options: GenerateOptions,
+        mask: Mask | None,
     ) -> Stream:
-        stop = _check_stop(stop)
+        stop = check_stop(stop)
         needs_text = bool(stop) or has_tokenizer(self._contents)
         text = self.tokenizer.stream() if needs_text else None
         generation = self.start(self._encode(prompt), options, self._tda(tda))
-        _warn(generation.stats.warnings, TdaWarning)
-        return Stream(generation, text, stop)
+        warn_caller(generation.stats.warnings, TdaWarning)
+        return Stream(generation, text, stop, options, mask)
+
+    def _mask(self, grammar: Grammar | None, allowed_tokens: AllowedTokens | None) -> Mask | None:
+        """Of one generation."""
+        if grammar is not None and allowed_tokens is not None:
+            raise OptionError("grammar: found allowed_tokens, too, expected one or the other")
+        if grammar is not None:
+            return self._grammars.start(grammar)
+        if allowed_tokens is not None:
+            return MaskOfFunction(allowed_tokens, self.config.vocab_size)
+        return None
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.config.eos_tokens)
 
     def _encode(self, text: Prompt, name: str = "prompt", is_prompt: bool = True) -> Sequence[int]:
         if isinstance(text, str):
             if is_prompt:
                 self._check_length(text, name)
             tokenizer = self.tokenizer  # without which no item is to blame
-            with _naming("" if name == "prompt" else name):
+            with naming("" if name == "prompt" else name):
                 ids: Sequence[int] = tokenizer.encode(text)
         elif isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
             raise OptionError(f"{name}: found {text!r}, expected a text or a list of token ids")
@@ -339,62 +383,4 @@ class Engine(_native.Engine):
     def _tda(self, tda: TDA | bool | None) -> TDA | None:
         if tda is False:
             return None
-        return self.tda if tda is None else _check_tda(tda)
-
-
-def _warn(messages: list[str], category: type[Warning]) -> None:
-    """Names the line outside of this package that called."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("tdaengine"):
-        level, frame = level + 1, frame.f_back
-    for message in messages:
-        warnings.warn(message, category, stacklevel=level)
-
-
-@contextmanager
-def _naming(item: str) -> Iterator[None]:
-    """Errors begin with the item's name, if it has one."""
-    try:
-        yield
-    except Error as error:
-        if not item:
-            raise
-        raise type(error)(f"{item}: {error}") from error
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | np.integer)
-
-
-def _check(value: Any, name: str, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise OptionError(f"{name}: found {value!r}, expected {kind.__name__}")
-    return value
-
-
-def _check_tda(tda: Any) -> TDA | None:
-    return None if tda is None else _check(tda, "tda", TDA)
-
-
-def _check_stop(stop: Any) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    strings = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
-        raise OptionError(f"stop: found {stop!r}, expected a string or several, none of them empty")
-    return tuple(strings)
-
-
-def _check_progress(progress: Any) -> Callable[[int, int], None] | None:
-    if progress is not None and not callable(progress):
-        raise OptionError(f"progress: found {progress!r}, expected a function of (done, total)")
-    return cast(Callable[[int, int], None] | None, progress)
-
-
-def _count(value: int | None, name: str, most: int = 2**63 - 1) -> int:
-    """The engine takes 0 for "not given"."""
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not _is_id(value) or not 1 <= value <= most:
-        raise OptionError(f"{name}: found {value!r}, expected an integer from 1 to {most}")
-    return int(value)
+        return self.tda if tda is None else check_tda(tda)

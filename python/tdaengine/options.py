@@ -21,6 +21,10 @@ class GenerateKeywords(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
     seed: int | Sequence[int] | None
     ignore_eos: bool
 

@@ -6,23 +6,37 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 from . import _native
-from ._native import GenerationStats, OptionError
+from ._native import GenerateOptions, GenerationStats, OptionError
+from .masks import Mask
 from .tokenizer import TextStream
+
+
+class TokenLogprobs(NamedTuple):
+    """One token's log-probability (natural logarithm) and the likeliest tokens at its place, the
+    most likely first. They are the model's own, before bias, penalties, masks and temperature.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Output:
     """What was generated. text: None if the checkpoint has no tokenizer. finish_reason: "stop"
     (end-of-text token or stop string), "length" (max_new_tokens), "cancelled" (Stream.cancel, or an
-    exception), or None while under way. stats: GenerationStats. str() of it is the text.
+    exception), or None while under way. stats: GenerationStats. logprobs: a TokenLogprobs for each
+    of token_ids, or None if the option of that name was not given. str() of it is the text.
     """
 
     text: str | None
     token_ids: list[int]
     finish_reason: str | None
     stats: GenerationStats
+    logprobs: list[TokenLogprobs] | None
 
     def __str__(self) -> str:
         return str(self.token_ids) if self.text is None else self.text
@@ -37,14 +51,23 @@ class Stream(Iterator[str]):
     """
 
     def __init__(
-        self, generation: _native.Generation, text: TextStream | None, stop: tuple[str, ...]
+        self,
+        generation: _native.Generation,
+        text: TextStream | None,
+        stop: tuple[str, ...],
+        options: GenerateOptions,
+        mask: Mask | None = None,
     ) -> None:
         self._generation = generation
+        self._mask = mask
+        self._most = options.max_new_tokens
+        self._logprobs: list[TokenLogprobs] | None = None if options.logprobs is None else []
         self._text = text
         self._stop = StopStrings(stop)
         self._token_ids: list[int] = []
         self._pieces: list[str] = []
         self._is_done = False
+        self._is_complete = False  # nothing may follow, by the mask
         # As of the last token, since while the next one is made nobody may look.
         self._finish_reason: str | None = None
         self._stats = generation.stats
@@ -78,16 +101,37 @@ class Stream(Iterator[str]):
             token_ids=list(self._token_ids),
             finish_reason=self._finish_reason,
             stats=self._stats,
+            logprobs=None if self._logprobs is None else list(self._logprobs),
         )
 
-    def _advance(self) -> str:
+    def _next_token(self) -> int | None:
+        """None at the end, which is also where a grammar ends."""
+        if self._is_complete:
+            self._finish_reason = "stop"
+            return None
         try:
-            token = self._generation.next()
+            allowed = None
+            chooses = self._finish_reason is None and len(self._token_ids) < self._most
+            if self._mask is not None and chooses:
+                allowed = self._mask.allowed()
+            token = self._generation.next(allowed)
+            if token is not None and self._mask is not None:
+                self._is_complete = not self._mask.take(token)
+        except BaseException:
+            self._generation.cancel()
+            self._generation.next()  # which ends it
+            raise
         finally:
             self._finish_reason = self._generation.finish_reason
             self._stats = self._generation.stats
         if token is not None:
             self._token_ids.append(token)
+            if self._logprobs is not None:
+                self._logprobs.append(TokenLogprobs(token, *self._generation.logprobs))
+        return token
+
+    def _advance(self) -> str:
+        token = self._next_token()
         if self._text is None:
             self._is_done = token is None
             return ""

@@ -103,6 +103,10 @@ class Tokenizer(ABC):
         return TextStream(self)
 
     @abstractmethod
+    def piece(self, token: int) -> str:
+        """How the vocabulary writes it; empty for an id without a token of its own."""
+
+    @abstractmethod
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     @abstractmethod
@@ -286,6 +290,9 @@ class _JsonTokenizer(Tokenizer):
         end = len(around) - len(self._after)
         return [*around[:end], *ids, *around[end:]]
 
+    def piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
+
     def _decode(self, ids: list[int]) -> str:
         with self._faults:
             return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -361,6 +368,10 @@ class _SentencePieceTokenizer(Tokenizer):
 
     def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         return [*self._bos, *ids, *self._eos] if add_special_tokens else ids
+
+    def piece(self, token: int) -> str:
+        known = token < self._size
+        return str(self._model.id_to_piece(token)) if known else self._spelled.get(token, "")
 
     def _decode(self, ids: list[int]) -> str:
         text = ""

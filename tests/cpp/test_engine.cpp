@@ -158,6 +158,10 @@ TEST(only_what_needs_all_logits_asks_for_them) {
   CHECK(!draws({.temperature = 0.7, .top_p = 0.5}));
   CHECK(!draws({.temperature = 0.7, .min_p = 0.5}));
   CHECK(!draws({.repetition_penalty = 1.1}));
+  CHECK(!draws({.presence_penalty = 0.1}));
+  CHECK(!draws({.frequency_penalty = -0.1}));
+  CHECK(!draws({.logit_bias = {{3, 1.0}}}));
+  CHECK(draws({.logprobs = 5}));
 }
 
 TEST(repetition_penalty_counts_the_prompt_and_the_output) {
@@ -170,6 +174,63 @@ TEST(repetition_penalty_counts_the_prompt_and_the_output) {
   const std::vector<float> negative = {-1.0f, -1.5f};
   tda::Sampler other({.repetition_penalty = 2.0}, std::vector<Token>{0});
   CHECK(other.sample(negative) == 1);
+}
+
+TEST(presence_and_frequency_penalty_count_the_output_alone) {
+  const std::vector<Token> prompt = {1, 1, 1};
+  tda::Sampler presence({.presence_penalty = 1.5}, prompt);
+  for (const Token expected : {1, 3, 2, 1, 1}) CHECK(presence.sample(kLogits) == expected);
+  tda::Sampler frequency({.frequency_penalty = 0.75}, prompt);
+  // 1 and 3 start at 3 and lose 0.75 each time, 2 stays at 2 until it comes.
+  for (const Token expected : {1, 3, 1, 3, 2, 1, 3}) CHECK(frequency.sample(kLogits) == expected);
+}
+
+TEST(bias_is_added_and_forbids) {
+  CHECK(tda::Sampler({.logit_bias = {{5, 2.6}}}, {}).sample(kLogits) == 5);
+  CHECK(tda::Sampler({.logit_bias = {{1, -100.0}}}, {}).sample(kLogits) == 3);
+  GenerateOptions options{.temperature = 1e6, .logit_bias = {{0, -100.0}, {2, -100.0}}};
+  const auto shares = frequencies(options);
+  CHECK(shares.size() == 4 && !shares.contains(0) && !shares.contains(2));
+  for (Token token = 0; token < 6; ++token) options.logit_bias[token] = -100;
+  tda::Sampler none(options, {});
+  CHECK_THROWS(none.sample(kLogits), tda::OptionError, "no token");
+}
+
+TEST(a_mask_allows_what_its_bits_say) {
+  const std::vector<std::uint32_t> mask = {0b10101};
+  tda::Sampler greedy({}, {});
+  CHECK(greedy.sample(kLogits, mask) == 2);
+  CHECK(greedy.sample(kLogits) == 1);  // the next step has one of its own
+  tda::Sampler hot({.temperature = 50.0, .seed = 1}, {});
+  std::map<Token, int> counts;
+  for (int i = 0; i < 300; ++i) ++counts[hot.sample(kLogits, mask)];
+  CHECK(counts.size() == 3 && counts.contains(0) && counts.contains(2) && counts.contains(4));
+  CHECK_THROWS(greedy.sample(kLogits, std::vector<std::uint32_t>{0}), tda::OptionError, "no token");
+  const std::vector<float> many(40, 1.0f);
+  CHECK_THROWS(greedy.sample(many, mask), tda::OptionError, "1 words of 32 bits, expected 2");
+  const std::vector<std::uint32_t> last = {0, 0x80};
+  CHECK(greedy.sample(many, last) == 39);
+}
+
+TEST(a_mask_that_allows_all_changes_nothing) {
+  const std::vector<std::uint32_t> all = {~0u};
+  for (const double temperature : {0.0, 0.7}) {
+    const GenerateOptions options{.temperature = temperature, .seed = 5};
+    tda::Sampler plain(options, {}), masked(options, {});
+    for (int i = 0; i < 200; ++i) CHECK(plain.sample(kLogits) == masked.sample(kLogits, all));
+  }
+}
+
+TEST(the_likeliest_come_with_their_log_probabilities) {
+  const tda::Logprobs found = tda::logprobs_of(kLogits, 4, 3);
+  CHECK(found.chosen.token == 4 && found.chosen.logprob == tda::log_probability(kLogits, 4));
+  CHECK(found.top.size() == 3);
+  for (const std::size_t i : {0, 1, 2}) {
+    CHECK(found.top[i].token == (std::vector<Token>{1, 3, 2})[i]);
+    CHECK(found.top[i].logprob == tda::log_probability(kLogits, found.top[i].token));
+  }
+  CHECK(tda::logprobs_of(kLogits, 0, 0).top.empty());
+  CHECK(tda::logprobs_of(kLogits, 0, 100).top.size() == kLogits.size());
 }
 
 TEST(logits_that_are_not_finite_are_an_error) {
@@ -198,6 +259,12 @@ TEST(options_are_checked) {
   rejects({.temperature = nan}, "temperature");
   rejects({.temperature = std::numeric_limits<double>::infinity()}, "temperature");
   rejects({.top_k = -1}, "top_k");
+  rejects({.presence_penalty = 2.1}, "presence_penalty");
+  rejects({.frequency_penalty = nan}, "frequency_penalty");
+  rejects({.logit_bias = {{1, 101.0}}}, "logit_bias[1]");
+  rejects({.logit_bias = {{1, nan}}}, "logit_bias[1]");
+  rejects({.logprobs = 101}, "logprobs");
+  rejects({.logprobs = -1}, "logprobs");
   rejects({.top_p = 0}, "top_p");
   rejects({.top_p = 1.5}, "top_p");
   rejects({.top_p = nan}, "top_p");

@@ -77,7 +77,7 @@ def test_options_as_keywords_or_as_an_object(engine, dense):
 
 def test_an_output_prints_as_its_text(dense):
     assert str(dense) == f"{dense}" == dense.text
-    assert str(Output(None, [1, 2], "length", dense.stats)) == "[1, 2]"
+    assert str(Output(None, [1, 2], "length", dense.stats, None)) == "[1, 2]"
 
 
 def test_several_prompts_have_seeds_of_their_own(engine):

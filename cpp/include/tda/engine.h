@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -32,14 +33,22 @@ struct EngineOptions {
   std::function<void()> before_step = {};
 };
 
-/// Sampling follows the order repetition penalty, temperature, top-k, top-p, min-p.
+/// Sampling follows the order logit bias, repetition penalty, presence and frequency penalty, mask,
+/// temperature, top-k, top-p, min-p.
 struct GenerateOptions {
   std::int64_t max_new_tokens = 128;
-  double temperature = 0.0;                // 0: greedy
-  std::int64_t top_k = 0;                  // 0: off
-  double top_p = 1.0;                      // 1: off
-  double min_p = 0.0;                      // 0: off
-  double repetition_penalty = 1.0;         // 1: off; prompt and generated tokens count
+  double temperature = 0.0;         // 0: greedy
+  std::int64_t top_k = 0;           // 0: off
+  double top_p = 1.0;               // 1: off
+  double min_p = 0.0;               // 0: off
+  double repetition_penalty = 1.0;  // 1: off; prompt and generated tokens count
+  // By the OpenAI API's formula a token generated n times before loses n * frequency_penalty, and
+  // presence_penalty once. -2 to 2; 0: off.
+  double presence_penalty = 0.0;
+  double frequency_penalty = 0.0;
+  std::map<Token, double> logit_bias = {};  // added to logits, -100 to 100; -100 forbids the token
+  /// How many of the likeliest tokens Generation::logprobs tells beside the chosen one, 0 to 100.
+  std::optional<std::int64_t> logprobs = {};
   std::optional<std::uint64_t> seed = {};  // unset: a fresh one
   bool ignore_eos = false;
 
@@ -67,6 +76,21 @@ struct GenerationStats {
 
 enum class FinishReason { none, stop, length, cancelled };
 
+/// Which tokens may come next: bit t % 32 of word t / 32 stands for token t. Empty: all may.
+using TokenMask = std::span<const std::uint32_t>;
+
+struct TokenLogprob {
+  Token token = 0;
+  float logprob = 0;  // natural logarithm
+};
+
+/// Of one place in a text. Log-probabilities are the model's own, before bias, penalties, masks and
+/// temperature, as those of Engine::score.
+struct Logprobs {
+  TokenLogprob chosen;
+  std::vector<TokenLogprob> top;  // GenerateOptions::logprobs of them, likeliest first
+};
+
 class HarmProbe;
 class Run;
 class Runtime;
@@ -81,8 +105,11 @@ class Generation {
   ~Generation();
 
   /// The next token. Nothing after an end-of-text token (which is not returned; reason `stop`) or
-  /// after max_new_tokens (reason `length`). The first call runs the prompt.
-  std::optional<Token> next();
+  /// after max_new_tokens (reason `length`). The first call runs the prompt. `allowed` may change
+  /// from call to call; throws OptionError if it is too short or leaves no token.
+  std::optional<Token> next(TokenMask allowed = {});
+  /// Of the token that `next` gave last; empty unless GenerateOptions::logprobs is set.
+  const Logprobs& logprobs() const;
   /// From any thread: nothing more comes (reason `cancelled`, as after an exception). A `next`
   /// under way gives its token, or gives up the prompt, after the step it is in.
   void cancel();
@@ -98,6 +125,7 @@ class Generation {
 
 struct GenerationResult {
   std::vector<Token> tokens;
+  std::vector<Logprobs> logprobs;  // one per token, if asked for
   FinishReason finish_reason = FinishReason::none;
   GenerationStats stats;
 };
