@@ -80,6 +80,8 @@ def add_sampling(parser: argparse.ArgumentParser, shown: dict[str, str]) -> None
     one("top_p", float, "draw from the fewest tokens with this probability; 1: all")
     one("min_p", float, "only from tokens this likely relative to the likeliest; 0: all")
     one("repetition_penalty", float, "on tokens that were there before; 1: none")
+    one("presence_penalty", float, "taken from logits of tokens generated before; -2 to 2")
+    one("frequency_penalty", float, "the same times how often they were generated")
     shown = {**shown, "seed": "a fresh one"}
     one("seed", int, "of the random numbers")
     flag(group, "--ignore-eos", help="go on after an end-of-text token", default=argparse.SUPPRESS)

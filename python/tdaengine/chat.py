@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from .files import MAX_TEMPLATE
 from .sandbox import BoundedEnvironment
 from .tokenizer import Tokenizer
 from .tokenizer_files import Settings
+
+Tools = Sequence[Mapping[str, Any]]
 
 
 class _GenerationBlock(Extension):
@@ -117,13 +119,19 @@ class ChatTemplate:
             )
         return ChatTemplate(stored, Settings.read(contents).special_tokens, label)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @cached_property
+    def takes_tools(self) -> bool:
+        tree = self._environment.parse(self.source)
+        return any(name.name == "tools" for name in tree.find_all(nodes.Name))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Tools | None = None) -> str:
         """The conversation and the beginning of the assistant's answer."""
         _check_messages(messages)
+        self._check_tools(tools)
         try:
             values: dict[str, Any] = {
                 "messages": messages,
-                "tools": None,
+                "tools": tools or None,
                 "documents": None,
                 "add_generation_prompt": True,
             }
@@ -137,26 +145,30 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         parse_special: bool = True,
         check: Callable[[str], None] = lambda text: None,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Token ids of the rendered conversation.
 
-        parse_special: see Engine.chat_prompt. check: may refuse the text before it is encoded.
+        parse_special, tools: see Engine.chat_prompt. check: may refuse the text before it is
+        encoded.
         """
         control = [token for token in tokenizer.added_tokens if not token.isspace()]
         if parse_special or not control:
-            text = self.render(messages)
+            text = self.render(messages, tools)
             check(text)
             # The template writes all special tokens itself.
             return tokenizer.encode(text, add_special_tokens=False)
         _check_messages(messages)
-        begin, end = _unused_characters(messages)
+        self._check_tools(tools)
+        begin, end = _unused_characters([messages, tools])
         longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
-        marked = _map_strings(
-            messages, partial(re.compile(longest_first).sub, rf"{begin}\g<0>{end}")
-        )
+        mark = partial(re.compile(longest_first).sub, rf"{begin}\g<0>{end}")
+        marked, marked_tools = _map_strings(messages, mark), _map_strings(tools, mark)
         # Alternately text that may hold control tokens, and a marked one. What the template has
         # taken apart leaves single marks behind.
-        parts = re.split(f"{begin}({longest_first}){end}|[{begin}{end}]", self.render(marked))
+        parts = re.split(
+            f"{begin}({longest_first}){end}|[{begin}{end}]", self.render(marked, marked_tools)
+        )
         check("".join(filter(None, parts)))
         ids = tokenizer.encode(parts[0], add_special_tokens=False)
         for i, part in enumerate(parts[1:], start=1):
@@ -170,6 +182,18 @@ class ChatTemplate:
                 ids += found
         return ids
 
+    def _check_tools(self, tools: Any) -> None:
+        if tools is None:
+            return
+        if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+            raise OptionError(
+                f"tools: found {tools!r}, expected a list of "
+                "{'type': 'function', 'function': {...}}"
+            )
+        if tools and not self.takes_tools:
+            found = f"tools: found {len(tools)}, expected none"
+            raise OptionError(f"{found}: the template {self._name} takes none")
+
 
 def _encode_behind(tokenizer: Tokenizer, part: str, parse_special: bool) -> list[int]:
     """The part as it is encoded in the midst of a text: some tokenizers put a space before one."""
@@ -180,20 +204,22 @@ def _encode_behind(tokenizer: Tokenizer, part: str, parse_special: bool) -> list
     return tokenizer.encode(part, False, parse_special)
 
 
-def _unused_characters(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Two private use characters that no string of the messages has."""
+def _unused_characters(value: Any) -> tuple[str, str]:
+    """Two private use characters that no string within the value has."""
     used: set[str] = set()
-    _map_strings(messages, used.update)
+    _map_strings(value, used.update)
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
     return next(unused), next(unused)
 
 
 def _map_strings(value: Any, function: Callable[[str], Any]) -> Any:
-    """The value with function(string) for all strings within."""
+    """The value with function(string) for all strings within, keys included."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(each, function) for key, each in value.items()}
+        return {
+            _map_strings(key, function): _map_strings(each, function) for key, each in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_map_strings(each, function) for each in value]
     return value
@@ -224,6 +250,8 @@ def _check_messages(messages: Any) -> None:
             found = type(message).__name__
             raise OptionError(f"messages[{i}]: found {found}, expected a dict")
         for key in ("role", "content"):
+            if key == "content" and message.get("tool_calls") and message.get(key) is None:
+                continue
             if not isinstance(message.get(key), str):
                 raise OptionError(
                     f"messages[{i}][{key!r}]: found {message.get(key)!r}, expected a string"

@@ -120,6 +120,21 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "prompt", nargs="?", help="the text to continue; - takes it from standard input"
     )
     option(parser, "--file", metavar="FILE", help="take the prompt from a file", shown="none")
+    option(
+        parser,
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json: log-probabilities of each token and of the K likeliest ones",
+        shown="none",
+    )
+    option(
+        parser,
+        "--json-schema",
+        metavar="FILE",
+        help="generate JSON that this JSON schema accepts; needs the extra [grammar]",
+        shown="none",
+    )
     add_sampling(parser, {})
     add_tda(parser)
 

@@ -22,7 +22,8 @@ from .bench import table as speeds
 from .contents import thresholds_file
 from .engine import Engine
 from .evaluate import DENSE, Run, evaluate, frontier, table
-from .files import MAX_DATA, check_output, read, read_texts
+from .files import MAX_DATA, check_output, read, read_json_object, read_texts
+from .grammar import Grammar
 from .hub import find
 from .info import describe, fields_of, file_sizes, info
 from .new_folder import verify
@@ -70,7 +71,12 @@ def read_prompt(text: str | None, file: str | None, name: str) -> str:
 
 def run_generate(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.prompt, args.file, "prompt")
-    answer(open_engine(args).stream(prompt, **sampling(args)), args.json)
+    if args.logprobs is not None and not args.json:
+        raise OptionError("--logprobs: needs --json")
+    schema = None if args.json_schema is None else read_json_object(Path(args.json_schema))
+    grammar = None if schema is None else Grammar.json_schema(schema)
+    stream = open_engine(args).stream(prompt, grammar=grammar, **sampling(args))
+    answer(stream, args.json)
 
 
 def answer(stream: Stream, as_json: bool = False) -> None:
@@ -349,7 +355,9 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def _output_fields(output: Output) -> dict[str, Any]:
-    return {**vars(output), "stats": fields_of(output.stats)}
+    fields = {**vars(output), "stats": fields_of(output.stats)}
+    logprobs = fields.pop("logprobs")
+    return fields if logprobs is None else {**fields, "logprobs": [e._asdict() for e in logprobs]}
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ._native import (
     OptionError,
     Thresholds,
 )
-from .chat import ChatTemplate
+from .chat import ChatTemplate, Tools
 from .checks import (
     check_count,
     check_progress,
@@ -238,7 +238,11 @@ class Engine(_native.Engine):
         return self._generate(prompt, stop, tda, chosen, self._mask(grammar, allowed_tokens))
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, parse_special: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        parse_special: bool = True,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Token ids of a conversation, `messages`, up to where the answer begins.
 
@@ -246,14 +250,16 @@ class Engine(_native.Engine):
         tokens, as in transformers, so that a message with "<|im_end|>" in it can end its turn and
         begin another. With False they are text like any other and only the template writes such
         tokens: right for messages from others.
-        Raises CheckpointError if the checkpoint has no chat template, OptionError for messages that
-        are of the wrong shape, that the template refuses, or that hold a special token which the
-        tokenizer has no other way to write.
+        tools: the functions that the model may call, as the OpenAI API describes them; how it calls
+        one is up to its template.
+        Raises CheckpointError if the checkpoint has no chat template, OptionError for tools that it
+        does not take and for messages that are of the wrong shape, that the template refuses, or
+        that hold a special token which the tokenizer has no other way to write.
         """
         parse_special = check_type(parse_special, "parse_special", bool)
         check = partial(self._check_length, name="messages")
         tokenizer = self.tokenizer  # if it is missing, this is said before the template is
-        return self.chat_template.encode(messages, tokenizer, parse_special, check)
+        return self.chat_template.encode(messages, tokenizer, parse_special, check, tools)
 
     def score(  # type: ignore[override]  # what has text on both sides takes other arguments
         self, token_ids: Sequence[int], prompt_tokens: int, tda: TDA | bool | None = None
@@ -352,6 +358,10 @@ class Engine(_native.Engine):
         if allowed_tokens is not None:
             return MaskOfFunction(allowed_tokens, self.config.vocab_size)
         return None
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises OptionError for a `grammar` that is wrong or that nothing matches."""
+        self._grammars.start(grammar)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:

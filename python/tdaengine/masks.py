@@ -43,7 +43,7 @@ class MaskOfFunction(Mask):
 
 def _mask_of(ids: Any, vocab_size: int) -> np.ndarray:
     flags = np.zeros(-(-vocab_size // 32) * 32, bool)
-    found = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    found = np.asarray(list(ids) if isinstance(ids, Iterable) else ids)
     if found.size:
         if found.ndim != 1 or found.dtype.kind not in "iu":
             raise OptionError(f"allowed_tokens: found {ids!r}, expected token ids")

@@ -169,7 +169,7 @@ class StopStrings:
             self.is_found = True
             certain, kept = min(ends)[1], len(text)
         else:
-            certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+            certain = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
             kept = certain
         self._held, self._shown = text[kept:], shown[kept:]
         return _visible(text[:certain], shown[:certain])
@@ -184,7 +184,7 @@ def _visible(text: str, shown: str) -> str:
     return "".join(itertools.compress(text, (flag == "+" for flag in shown)))
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that stop, as a whole longer, begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -15,10 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from .._native import Error, GenerateOptions
+from .._native import Error, GenerateOptions, OptionError
 from ..conversation import chat_sampling
 from ..engine import Engine
+from ..grammar import Grammar
 from .answer import Answer
+from .complaints import invalid
 from .faults import ApiError, api_error
 from .fields import (
     MOST_CHOICES,
@@ -26,7 +28,6 @@ from .fields import (
     CompletionRequest,
     ResponsesRequest,
     Sampling,
-    invalid,
 )
 from .forms import ChatForm, CompletionForm, Form, ResponseForm
 from .gate import Gate, Rules
@@ -102,11 +103,19 @@ class Service:
                 code="invalid_value",
             )
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-        ids = await self._chat_ids([message.plain() for message in body.messages])
+        grammar, tools = body.grammar(), body.offered_tools()
+        if tools and not self.engine.chat_template.takes_tools:
+            raise ApiError(
+                400,
+                f"tools: found {len(tools)}, expected none: this model's chat template takes none",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        await self._check_grammar(grammar, "tools" if body.is_forced() else "response_format")
+        ids = await self._chat_ids(body.plain(), tools)
         count = body.n or 1
-        choices = self._choices(body, [(ids, "")], most, count)
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        form = ChatForm(self.model, self.engine.fingerprint, count, include_usage=with_usage)
+        choices = self._choices(body, [(ids, "")], most, count, grammar)
+        form = ChatForm(*self._names(), count, has_tools=bool(tools), **self._shown(body))
         return self._answer(body, choices, form)
 
     async def completion(self, body: CompletionRequest) -> Answer:
@@ -121,9 +130,8 @@ class Service:
             )
         encoded = [await run_in_threadpool(self._encode, prompt, body.echo) for prompt in prompts]
         most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        form = CompletionForm(self.model, self.engine.fingerprint, count, include_usage=with_usage)
-        if body.logprobs is None:
+        form = CompletionForm(*self._names(), count, **self._shown(body))
+        if body.logprobs is None or not body.echo:
             if most == 0:
                 message = "max_tokens: found 0, expected 1 or more, or 0 with echo and logprobs"
                 raise ApiError(400, message, param="max_tokens", code="invalid_value")
@@ -134,13 +142,40 @@ class Service:
         return Answer(self.scheduler, self.metrics, work, form, is_stream=False)
 
     async def response(self, body: ResponsesRequest) -> Answer:
+        grammar = body.grammar()
+        await self._check_grammar(grammar, "text")
         ids = await self._chat_ids(body.messages())
-        choices = self._choices(body, [(ids, "")], body.max_output_tokens, 1)
-        return self._answer(body, choices, ResponseForm(self.model, self.engine.fingerprint))
+        choices = self._choices(body, [(ids, "")], body.max_output_tokens, 1, grammar)
+        return self._answer(body, choices, ResponseForm(*self._names()))
 
-    async def _chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def _names(self) -> tuple[str, str]:
+        return self.model, self.engine.fingerprint
+
+    def _shown(self, body: ChatRequest | CompletionRequest) -> dict[str, Any]:
+        """What answers show beside their text."""
+        options, likeliest = body.stream_options, body.likeliest()
+        return {
+            "include_usage": options is not None and options.include_usage,
+            "tokenizer": None if likeliest is None else self.engine.tokenizer,
+            "likeliest": likeliest or 0,
+        }
+
+    async def _check_grammar(self, grammar: Grammar | None, field: str) -> None:
+        """What is wrong with it is said before the request waits for its turn."""
+        if grammar is None:
+            return
+        try:
+            await run_in_threadpool(self.engine.check_grammar, grammar)
+        except OptionError as error:
+            message = f"{field}: {str(error).removeprefix('grammar: ')}"
+            raise ApiError(400, message, param=field, code="invalid_value") from error
+
+    async def _chat_ids(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Special tokens that messages spell out stay text: messages are from others."""
-        return await run_in_threadpool(self.engine.chat_prompt, messages, parse_special=False)
+        prompt = self.engine.chat_prompt
+        return await run_in_threadpool(prompt, messages, parse_special=False, tools=tools)
 
     def _encode(self, prompt: str | list[int], echo: bool | None) -> tuple[list[int], str]:
         ids = list(self.engine._encode(prompt))
@@ -154,6 +189,7 @@ class Service:
         prompts: list[tuple[list[int], str]],
         most: int | None,
         count: int,
+        grammar: Grammar | None = None,
     ) -> list[Choice]:
         """`count` of each prompt, (token ids, what is echoed); of the seed each has its own."""
         tda = body.setting()
@@ -166,9 +202,11 @@ class Service:
                 index = len(choices)
                 seed = None if body.seed is None else (body.seed + index) % 2**64
                 options = GenerateOptions(
-                    max_new_tokens=room, **{**self._sampling, **body.sampling(), "seed": seed}
+                    max_new_tokens=room,
+                    logprobs=body.likeliest(),
+                    **{**self._sampling, **body.sampling(), "seed": seed},
                 )
-                choices.append(Choice(index, ids, options, body.stops(), tda, echo))
+                choices.append(Choice(index, ids, options, body.stops(), tda, echo, grammar))
         return choices
 
     def _answer(self, body: Any, choices: list[Choice], form: Form) -> Answer:
@@ -181,26 +219,26 @@ class Service:
 
 
 def _check_scoring(body: CompletionRequest, most: int) -> None:
-    """Log-probabilities come from a prompt's prefill, not from generating."""
+    """With echo log-probabilities come from a prompt's prefill, not from generating."""
     fault = None
-    if not body.echo or most > 1:
-        fault = "logprobs", "expected only with echo and max_tokens 0 or 1"
+    if most > 1:
+        fault = "max_tokens", "expected 0 or 1"
     elif most == 1 and body.temperature != 0:
-        fault = "logprobs", "expected temperature 0 with max_tokens 1"
+        fault = "temperature", "expected 0 with max_tokens 1"
     elif body.stream:
-        fault = "stream", "expected no stream with logprobs"
+        fault = "stream", "expected none"
     elif body.n not in (None, 1):
-        fault = "n", "expected 1 with logprobs"
+        fault = "n", "expected 1"
     else:
-        for name in ("stop", "tda", "repetition_penalty"):
+        changing = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+        for name in ("stop", "tda", *changing):
             if getattr(body, name):  # neither left out nor false
-                fault = name, "expected none with logprobs"
+                fault = name, "expected none"
     if fault is not None:
         name, reason = fault
         raise ApiError(
             400,
-            f"{name}: {reason}: log-probabilities are those of a prompt, computed dense, and are "
-            "not kept while generating",
+            f"{name}: {reason}: with echo and logprobs a prompt is scored, dense",
             param=name,
             code="unsupported_parameter",
         )

@@ -40,7 +40,7 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
-FIELDS = {"prompt", "messages", "tda", *GenerateOptions.fields}
+FIELDS = {"prompt", "messages", "tools", "tda", *GenerateOptions.fields}
 INTERNAL = "the server failed; its log says more"
 
 

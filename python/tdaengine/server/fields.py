@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from .._native import TDA, OptionError, Thresholds
+from ..grammar import Grammar
+from .base import MOST_SHOWN, Fields, misplaced, shown
 from .faults import ApiError
+from .formats import ResponseFormat, TextOptions
+from .messages import ChatMessage, Message
+from .tools import CLOSE, Choice, Tools, grammar_of_calls
 
 Item = TypeVar("Item")
 MOST_CHOICES = 128  # prompts x n
-MOST_SHOWN = 100  # characters of a value in a message
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 1000
 
 # Sent by many clients, of no meaning here and without effect on the answer.
@@ -33,18 +36,15 @@ IGNORED = (
 # What the engine cannot do: the values that ask for nothing, which are taken, and the reason why
 # others are not.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "frequency_penalty": ((0,), "there are no penalties but repetition_penalty"),
-    "presence_penalty": ((0,), "there are no penalties but repetition_penalty"),
-    "logit_bias": (({},), "logits are not changed"),
-    "logprobs": ((False,), "log-probabilities are not kept while generating"),
-    "top_logprobs": ((0,), "log-probabilities are not kept while generating"),
-    "response_format": (({"type": "text"},), "output follows no schema"),
-    "text": (({}, {"format": {"type": "text"}}), "output follows no schema"),
-    "tools": (([],), "tools are not called"),
-    "tool_choice": (("none", "auto"), "tools are not called"),
-    "parallel_tool_calls": ((True, False), "tools are not called"),
-    "functions": (([],), "tools are not called"),
-    "function_call": (("none", "auto"), "tools are not called"),
+    "logprobs": ((False,), "log-probabilities come with chat and completions"),
+    "top_logprobs": ((0,), "log-probabilities come with logprobs of chat and completions"),
+    "response_format": (({"type": "text"},), "schemas are for chat, and responses as text.format"),
+    "text": (({}, {"format": {"type": "text"}}), "schemas are for responses and chat"),
+    "tools": (([],), "tools are for chat"),
+    "tool_choice": (("none", "auto"), "tools are for chat"),
+    "parallel_tool_calls": ((True, False), "tools are for chat"),
+    "functions": (([],), "tools took their place"),
+    "function_call": (("none", "auto"), "tool_choice took its place"),
     "modalities": ((["text"],), "there is only text"),
     "audio": ((), "there is only text"),
     "prediction": ((), "predicted output is not used"),
@@ -59,45 +59,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "background": ((False,), "responses are not kept"),
     "include": (([],), "there is nothing more to include"),
     "truncation": (("disabled",), "prompts are not cut"),
-    "max_tool_calls": ((), "tools are not called"),
+    "max_tool_calls": ((), "tools are not called here"),
 }
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_names(cls, fields: Any) -> Any:
-        """Of unknown fields, of which there may be a million, the first one is enough."""
-        if isinstance(fields, dict):
-            for name in fields:
-                if name not in cls.model_fields:
-                    raise PydanticCustomError("unknown_field", "unknown field", {"name": name})
-        return fields
-
-
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     include_usage: bool = False
     include_stats: bool = False
     include_obfuscation: Literal[False] = False
-
-
-class TextPart(_Fields):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
-class Message(_Fields):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    type: Literal["message"] = "message"
-
-    def plain(self) -> dict[str, str]:
-        """As templates take it. What OpenAI calls developer they know as system."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 # A list's first fault is enough: a body may hold a million of them.
@@ -105,10 +74,17 @@ Prompts = Annotated[list[Item], Field(fail_fast=True, max_length=MOST_CHOICES)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 Count = Annotated[int, Field(ge=1)]
 Answers = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
+Likeliest = Annotated[int, Field(ge=0, le=20)]
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
 
-class Sampling(_Fields):
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "ignore_eos"),
+)
+
+
+class Sampling(Fields):
     """What all endpoints take. The ranges of numbers are the engine's to check."""
 
     model: str
@@ -118,6 +94,9 @@ class Sampling(_Fields):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
@@ -137,7 +116,7 @@ class Sampling(_Fields):
                     accepted = " or ".join(json.dumps(each) for each in (*neutral, None))
                     raise ApiError(
                         400,
-                        f"{name}: found {_shown(value)}, expected {accepted}: {reason}",
+                        f"{name}: found {shown(value)}, expected {accepted}: {reason}",
                         param=name,
                         code="unsupported_parameter",
                     )
@@ -147,8 +126,18 @@ class Sampling(_Fields):
 
     def sampling(self) -> dict[str, Any]:
         """The fields of GenerateOptions that are given."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+        if self.logit_bias:
+            given["logit_bias"] = dict(map(_bias, self.logit_bias.items()))
+        return given
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must look like."""
+        return None
+
+    def likeliest(self) -> int | None:
+        """How many log-probabilities of the likeliest tokens are asked for, if any."""
+        return None
 
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -161,11 +150,49 @@ class Sampling(_Fields):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Answers | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Likeliest | None = None
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+
+    def plain(self) -> list[dict[str, Any]]:
+        return [message.plain(f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def likeliest(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise misplaced("top_logprobs", "expected only with logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """As templates take them."""
+        if self.tool_choice == "none" or not self.tools:
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def grammar(self) -> Grammar | None:
+        form = None if self.response_format is None else self.response_format.grammar()
+        choice = self.tool_choice
+        if not self.tools and choice not in (None, "none", "auto"):
+            raise misplaced("tool_choice", "expected only with tools")
+        if form is not None and self.offered_tools():
+            raise misplaced("response_format", "expected none with tools, or tool_choice none")
+        return form or grammar_of_calls(self.tools or [], choice, self.parallel_tool_calls)
+
+    def stops(self) -> list[str]:
+        """One call at most ends with that call."""
+        is_one = self.offered_tools() and self.parallel_tool_calls is False
+        return [*super().stops(), CLOSE] if is_one and not self.is_forced() else super().stops()
+
+    def is_forced(self) -> bool:
+        """Whether the answer must call a tool."""
+        return self.tool_choice not in (None, "none", "auto")
 
 
 class CompletionRequest(Sampling):
@@ -174,7 +201,10 @@ class CompletionRequest(Sampling):
     n: Answers | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Likeliest | None = None
+
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         prompt: Any = self.prompt
@@ -188,96 +218,17 @@ class ResponsesRequest(Sampling):
     instructions: str | None = None
     max_output_tokens: Count | None = None
     stream_options: StreamOptions | None = None
+    text: TextOptions | None = None
 
-    def messages(self) -> list[dict[str, str]]:
+    def grammar(self) -> Grammar | None:
+        return None if self.text is None or self.text.format is None else self.text.format.grammar()
+
+    def messages(self) -> list[dict[str, Any]]:
         system = [] if self.instructions is None else [("system", self.instructions)]
         if isinstance(self.input, str):
             return [_message(*each) for each in (*system, ("user", self.input))]
-        return [*(_message(*each) for each in system), *(each.plain() for each in self.input)]
-
-
-# Of fields that take several types pydantic complains about one at a time.
-UNIONS = {
-    "prompt": "a text, token ids, or a list of texts or of lists of token ids",
-    "stop": "a text or a list of texts",
-    "input": "a text or a list of messages",
-    "content": 'a text or a list of {"type": "text", "text": "..."}',
-    "tda": "true, false, or an object with options of TDA",
-}
-# What pydantic expected, by the type of its complaint.
-EXPECTED = {
-    "string_type": "a text",
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "literal_error": "{expected}",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "at most {le}",
-    "too_short": "{min_length} or more items",
-    "too_long": "at most {max_length} items",
-    "string_too_short": "{min_length} or more characters",
-    "string_too_long": "at most {max_length} characters",
-}
-NO_JSON = ApiError(
-    400,
-    "body: expected a JSON object, sent as Content-Type: application/json",
-    code="invalid_json",
-)
-
-
-def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """One of pydantic's complaints, about the field as the client wrote it."""
-    error = min(errors, key=_order)
-    kind, param = error["type"], _param(error)
-    if kind == "unknown_field":
-        param = ".".join(filter(None, (param, error["ctx"]["name"][:100])))
-        return ApiError(400, f"{param}: unknown field", param=param, code="unknown_parameter")
-    if kind == "json_invalid":
-        return ApiError(400, f"body: {error['ctx']['error']}, expected JSON", code="invalid_json")
-    if not param:
-        return NO_JSON
-    if kind == "missing":
-        return ApiError(400, f"{param}: missing", param=param, code="missing_parameter")
-    name = param.rsplit(".", 1)[-1]
-    if name in UNIONS and _is_of_type(error):
-        expected = UNIONS[name]
-    elif kind in EXPECTED:
-        expected = EXPECTED[kind].format(**error.get("ctx", {}))
-    else:
-        expected = str(error["msg"])
-    shown = _shown(error["input"])
-    if kind in ("too_long", "string_too_long"):
-        shown = str(len(error["input"]))
-    message = f"{param}: found {shown}, expected {expected}"
-    return ApiError(400, message, param=param, code="invalid_value")
-
-
-def _is_of_type(error: Mapping[str, Any]) -> bool:
-    return str(error["type"]).endswith("_type")
-
-
-def _order(error: Mapping[str, Any]) -> tuple[bool, int]:
-    """Where a field takes several types, the one that fits in all but a value comes first, the
-    deepest; where none fits, what the field holds as a whole."""
-    is_of_type = _is_of_type(error)
-    return is_of_type, len(error["loc"]) if is_of_type else -len(error["loc"])
-
-
-def _param(error: Mapping[str, Any]) -> str:
-    """As messages[0].content. Pydantic also names which type of a union it tried, as "list[str]",
-    "constrained-str" or "TextPart"."""
-    param = ""
-    for place in error["loc"][1:]:
-        if isinstance(place, int):
-            param += f"[{place}]"
-        elif re.fullmatch("[a-z_]+", place) and place not in ("str", "int", "bool"):
-            param += f".{place}" if param else place
-    return param
+        plain = [message.plain(f"input[{i}]") for i, message in enumerate(self.input)]
+        return [*(_message(*each) for each in system), *plain]
 
 
 def _tda(fields: Mapping[str, Any]) -> TDA:
@@ -292,7 +243,7 @@ def _tda(fields: Mapping[str, Any]) -> TDA:
         if not isinstance(values["thresholds"], dict):
             raise ApiError(
                 400,
-                f"tda.thresholds: found {_shown(values['thresholds'])}, expected an object, the "
+                f"tda.thresholds: found {shown(values['thresholds'])}, expected an object, the "
                 "content of a file that `tdaengine calibrate` wrote",
                 param="tda.thresholds",
                 code="invalid_value",
@@ -316,13 +267,13 @@ def _thresholds(value: dict[str, Any]) -> Thresholds:
             raise ApiError(400, message, param="tda.thresholds", code="invalid_value") from error
 
 
+def _bias(item: tuple[str, float]) -> tuple[int, float]:
+    token, bias = item
+    if not re.fullmatch("[0-9]{1,9}", token):
+        message = f"logit_bias: found {shown(token)}, expected a token id"
+        raise ApiError(400, message, param="logit_bias", code="invalid_value")
+    return int(token), bias
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, not all of a long one."""
-    if isinstance(value, str | list):
-        value = value[:MOST_SHOWN]
-    text = json.dumps(value, default=str)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

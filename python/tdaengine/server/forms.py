@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..info import fields_of
+from ..tokenizer import Tokenizer
+from .logprobs import LogprobShapes, Place
+from .tools import Call, CallReader
 from .work import Finished, Piece
 
 ENDED = b"data: [DONE]\n\n"
@@ -83,9 +86,24 @@ class Form:
 class Choices(Form):
     """Chat and text completions: a list of choices."""
 
-    def __init__(self, kind: str, *args: Any, include_usage: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *args: Any,
+        include_usage: bool = False,
+        tokenizer: Tokenizer | None = None,
+        likeliest: int = 0,
+    ) -> None:
+        """tokenizer: with log-probabilities, of `likeliest` tokens beside those chosen."""
         super().__init__(kind, *args)
         self._include_usage = include_usage
+        self._tokenizer, self._likeliest = tokenizer, likeliest
+        self._places: dict[int, list[Place]] = {}
+        self._shapes: dict[int, LogprobShapes] = {}  # of answers that are streamed
+
+    def note(self, event: Piece | Finished) -> None:
+        super().note(event)
+        self._places.setdefault(event.index, []).extend(event.places)
 
     def whole(self) -> dict[str, Any]:
         choices = [self._choice(index) for index in sorted(self.finished)]
@@ -99,38 +117,92 @@ class Choices(Form):
         chunk = {**self._base(self._chunk_name), "choices": [choice]}
         return {**chunk, "usage": None} if self._include_usage else chunk
 
+    def _chunk_logprobs(self, event: Piece | Finished) -> dict[str, Any] | None:
+        if self._tokenizer is None or not event.places:
+            return None
+        shapes = self._shapes.setdefault(event.index, LogprobShapes(self._tokenizer))
+        return self._logprobs(shapes, event.places)
+
+    def _all_logprobs(self, index: int) -> dict[str, Any] | None:
+        if self._tokenizer is None:
+            return None
+        return self._logprobs(LogprobShapes(self._tokenizer), self._places[index])
+
     _whole_name = _chunk_name = ""
 
     def _choice(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, shapes: LogprobShapes, places: Sequence[Place]) -> dict[str, Any]:
         raise NotImplementedError
 
 
 class ChatForm(Choices):
     _whole_name, _chunk_name = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    def __init__(self, *args: Any, has_tools: bool = False, **settings: Any) -> None:
         super().__init__("chatcmpl", *args, **settings)
         self._opened: set[int] = set()
+        self._readers: dict[int, CallReader] | None = {} if has_tools else None
+        self._calls: dict[int, list[Call]] = {}
+        self._parts: list[str | Call] = []  # of the last event
+
+    def note(self, event: Piece | Finished) -> None:
+        super().note(event)
+        self._parts = [event.text] if isinstance(event, Piece) else []
+        if self._readers is not None:
+            self._read(event, self._readers.setdefault(event.index, CallReader()))
+
+    def _read(self, event: Piece | Finished, reader: CallReader) -> None:
+        before = self.texts.get(event.index, "")
+        if isinstance(event, Piece):
+            self._parts = list(reader.push(event.text))
+            before = before.removesuffix(event.text)
+        else:
+            self._parts = list(reader.flush())
+        texts = [part for part in self._parts if isinstance(part, str)]
+        self.texts[event.index] = before + "".join(texts)
+        calls = [part for part in self._parts if isinstance(part, Call)]
+        self._calls.setdefault(event.index, []).extend(calls)
 
     def chunks(self, event: Piece | Finished) -> Iterator[dict[str, Any]]:
-        delta: dict[str, Any] = {}
+        deltas = list(self._deltas(event.index))
         if event.index not in self._opened:
             self._opened.add(event.index)
-            delta = {"role": "assistant", "content": ""}
-        if isinstance(event, Piece):
-            delta = {**delta, "content": event.text}
-        elif delta:  # an answer of no token
-            yield self._chunk(self._delta(event.index, delta))
-            delta = {}
-        yield self._chunk({**self._delta(event.index, delta), **_end(event)})
+            first, *others = deltas or [{}]
+            deltas = [{"role": "assistant", "content": "", **first}, *others]
+        logprobs, end = self._chunk_logprobs(event), self._end(event)
+        if isinstance(event, Finished) or ((logprobs or end) and not deltas):
+            deltas.append({})
+        for i, delta in enumerate(deltas):
+            choice = {"index": event.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            is_last = i + 1 == len(deltas)
+            yield self._chunk({**choice, **({"logprobs": logprobs, **end} if is_last else {})})
 
-    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    def _deltas(self, index: int) -> Iterator[dict[str, Any]]:
+        calls = self._calls.get(index, [])
+        for part in self._parts:
+            if isinstance(part, str):
+                yield {"content": part}
+            else:
+                yield {"tool_calls": [{"index": calls.index(part), **part.fields()}]}
 
     def _choice(self, index: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.texts.get(index, ""), "refusal": None}
-        end = _end(self.finished[index])
-        return {"index": index, "message": message, "logprobs": None, **end}
+        text, calls = self.texts.get(index, ""), self._calls.get(index)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.fields() for call in calls]}
+        logprobs, end = self._all_logprobs(index), self._end(self.finished[index])
+        return {"index": index, "message": message, "logprobs": logprobs, **end}
+
+    def _end(self, event: Piece | Finished) -> dict[str, Any]:
+        end = _end(event)
+        if end.get("finish_reason") == "stop" and self._calls.get(event.index):
+            end["finish_reason"] = "tool_calls"
+        return end
+
+    def _logprobs(self, shapes: LogprobShapes, places: Sequence[Place]) -> dict[str, Any]:
+        return shapes.chat(places)
 
 
 class CompletionForm(Choices):
@@ -141,12 +213,21 @@ class CompletionForm(Choices):
 
     def chunks(self, event: Piece | Finished) -> Iterator[dict[str, Any]]:
         text = event.text if isinstance(event, Piece) else ""
-        choice = {"index": event.index, "text": text, "logprobs": None, "finish_reason": None}
+        logprobs = self._chunk_logprobs(event)
+        choice = {"index": event.index, "text": text, "logprobs": logprobs, "finish_reason": None}
         yield self._chunk({**choice, **_end(event)})
 
     def _choice(self, index: int) -> dict[str, Any]:
-        choice = {"index": index, "text": self.texts.get(index, ""), "logprobs": None}
-        return {**choice, **_end(self.finished[index])}
+        text, logprobs = self.texts.get(index, ""), self._all_logprobs(index)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            **_end(self.finished[index]),
+        }
+
+    def _logprobs(self, shapes: LogprobShapes, places: Sequence[Place]) -> dict[str, Any]:
+        return shapes.completion(places, self._likeliest)
 
 
 def _end(event: Piece | Finished) -> dict[str, Any]:
@@ -154,8 +235,6 @@ def _end(event: Piece | Finished) -> dict[str, Any]:
     if isinstance(event, Piece):
         return {} if event.stats is None else {"stats": event.stats}
     end: dict[str, Any] = {"finish_reason": event.reason}
-    if event.logprobs is not None:
-        end["logprobs"] = event.logprobs
     if event.stats is not None:
         end["stats"] = fields_of(event.stats)
     return end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from .._native import TDA, ContextOverflow, GenerateOptions, GenerationStats, OptionError
 from ..engine import Engine
+from ..grammar import Grammar
 from ..info import fields_of
 from ..stream import Output, Stream
 from .faults import ApiError
+from .logprobs import Place
 
 MOST_LOGIT_BYTES = 2 << 30
 STATS_SECONDS = 0.05  # between the stats of an answer under way
@@ -29,6 +31,7 @@ class Choice:
     stop: list[str]
     tda: TDA | bool | None
     echo: str = ""  # what its text begins with
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,19 @@ class Piece:
     index: int
     text: str
     stats: dict[str, Any] | None = None
+    places: Sequence[Place] = ()  # if log-probabilities are asked for: the tokens since the last
 
 
 @dataclass(frozen=True)
 class Finished:
-    """An answer's end. stats: None where nothing was decoded."""
+    """An answer's end. stats: None where nothing was decoded. places: those no piece had."""
 
     index: int
     reason: str
     prompt_tokens: int
     new_tokens: int
     stats: GenerationStats | None = None
-    logprobs: dict[str, Any] | None = None
+    places: Sequence[Place] = ()
 
 
 def check_prompt(engine: Engine, name: str, ids: Sequence[int], new_tokens: int) -> None:
@@ -76,25 +80,33 @@ class Generating:
         for choice in self._choices:
             # cancel() sets the flag, then looks for a stream; here it is the other way round.
             self._stream = self._engine.stream(
-                choice.ids, choice.options, stop=choice.stop, tda=choice.tda
+                choice.ids,
+                choice.options,
+                stop=choice.stop,
+                tda=choice.tda,
+                grammar=choice.grammar,
             )
             if self._is_cancelled:
                 return
             if choice.echo:
                 yield Piece(choice.index, choice.echo)
-            yield from self._pieces(choice.index, self._stream)
-            yield _finished(choice, self._stream.output)
+            told = yield from self._pieces(choice.index, self._stream)
+            yield _finished(choice, self._stream.output, told)
             if self._is_cancelled:
                 return
 
-    def _pieces(self, index: int, stream: Stream) -> Iterator[Piece]:
-        told = 0.0
+    def _pieces(self, index: int, stream: Stream) -> Generator[Piece, None, int]:
+        """Returns how many tokens' log-probabilities the pieces had."""
+        shown, told = 0.0, 0
         for text in stream:
             stats = None
-            if self._with_stats and time.monotonic() - told >= STATS_SECONDS:
+            if self._with_stats and time.monotonic() - shown >= STATS_SECONDS:
                 stats = fields_of(stream.output.stats)
-                told = time.monotonic()
-            yield Piece(index, text, stats)
+                shown = time.monotonic()
+            places = _places(stream.output, told)
+            told += len(places)
+            yield Piece(index, text, stats, places)
+        return told
 
     def cancel(self) -> None:
         self._is_cancelled = True
@@ -130,44 +142,33 @@ class Scoring:
             text = tokenizer.stream()
             continuation = "".join([*map(text.push, new), text.flush()])
             yield Piece(choice.index, choice.echo + continuation)
-            logprobs = self._logprobs(choice.ids + new, logits)
+            places = self._places(choice.ids + new, logits)
             count = len(choice.ids)
-            yield Finished(choice.index, "length", count, len(new), logprobs=logprobs)
+            yield Finished(choice.index, "length", count, len(new), places=places)
 
     def cancel(self) -> None:
         self._is_cancelled = True
 
-    def _logprobs(self, ids: list[int], logits: np.ndarray) -> dict[str, Any]:
-        """As /v1/completions has them: there is none of the first token."""
-        tokens = [self._name(token) for token in ids]
-        offsets, text, length = [], self._engine.tokenizer.stream(), 0
-        for token in ids:
-            offsets.append(length)
-            length += len(text.push(token))
-        chosen: list[float | None] = [None]
-        top: list[dict[str, float] | None] = [None]
+    def _places(self, ids: list[int], logits: np.ndarray) -> list[Place]:
+        """There is no log-probability of the first token."""
+        places = [Place(ids[0], None, ())]
         for row, token in zip(logits, ids[1:], strict=False):
             values = log_softmax(row)
-            chosen.append(float(values[token]))
-            likeliest: list[int] = np.argpartition(-values, self._top)[: self._top].tolist()
-            best = sorted({*likeliest, token}, key=lambda each: -values[each])
-            top.append({self._name(each): float(values[each]) for each in best})
-        return {
-            "tokens": tokens,
-            "token_logprobs": chosen,
-            "top_logprobs": top if self._top else None,
-            "text_offset": offsets,
-        }
-
-    def _name(self, token: int) -> str:
-        """Its text; of a token that is part of a character, its id."""
-        text = self._engine.tokenizer.decode([token], skip_special_tokens=False)
-        return f"token_id:{token}" if not text or "\N{REPLACEMENT CHARACTER}" in text else text
+            best = np.argpartition(-values, self._top)[: self._top]
+            best = best[np.argsort(-values[best], kind="stable")]
+            top = [(int(each), float(values[each])) for each in best]
+            places.append(Place(token, float(values[token]), top))
+        return places
 
 
-def _finished(choice: Choice, output: Output) -> Finished:
+def _finished(choice: Choice, output: Output, told: int) -> Finished:
     tokens = (len(choice.ids), len(output.token_ids))
-    return Finished(choice.index, output.finish_reason or "cancelled", *tokens, output.stats)
+    reason = output.finish_reason or "cancelled"
+    return Finished(choice.index, reason, *tokens, output.stats, _places(output, told))
+
+
+def _places(output: Output, first: int) -> list[Place]:
+    return [Place(*each) for each in (output.logprobs or [])[first:]]
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:
