@@ -19,6 +19,7 @@ from ._native import CheckpointError, OptionError
 from .contents import Contents
 from .files import MAX_TEMPLATE
 from .sandbox import BoundedEnvironment
+from .token_bytes import encode_behind
 from .tokenizer import Tokenizer
 from .tokenizer_files import Settings
 
@@ -173,7 +174,7 @@ class ChatTemplate:
         ids = tokenizer.encode(parts[0], add_special_tokens=False)
         for i, part in enumerate(parts[1:], start=1):
             if part:
-                found = _encode_behind(tokenizer, part, parse_special=i % 2 == 0)
+                found = encode_behind(tokenizer, part, parse_special=i % 2 == 0)
                 token = tokenizer.added_tokens.get(part)
                 if i % 2 == 1 and token in found and tokenizer.is_special(token):
                     raise OptionError(
@@ -193,15 +194,6 @@ class ChatTemplate:
         if tools and not self.takes_tools:
             found = f"tools: found {len(tools)}, expected none"
             raise OptionError(f"{found}: the template {self._name} takes none")
-
-
-def _encode_behind(tokenizer: Tokenizer, part: str, parse_special: bool) -> list[int]:
-    """The part as it is encoded in the midst of a text: some tokenizers put a space before one."""
-    line = tokenizer.encode("\n", add_special_tokens=False)
-    ids = tokenizer.encode("\n" + part, False, parse_special)
-    if ids[: len(line)] == line:
-        return ids[len(line) :]
-    return tokenizer.encode(part, False, parse_special)
 
 
 def _unused_characters(value: Any) -> tuple[str, str]:

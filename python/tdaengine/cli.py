@@ -123,6 +123,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     option(
         parser,
         "--logprobs",
+        default=argparse.SUPPRESS,
         type=int,
         metavar="K",
         help="with --json: log-probabilities of each token and of the K likeliest ones",

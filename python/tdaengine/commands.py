@@ -71,7 +71,7 @@ def read_prompt(text: str | None, file: str | None, name: str) -> str:
 
 def run_generate(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.prompt, args.file, "prompt")
-    if args.logprobs is not None and not args.json:
+    if "logprobs" in args and not args.json:
         raise OptionError("--logprobs: needs --json")
     schema = None if args.json_schema is None else read_json_object(Path(args.json_schema))
     grammar = None if schema is None else Grammar.json_schema(schema)

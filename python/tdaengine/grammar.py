@@ -11,7 +11,7 @@ import numpy as np
 
 from ._native import OptionError
 from .masks import Mask
-from .token_bytes import token_bytes
+from .token_bytes import encode_behind, token_bytes
 from .tokenizer import Tokenizer
 
 # JSON is written without spaces but for one behind a comma or colon: models that may write any
@@ -52,7 +52,7 @@ class Grammar:
     @staticmethod
     def regex(pattern: str) -> Grammar:
         """Text that `pattern` matches as a whole: a regular expression as of Rust's crate `regex`,
-        without look-around and back-references."""
+        without look-around and back-references; \\d, \\w and \\s are those of Unicode."""
         return Grammar("regex", _text(pattern, "pattern"))
 
     @staticmethod
@@ -115,10 +115,27 @@ class _Vocabulary:
         self.eos_token_id = eos_tokens[0] if eos_tokens else 0
         self.bos_token_id = None
         self._tokenizer = tokenizer
+        special = frozenset(self.special_token_ids)
+        self._ids = {self.tokens[token]: token for token in ids if token not in special}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        text = text.decode() if isinstance(text, bytes) else text
-        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        """Tokens of what a grammar forces. They must stand for exactly these bytes, which those of
+        a tokenizer that changes spaces do not; then they are the longest that fit."""
+        data = text.encode() if isinstance(text, str) else text
+        ids = encode_behind(self._tokenizer, data.decode(), parse_special=False)
+        if b"".join(self.tokens[token] for token in ids) == data:
+            return ids
+        ids = []
+        while data:
+            ends = range(min(len(data), self._longest), 0, -1)
+            fitting = (self._ids[data[:end]] for end in ends if data[:end] in self._ids)
+            token = next(fitting, None)
+            if token is None:  # no token can go on
+                break
+            ids.append(token)
+            data = data[len(self.tokens[token]) :]
+        return ids
 
 
 class MaskOfGrammar(Mask):
@@ -138,5 +155,7 @@ class MaskOfGrammar(Mask):
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = " ".join(self._matcher.get_error().split())
+            reason = " ".join(self._matcher.get_error().removesuffix("<non-verbose/>").split())
+            if "NoExtensionBias" in reason:
+                reason = "found no token that may come next: this vocabulary cannot write it"
             raise OptionError(f"grammar: {reason}")

@@ -1,4 +1,4 @@
-"""The bytes that tokens stand for."""
+"""Tokens in the midst of a text: those it has there, and the bytes that each stands for."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
             text = tokenizer.decode([*anchor, token])[len(before) :]
         found.append(_of_piece(tokenizer.piece(token)) if UNKNOWN in text else text.encode())
     return found
+
+
+def encode_behind(tokenizer: Tokenizer, part: str, parse_special: bool) -> list[int]:
+    """The part as it is encoded in the midst of a text: some tokenizers put a space before one."""
+    line = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + part, False, parse_special)
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return tokenizer.encode(part, False, parse_special)
 
 
 def _of_piece(piece: str) -> bytes:

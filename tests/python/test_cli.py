@@ -81,16 +81,30 @@ def test_every_sampling_option_arrives(run, folder, monkeypatch):
         "top_p": 0.95,
         "min_p": 0.01,
         "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.25,
+        "logprobs": 2,
         "seed": 7,
     }
-    assert {*options, "ignore_eos"} == set(GenerateOptions.fields)
+    assert {*options, "ignore_eos", "logit_bias"} == set(GenerateOptions.fields)
     stream, seen = Engine.stream, {}
     monkeypatch.setattr(
         Engine, "stream", lambda self, prompt, **o: seen.update(o) or stream(self, prompt, **o)
     )
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    assert run("generate", folder, PROMPT, *given, "--ignore-eos")[0] == 0
-    assert seen == {**options, "ignore_eos": True, "stop": None}
+    code, out, _ = run("generate", folder, PROMPT, *given, "--ignore-eos", "--json")
+    assert code == 0
+    assert seen == {**options, "ignore_eos": True, "stop": None, "grammar": None}
+    result = json.loads(out)
+    assert [each["token"] for each in result["logprobs"]] == result["token_ids"]
+    assert all(each["logprob"] <= 0 and len(each["top"]) == 2 for each in result["logprobs"])
+
+
+def test_generate_json_by_a_schema(run, folder, tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({"enum": ["red", "green"]}))
+    code, out, _ = run("generate", folder, PROMPT, *SHORT, "--json-schema", file)
+    assert (code, json.loads(out) in ("red", "green")) == (0, True)
 
 
 def test_generate_stop(run, folder, expected):

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pydantic
 import pytest
+import sentencepiece
 from conftest import PROMPT
 from texts import PIECES
 
 from tdaengine import Engine, Grammar, OptionError
+from tdaengine.grammar import GrammarCompiler
 from tdaengine.token_bytes import token_bytes
+from tdaengine.tokenizer import Tokenizer
 
 PERSON = {
     "type": "object",
@@ -28,7 +34,12 @@ PERSON = {
     "required": ["name", "age", "likes"],
     "additionalProperties": False,
 }
-EXPRESSIONS = [r"[A-Z]{3}-[0-9]{2,5}", r"(yes|no)", r"\d{4}-\d{2}-\d{2}", r"[a-z ]{10,30}!"]
+EXPRESSIONS = [
+    r"[A-Z]{3}-[0-9]{2,5}",
+    r"(yes|no)",
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
+    r"[a-z ]{10,30}!",
+]
 
 
 class Person(pydantic.BaseModel):
@@ -130,6 +141,14 @@ def test_what_cannot_be_followed(engine: Engine, grammar: Grammar, message: str)
     assert "\n" not in str(caught.value)
 
 
+def test_what_the_vocabulary_cannot_write(engine: Engine):
+    """It has no "}"."""
+    with pytest.raises(OptionError, match="found no token that may come next"):
+        engine.generate(PROMPT, max_new_tokens=9, grammar=Grammar.regex("a}"))
+    out = engine.generate(PROMPT, max_new_tokens=9, grammar=Grammar.regex("a[}b]"))
+    assert out.text == "ab"
+
+
 @pytest.mark.parametrize("schema", ["{", 5, None, {"enum": [object()]}, ["a"]])
 def test_what_is_no_schema(schema: object):
     with pytest.raises(OptionError, match=r"^schema: "):
@@ -147,6 +166,59 @@ def test_grammars_travel_and_compare():
     grammar = Grammar.json_schema(PERSON)
     assert pickle.loads(pickle.dumps(grammar)) == grammar == Grammar.json_schema(json.dumps(PERSON))
     assert hash(Grammar.regex("a")) != hash(Grammar.lark("a"))
+
+
+def sentencepiece_model(**options: object) -> bytes:
+    """Of few pieces, so that bytes stand for most characters beyond ASCII."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            ["The sky is blue, and 12 birds sing.", "Der Himmel ist 3-mal blau."] * 9
+        ),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def tokenizer_of(kind: str, folder: Path, smollm2: Path) -> Tokenizer:
+    if kind == "byte-level":
+        return Tokenizer.load(smollm2)
+    options = {"add_dummy_prefix": False} if kind == "no prefix" else {}
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(**options))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "no prefix"])
+def test_any_walk_along_the_masks_gives_a_match(kind: str, tmp_path: Path, smollm2: Path):
+    """Whatever the tokenizer, and however unlikely the tokens."""
+    tokenizer = tokenizer_of(kind, tmp_path, smollm2)
+    compiler = GrammarCompiler(tokenizer, [2])
+    for pattern in (*EXPRESSIONS, "[😀-😏]{4}é", "The sky( is blue)+\\."):
+        for seed in range(20):
+            dice, mask = random.Random(seed), compiler.start(Grammar.regex(pattern))
+            stream, text, goes_on = tokenizer.stream(), "", True
+            while goes_on:
+                bits = np.unpackbits(mask.allowed().view(np.uint8), bitorder="little")
+                token = dice.choice(bits.nonzero()[0].tolist())
+                goes_on = mask.take(token)
+                text += stream.push(token)
+            text += stream.flush()
+            assert re.fullmatch(pattern, text), text
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "no prefix"])
+def test_bytes_of_sentencepiece_add_up_to_the_text(kind: str, tmp_path: Path, smollm2: Path):
+    tokenizer = tokenizer_of(kind, tmp_path, smollm2)
+    for text in PIECES:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        found = b"".join(token_bytes(tokenizer, ids)).decode(errors="replace")
+        assert found.removeprefix(" ") == tokenizer.decode(ids, False).removeprefix(" ")
 
 
 def test_bytes_of_tokens_add_up_to_the_text(real: Engine):

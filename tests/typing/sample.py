@@ -14,10 +14,12 @@ from tdaengine import (
     Error,
     GenerateOptions,
     GenerationStats,
+    Grammar,
     Output,
     Session,
     Stream,
     Thresholds,
+    TokenLogprobs,
 )
 
 
@@ -41,6 +43,24 @@ def pieces(engine: Engine, prompt: str | Sequence[int]) -> list[str]:
     return texts
 
 
+def constrained(engine: Engine, prompt: str) -> list[float]:
+    allowed: set[int] = set(range(5, 50))
+    out: Output = engine.generate(
+        prompt,
+        max_new_tokens=4,
+        logprobs=2,
+        logit_bias={5: -1.5},
+        presence_penalty=0.5,
+        allowed_tokens=lambda ids: allowed if len(ids) < 2 else None,
+    )
+    places: list[TokenLogprobs] = out.logprobs or []
+    best: list[tuple[int, float]] = places[0].top
+    assert len(best) == 2
+    grammar: Grammar = Grammar.json_schema({"enum": ["a", "b"]})
+    assert grammar == Grammar.json_schema('{"enum": ["a", "b"]}')
+    return [place.logprob for place in places]
+
+
 def logits(engine: Engine, ids: list[int]) -> npt.NDArray[np.float32]:
     session: Session = engine.session(capacity=len(ids))
     last: npt.NDArray[np.float32] = session.prefill(ids)
@@ -53,6 +73,7 @@ def main(folder: Path) -> None:
     ids: list[int] = engine.tokenizer.encode("One two three four")
     assert logits(engine, ids).shape == (len(ids) + 1, vocabulary)
     assert isinstance(answer(engine, "Name a river.", tda=False), str)
+    assert len(constrained(engine, "One two")) == 4
     assert pieces(engine, ids) == pieces(engine, "One two three four")
     scores: npt.NDArray[np.float32] = engine.score(ids, prompt_tokens=2)
     assert scores.shape == (len(ids) - 2,)
