@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from .tokenizer import Tokenizer
 # JSON is written without spaces but for one behind a comma or colon: models that may write any
 # number of them can fall into writing nothing else.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# llguidance follows references and rules by recursion; several times as many overflow the stack.
+MOST_LEVELS, MOST_RULES = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Grammar:
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise OptionError(f"schema: {error}, expected JSON") from error
         if not isinstance(schema, Mapping | bool):
             raise OptionError(f"schema: found {schema!r}, expected a JSON schema, an object")
@@ -92,17 +97,47 @@ class GrammarCompiler:
         or that is too large."""
         if not isinstance(grammar, Grammar):
             raise OptionError(f"grammar: found {grammar!r}, expected a Grammar")
-        make = self._library.LLMatcher
+        matcher = self._library.LLMatcher
         if grammar.kind == "json":
-            compiled = make.grammar_from_json_schema(grammar.source, defaults=JSON_STYLE)
+            check_levels(json.loads(grammar.source))
+            compile_source = partial(matcher.grammar_from_json_schema, defaults=JSON_STYLE)
         elif grammar.kind == "regex":
-            compiled = make.grammar_from_regex(grammar.source)
+            compile_source = matcher.grammar_from_regex
         elif grammar.kind == "lark":
-            compiled = make.grammar_from_lark(grammar.source)
+            _check_rules(grammar.source)
+            compile_source = matcher.grammar_from_lark
         else:
             raise OptionError(f"grammar: found {grammar.kind!r}, expected json, regex or lark")
+        try:
+            compiled = compile_source(grammar.source)
+        except ValueError as error:  # as for a schema nested too deep
+            raise OptionError(f"grammar: {error}") from error
         limits = self._library.LLParserLimits(verbose_errors=False)
-        return MaskOfGrammar(make(self._tokens, compiled, log_level=0, limits=limits))
+        return MaskOfGrammar(matcher(self._tokens, compiled, log_level=0, limits=limits))
+
+
+def check_levels(schema: Any) -> None:
+    """Raises OptionError for a schema whose references could lead too deep."""
+    deepest, references, todo = 0, {"#"}, [(schema, 1)]
+    while todo:
+        value, depth = todo.pop()
+        if isinstance(value, dict):
+            references.add(str(value.get("$ref", "#")))
+            value = list(value.values())
+        if isinstance(value, list):
+            deepest = max(deepest, depth)
+            todo += [(each, depth + 1) for each in value]
+    if deepest * len(references) > MOST_LEVELS:
+        raise OptionError(
+            f"grammar: found a schema {deepest} levels deep with {len(references) - 1} references, "
+            f"expected at most {MOST_LEVELS} levels in all"
+        )
+
+
+def _check_rules(text: str) -> None:
+    rules = len(re.findall(r"^\s*[?!]?\w+[^:\n]*:", text, re.MULTILINE))
+    if rules > MOST_RULES:
+        raise OptionError(f"grammar: found {rules} rules, expected at most {MOST_RULES}")
 
 
 class _Vocabulary:
@@ -157,5 +192,8 @@ class MaskOfGrammar(Mask):
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().removesuffix("<non-verbose/>").split())
             if "NoExtensionBias" in reason:
-                reason = "found no token that may come next: this vocabulary cannot write it"
+                reason = (
+                    "found no token that may come next: nothing matches, or the vocabulary cannot "
+                    "write what does"
+                )
             raise OptionError(f"grammar: {reason}")

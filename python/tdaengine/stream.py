@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -86,6 +87,19 @@ class Stream(Iterator[str]):
                     self._pieces.append(piece)
                     return piece
             raise StopIteration
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """The same for `async for`: each piece is waited for in a thread of asyncio's. A task that
+        is cancelled while it waits cancels the stream."""
+        while True:
+            try:
+                piece = await asyncio.to_thread(next, self, None)
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            if piece is None:
+                return
+            yield piece
 
     def cancel(self) -> None:
         """Ends the stream, from any thread: after the token under way, or in the midst of a long

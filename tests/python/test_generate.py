@@ -1,5 +1,6 @@
 """Generating on a tiny random model: outputs, streams, stop strings and sampling."""
 
+import asyncio
 import json
 import random
 import shutil
@@ -268,3 +269,46 @@ def test_an_empty_text_of_several_is_named(folder, tmp_path):
         assert str(info.value) == f"{name}: found '', expected at least one token"
     with pytest.raises(OptionError, match=r"texts\[1\]: found '', expected at least one token"):
         engine.calibrate(["a", ""])
+
+
+def test_a_stream_in_asyncio(engine: Engine, dense: Output):
+    async def pieces() -> tuple[list[str], int]:
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(count_turns())
+        stream = engine.stream(PROMPT, max_new_tokens=40, ignore_eos=True)
+        found = [piece async for piece in stream]
+        other.cancel()
+        assert stream.output.token_ids == dense.token_ids
+        return found, turns
+
+    found, turns = asyncio.run(pieces())
+    assert "".join(found) == dense.text and len(found) > 10
+    assert turns > len(found)  # others had their turn in between
+
+
+def test_a_cancelled_task_cancels_its_stream(engine: Engine):
+    stream = engine.stream(PROMPT, max_new_tokens=100, ignore_eos=True)
+
+    async def read() -> None:
+        async for _ in stream:
+            pass
+
+    async def cancel_soon() -> None:
+        task = asyncio.create_task(read())
+        while not stream.output.token_ids:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel_soon())
+    list(stream)
+    assert stream.output.finish_reason == "cancelled"
+    assert len(stream.output.token_ids) < 100

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jsonschema
@@ -147,6 +148,36 @@ def test_what_the_vocabulary_cannot_write(engine: Engine):
         engine.generate(PROMPT, max_new_tokens=9, grammar=Grammar.regex("a}"))
     out = engine.generate(PROMPT, max_new_tokens=9, grammar=Grammar.regex("a[}b]"))
     assert out.text == "ab"
+
+
+def chain(count: int) -> dict:
+    definitions: dict = {
+        f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(count)
+    }
+    definitions[f"a{count}"] = {"const": 7}
+    return {"$ref": "#/$defs/a0", "$defs": definitions}
+
+
+def nested(count: int) -> dict:
+    return {"type": "array", "items": nested(count - 1)} if count else {"const": 7}
+
+
+def test_what_would_overflow_a_stack(engine: Engine):
+    """In another thread, whose stack may be smaller."""
+    rules = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000)) + 'r20000: "a"'
+    grammars = {
+        "4 levels deep with 5001 references": Grammar.json_schema(chain(5000)),
+        "recursion limit exceeded": Grammar.json_schema(nested(300)),
+        "20002 rules, expected at most 1000": Grammar.lark(rules),
+        "too deeply nested": Grammar.lark("start: " + "(" * 9999 + '"a"' + ")" * 9999),
+        "unclosed|nest": Grammar.regex("(" * 9999 + "a" + ")" * 9999),
+        "too (big|large)": Grammar.json_schema({"enum": [str(i) for i in range(200_000)]}),
+    }
+    with ThreadPoolExecutor(1) as thread:
+        for message, grammar in grammars.items():
+            with pytest.raises(OptionError, match=message):
+                thread.submit(engine.check_grammar, grammar).result()
+        thread.submit(engine.check_grammar, Grammar.json_schema(chain(200))).result()
 
 
 @pytest.mark.parametrize("schema", ["{", 5, None, {"enum": [object()]}, ["a"]])

@@ -161,6 +161,34 @@ def test_a_call_that_is_demanded(client: openai.OpenAI, name: str):
     assert choice.finish_reason == "tool_calls"
 
 
+def test_parameters_with_references(client: openai.OpenAI):
+    """As pydantic writes nested classes."""
+    city = {"enum": ["Paris", "Rome"]}
+    parameters = {
+        "type": "object",
+        "$defs": {"City": city},
+        "properties": {"cities": {"type": "array", "items": {"$ref": "#/$defs/City"}}},
+        "required": ["cities"],
+        "additionalProperties": False,
+    }
+    parameters["properties"]["cities"] |= {"minItems": 2, "maxItems": 2}
+    tool = {"type": "function", "function": {"name": "compare", "parameters": parameters}}
+    (choice,) = client.chat.completions.create(
+        **ASKED, tools=[tool], tool_choice="required", parallel_tool_calls=False
+    ).choices
+    (call,) = choice.message.tool_calls
+    jsonschema.validate(json.loads(call.function.arguments), parameters)
+
+
+@pytest.mark.parametrize("parameters", [{"type": "nonsense"}, {"type": "object", "not": {}}])
+def test_parameters_that_cannot_be_met(client: openai.OpenAI, parameters: dict):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**ASKED, tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools"
+    client.chat.completions.create(**ASKED, tools=[tool], max_tokens=1)  # nothing is enforced
+
+
 def test_any_call_is_demanded(client: openai.OpenAI):
     for seed in range(4):
         (choice,) = client.chat.completions.create(

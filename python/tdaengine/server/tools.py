@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..grammar import JSON_STYLE, Grammar
+from ..grammar import JSON_STYLE, Grammar, check_levels
 from ..stream import overlap
 from .base import Fields
 from .faults import ApiError
@@ -90,23 +90,16 @@ def grammar_of_calls(
         if not chosen:
             message = f"tool_choice: found {choice.function.name[:100]!r}, expected one of tools"
             raise ApiError(400, message, param="tool_choice", code="invalid_value")
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function.name},
-                "arguments": function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in chosen
-    ]
     rules = ['start: call ("\\n" call)*' if is_parallel is not False else "start: call"]
-    names = " | ".join(f"call_{i}" for i in range(len(calls)))
+    names = " | ".join(f"call_{i}" for i in range(len(chosen)))
     rules.append(f'call: "{OPEN}\\n" ({names}) "\\n{CLOSE}"')
-    for i, call in enumerate(calls):
-        rules.append(f"call_{i}: %json {json.dumps({**call, 'x-guidance': JSON_STYLE})}")
+    for i, function in enumerate(chosen):
+        # References within the parameters begin at their root.
+        parameters = {"type": "object", **(function.parameters or {}), "x-guidance": JSON_STYLE}
+        check_levels(parameters)
+        beginning = json.dumps(f'{{"name": "{function.name}", "arguments": ')
+        rules.append(f'call_{i}: {beginning} arguments_{i} "}}"')
+        rules.append(f"arguments_{i}: %json {json.dumps(parameters)}")
     return Grammar.lark("\n".join(rules))
 
 
