@@ -128,7 +128,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Tools | None = None) -> str:
         """The conversation and the beginning of the assistant's answer."""
         _check_messages(messages)
-        self._check_tools(tools)
+        self._check_tools(tools, messages)
         try:
             values: dict[str, Any] = {
                 "messages": messages,
@@ -160,7 +160,7 @@ class ChatTemplate:
             # The template writes all special tokens itself.
             return tokenizer.encode(text, add_special_tokens=False)
         _check_messages(messages)
-        self._check_tools(tools)
+        self._check_tools(tools, messages)
         begin, end = _unused_characters([messages, tools])
         longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
         mark = partial(re.compile(longest_first).sub, rf"{begin}\g<0>{end}")
@@ -183,9 +183,9 @@ class ChatTemplate:
                 ids += found
         return ids
 
-    def _check_tools(self, tools: Any) -> None:
-        if tools is None:
-            return
+    def _check_tools(self, tools: Any, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Else a template without tools would leave them out."""
+        tools = [] if tools is None else tools
         if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
             raise OptionError(
                 f"tools: found {tools!r}, expected a list of "
@@ -194,6 +194,10 @@ class ChatTemplate:
         if tools and not self.takes_tools:
             found = f"tools: found {len(tools)}, expected none"
             raise OptionError(f"{found}: the template {self._name} takes none")
+        calls = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+        if calls and not self.takes_tools:
+            place = f"messages[{calls[0]}]['tool_calls']"
+            raise OptionError(f"{place}: expected none: the template {self._name} takes no tools")
 
 
 def _unused_characters(value: Any) -> tuple[str, str]:

@@ -238,6 +238,10 @@ def test_templates_that_take_tools(engine: Engine):
     assert not ChatTemplate("{{ 'tools' }}{{ messages[0].tools }}", {}, "template").takes_tools
     with pytest.raises(OptionError, match="tools: found 1, expected none"):
         engine.chat_prompt(ASKED["messages"], tools=[NOW])
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    spoken = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(OptionError, match=r"messages\[1\]\['tool_calls'\]: expected none"):
+        engine.chat_prompt([*ASKED["messages"], spoken])
     with pytest.raises(OptionError, match="tools: found 5, expected a list"):
         engine.chat_prompt(ASKED["messages"], tools=5)
 

@@ -41,6 +41,8 @@ SAMPLING = (
     {"temperature": 0.8, "seed": 1},
     {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 2},
     {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.2, "logit_bias": {40: 2.0}, "logprobs": 3},
+    {"allowed_tokens": lambda ids: range(len(ids) % 3, 96, 3), "temperature": 0.9, "seed": 3},
 )
 STOPS = (None, "e", ["ab", "\x7f", "q!"])
 

@@ -1,6 +1,6 @@
 """Tools: what a request says of them, and the calls that a model writes.
 
-Models are taught several forms of a call. This is the most common one, of Hermes, Qwen and SmolLM3:
+Models are taught several forms of a call. This is the most common one, of Hermes and Qwen:
 <tool_call>{"name": "...", "arguments": {...}}</tool_call>, any number of them, with text before.
 """
 
