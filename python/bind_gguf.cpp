@@ -1,4 +1,5 @@
-// GGUF files: what the C++ reader finds in them, for converting and for the tokenizer.
+// Checkpoints of quantised weights: what the C++ readers find in them, for converting and for the
+// tokenizer.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -53,11 +54,20 @@ nb::ndarray<nb::numpy, float> read_tensor(const tda::TensorView& tensor) {
 
 using Described = std::tuple<std::string, std::string, std::vector<std::int64_t>, std::string>;
 
-std::vector<Described> tensors_of(const tda::GgufModel& model) {
+template <class Source>
+std::vector<Described> tensors_of(const Source& model) {
   std::vector<Described> tensors;
   for (const auto& [name, view] : model.tensors())
     tensors.emplace_back(name, view.dtype_name, view.shape, view.file->name());
   return tensors;
+}
+
+template <class Source>
+nb::ndarray<nb::numpy, float> read_of(const Source& model, const std::string& name) {
+  const auto found = model.tensors().find(name);
+  if (found == model.tensors().end())
+    throw tda::OptionError("name \"" + name + "\": expected that of a tensor");
+  return read_tensor(found->second);
 }
 
 }  // namespace
@@ -93,15 +103,22 @@ void bind_gguf(nb::module_& m) {
           },
           "key"_a,
           "What the file has under a `key`, text as bytes, or None. Raises CheckpointError.")
-      .def_prop_ro("tensors", &tensors_of,
+      .def_prop_ro("tensors", &tensors_of<GgufModel>,
                    "Name as in Hugging Face checkpoints, GGML type, shape and file of each tensor.")
+      .def("read", &read_of<GgufModel>, "name"_a,
+           "The values of the tensor of this `name`, f32. Raises CheckpointError.");
+  using tda::Checkpoint;
+  nb::class_<Checkpoint>(m, "Checkpoint", "The tensors of a Hugging Face folder.")
       .def(
-          "read",
-          [](const GgufModel& model, const std::string& name) {
-            const auto found = model.tensors().find(name);
-            if (found == model.tensors().end())
-              throw tda::OptionError("name \"" + name + "\": expected that of a tensor");
-            return read_tensor(found->second);
+          "__init__",
+          [](Checkpoint* self, const std::string& path) {
+            const GilReleased released;
+            new (self) Checkpoint(path);
           },
-          "name"_a, "The values of the tensor of this `name`, f32. Raises CheckpointError.");
+          "path"_a, "Raises CheckpointError.")
+      .def_prop_ro(
+          "tensors", &tensors_of<Checkpoint>,
+          "Name, dtype (int4 or int8 for quantised layers), shape and file of each tensor.")
+      .def("read", &read_of<Checkpoint>, "name"_a,
+           "The values of the tensor of this `name`, f32. Raises CheckpointError.");
 }

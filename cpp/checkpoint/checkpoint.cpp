@@ -8,19 +8,15 @@
 
 #include "base/json.h"
 #include "base/size.h"
+#include "checkpoint/config_object.h"
 #include "checkpoint/gguf.h"
+#include "checkpoint/quantization.h"
 
 namespace tda {
 namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text;
-  for (std::int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + text + "]";
-}
 
 /// FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv), 64 bits.
 class Hash {
@@ -70,7 +66,41 @@ bool are_equal(const TensorView& a, const TensorView& b) {
   return true;
 }
 
+std::string fingerprint_of(const TensorMap& tensors) {
+  Hash hash;
+  for (const auto& [name, view] : tensors) {
+    hash.add(name);
+    hash.add(view.dtype_name);
+    hash.add(static_cast<std::int64_t>(view.shape.size()));
+    for (std::int64_t size : view.shape) hash.add(size);
+    add_samples(hash, view);
+  }
+  return hash.hex();
+}
+
+std::int64_t parameters_of(const TensorMap& tensors) {
+  Size parameters = 0;
+  for (const auto& [name, view] : tensors) {
+    Size count = 1;
+    for (std::int64_t size : view.shape) count = count * size;
+    parameters = parameters + count;
+  }
+  return parameters.value();  // cannot overflow: bounded by the files' sizes
+}
+
+bool is_all_zeros(const TensorView& tensor) {
+  std::vector<std::byte> data(tensor.bytes);
+  tensor.read(0, tensor.bytes, data.data());
+  return std::ranges::all_of(data, [](std::byte b) { return b == std::byte{}; });
+}
+
 }  // namespace
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (std::int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
 
 std::map<std::string, std::string> parse_weight_map(const json& index, const std::string& file) {
   const auto entries = index.find("weight_map");
@@ -87,6 +117,15 @@ std::map<std::string, std::string> parse_weight_map(const json& index, const std
     result.emplace(tensor, name);
   }
   return result;
+}
+
+void TensorView::read(std::int64_t first, std::int64_t count, void* out) const {
+  if (quantized) return quantized->read(begin + first, count, static_cast<std::byte*>(out));
+  file->read(begin + first, count, out);
+}
+
+std::shared_ptr<const void> TensorView::keep() const {
+  return quantized ? quantized->contents() : nullptr;
 }
 
 void TensorView::read_rows(std::int64_t first, std::int64_t count, std::byte* out) const {
@@ -112,13 +151,14 @@ Checkpoint::Checkpoint(const fs::path& path) {
     config_ = model.parsed();
     config_json_ = model.config();
     tensors_ = model.tensors();
+    fingerprint_ = fingerprint_of(tensors_);
     for (const GgufFile& file : model.files()) file.prefetch();
   } else {
     throw CheckpointError(path.string() +
                           ": no such folder, expected one with config.json and "
                           "model.safetensors, or a GGUF file");
   }
-  if (!packed_) measure();
+  if (!packed_) parameters_ = parameters_of(tensors_);
 }
 
 void Checkpoint::read_folder(const fs::path& folder) {
@@ -132,6 +172,12 @@ void Checkpoint::read_folder(const fs::path& folder) {
     return;
   }
   read_tensors(folder);
+  fingerprint_ = fingerprint_of(tensors_);
+  const Object config(*config_json_, (folder / "config.json").string());
+  if (const auto quantization = read_quantization(config)) {
+    join_quantized(tensors_, *quantization);
+    drop_empty_biases();
+  }
   // A head of its own that is stored counts more than a configuration that knows of none.
   const auto head = tensors_.find("lm_head.weight"),
              in = tensors_.find("model.embed_tokens.weight");
@@ -174,21 +220,21 @@ void Checkpoint::read_tensors(const fs::path& folder) {
   }
 }
 
-void Checkpoint::measure() {
-  Hash hash;
-  Size parameters = 0;
-  for (const auto& [name, view] : tensors_) {
-    hash.add(name);
-    hash.add(view.dtype_name);
-    hash.add(static_cast<std::int64_t>(view.shape.size()));
-    for (std::int64_t size : view.shape) hash.add(size);
-    add_samples(hash, view);
-    Size count = 1;
-    for (std::int64_t size : view.shape) count = count * size;
-    parameters = parameters + count;
-  }
-  parameters_ = parameters.value();  // cannot overflow: bounded by the files' sizes
-  fingerprint_ = hash.hex();
+/// Quantisers write biases of zeros for layers that have none.
+void Checkpoint::drop_empty_biases() {
+  const auto expected = [&](std::string_view layer) {
+    const bool qkv =
+        layer.ends_with("q_proj") || layer.ends_with("k_proj") || layer.ends_with("v_proj");
+    return (qkv && config_.qkv_bias) || (layer.ends_with("o_proj") && config_.output_bias);
+  };
+  std::erase_if(tensors_, [&](const auto& item) {
+    const auto& [name, view] = item;
+    if (!name.ends_with(".bias")) return false;
+    const std::string layer = name.substr(0, name.size() - 5);
+    const auto weights = tensors_.find(layer + ".weight");
+    return weights != tensors_.end() && weights->second.quantized && !expected(layer) &&
+           is_all_zeros(view);
+  });
 }
 
 bool Checkpoint::contains(std::string_view tensor) const {
@@ -198,6 +244,11 @@ bool Checkpoint::contains(std::string_view tensor) const {
 const TensorView& Checkpoint::tensor(std::string_view name,
                                      std::vector<std::int64_t> expected_shape) const {
   const auto found = tensors_.find(name);
+  for (const char* part : {".qweight", ".weight_packed"})
+    if (const std::string quantized = std::string(name.substr(0, name.rfind('.'))) + part;
+        found == tensors_.end() && contains(quantized))
+      throw CheckpointError(tensors_.at(quantized).file->name() + ": found tensor \"" + quantized +
+                            "\", expected quantization_config in config.json to say what it is");
   if (found == tensors_.end())
     throw CheckpointError("checkpoint " + name_ + ": tensor \"" + std::string(name) +
                           "\" is missing, expected with shape " + shape_text(expected_shape));
@@ -227,8 +278,8 @@ WeightFormat Checkpoint::natural_format() const {
   for (const auto& [name, view] : tensors_) {
     if (view.shape.size() != 2) continue;
     four_bits |= has_four_bits(view.dtype);
-    quantised |= block_of(view.dtype).values > 1;
-    full |= view.dtype == DType::f32;
+    quantised |= block_of(view.dtype).values > 1 || view.quantized;
+    full |= view.dtype == DType::f32 && !view.quantized;
   }
   return four_bits   ? WeightFormat::int4
          : quantised ? WeightFormat::int8

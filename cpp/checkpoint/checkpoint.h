@@ -21,6 +21,8 @@
 
 namespace tda {
 
+class QuantizedMatrix;
+
 /// A tensor of a safetensors or GGUF file. Its data is read in pieces instead of mapped, so that a file
 /// that is replaced or truncated meanwhile makes a read fail and does not end the process.
 struct TensorView {
@@ -31,18 +33,22 @@ struct TensorView {
   std::int64_t begin = 0;  // offset of its data in the file, not aligned
   std::int64_t bytes = 0;
   std::shared_ptr<const File> file;
+  /// If not null, the data is made from this instead, and `file` is where its codes are.
+  std::shared_ptr<const QuantizedMatrix> quantized;
   /// If not 0, each of so many heads has its rows in the file in rotary pairs, (0, h), (1, h + 1) and
   /// so on with h half of the head, instead of in order.
   std::int64_t rotary_heads = 0;
   float added = 0;  // to every value of the file: dequantize() gives so much more than meant
 
   /// Bytes [first, first + count) of the data. Throws CheckpointError.
-  void read(std::int64_t first, std::int64_t count, void* out) const {
-    file->read(begin + first, count, out);
-  }
+  void read(std::int64_t first, std::int64_t count, void* out) const;
   /// Rows [first, first + count) in order; a vector is one row. dequantize() gives their values.
   void read_rows(std::int64_t first, std::int64_t count, std::byte* out) const;
+  /// Until the result is gone, what reading in pieces would else prepare for each of them is kept.
+  std::shared_ptr<const void> keep() const;
 };
+
+std::string shape_text(const std::vector<std::int64_t>& shape);  // "[2, 3]"
 
 using TensorMap = std::map<std::string, TensorView, std::less<>>;
 
@@ -91,13 +97,15 @@ class Checkpoint {
   /// What config.json says, or would say of a GGUF file.
   const nlohmann::json& config_json() const { return *config_json_; }
   const std::string& name() const { return name_; }
-  /// 16 hex digits: a hash of all tensors' names, dtypes, shapes and samples of their data. Packed
+  /// 16 hex digits: a hash of all stored tensors' names, dtypes, shapes and samples of their data. Packed
   /// weights have the fingerprint of the checkpoint they were made from.
   const std::string& fingerprint() const { return fingerprint_; }
 
   /// Total number of elements.
   std::int64_t parameters() const { return parameters_; }
 
+  /// None for packed weights.
+  const TensorMap& tensors() const { return tensors_; }
   bool contains(std::string_view tensor) const;
   /// Throws CheckpointError if absent, of another shape, or of a dtype without f32 values.
   const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
@@ -112,7 +120,7 @@ class Checkpoint {
  private:
   void read_folder(const std::filesystem::path& folder);
   void read_tensors(const std::filesystem::path& folder);
-  void measure();
+  void drop_empty_biases();
 
   std::string name_;
   ModelConfig config_;

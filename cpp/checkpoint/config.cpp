@@ -2,6 +2,7 @@
 // classes of Hugging Face transformers 5.
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/config_parts.h"
+#include "checkpoint/quantization.h"
 
 namespace tda {
 namespace {
@@ -43,8 +44,7 @@ void read_sizes(const Object& config, const Family& family, ModelConfig& model) 
 }
 
 void refuse_unsupported(const Object& config) {
-  if (config.has("quantization_config"))
-    config.fail("quantization_config", "none: only unquantized checkpoints are supported");
+  read_quantization(config);
   if (config.flag("mlp_bias", false))
     config.fail("mlp_bias", "false: biases in the feed-forward layers are not supported");
 }

@@ -41,6 +41,11 @@ class Object {
     const auto found = object_->find(key);
     return found == object_->end() ? nullptr : &*found;
   }
+  std::vector<std::string> keys() const {
+    std::vector<std::string> keys;
+    for (const auto& [key, value] : object_->items()) keys.push_back(key);
+    return keys;
+  }
   bool is_null(const std::string& key) const { return find(key) && find(key)->is_null(); }
   /// Present and not null.
   bool has(const std::string& key) const { return find(key) && !find(key)->is_null(); }

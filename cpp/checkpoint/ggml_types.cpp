@@ -188,6 +188,17 @@ void expand_iq4_xs(const std::byte* block, float* out) {
   }
 }
 
+float float_at(const std::byte* data) {
+  float value;
+  std::memcpy(&value, data, sizeof value);
+  return value;
+}
+
+void expand_lines(const std::byte* block, float* out) {
+  const float d = float_at(block), m = float_at(block + 4);
+  each_nibble<16>(block + 8, [&](int i, int code) { out[i] = d * static_cast<float>(code) + m; });
+}
+
 }  // namespace
 
 const GgmlType* find_ggml_type(std::uint32_t id) {
@@ -209,6 +220,7 @@ BlockSize block_of(DType dtype) {
     case DType::q5_0:
       return {kSmall, 22};
     case DType::q5_1:
+    case DType::lines:
       return {kSmall, 24};
     case DType::q8_0:
       return {kSmall, 34};
@@ -270,6 +282,8 @@ void dequantize(DType dtype, const std::byte* data, std::int64_t count, float* o
       return blocks(expand_iq4_nl);
     case DType::iq4_xs:
       return blocks(expand_iq4_xs);
+    case DType::lines:
+      return blocks(expand_lines);
     case DType::other:
       break;
   }
@@ -301,7 +315,20 @@ bool four_bit_groups(DType dtype, const std::byte* data, std::int64_t group, std
     minimum = -packed.minimum;
     return true;
   }
+  if (dtype == DType::lines) {
+    const std::byte* const block = data + group * 24;
+    each_nibble<16>(block + 8, take);
+    scale = float_at(block);
+    minimum = float_at(block + 4);
+    return true;
+  }
   return false;
+}
+
+void store_line(const std::uint8_t codes[32], float scale, float minimum, std::byte* block) {
+  std::memcpy(block, &scale, 4);
+  std::memcpy(block + 4, &minimum, 4);
+  for (int i = 0; i < 16; ++i) block[8 + i] = static_cast<std::byte>(codes[i] | codes[16 + i] << 4);
 }
 
 }  // namespace tda

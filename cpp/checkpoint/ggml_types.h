@@ -1,5 +1,5 @@
-// How the values of a tensor are stored: as numbers, or in the blocks of GGML, whose values share
-// scales. Everything that needs f32 values of a tensor gets them from dequantize().
+// How the values of a tensor are stored: as numbers, or in blocks of GGML and our own, whose values
+// share scales. Everything that needs f32 values of a tensor gets them from dequantize().
 #pragma once
 
 #include <cstddef>
@@ -23,6 +23,7 @@ enum class DType {
   q6_k,
   iq4_nl,
   iq4_xs,
+  lines,  // as store_line() writes them
   other,  // none that dequantize() knows
 };
 
@@ -52,7 +53,8 @@ void dequantize(DType dtype, const std::byte* data, std::int64_t count, float* o
 
 /// Whether values are 4-bit codes with a scale and a minimum, as four_bit_groups() gives them.
 constexpr bool has_four_bits(DType dtype) {
-  return dtype == DType::q4_0 || dtype == DType::q4_1 || dtype == DType::q4_k;
+  return dtype == DType::q4_0 || dtype == DType::q4_1 || dtype == DType::q4_k ||
+         dtype == DType::lines;
 }
 
 /// The 4-bit codes of values [32 * group, 32 * group + 32) of `data`: value i is
@@ -60,5 +62,9 @@ constexpr bool has_four_bits(DType dtype) {
 /// not of this form with 4-bit codes; then nothing is written.
 bool four_bit_groups(DType dtype, const std::byte* data, std::int64_t group, std::uint8_t codes[32],
                      float& scale, float& minimum);
+
+/// Writes a block of 32 values scale * code + minimum as DType::lines, which are f32 scale, f32
+/// minimum and the codes as in Q4_1.
+void store_line(const std::uint8_t codes[32], float scale, float minimum, std::byte* block);
 
 }  // namespace tda

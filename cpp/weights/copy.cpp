@@ -16,13 +16,6 @@
 namespace tda {
 namespace {
 
-/// A row of a matrix as f32.
-void read_tensor_row(const TensorView& tensor, std::int64_t row, std::int64_t cols, float* out) {
-  std::vector<std::byte> data(stored_bytes(tensor.dtype, cols));
-  tensor.read_rows(row, 1, data.data());
-  dequantize(tensor.dtype, data.data(), cols, out);
-}
-
 /// Removes a row's largest value if it is so much larger than the rest of its group that the
 /// group's scale would leave the others few codes or none. A few neurons have such a value: they
 /// write and cancel the residual stream's massive activations, and rounding it costs as much as all
@@ -162,23 +155,40 @@ RowSource source_of(const BrickCopy& copy, std::int64_t row) {
   return {nullptr, 0};
 }
 
+/// Calls body(row of the strip, tensor, its data there) for the rows that do not pad. Rows that are
+/// neighbours in their tensor are read together.
+template <class Body>
+void each_row(const BrickCopy& copy, std::int64_t strip, const Body& body) {
+  std::vector<std::byte> data;
+  for (std::int64_t r = 0, count = 1; r < kStripRows; r += count) {
+    const RowSource from = source_of(copy, strip * kStripRows + r);
+    count = 1;
+    if (!from.tensor) continue;
+    const auto follows = [&](std::int64_t n) {
+      const RowSource next = source_of(copy, strip * kStripRows + r + n);
+      return next.tensor == from.tensor && next.row == from.row + n;
+    };
+    while (r + count < kStripRows && follows(count)) ++count;
+    const std::int64_t row_bytes = stored_bytes(from.tensor->dtype, copy.target.cols);
+    data.resize(count * row_bytes);
+    from.tensor->read_rows(from.row, count, data.data());
+    for (std::int64_t i = 0; i < count; ++i) body(r + i, *from.tensor, data.data() + i * row_bytes);
+  }
+}
+
 /// Stores rows that have 4 bits in the file, with the codes that they have there.
 void copy_lines(const BrickCopy& copy, std::int64_t strip) {
   const Bricks target = copy.target.bricks();
   std::vector<LineGroup> groups(target.blocks);
-  for (std::int64_t r = 0; r < kStripRows; ++r) {
-    const RowSource from = source_of(copy, strip * kStripRows + r);
-    if (!from.tensor) continue;
-    std::vector<std::byte> data(stored_bytes(from.tensor->dtype, target.cols));
-    from.tensor->read_rows(from.row, 1, data.data());
+  each_row(copy, strip, [&](std::int64_t r, const TensorView& tensor, const std::byte* data) {
     for (std::int64_t b = 0; b < target.blocks; ++b) {
       LineGroup& group = groups[b];
-      four_bit_groups(from.tensor->dtype, data.data(), b, group.codes, group.scale, group.minimum);
+      four_bit_groups(tensor.dtype, data, b, group.codes, group.scale, group.minimum);
       if (!std::isfinite(group.scale) || !std::isfinite(group.minimum))
-        throw not_finite(*from.tensor, copy.target.format);
+        throw not_finite(tensor, copy.target.format);
     }
     store_lines(target, strip * kStripRows + r, groups.data());
-  }
+  });
 }
 
 void copy_strip(const BrickCopy& copy, std::int64_t strip) {
@@ -188,14 +198,12 @@ void copy_strip(const BrickCopy& copy, std::int64_t strip) {
   const Bricks target = copy.target.bricks();
   const std::int64_t stride = target.blocks * kBlockInputs;
   std::vector<float> values(kStripRows * stride);
-  for (std::int64_t r = 0; r < kStripRows; ++r) {
-    const RowSource from = source_of(copy, strip * kStripRows + r);
-    if (!from.tensor) continue;
+  each_row(copy, strip, [&](std::int64_t r, const TensorView& tensor, const std::byte* data) {
     float* const row = values.data() + r * stride;
-    read_tensor_row(*from.tensor, from.row, target.cols, row);
+    dequantize(tensor.dtype, data, target.cols, row);
     if (!std::all_of(row, row + target.cols, [](float v) { return std::isfinite(v); }))
-      throw not_finite(*from.tensor, copy.target.format);
-  }
+      throw not_finite(tensor, copy.target.format);
+  });
   quantize_bricks(target, strip, values.data());
 }
 
@@ -244,9 +252,12 @@ bool had_four_bits(const TensorView& tensor) {
   if (block_of(tensor.dtype).values > 1) return has_four_bits(tensor.dtype);
   const std::int64_t rows = tensor.shape[0], cols = tensor.shape[1];
   std::vector<float> row(cols);
+  std::vector<std::byte> data(stored_bytes(tensor.dtype, cols));
   std::int64_t groups = 0;
+  const std::shared_ptr<const void> kept = tensor.keep();
   for (std::int64_t k = 0; k < std::min(kRows, rows); ++k) {
-    read_tensor_row(tensor, k * rows / std::min(kRows, rows), cols, row.data());
+    tensor.read_rows(k * rows / std::min(kRows, rows), 1, data.data());
+    dequantize(tensor.dtype, data.data(), cols, row.data());
     for (std::int64_t first = 0; first + kBlockInputs <= cols; first += kBlockInputs, ++groups)
       if (!on_a_line(row.data() + first)) return false;
   }
@@ -267,6 +278,8 @@ void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& b
     const auto strips = [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t s = begin; s < end; ++s) copy_strip(copy, s);
     };
+    std::vector<std::shared_ptr<const void>> kept;
+    for (const TensorView* source : copy.sources) kept.push_back(source->keep());
     in_parts(pool, target.strips, 1, strips, report);
     const auto columns = [&](std::int64_t begin, std::int64_t end) {
       measure_columns(copy, begin, end);
@@ -278,6 +291,7 @@ void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& b
   for (const Copy& copy : copies) {
     const TensorView& source = *copy.source;
     const Matrix& target = copy.target;
+    const std::shared_ptr<const void> kept = source.keep();
     const auto report = [&](std::int64_t rows) {
       if (progress) progress(done + target.bytes() / target.rows * rows, total);
     };

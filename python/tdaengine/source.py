@@ -6,10 +6,11 @@ import json
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._native import CheckpointError
+from ._native import Checkpoint, CheckpointError
 from .files import read_json_object
 from .tensors import Tensor, read_safetensors
 
@@ -49,9 +50,11 @@ def read_folder(folder: Path) -> Source:
         raise CheckpointError(
             f"{folder}: found an engine folder, expected a Hugging Face folder or a GGUF file"
         )
+    quantized = config.pop("quantization_config", None) is not None
+    tensors = _read_quantized(folder) if quantized else _read_shards(folder)
     # Buffers that some old checkpoints store; the engine computes them.
-    tensors = [t for t in _read_shards(folder) if not t.name.endswith("rotary_emb.inv_freq")]
-    return Source(config, tensors, {**copied_files(folder)})
+    tensors = [t for t in tensors if not t.name.endswith("rotary_emb.inv_freq")]
+    return Source(config, tensors, {**copied_files(folder)}, "BF16" if quantized else None)
 
 
 def copied_files(folder: Path) -> dict[str, Path]:
@@ -95,6 +98,16 @@ def own_file(folder: Path, path: Path) -> Path:
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise CheckpointError(f"{path}: found {kind}, expected a regular file")
     return real
+
+
+def _read_quantized(folder: Path) -> list[Tensor]:
+    """As the native module's reader has them, with the weights of quantised layers."""
+    check_weights(folder)
+    checkpoint = Checkpoint(str(folder))
+    return [
+        Tensor(name, "F32", tuple(shape), Path(file), partial(checkpoint.read, name))
+        for name, _, shape, file in checkpoint.tensors
+    ]
 
 
 def _read_shards(folder: Path) -> list[Tensor]:

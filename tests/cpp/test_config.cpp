@@ -237,7 +237,7 @@ TEST(config_refuses_what_it_cannot_run) {
       {{{"hidden_act", json::array()}}, "hidden_act is an array"},
       {{{"mlp_bias", true}}, "mlp_bias is true, expected false"},
       {{{"tie_word_embeddings", 1}}, "tie_word_embeddings is 1, expected true or false"},
-      {{{"quantization_config", {{"bits", 4}}}}, "quantization_config is an object, expected none"},
+      {{{"quantization_config", {{"bits", 4}}}}, "quantization_config.quant_method is missing"},
       {{{"partial_rotary_factor", 0.5}}, "partial_rotary_factor is 0.5, expected 1"},
       {{{"rope_theta", 0}}, "rope_theta is 0"},
       {{{"rope_scaling", 3}}, "rope_scaling is 3, expected an object"},

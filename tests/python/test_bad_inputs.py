@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tiny
+import tiny_quantized
 from conftest import MESSAGES, write_checkpoint
 from error_tables import fill_in
+from safetensors.numpy import load_file
 
 import tdaengine
 from tdaengine import Engine, cli
@@ -135,6 +137,7 @@ class World:
             **{f.__name__: f for f in (bench, convert, evaluate, parse_tda)},
             **{f.__name__: f for f in (full_disk, little_memory, missing, truncated, folder)},
             **{f.__name__: f for f in (unreadable, nan_at_the_end, all_int64, self.damaged)},
+            "quantized": self.quantized,
             "FOLDER": self.folder,
             "PACKED": packed,
             "MESSAGES": MESSAGES,
@@ -169,6 +172,24 @@ class World:
         else:
             file.write_bytes(change)
         Engine(copy, threads=1).chat(MESSAGES, max_new_tokens=2)
+
+    def quantized(self, kind: str, config: dict = {}, tensors: dict = {}) -> None:  # noqa: B006
+        """Loads a quantised checkpoint with other settings, or other tensors in a layer."""
+        copy = self.root / "damaged" / "FOLDER"
+        shutil.rmtree(copy, ignore_errors=True)
+        tiny_quantized.write(copy, kind)
+        settings = json.loads((copy / "config.json").read_text())
+        if config is not None:
+            config = settings["quantization_config"] | config
+        parts = load_file(copy / "model.safetensors")
+        parts |= {f"model.layers.1.mlp.up_proj.{name}": value for name, value in tensors.items()}
+        shutil.rmtree(copy)
+        tiny_quantized.write_folder(
+            copy,
+            settings | {"quantization_config": config},
+            {name: value for name, value in parts.items() if value is not None},
+        )
+        Engine(copy, threads=1)
 
     def run(self, bad_input: str) -> Row:
         with tempfile.TemporaryDirectory(dir=self.root) as here:
