@@ -200,8 +200,9 @@ KINDS = {
 }
 
 
-def write(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """A checkpoint of KINDS[name]. Returns all weights, those of quantised layers in float64."""
+def write(folder: Path, name: str, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """A checkpoint of KINDS[name]; dtype: of scales, if not the kind's. Returns all weights, those
+    of quantised layers in float64."""
     kind = KINDS[name]
     weights: dict[str, np.ndarray] = tiny.make_weights(CONFIG, seed=len(name))
     tensors: Tensors = {}
@@ -214,7 +215,7 @@ def write(folder: Path, name: str) -> dict[str, np.ndarray]:
         if kind.one_scale:
             values = values / np.abs(values).max(1, keepdims=True) * 0.25  # the same in each row
         order = random.permutation(values.shape[1]) if kind.ordered else None
-        codes = quantize(values, kind.bits, kind.group, kind.zeros, order, kind.dtype)
+        codes = quantize(values, kind.bits, kind.group, kind.zeros, order, dtype or kind.dtype)
         weights[key] = codes.weights()
         tensors |= {f"{layer}.{part}": v for part, v in kind.pack(codes).items()}
     write_folder(folder, CONFIG | {"quantization_config": kind.config}, tensors)
