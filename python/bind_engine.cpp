@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #include <tda/engine.h>
 
@@ -10,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -123,6 +125,16 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
                    "What to know of choices left to the engine, a sentence each.")
       .def_prop_ro("weight_bytes", value_of<&tda::Engine::weight_bytes>,
                    "Of all weights, as they lie in memory.")
+      .def_prop_ro(
+          "matrices",
+          [](const Engine& e) {
+            std::vector<std::tuple<std::string, std::string, std::int64_t, double>> result;
+            for (const tda::MatrixFormat& each : e.get()->matrices())
+              result.emplace_back(each.matrices, each.format, each.layers, each.bits);
+            return result;
+          },
+          "What each kind of matrix is in memory: (matrices, format, in how many layers or 0, bits "
+          "per\nweight).")
       .def_prop_ro("threads", value_of<&tda::Engine::threads>, "How many threads compute.")
       .def_prop_ro("device", value_of<&tda::Engine::device>, "What computes, as \"cpu (avx2)\".");
 }

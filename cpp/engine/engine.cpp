@@ -5,6 +5,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "engine/generation_impl.h"
+#include "weights/formats.h"
 
 namespace tda {
 namespace {
@@ -89,6 +90,7 @@ KvFormat Engine::kv() const { return runtime_->kv; }
 std::int64_t Engine::max_context() const { return runtime_->max_context; }
 const std::vector<std::string>& Engine::notices() const { return runtime_->model().notices; }
 std::int64_t Engine::weight_bytes() const { return runtime_->model().weight_bytes; }
+std::vector<MatrixFormat> Engine::matrices() const { return formats_of(runtime_->model()); }
 int Engine::threads() const { return runtime_->backend->threads(); }
 std::string Engine::device() const { return runtime_->backend->name(); }
 

@@ -11,6 +11,7 @@ from .engine import Engine
 
 # The sections of a description: what each line says of `info`.
 ENGINE = ("weights", "weight_bytes", "kv", "max_context", "device", "threads")
+MATRIX = ("matrices", "format", "layers", "bits_per_weight")
 
 
 def info(engine: Engine) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def info(engine: Engine) -> dict[str, Any]:
     return {
         "path": str(engine.path),
         **{name: getattr(engine, name) for name in names},
+        "bits_per_weight": 8 * engine.weight_bytes / engine.parameters,
+        "matrices": [dict(zip(MATRIX, each, strict=True)) for each in engine.matrices],
         "config": fields_of(engine.config),
         "files": file_sizes(engine.path),
     }
@@ -34,6 +37,7 @@ def describe(values: Mapping[str, Any]) -> str:
     sections = {
         "model": {name: values[name] for name in ("path", "fingerprint", "parameters")},
         "engine": {name: values[name] for name in ENGINE},
+        "weights": _matrices(values),
         "architecture": config,
         "files": {name: f"{size:,} bytes" for name, size in values["files"].items()},
     }
@@ -42,6 +46,18 @@ def describe(values: Mapping[str, Any]) -> str:
         lines += ["", title]
         lines += [f"  {name:24} {_shown(value)}" for name, value in section.items()]
     return "\n".join(lines[1:])
+
+
+def _matrices(values: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each kind of matrix, whatever types it has in different layers."""
+    lines: dict[str, list[str]] = {}
+    for each in values["matrices"]:
+        text = f"{each['format']}, {each['bits_per_weight']:.2f} bits per weight"
+        if sum(other["matrices"] == each["matrices"] for other in values["matrices"]) > 1:
+            text += f" in {each['layers']} layers"
+        lines.setdefault(each["matrices"], []).append(text)
+    total = f"{values['bits_per_weight']:.2f} bits per weight"
+    return {name: "; ".join(texts) for name, texts in lines.items()} | {"all": total}
 
 
 def window(layers: Sequence[int]) -> str:

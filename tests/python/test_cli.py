@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -366,8 +367,19 @@ def test_info(run, folder, engine):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert {(each["format"], each["bits_per_weight"]) for each in info["matrices"]} == {("f32", 32)}
+    assert [(each["matrices"], each["layers"]) for each in info["matrices"]] == [
+        ("embedding", 0),
+        ("q, k, v", 2),
+        ("attention output", 2),
+        ("gate, up", 2),
+        ("down", 2),
+        ("head", 0),
+    ]
+    assert 32 < info["bits_per_weight"] < 34  # vectors are padded
     code, out, _ = run("info", folder)
     assert code == 0
+    assert re.search(r"  gate, up +f32, 32\.00 bits per weight\n", out)
     assert engine.fingerprint in out
     assert f"{info['parameters']:,}" in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tiny_quantized import CONFIG, KINDS, Codes
 
 from tdaengine import CheckpointError, Engine
 from tdaengine.convert import convert
+from tdaengine.info import describe, info
 
 TOKENS = tiny.tokens("llama")
 KEEPS = [name for name, kind in KINDS.items() if kind.bits == 4 and not kind.ordered]
@@ -153,3 +155,24 @@ def test_empty_biases_of_quantised_layers_count_for_nothing(tmp_path: Path):
     save_file(tensors | biases, file)
     with pytest.raises(CheckpointError, match=r"mlp.down_proj.bias\" is none that config.json"):
         Engine(tmp_path / "folder")
+
+
+def test_info_of_mixed_types(tmp_path: Path):
+    """An int4 model keeps 8 bits of the matrices that its file has in more than 4."""
+    weights = tiny.make_weights(CONFIG, seed=4)
+    first = [key for key in weights if re.search(r"layers.0.*(up|gate)_proj", key)]
+    kinds = dict.fromkeys(first, GGMLQuantizationType.Q4_1)
+    file = tiny_gguf.write(
+        tmp_path / "m.gguf", CONFIG, weights, quantized=GGMLQuantizationType.Q8_0, kinds=kinds
+    )
+    found = info(Engine(file))
+    formats = {each["format"]: each for each in found["matrices"] if each["matrices"] == "gate, up"}
+    assert {name: each["layers"] for name, each in formats.items()} == {
+        "int4, scale and minimum": 1,
+        "graded": 1,
+    }
+    # 4 bits and two numbers of 16 for 32 inputs; f32 steps and outliers by row are more in a model
+    # of 128 inputs than in others.
+    assert 5 < formats["int4, scale and minimum"]["bits_per_weight"] < 5.5
+    assert formats["graded"]["bits_per_weight"] > 8
+    assert re.search(r"gate, up .* in 1 layers; .* in 1 layers\n", describe(found))

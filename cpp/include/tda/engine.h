@@ -91,6 +91,14 @@ struct Logprobs {
   std::vector<TokenLogprob> top;  // GenerateOptions::logprobs of them, likeliest first
 };
 
+/// How a kind of matrix is stored in memory.
+struct MatrixFormat {
+  std::string matrices;     // as "gate, up"
+  std::string format;       // as "int8", or what a matrix in int4 is: see docs/models.md
+  std::int64_t layers = 0;  // in how many layers; 0: outside of them
+  double bits = 0;          // per weight, with scales, minima and padding
+};
+
 class HarmProbe;
 class Run;
 class Runtime;
@@ -156,6 +164,8 @@ class Engine {
   /// What the user should know of the choices that options left to the engine; one sentence each.
   const std::vector<std::string>& notices() const;
   std::int64_t weight_bytes() const;  // resident, all weights
+  /// What each kind of matrix is, and where files mix types, each type of it.
+  std::vector<MatrixFormat> matrices() const;
   int threads() const;
   std::string device() const;  // e.g. "cpu (avx2)"
 
