@@ -16,14 +16,15 @@ struct StoredCodes {
   bool interleaved = false;  // words hold columns 0, 2, 4, 6, 1, 3, 5, 7 of eight
   std::uint8_t flipped = 0;  // bits; 128 makes signed bytes codes
 
+  /// Without divisions: this is called for every weight of a model.
   int at(std::int64_t row, std::int64_t col) const {
     constexpr std::int64_t places[] = {0, 4, 1, 5, 2, 6, 3, 7};
-    const std::int64_t per_word = 32 / bits, along = down ? row : col;
+    const int in_word = bits == 4 ? 3 : 2;  // log2 of the codes in 32 bits
+    const std::int64_t along = down ? row : col, place = along & ((1 << in_word) - 1);
     const std::int64_t word =
-        down ? row / per_word * stride + 4 * col : row * stride + col / per_word * 4;
-    const std::int64_t place = interleaved ? places[along % per_word] : along % per_word;
-    const int byte = bytes[word + place * bits / 8] ^ flipped;
-    return byte >> (place * bits % 8) & ((1 << bits) - 1);
+        down ? (along >> in_word) * stride + 4 * col : row * stride + 4 * (along >> in_word);
+    const std::int64_t bit = (interleaved ? places[place] : place) * bits;
+    return (bytes[word + (bit >> 3)] ^ flipped) >> (bit & 7) & ((1 << bits) - 1);
   }
 };
 

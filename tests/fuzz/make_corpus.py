@@ -7,6 +7,7 @@ with the package installed, when the layout of engine folders changes.
 import io
 import json
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from tdaengine import _native
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+import tiny_quantized
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -334,6 +338,13 @@ def main() -> None:
         write("folder", name, json.dumps(config).encode() + b"\0" + weights(config, dtype))
     qwen3 = CONFIGS["qwen3"] | {"head_dim": 4}
     write("folder", "qwen3", json.dumps(qwen3).encode() + b"\0" + weights(qwen3, "F16"))
+    small = tiny_quantized.CONFIG | LLAMA
+    small |= {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
+    for name in "gptq_32", "gptq_ordered", "awq_32", "packed_zeros", "bytes_zeros":
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_quantized.write(Path(folder, name), name, config=small)
+            config, data = (Path(folder, name, f) for f in ("config.json", "model.safetensors"))
+            write("folder", "quantized_" + name, config.read_bytes() + b"\0" + data.read_bytes())
     for packed in "f32", "bf16", "int8", "int4", "bf16c", "graded":
         with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
             Path(source, "config.json").write_text(json.dumps(LLAMA))

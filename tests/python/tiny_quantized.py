@@ -200,11 +200,13 @@ KINDS = {
 }
 
 
-def write(folder: Path, name: str, dtype: str | None = None) -> dict[str, np.ndarray]:
+def write(
+    folder: Path, name: str, dtype: str | None = None, config: dict = CONFIG
+) -> dict[str, np.ndarray]:
     """A checkpoint of KINDS[name]; dtype: of scales, if not the kind's. Returns all weights, those
     of quantised layers in float64."""
     kind = KINDS[name]
-    weights: dict[str, np.ndarray] = tiny.make_weights(CONFIG, seed=len(name))
+    weights: dict[str, np.ndarray] = tiny.make_weights(config, seed=len(name))
     tensors: Tensors = {}
     random = np.random.RandomState(1)
     for key, values in list(weights.items()):
@@ -218,7 +220,7 @@ def write(folder: Path, name: str, dtype: str | None = None) -> dict[str, np.nda
         codes = quantize(values, kind.bits, kind.group, kind.zeros, order, dtype or kind.dtype)
         weights[key] = codes.weights()
         tensors |= {f"{layer}.{part}": v for part, v in kind.pack(codes).items()}
-    write_folder(folder, CONFIG | {"quantization_config": kind.config}, tensors)
+    write_folder(folder, config | {"quantization_config": kind.config}, tensors)
     return weights
 
 
