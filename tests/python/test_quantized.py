@@ -15,10 +15,10 @@ import tiny_quantized
 from gguf import GGMLQuantizationType
 from reference import Reference
 from safetensors.numpy import load_file, save_file
-from tdaengine._native import Checkpoint
 from tiny_quantized import CONFIG, KINDS, Codes
 
 from tdaengine import CheckpointError, Engine
+from tdaengine._native import Checkpoint
 from tdaengine.convert import convert
 from tdaengine.info import describe, info
 
@@ -26,10 +26,10 @@ TOKENS = tiny.tokens("llama")
 KEEPS = [name for name, kind in KINDS.items() if kind.bits == 4 and not kind.ordered]
 
 
-def write_plain(folder: Path, weights: dict[str, np.ndarray]) -> Path:
+def write_plain(folder: Path, weights: dict[str, np.ndarray], config: dict = CONFIG) -> Path:
     """The checkpoint of f32 weights."""
     values = {name: array.astype(np.float32) for name, array in weights.items()}
-    tiny_quantized.write_folder(folder, CONFIG, values)
+    tiny_quantized.write_folder(folder, config, values)
     return folder
 
 
@@ -139,6 +139,36 @@ def test_convert_to_a_plain_folder(tmp_path: Path, name: str):
     assert made.keys() == weights.keys()
     assert all(np.array_equal(made[key], values) for key, values in weights.items())
     assert Engine(tmp_path / "bf16").weights == "bf16"
+
+
+@pytest.mark.parametrize("kind", ["gptq_32", "awq_64", "bytes_rows"])
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "gemma3", "llama_bias"])
+def test_families(tmp_path: Path, family: str, kind: str):
+    """Biases stay, layers of several matrices are taken apart."""
+    config = tiny.config_of(family) | {"hidden_size": 128, "intermediate_size": 192}
+    weights = tiny_quantized.write(tmp_path / "folder", kind, config=config)
+    plain = write_plain(tmp_path / "plain", weights, config)
+    for each in ("f32", "int8", "graded"):
+        expected = Engine(plain, weights=each).logits(TOKENS)
+        assert np.array_equal(Engine(tmp_path / "folder", weights=each).logits(TOKENS), expected)
+    expected, found = (Engine(each).logits(TOKENS) for each in (plain, tmp_path / "folder"))
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_parts_in_several_files(tmp_path: Path):
+    tiny_quantized.write(tmp_path / "folder", "awq_32")
+    expected = Engine(tmp_path / "folder").logits(TOKENS)
+    file = tmp_path / "folder/model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    weight_map = {}
+    for i, shard in enumerate(["one.safetensors", "two.safetensors"]):
+        part = dict(list(tensors.items())[i::2])
+        save_file(part, file.with_name(shard))
+        weight_map |= dict.fromkeys(part, shard)
+    index = file.with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert np.array_equal(Engine(tmp_path / "folder").logits(TOKENS), expected)
 
 
 def test_empty_biases_of_quantised_layers_count_for_nothing(tmp_path: Path):
