@@ -244,14 +244,17 @@ bool Checkpoint::contains(std::string_view tensor) const {
 const TensorView& Checkpoint::tensor(std::string_view name,
                                      std::vector<std::int64_t> expected_shape) const {
   const auto found = tensors_.find(name);
-  for (const char* part : {".qweight", ".weight_packed"})
-    if (const std::string quantized = std::string(name.substr(0, name.rfind('.'))) + part;
-        found == tensors_.end() && contains(quantized))
-      throw CheckpointError(tensors_.at(quantized).file->name() + ": found tensor \"" + quantized +
-                            "\", expected quantization_config in config.json to say what it is");
-  if (found == tensors_.end())
+  if (found == tensors_.end()) {
+    const std::string layer(name.substr(0, name.rfind('.')));
+    for (const char* part : {".qweight", ".weight_packed"})
+      if (contains(layer + part))
+        throw CheckpointError(tensors_.at(layer + part).file->name() + ": found tensor \"" + layer +
+                              part +
+                              "\", expected quantization_config in config.json to say what "
+                              "it is");
     throw CheckpointError("checkpoint " + name_ + ": tensor \"" + std::string(name) +
                           "\" is missing, expected with shape " + shape_text(expected_shape));
+  }
   const TensorView& view = found->second;
   if (view.shape != expected_shape)
     throw CheckpointError(view.file->name() + ": tensor \"" + view.name + "\" has shape " +
