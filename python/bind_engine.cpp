@@ -202,7 +202,24 @@ void bind_computing(nb::class_<ClosableEngine>& engine) {
             const GilReleased released;
             return open->calibrate(tokens, options, report);
           },
-          "texts"_a, "options"_a, "progress"_a.none() = nb::none())
+          "texts"_a, "options"_a, "progress"_a.none() = nb::none());
+}
+
+void bind_research(nb::class_<ClosableEngine>& engine) {
+  using Engine = ClosableEngine;
+  engine
+      .def(
+          "gate",
+          [](const Engine& engine, std::int64_t layer) {
+            const auto open = engine.get();
+            std::vector<float> values = open->gate(layer);
+            const auto neurons = static_cast<std::size_t>(open->config().intermediate_size);
+            const std::size_t width = values.size() / neurons;
+            return to_array(std::move(values), {neurons, width});
+          },
+          "layer"_a,
+          "The weights of the gate in layer `layer`, f32 [F, H], of other weights than graded and "
+          "int4.\nRaises OptionError.")
       .def(
           "session",
           [](const Engine& engine, std::int64_t capacity, std::int64_t sample_tokens) {
@@ -219,6 +236,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<ClosableEngine> engine(m, "Engine", "A loaded model; speaks token ids.");
   bind_opening(engine);
   bind_computing(engine);
+  bind_research(engine);
   m.def(
       "pack_checkpoint",
       [](const std::string& source, const std::string& destination, const std::string& weights,

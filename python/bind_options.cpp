@@ -82,6 +82,37 @@ void bind_thresholds(nb::module_& m) {
           "Reads what `save` wrote to the file `path`. Raises CheckpointError for anything else.");
 }
 
+void bind_predictor(nb::module_& m) {
+  using tda::Predictor;
+  nb::class_<Predictor>(
+      m, "Predictor",
+      "What `tdaengine train-predictor` or `train-experts` has learnt about a model: small "
+      "matrices\n"
+      "that tell which neurons matter to a token, for TDA(predictor=...). Pickled as its file's "
+      "name.")
+      .def_static(
+          "load", [](const std::filesystem::path& path) { return Predictor::load(path); }, "path"_a,
+          nb::sig("def load(path: str | os.PathLike[str]) -> Predictor"),
+          "Reads the file `path`. Raises CheckpointError.")
+      .def_ro("file", &Predictor::file, "Its path.")
+      .def_ro("model", &Predictor::model, "Folder name of the model, for messages.")
+      .def_ro("fingerprint", &Predictor::fingerprint,
+              "Of the checkpoint's tensors; must be that of the model it is used with.")
+      .def_ro("rank", &Predictor::rank, "How many rows the first of a layer's matrices has.")
+      .def_ro("experts", &Predictor::experts,
+              "How many groups of neurons each layer has; 0: neurons are predicted one by one.")
+      .def_ro("bytes", &Predictor::bytes, "Read for each token, of all layers.")
+      .def("__repr__",
+           [](const Predictor& p) {
+             return "Predictor(file='" + p.file + "', rank=" + std::to_string(p.rank) +
+                    (p.experts ? ", experts=" + std::to_string(p.experts) : "") + ")";
+           })
+      .def("__getstate__", [](const Predictor& p) { return p.file; })
+      .def("__setstate__", [](Predictor& p, const std::string& file) {
+        new (&p) Predictor(*Predictor::load(file));
+      });
+}
+
 void bind_generate_options(nb::module_& m) {
   using tda::GenerateOptions;
   RecordClass<GenerateOptions>(
@@ -117,9 +148,62 @@ void bind_generate_options(nb::module_& m) {
           "False) -> None");
 }
 
+/// Other methods, to compare TDA with.
+void bind_comparators(RecordClass<tda::TdaOptions>& tda) {
+  using tda::TdaOptions;
+  tda.def_static(
+         "griffin",
+         [](double active) {
+           TdaOptions options{.estimate = tda::Estimate::hidden, .active = active};
+           options.validate();
+           return options;
+         },
+         "active"_a,
+         "For comparison: a share `active` of neurons by their activations in the prompt, as in\n"
+         "GRIFFIN (arXiv 2404.01365). Raises OptionError.")
+      .def_static(
+          "cats",
+          [](double active) {
+            TdaOptions options{
+                .scope = tda::Scope::token, .estimate = tda::Estimate::gate, .active = active};
+            options.validate();
+            return options;
+          },
+          "active"_a,
+          "For comparison: per token the share `active` of neurons with the widest open gate, as "
+          "in\n"
+          "CATS (arXiv 2404.08763). Raises OptionError.")
+      .def_static(
+          "dejavu",
+          [](const std::filesystem::path& file, double active) {
+            TdaOptions options{.active = active, .predictor = tda::Predictor::load(file)};
+            options.validate();
+            return options;
+          },
+          "file"_a, "active"_a,
+          nb::sig("def dejavu(file: str | os.PathLike[str], active: float) -> TDA"),
+          "For comparison: per token the share `active` of neurons that the predictor in `file`, "
+          "from\n"
+          "`tdaengine train-predictor`, expects to matter most, as in DejaVu (arXiv 2310.17157).\n"
+          "Raises OptionError or CheckpointError.")
+      .def_static(
+          "moefication",
+          [](const std::filesystem::path& file, std::int64_t experts) {
+            TdaOptions options{.predictor = tda::Predictor::load(file), .experts = experts};
+            options.validate();
+            return options;
+          },
+          "file"_a, "experts"_a,
+          nb::sig("def moefication(file: str | os.PathLike[str], experts: int) -> TDA"),
+          "For comparison: per token the neurons of so many `experts`, groups that `tdaengine\n"
+          "train-experts` wrote to `file`, as in MoEfication (arXiv 2110.01786). Raises "
+          "OptionError or\n"
+          "CheckpointError.");
+}
+
 void bind_tda(nb::module_& m) {
   using tda::TdaOptions;
-  RecordClass<TdaOptions>(
+  RecordClass<TdaOptions> tda(
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
       "TDA() is the recommended setting for the model and weights at hand: with graded and int4\n"
@@ -134,9 +218,9 @@ void bind_tda(nb::module_& m) {
       "weights exactly one of error, active and thresholds.\n"
       "scope=\"token\": every token has its own neurons, by their contributions' size.\n"
       "scope=\"sequence\": a mask made from the prompt serves the whole generation.\n"
-      "Raises OptionError.")
-      .field("scope", &TdaOptions::scope,
-             "\"sequence\" or \"token\"; None: that of thresholds, or else \"sequence\".")
+      "Raises OptionError.");
+  tda.field("scope", &TdaOptions::scope,
+            "\"sequence\" or \"token\"; None: that of thresholds, or else \"sequence\".")
       .field("estimate", &TdaOptions::estimate,
              "\"contribution\"; \"hidden\" and \"gate\" serve TDA.griffin and TDA.cats.")
       .field("error", &TdaOptions::error,
@@ -166,35 +250,20 @@ void bind_tda(nb::module_& m) {
       .field("head", &TdaOptions::head,
              "int8 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
              "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
+      .field(
+          "predictor", &TdaOptions::predictor,
+          "Predictor, trained beforehand, that chooses each token's neurons (CPU, weights other\n"
+          "than graded and int4); with active, or with experts if it predicts experts.")
+      .field("experts", &TdaOptions::experts, "Of a predictor of experts: how many a token uses.")
       .from_keywords(
           "def __init__(self, *, scope: str | None = None, error: float | None = None, active: "
           "float "
           "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
           "= "
           "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0, inputs: "
-          "float | None = None, loss: float | None = None) -> None")
-      .def_static(
-          "griffin",
-          [](double active) {
-            TdaOptions options{.estimate = tda::Estimate::hidden, .active = active};
-            options.validate();
-            return options;
-          },
-          "active"_a,
-          "For comparison: a share `active` of neurons by their activations in the prompt, as in\n"
-          "GRIFFIN (arXiv 2404.01365). Raises OptionError.")
-      .def_static(
-          "cats",
-          [](double active) {
-            TdaOptions options{
-                .scope = tda::Scope::token, .estimate = tda::Estimate::gate, .active = active};
-            options.validate();
-            return options;
-          },
-          "active"_a,
-          "For comparison: per token the share `active` of neurons with the widest open gate, as "
-          "in\n"
-          "CATS (arXiv 2404.08763). Raises OptionError.");
+          "float | None = None, loss: float | None = None, predictor: Predictor | None = None, "
+          "experts: int = 0) -> None");
+  bind_comparators(tda);
 }
 
 void bind_calibrate_options(nb::module_& m) {
@@ -265,6 +334,7 @@ void bind_config(nb::module_& m) {
 
 void bind_options(nb::module_& m) {
   bind_thresholds(m);
+  bind_predictor(m);
   bind_generate_options(m);
   bind_tda(m);
   bind_calibrate_options(m);

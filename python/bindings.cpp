@@ -173,6 +173,18 @@ void bind_session(nb::module_& m) {
           "layer"_a,
           "|n[t,j]| of layer `layer` for the tokens remembered of the last prefill, [T, F].")
       .def(
+          "ffn_inputs",
+          [](const Session& session, std::int64_t layer) {
+            std::vector<float> values = session.ffn_inputs(layer);
+            const std::size_t tokens =
+                session.contributions(layer).size() / session.statistic(layer).size();
+            const std::size_t width = values.size() / tokens;
+            return to_array(std::move(values), {tokens, width});
+          },
+          "layer"_a,
+          "x, the feed-forward network's normed input, of layer `layer` for the same tokens, [T, "
+          "H].")
+      .def(
           "mask",
           [](const Session& session, std::int64_t layer) { return to_array(session.mask(layer)); },
           "layer"_a, "The layer's active neurons, ascending, int32.")

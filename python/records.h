@@ -64,6 +64,8 @@ template <>
 constexpr const char* expected<tda::Estimate> = "\"contribution\", \"hidden\" or \"gate\"";
 template <>
 constexpr const char* expected<std::shared_ptr<const tda::Thresholds>> = "Thresholds, or None";
+template <>
+constexpr const char* expected<std::shared_ptr<const tda::Predictor>> = "Predictor, or None";
 
 /// An enumerator of C++ is a string in Python.
 template <typename Member>

@@ -55,6 +55,10 @@ struct Step {
   float head = 0;
   /// For a sparse step with graded weights: the threshold of the head's inputs.
   float head_inputs = 0;
+  /// For a sparse step on the CPU: chooses each token's neurons instead of the mask, by so many of
+  /// its scores.
+  const PredictorWeights* predictor = nullptr;
+  std::int64_t predicted = 0;
 };
 
 /// KV cache, scratch, statistic, samples and masks of one session; each backend derives its own.
@@ -124,6 +128,8 @@ class Backend {
   virtual void reserve_samples(State&, std::int64_t tokens) const = 0;
   /// v of the tokens named by Step::samples since then, [tokens, F].
   virtual std::vector<float> samples(const State&, std::int64_t layer) const = 0;
+  /// x, the feed-forward network's input, of the same tokens, [tokens, H]; the CPU's alone.
+  virtual std::vector<float> ffn_inputs(const State&, std::int64_t /*layer*/) const { return {}; }
 
   // TDA: thresholds and masks. The first three work on all layers, by default with the functions of
   // cpp/sparsity on the host; a device may override them. They need a statistic of at least one

@@ -53,8 +53,10 @@ std::string shape_text(const std::vector<std::int64_t>& shape);  // "[2, 3]"
 using TensorMap = std::map<std::string, TensorView, std::less<>>;
 
 /// The tensors of one file. Every header field is checked: sizes, offsets inside the file, no
-/// overlap, no holes, bytes equal to shape times dtype. Throws CheckpointError.
-TensorMap read_safetensors(const std::filesystem::path& path);
+/// overlap, no holes, bytes equal to shape times dtype. `metadata` receives what the file says of
+/// itself. Throws CheckpointError.
+TensorMap read_safetensors(const std::filesystem::path& path,
+                           std::map<std::string, std::string>* metadata = nullptr);
 
 /// Weights in engine layout, as pack_checkpoint writes them: one tensor of bytes, used in place.
 /// config.json describes it.

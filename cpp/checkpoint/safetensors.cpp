@@ -156,7 +156,8 @@ void check_tiling(const std::string& file, std::int64_t data, std::int64_t data_
 
 }  // namespace
 
-TensorMap read_safetensors(const std::filesystem::path& path) {
+TensorMap read_safetensors(const std::filesystem::path& path,
+                           std::map<std::string, std::string>* metadata) {
   const auto file = std::make_shared<const File>(path, "a safetensors file");
   const auto expect = [&](bool good, const std::string& found, const std::string& expected) {
     if (!good) throw CheckpointError(file->name() + ": " + found + ", expected " + expected);
@@ -174,10 +175,12 @@ TensorMap read_safetensors(const std::filesystem::path& path) {
   const std::int64_t data = 8 + std::ssize(header), data_bytes = file->bytes() - data;
   TensorMap tensors;
   for (const auto& [name, entry] : entries.items()) {
-    if (name == "__metadata__")
+    if (name == "__metadata__") {
       check_metadata(file->name(), entry);
-    else
+      if (metadata) entry.get_to(*metadata);
+    } else {
       tensors.emplace(name, EntryReader(file, name, entry).read(data, data_bytes));
+    }
   }
   check_tiling(file->name(), data, data_bytes, tensors);
   return tensors;

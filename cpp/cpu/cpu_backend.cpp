@@ -223,6 +223,10 @@ std::vector<float> CpuBackend::samples(const State& state, std::int64_t layer) c
   return CpuState::of(state).layers[layer].samples;
 }
 
+std::vector<float> CpuBackend::ffn_inputs(const State& state, std::int64_t layer) const {
+  return CpuState::of(state).layers[layer].input_samples[static_cast<int>(Product::gate_up)];
+}
+
 void CpuBackend::set_mask(State& state, std::int64_t layer,
                           std::vector<std::int32_t> neurons) const {
   check_mask(layer, neurons);

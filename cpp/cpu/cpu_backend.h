@@ -61,7 +61,8 @@ struct CpuState final : State {
     std::vector<float> samples;      // [tokens, F]
     TokenThresholds thresholds;
     InputThresholds inputs;
-    // [tokens, inputs] x of products with bricks, but of down, whose inputs are `samples`
+    // [tokens, inputs] x of the product gate_up and, with bricks, of the others, but of down,
+    // whose inputs are `samples`
     std::vector<float> input_samples[kProducts - 1];
     FfnReads reads;
   };
@@ -135,6 +136,7 @@ class CpuBackend final : public Backend {
   void fade_statistic(State&, double factor) const override;
   void reserve_samples(State&, std::int64_t tokens) const override;
   std::vector<float> samples(const State&, std::int64_t layer) const override;
+  std::vector<float> ffn_inputs(const State&, std::int64_t layer) const override;
   void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
   std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
   bool can_compact() const override { return true; }
@@ -221,6 +223,8 @@ class CpuBackend final : public Backend {
                            const float* h, std::int64_t h_stride, float* x, std::int64_t x_stride,
                            std::int64_t lanes);
   void ffn_panels(CpuState&, std::int64_t layer, const float* in) const;
+  /// predictor.cpp: the neurons that Step::predictor chooses for a token. x: [H]
+  std::vector<std::int32_t> predicted(CpuState&, std::int64_t layer, const float* x) const;
   void gather(CpuState&, std::int64_t layer) const;
   void sample(CpuState&, std::int64_t layer) const;
 

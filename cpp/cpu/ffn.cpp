@@ -34,9 +34,10 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
   const FfnMode mode = state.step.ffn;
   const float* const in = normed(state, weights.ffn_norm);
   begin_branch(state, weights.ffn_post_norm);
-  if (in_bricks()) {
+  if (in_bricks() || mode != FfnMode::sparse)
     sample_inputs(state, in, model_->config.hidden_size,
                   state.layers[layer].input_samples[static_cast<int>(Product::gate_up)]);
+  if (in_bricks()) {
     if (state.layout.width == 1)
       ffn_bricks(state, layer, in);
     else
@@ -119,7 +120,10 @@ void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer, const float* in
   std::vector<float> row(n);
   for (std::int64_t t = 0; t < layout.tokens; ++t) {
     for (std::int64_t i = 0; i < n; ++i) row[i] = in[layout.at(t, n) + i * layout.width];
-    ffn_neurons(state, layer, active, row.data(), state.sum + layout.at(t, n), layout.width);
+    const std::vector<std::int32_t> chosen =
+        state.step.predictor ? predicted(state, layer, row.data()) : std::vector<std::int32_t>();
+    ffn_neurons(state, layer, state.step.predictor ? chosen : active, row.data(),
+                state.sum + layout.at(t, n), layout.width);
   }
 }
 

@@ -171,6 +171,19 @@ std::vector<ScoreResult> Engine::score_each(Tokens prompt,
   return results;
 }
 
+std::vector<float> Engine::gate(std::int64_t layer) const {
+  check_layer(config(), layer);
+  const Model& model = runtime_->model();
+  if (in_bricks(model.format))
+    throw OptionError("gate: expected f32, bf16, bf16c or int8 weights, found " +
+                      std::string(name_of(model.format)));
+  const Matrix& gate = model.layers[layer].gate;
+  std::vector<float> values(gate.rows * gate.cols);
+  for (std::int64_t row = 0; row < gate.rows; ++row)
+    read_row(gate, row, 0, gate.cols, values.data() + row * gate.cols);
+  return values;
+}
+
 Session Engine::session(std::int64_t capacity, std::int64_t sample_tokens) const {
   return Session(std::make_unique<Session::Impl>(runtime_, capacity, sample_tokens));
 }

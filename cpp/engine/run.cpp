@@ -12,6 +12,7 @@ constexpr std::int64_t kPromptSamples = 64;
 constexpr std::int64_t kInputSamples = 32;
 
 bool needs_samples(const TdaOptions& tda) {
+  if (tda.predictor) return false;
   return tda.inputs || tda.error || (tda.active && tda.scope == Scope::token);
 }
 
@@ -44,8 +45,8 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
 
 std::span<const float> Run::prefill() {
   Stopwatch watch;
-  const bool gather =
-      tda_.options && !tda_.options->inputs;  // thresholds of inputs need samples alone
+  // Thresholds of inputs need samples alone, a predictor needs nothing.
+  const bool gather = tda_.options && !tda_.options->inputs && !tda_.options->predictor;
   const auto logits = session_.prefill(prompt_, gather ? FfnMode::gather : FfnMode::dense);
   stats_.prefill_seconds = watch.lap();
   if (tda_.options) {

@@ -41,5 +41,7 @@ class Runtime {
 
 /// Throws OptionError if tokens is empty or an id is outside the vocabulary.
 void check_tokens(const ModelConfig& config, Tokens tokens);
+/// Throws OptionError if there is no such layer.
+void check_layer(const ModelConfig& config, std::int64_t layer);
 
 }  // namespace tda

@@ -6,6 +6,7 @@
 #include "base/size.h"
 #include "engine/session_impl.h"
 #include "model/forward.h"
+#include "sparsity/predictor.h"
 
 namespace tda {
 
@@ -139,6 +140,8 @@ std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
   step.ffn = decode_mode;
   step.head = head_;
   step.head_inputs = head_inputs_;
+  step.predictor = predictor_ ? predictor_->weights.get() : nullptr;
+  step.predicted = predicted_;
   const std::span<const float> logits = run(step, rows);
   if (refresh_every_ > 0) recent_.push_back(token);
   ++decoded_;
@@ -250,7 +253,7 @@ std::vector<float> Session::decode(Token token) {
   return {logits.begin(), logits.end()};
 }
 
-static void check_layer(const ModelConfig& config, std::int64_t layer) {
+void check_layer(const ModelConfig& config, std::int64_t layer) {
   if (layer < 0 || layer >= config.num_layers) {
     throw OptionError("layer " + std::to_string(layer) + ": expected 0 to " +
                       std::to_string(config.num_layers - 1));
@@ -272,6 +275,17 @@ std::vector<float> Session::contributions(std::int64_t layer) const {
         "and prefill a prompt");
   return estimates_of(values, model.layers[layer].down_lengths.data(),
                       model.config.intermediate_size);
+}
+
+std::vector<float> Session::ffn_inputs(std::int64_t layer) const {
+  check_layer(impl_->runtime->config(), layer);
+  const std::lock_guard lock(impl_->runtime->computing);
+  std::vector<float> inputs = impl_->backend.ffn_inputs(*impl_->state, layer);
+  if (inputs.empty())
+    throw OptionError(
+        "ffn_inputs: the session remembers no tokens, make it with sample_tokens > 0 on the CPU "
+        "and prefill a prompt");
+  return inputs;
 }
 
 std::vector<std::int32_t> Session::mask(std::int64_t layer) const {

@@ -9,6 +9,7 @@
 #include "base/parallel.h"
 #include "base/text_of.h"
 #include "engine/session_impl.h"
+#include "sparsity/predictor.h"
 
 namespace tda {
 
@@ -36,6 +37,7 @@ TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
 
 void Session::Impl::check(const TdaOptions& options) const {
   if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
+  if (options.predictor) check_predictor(*options.predictor, runtime->model());
   const WeightFormat format = runtime->model().format;
   if (options.coarse > 0 && format != WeightFormat::int8) {
     throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
@@ -50,6 +52,7 @@ void Session::Impl::check(const TdaOptions& options) const {
 }
 
 void Session::Impl::apply(const std::optional<TdaOptions>& options) {
+  predictor_ = nullptr;
   if (!options) {
     head_ = 0;
     head_inputs_ = 0;
@@ -65,6 +68,8 @@ void Session::Impl::apply(const std::optional<TdaOptions>& options) {
   head_inputs_ = 0;
   if (options->inputs)
     apply_inputs(*options);
+  else if (options->predictor)
+    apply_predictor(*options);
   else if (options->scope == Scope::token)
     apply_token(*options);
   else
@@ -143,11 +148,25 @@ void Session::Impl::apply_token(const TdaOptions& options) {
       }
     });
   }
-  std::vector<std::int32_t> all(neurons);
-  std::iota(all.begin(), all.end(), 0);
-  for (std::int64_t layer = 0; layer < layers; ++layer) set_mask(layer, all);
+  mask_none();
   set_token_thresholds(chosen);
   refresh_every_ = 0;
+}
+
+/// A predictor needs nothing from the prompt.
+void Session::Impl::apply_predictor(const TdaOptions& options) {
+  const ModelConfig& config = runtime->config();
+  mask_none();
+  set_token_thresholds(std::vector<TokenThresholds>(config.num_layers));
+  predictor_ = options.predictor;
+  predicted_ = predicted_count(options, config.intermediate_size);
+  refresh_every_ = 0;
+}
+
+void Session::Impl::mask_none() {
+  std::vector<std::int32_t> all(runtime->config().intermediate_size);
+  std::iota(all.begin(), all.end(), 0);
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer) set_mask(layer, all);
 }
 
 /// Thresholds on the contributions of inputs, from those of the prompt's sampled tokens.

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <numeric>
 
 #include "sparsity/sparsity.h"
 
@@ -48,18 +47,23 @@ std::int64_t share_count(double active, std::int64_t neurons) {
   return std::max<std::int64_t>(1, std::llround(active * static_cast<double>(neurons)));
 }
 
+std::vector<std::int32_t> mask_largest(std::span<const float> scores, std::int64_t count) {
+  std::vector<float> ordered(scores.begin(), scores.end());
+  const auto last = ordered.begin() + (count - 1);
+  std::nth_element(ordered.begin(), last, ordered.end(), std::greater<>());
+  const float least = *last;
+  std::int64_t ties = count - std::ranges::count_if(scores, [&](float s) { return s > least; });
+  std::vector<std::int32_t> kept;
+  kept.reserve(count);
+  for (std::size_t j = 0; j < scores.size(); ++j)
+    if (scores[j] > least || (scores[j] == least && ties-- > 0))
+      kept.push_back(static_cast<std::int32_t>(j));
+  return kept;
+}
+
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active) {
   if (scores.empty()) return {};
-  const std::int64_t count = share_count(active, std::ssize(scores));
-  std::vector<std::int32_t> kept(scores.size());
-  std::iota(kept.begin(), kept.end(), 0);
-  std::nth_element(kept.begin(), kept.begin() + (count - 1), kept.end(),
-                   [&](std::int32_t a, std::int32_t b) {
-                     return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-                   });
-  kept.resize(count);
-  std::sort(kept.begin(), kept.end());
-  return kept;
+  return mask_largest(scores, share_count(active, std::ssize(scores)));
 }
 
 float threshold_of_share(std::span<float> values, double share) {

@@ -58,6 +58,12 @@ std::string words_of(const TdaOptions& options, const TdaFacts& facts) {
     return "by input: " + percent(*options.inputs) + " of inputs and " +
            percent(down_share(options)) + " of neurons at 8 bits, the others at 4" +
            (options.loss ? ", for a loss of " + percent(*options.loss) : "");
+  if (options.predictor)
+    return "token scope " +
+           (options.experts ? "(MoEfication): " + std::to_string(options.experts) + " of " +
+                                  std::to_string(options.predictor->experts) + " experts"
+                            : "(DejaVu): " + percent(*options.active) + " of neurons") +
+           (options.head > 0 ? ", head " + power(options.head) : "");
   const bool token = options.scope == Scope::token;
   std::string words = token ? "token scope" : "sequence scope";
   if (options.estimate == Estimate::hidden) words += " (GRIFFIN)";
@@ -104,6 +110,35 @@ std::vector<std::string> warnings_of(const TdaOptions& options, const TdaFacts& 
   return warnings;
 }
 
+/// Of options with a predictor.
+void check_predicted(const TdaOptions& o) {
+  const auto reject = [](const std::string& name, double found, const std::string& expected) {
+    throw OptionError("tda " + name + " " + text_of(found) + ": expected " + expected);
+  };
+  if (o.active && !(*o.active > 0 && *o.active <= 1))
+    reject("active", *o.active, "more than 0, at most 1");
+  const TdaOptions alone{.scope = o.scope,
+                         .active = o.active,
+                         .head = o.head,
+                         .predictor = o.predictor,
+                         .experts = o.experts};
+  if (o != alone || o.scope == Scope::sequence)
+    throw OptionError(
+        "tda predictor: expected alone with active or experts, scope \"token\" and head, found "
+        "further options");
+  if (const std::int64_t count = o.predictor->experts) {
+    if (o.active)
+      reject("active", *o.active, "experts instead, which " + o.predictor->file + " predicts");
+    if (o.experts < 1 || o.experts > count)
+      reject("experts", static_cast<double>(o.experts), "1 to " + std::to_string(count));
+    return;
+  }
+  if (o.experts)
+    reject("experts", static_cast<double>(o.experts),
+           "active instead: " + o.predictor->file + " predicts neurons one by one");
+  if (!o.active) throw OptionError("tda predictor: expected active, the share of neurons kept");
+}
+
 }  // namespace
 
 double down_share(const TdaOptions& options) {
@@ -120,6 +155,7 @@ double inputs_within(const Thresholds& calibrated, double loss) {
 double head_share(const TdaOptions& options) { return std::sqrt(*options.inputs); }
 
 Scope scope_of(const TdaOptions& options) {
+  if (options.predictor) return Scope::token;
   return options.scope.value_or(options.thresholds ? options.thresholds->scope : Scope::sequence);
 }
 
@@ -132,6 +168,12 @@ TdaSetting resolve(const std::optional<TdaOptions>& asked, const TdaFacts& facts
     throw OptionError(std::string("tda ") + (options->loss ? "loss" : "inputs") +
                       ": expected graded or int4 weights, found " +
                       std::string(name_of(facts.weights)));
+  if (options && options->predictor) {
+    if (facts.cuda) throw OptionError("tda predictor: expected device cpu, found cuda");
+    if (by_input)
+      throw OptionError("tda predictor: expected f32, bf16, bf16c or int8 weights, found " +
+                        std::string(name_of(facts.weights)));
+  }
   if (options && !options->inputs && !options->loss && by_input)
     throw OptionError(
         "tda with " + std::string(name_of(facts.weights)) +
@@ -176,6 +218,9 @@ void TdaOptions::validate() const {
       throw OptionError("tda inputs: expected alone or with active, found further options");
     return;
   }
+  check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
+  if (predictor) return check_predicted(*this);
+  if (experts) throw OptionError("tda experts: expected only with a predictor");
   const bool token = scope_of(*this) == Scope::token;
   const Estimate other = token ? Estimate::gate : Estimate::hidden;
   if (estimate != Estimate::contribution && estimate != other) {
@@ -213,7 +258,6 @@ void TdaOptions::validate() const {
     throw OptionError(
         "tda compact: expected only with scope \"sequence\", which has a mask to copy");
   }
-  check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
   check(refresh >= 0, "refresh", static_cast<double>(refresh),
         "0 (never) or a positive number of tokens");
 }

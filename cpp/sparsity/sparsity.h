@@ -44,8 +44,10 @@ std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float thr
 /// round(active * neurons), at least 1 of them.
 std::int64_t share_count(double active, std::int64_t neurons);
 
-/// Ascending ids of the share_count(active, F) neurons with the largest scores; of equal scores the
-/// lower id stays.
+/// Ascending ids of the `count` largest scores, 1 <= count <= F; of equal scores the lower id stays.
+std::vector<std::int32_t> mask_largest(std::span<const float> scores, std::int64_t count);
+
+/// The same for share_count(active, F).
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
 
 /// Which neurons of a mask are computed for a token, by their estimates: at least `exact`, exactly;

@@ -23,6 +23,8 @@ Activation uncertainty, how the set depends on the history:
   next      a token's set and the next token's
   own       the mask of the prompt tokens and the set of one of them
   prompt    the same mask and the set of a later token, by its distance
+  hindsight the mask that fits a text's later tokens best and the set of one of them: the bound of
+            what any mask for all of them could do
   texts     the masks of two texts' prompts
 Activation inertia, what stays active whatever the text means:
   shuffled  the mask of a prompt and that of its own tokens in random order
@@ -89,7 +91,7 @@ def analyze(
 
     masks = np.zeros((len(texts), layers, neurons), dtype=bool)
     used = np.zeros((layers, neurons))  # how many tokens' sets a neuron is in
-    following, own, shuffled = np.zeros((3, layers, len(texts)))
+    following, own, hindsight, shuffled = np.zeros((4, layers, len(texts)))
     prompt = np.zeros((PARTS, layers, len(texts)))
     for i, ids in enumerate(encoded):
         session = engine.session(length, sample_tokens=length)
@@ -103,7 +105,10 @@ def analyze(
             used[layer] += sets.sum(axis=0)
             following[layer, i] = overlap(sets[:-1], sets[1:])
             own[layer, i] = overlap(masks[i, layer], sets[:prompt_tokens])
-            for part, some in enumerate(np.array_split(sets[prompt_tokens:], PARTS)):
+            later = sets[prompt_tokens:]
+            fitting = active_sets(later.sum(axis=0), count)
+            hindsight[layer, i] = overlap(fitting, later)
+            for part, some in enumerate(np.array_split(later, PARTS)):
                 prompt[part, layer, i] = overlap(masks[i, layer], some)
             shuffled[layer, i] = overlap(masks[i, layer], mask(mixed.contributions(layer), count))
         if progress:
@@ -116,6 +121,7 @@ def analyze(
         "next": following.mean(axis=1).tolist(),
         "own": own.mean(axis=1).tolist(),
         "prompt": prompt.mean(axis=2).tolist(),
+        "hindsight": hindsight.mean(axis=1).tolist(),
         "texts": [
             float(np.mean([overlap(masks[i, layer], masks[j, layer]) for i, j in pairs]))
             for layer in range(layers)
@@ -133,7 +139,7 @@ def table(figures: dict[str, Any]) -> str:
         "own": figures["own"],
         "prompt, first part": figures["prompt"][0],
         "last part": figures["prompt"][-1],
-        **{name: figures[name] for name in ("texts", "shuffled", "always", "never")},
+        **{name: figures[name] for name in ("hindsight", "texts", "shuffled", "always", "never")},
     }
     lines = [
         f"{figures['compared']} texts, sets of {figures['active']:.2f} of the neurons (chance)\n",

@@ -10,7 +10,8 @@ from .options import parse_tda
 
 SETTING = (
     "the recommended setting for the model and weights; or SETTING by hand: "
-    "inputs=0.2; loss=0.02; scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; off"
+    "inputs=0.2; loss=0.02; scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; "
+    "predictor=FILE,active=0.5; off"
 )
 
 

@@ -26,6 +26,7 @@ from .conversation import TEMPERATURE, TOP_P, run_chat
 from .engine import TdaWarning
 from .options import RECOMMENDED
 from .serve import run_serve
+from .train import add_train_experts, add_train_predictor, run_train
 
 # The exit codes of a shell for SIGINT (Ctrl-C) and SIGPIPE.
 INTERRUPTED = 130
@@ -106,6 +107,12 @@ def make_parser() -> argparse.ArgumentParser:
         command("evaluate", run_evaluate, "Quality and speed of TDA settings against dense.")
     )
     _add_analyze(command("analyze", run_analyze, "What the sets of active neurons depend on."))
+    add_train_predictor(
+        command("train-predictor", run_train, "Train what predicts active neurons, as in DejaVu.")
+    )
+    add_train_experts(
+        command("train-experts", run_train, "Group neurons to experts, as in MoEfication.")
+    )
     _add_bench(command("bench", run_bench, "Speed and memory, beside the speed of reading memory."))
     _add_serve(command("serve", run_serve, "Answer over HTTP, by the OpenAI API and a page."))
     info = command("info", run_info, "Show what a checkpoint holds.")

@@ -41,7 +41,7 @@ def open_engine(args: argparse.Namespace, **changed: Any) -> Engine:
     given = getattr(args, "tda", None)
     tda = given if isinstance(given, TDA) else None  # evaluate and bench have a list
     bar = {"desc": "packing", "unit": "B", "unit_scale": True, "leave": False}
-    with _progress_bar(**bar, disable=True if args.json else None) as progress:
+    with progress_bar(**bar, disable=True if args.json else None) as progress:
         return Engine(args.model, tda=tda, progress=progress, **options)
 
 
@@ -117,7 +117,7 @@ def _figures(output: Output) -> str:
 def run_convert(args: argparse.Namespace) -> None:
     from .convert import convert
 
-    with _progress_bar(unit="B", unit_scale=True, disable=args.json) as progress:
+    with progress_bar(unit="B", unit_scale=True, disable=args.json) as progress:
         convert(
             args.source,
             args.destination,
@@ -139,8 +139,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
     engine = open_engine(args)
     output = args.output or thresholds_file(engine.path)
     check_output(output)
-    ids = None if texts is None else _encoded(args, engine, texts, 1)
-    with _progress_bar(unit="step", disable=args.json) as progress:
+    ids = None if texts is None else encoded_texts(args, engine, texts, 1)
+    with progress_bar(unit="step", disable=args.json) as progress:
         thresholds = engine.calibrate(
             ids, error=args.error, scope=args.scope, bytes=args.bytes, progress=progress
         )
@@ -170,9 +170,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         return
     texts = _texts(args)
     engine, points, settings, others = _open_runs(args)
-    ids = _encoded(args, engine, texts, args.prompt_tokens + args.score_tokens)
+    ids = encoded_texts(args, engine, texts, args.prompt_tokens + args.score_tokens)
     lengths = {name: getattr(args, name) for name in ("prompt_tokens", "score_tokens")}
-    with _progress_bar(unit="text", disable=args.json) as progress:
+    with progress_bar(unit="text", disable=args.json) as progress:
         results = evaluate(
             engine,
             ids,
@@ -201,7 +201,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     _check_unique("--tasks", names)
     tasks = {Path(path).stem: read_items(Path(path), args.texts) for path in args.tasks}
     engine, points, settings, others = _open_runs(args)
-    with _progress_bar(unit="item", disable=args.json) as progress:
+    with progress_bar(unit="item", disable=args.json) as progress:
         results = evaluate_tasks(
             engine, tasks, settings, others=others, output=args.output, progress=progress
         )
@@ -237,9 +237,9 @@ def _open_runs(
 def run_analyze(args: argparse.Namespace) -> None:
     texts = _texts(args)
     engine = open_engine(args)
-    ids = _encoded(args, engine, texts, args.prompt_tokens + args.score_tokens)
+    ids = encoded_texts(args, engine, texts, args.prompt_tokens + args.score_tokens)
     names = ("active", "prompt_tokens", "score_tokens")
-    with _progress_bar(unit="text", disable=args.json) as progress:
+    with progress_bar(unit="text", disable=args.json) as progress:
         figures = analyze(
             engine, ids, progress=progress, **{name: getattr(args, name) for name in names}
         )
@@ -286,7 +286,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
     return read_texts(Path(args.data))
 
 
-def _encoded(
+def encoded_texts(
     args: argparse.Namespace, engine: Engine, texts: list[str], length: int
 ) -> list[list[int]]:
     """Token ids of the first --texts texts that have `length` tokens or more."""
@@ -311,7 +311,7 @@ def run_bench(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     engine = open_engine(args)
     load_seconds = time.perf_counter() - start
-    with _progress_bar(unit="run", disable=args.json) as progress:
+    with progress_bar(unit="run", disable=args.json) as progress:
         measured = bench(
             engine,
             settings,
@@ -365,7 +365,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bar(**settings: Any) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(**settings: Any) -> Iterator[Callable[[int, int], None]]:
     """A function progress(done, total), whose first call makes the bar."""
     with contextlib.ExitStack() as stack:
         bar = None

@@ -223,6 +223,9 @@ def describe_run(engine: Engine, tda: TDA | None) -> dict[str, Any]:
     if thresholds := options.get("thresholds"):
         names = ("values", "coarse", "inputs", "losses")
         options["thresholds"] = digest([getattr(thresholds, name) for name in names])
+    if predictor := options.get("predictor"):
+        content = read(Path(predictor.file), "a predictor", 10 * MAX_DATA)
+        options["predictor"] = hashlib.sha256(content).hexdigest()[:16]
     names = ("weights", "kv", "device", "threads")
     return {name: getattr(engine, name) for name in names} | {"tda": options or None}
 

@@ -12,14 +12,14 @@ import itertools
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ._native import TDA, Error, OptionError, Thresholds
+from ._native import TDA, Error, OptionError
 from .contents import Contents
 from .engine import Engine
+from .options import FILES
 from .tasks import Pair, score_pairs
 from .tokenizer_files import Settings
 
@@ -242,8 +242,8 @@ def _setting(tda: str | None = None, **fields: Any) -> TDA | None:
         )
     if tda is not None and fields:
         raise OptionError(f"tda: found {tda!r} and {', '.join(fields)}, expected one or the other")
-    if "thresholds" in fields:
-        fields["thresholds"] = Thresholds.load(Path(fields["thresholds"]))
+    for name in FILES.keys() & fields.keys():
+        fields[name] = FILES[name](fields[name])
     return TDA(**fields) if fields or tda == "recommended" else None
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from ._native import TDA, GenerateOptions, OptionError, Thresholds
+from ._native import TDA, GenerateOptions, OptionError, Predictor, Thresholds
 
 RECOMMENDED = "recommended"  # TDA() on the command line
+FILES = {"thresholds": Thresholds.load, "predictor": Predictor.load}  # fields of TDA that are read
 
 
 class GenerateKeywords(TypedDict, total=False):
@@ -82,8 +83,8 @@ def options_of_each(
 
 def parse_tda(text: str, option: str = "") -> TDA | None:
     """What the option --tda says: "recommended", "off", or "name=value,name=value" with fields of
-    TDA, of which thresholds is a file's name. option: how messages name it, default --tda and the
-    text. Raises OptionError or CheckpointError."""
+    TDA, of which thresholds and predictor are names of files. option: how messages name it, default
+    --tda and the text. Raises OptionError or CheckpointError."""
     option = option or f"--tda {text}"
     if text == RECOMMENDED:
         return TDA()
@@ -99,7 +100,7 @@ def parse_tda(text: str, option: str = "") -> TDA | None:
             )
         if name in values:
             raise OptionError(f"{option}: found {name!r} twice")
-        values[name] = Thresholds.load(value) if name == "thresholds" else _parse_value(value)
+        values[name] = FILES[name](value) if name in FILES else _parse_value(value)
     return TDA(**values)
 
 

@@ -9,6 +9,7 @@
 
 #include "base/half.h"
 #include "check.h"
+#include "sparsity/predictor.h"
 #include "sparsity/setting.h"
 #include "sparsity/sparsity.h"
 
@@ -267,6 +268,27 @@ TEST(mask_top_share) {
   CHECK((mask_top_share(scores, 1e-9) == Ids{1}));
   CHECK((mask_top_share(scores, 1) == Ids{0, 1, 2, 3, 4, 5}));
   CHECK((mask_top_share(std::vector<float>(5, 1.0f), 0.6) == Ids{0, 1, 2}));
+}
+
+TEST(neurons_of_a_predictors_scores) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const PredictorWeights::Layer single;
+  CHECK((single.neurons(std::vector<float>{-1, 3, 2, 3, -2}, 3) == Ids{1, 2, 3}));
+  CHECK((single.neurons(std::vector<float>{5, 1, nan, 9}, 2) == Ids{2, 3}));
+  CHECK((single.neurons(std::vector<float>(4, nan), 2) == Ids{0, 1}));
+  PredictorWeights::Layer grouped;
+  grouped.expert_of = {2, 0, 1, 2, 1, 0};
+  CHECK((grouped.neurons(std::vector<float>{0.5f, -3, 4}, 1) == Ids{0, 3}));
+  CHECK((grouped.neurons(std::vector<float>{0.5f, -3, 4}, 2) == Ids{0, 1, 3, 5}));
+  CHECK((grouped.neurons(std::vector<float>{0.5f, nan, 4}, 1) == Ids{2, 4}));
+}
+
+TEST(predictors_are_for_the_cpu_and_rows_of_weights) {
+  const TdaOptions options{.active = 0.5, .predictor = std::make_shared<Predictor>()};
+  CHECK(resolve(options, {}).words == "token scope (DejaVu): 50% of neurons");
+  CHECK_THROWS(resolve(options, {.cuda = true}), OptionError, "expected device cpu, found cuda");
+  CHECK_THROWS(resolve(options, {.weights = WeightFormat::graded}), OptionError,
+               "tda predictor: expected f32, bf16, bf16c or int8 weights, found graded");
 }
 
 TEST(tda_options) {

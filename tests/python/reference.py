@@ -37,6 +37,8 @@ class Reference:
         self.heads = self.config["num_attention_heads"]
         self.head_dim = self.config.get("head_dim", self.config["hidden_size"] // self.heads)
         self.h: list[np.ndarray] = []
+        # Which neurons [T, F] a layer uses for its inputs [T, H]; after `dense_tokens` of forward.
+        self.choose: Callable[[int, np.ndarray], np.ndarray] | None = None
         self.cached: Callable[[np.ndarray], np.ndarray] = lambda v: v  # keys, values [heads, T, d]
 
     def down(self, layer: int) -> np.ndarray:
@@ -53,7 +55,7 @@ class Reference:
     ) -> np.ndarray:
         """Logits [T, V]. After the first dense_tokens, layer l uses the neurons masks[l] alone, or
         those whose |h| * ||down|| (or |act(gate)|) reaches thresholds[l] for the token."""
-        self.h, self.gates = [], []
+        self.h, self.gates, self.inputs = [], [], []
         embedding = self.weights["model.embed_tokens"]
         x = embedding[tokens]
         for layer in self.layers:
@@ -66,10 +68,15 @@ class Reference:
             h = open_gates * (y @ up.T)
             self.h.append(h)
             self.gates.append(open_gates)
+            self.inputs.append(y)
             if masks is not None:
                 kept = np.zeros(h.shape, bool)
                 kept[:dense_tokens] = True
                 kept[dense_tokens:, masks[layer]] = True
+                h = np.where(kept, h, 0)
+            if self.choose is not None:
+                kept = self.choose(layer, y)
+                kept[:dense_tokens] = True
                 h = np.where(kept, h, 0)
             if thresholds is not None:
                 sizes = np.linalg.norm(self.down(layer), axis=1)

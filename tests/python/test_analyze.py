@@ -59,10 +59,17 @@ def test_figures_of_texts_that_say_the_same(engine: Engine):
         sets = active_sets(contributions, count)
         expected = sets[:, mask(contributions, count)].sum() / (24 * count)
         assert same["own"][layer] == pytest.approx(expected)
+        # No mask of so many neurons has more of the later tokens' sets.
+        whole = engine.session(48, sample_tokens=48)
+        whole.prefill(TEXTS[0])
+        later = active_sets(whole.contributions(layer), count)[24:]
+        most = np.sort(later.sum(axis=0))[-count:].sum() / (24 * count)
+        assert same["hindsight"][layer] == pytest.approx(most)
+        assert most > np.mean(same["prompt"], axis=0)[layer]
     figures = analyze(engine, TEXTS, **LENGTHS)
     assert figures["compared"] == 3 and figures["active"] == pytest.approx(0.5, abs=0.02)
     assert len(figures["prompt"]) == PARTS
-    for name in ("next", "own", "texts", "shuffled", "always", "never"):
+    for name in ("next", "own", "hindsight", "texts", "shuffled", "always", "never"):
         assert len(figures[name]) == engine.config.num_layers
         assert all(0 <= number <= 1 for number in figures[name])
     assert np.mean(figures["texts"]) < 1

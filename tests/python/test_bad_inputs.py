@@ -20,14 +20,17 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import predictors
 import pytest
 import tiny
 import tiny_quantized
-from conftest import MESSAGES, write_checkpoint
+from checkpoints import write_checkpoint
+from conftest import MESSAGES
 from error_tables import fill_in
 from safetensors.numpy import load_file
 
@@ -132,6 +135,7 @@ class World:
         engine = Engine(self.folder, threads=1)
         packed = root / "PACKED"
         convert(self.folder, packed, weights="int8")
+        self.engine = engine
         self.names = {
             **vars(tdaengine),
             **{f.__name__: f for f in (bench, convert, evaluate, parse_tda)},
@@ -147,10 +151,23 @@ class World:
             "other": Engine(tiny.write(root / "other", "llama_tied"), threads=1),
             "long": Engine(self.folder, device="cpu", threads=1, max_context=2**40),
             "thresholds": engine.calibrate(["Some text."], error=0.2),
+            "PREDICTOR": self.predictor("predictor"),
+            "EXPERTS": self.predictor("experts", experts=8),
+            "bad_predictor": partial(self.predictor, "bad"),
             "nan": math.nan,
             "np": np,
             "pickle": pickle,
         }
+
+    def predictor(
+        self, name: str, experts: int = 0, value: float | None = None, **metadata: Any
+    ) -> Path:
+        """A file of one with rank 8; value: a number that stands in it."""
+        layers = predictors.make_layers(self.engine, 8, experts)
+        if value is not None:
+            layers[1]["second"][0, 0] = value
+        path = self.root / f"{name}.safetensors"
+        return predictors.write(path, self.engine, layers, **metadata)
 
     def damaged(self, name: str, change: Any) -> None:
         """Reads all of a checkpoint one file of which has this content, these JSON keys, or went

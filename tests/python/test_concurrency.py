@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import PROMPT, write_tokenizer
+from checkpoints import write_tokenizer
+from conftest import PROMPT
 
 from tdaengine import TDA, Engine, OptionError
 

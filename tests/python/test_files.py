@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import MESSAGES, PROMPT, write_checkpoint
+from checkpoints import write_checkpoint
+from conftest import MESSAGES, PROMPT
 
 from tdaengine import CheckpointError, Engine, OptionError, Thresholds, cli
 from tdaengine.convert import convert

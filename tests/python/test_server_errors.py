@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny
-from conftest import write_checkpoint
+from checkpoints import write_checkpoint
 from error_tables import fill_in
 from serving import Reply, Server, serving
 

@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from conftest import write_tokenizer
+from checkpoints import write_tokenizer
 from safetensors.numpy import load_file, save_file
 from serving import serving
 

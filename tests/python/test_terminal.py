@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import TEMPLATE
+from checkpoints import TEMPLATE
 from tokenizers import Tokenizer, decoders, models
 
 from tdaengine import Engine, cli

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from conftest import write_checkpoint
+from checkpoints import write_checkpoint
 
 from tdaengine import TDA, Engine
 

@@ -198,6 +198,9 @@ class Engine {
   Thresholds calibrate(std::span<const std::vector<Token>> texts, const CalibrateOptions& = {},
                        const Progress& progress = {}) const;
 
+  /// The layer's W_gate as f32, [F, H], of weights that are not graded or int4.
+  std::vector<float> gate(std::int64_t layer) const;
+
   /// A session for stepwise use: research, tests, own generate loops. `capacity`: tokens it can
   /// hold. `sample_tokens`: how many tokens of each prefill it remembers for TdaOptions::error and
   /// `contributions`, 0 for none.
@@ -226,6 +229,8 @@ class Session {
   std::vector<float> statistic(std::int64_t layer) const;
   /// |n[t,j]| = |h[t,j]| ||down[j]|| of the tokens remembered of the last prefill, [T, F].
   std::vector<float> contributions(std::int64_t layer) const;
+  /// x_t, the feed-forward network's normed input, of the same tokens, [T, H]. CPU.
+  std::vector<float> ffn_inputs(std::int64_t layer) const;
   /// The layer's active neurons, strictly ascending; all of them until set.
   std::vector<std::int32_t> mask(std::int64_t layer) const;
   void set_mask(std::int64_t layer, std::span<const std::int32_t> neurons);

@@ -35,6 +35,8 @@
 
 namespace [[gnu::visibility("default")]] tda {
 
+struct PredictorWeights;
+
 /// What a TDA threshold holds for: a whole generation, or each token afresh.
 enum class Scope { sequence, token };
 
@@ -75,9 +77,26 @@ struct Thresholds {
   static Thresholds load(const std::filesystem::path&);
 };
 
+/// What `tdaengine train-predictor` or `train-experts` has learnt about a model, for comparison with
+/// TDA: two small matrices per layer that tell from x_t, before any neuron is computed, which
+/// neurons matter to the token, one by one (DejaVu, arXiv 2310.17157) or by groups of neurons, called
+/// experts (MoEfication, arXiv 2110.01786).
+struct Predictor {
+  std::string file;          // its path
+  std::string model;         // folder name of the model, for messages
+  std::string fingerprint;   // of the checkpoint's tensors; must match the model used with
+  std::int64_t rank = 0;     // rows of the first matrix
+  std::int64_t experts = 0;  // in each layer; 0: neurons are predicted one by one
+  std::int64_t bytes = 0;    // read for a token, of all layers
+  std::shared_ptr<const PredictorWeights> weights;
+
+  /// Throws CheckpointError naming the file.
+  static std::shared_ptr<const Predictor> load(const std::filesystem::path&);
+};
+
 /// TdaOptions{} is the recommended setting for the model and weights at hand; where nothing is
 /// faster than dense at little loss, that is dense, and GenerationStats::tda says so. For a setting
-/// by hand exactly one of `error`, `active` and `thresholds` is set.
+/// by hand exactly one of `error`, `active` and `thresholds` is set, or `predictor`.
 struct TdaOptions {
   /// Unset: that of `thresholds`, or else sequence.
   std::optional<Scope> scope = {};
@@ -114,6 +133,10 @@ struct TdaOptions {
   /// the rows of tokens that then look at least `head` times as likely as the likeliest, 0 <= head
   /// <= 1. The other logits stay what 4 bits say. 0: the whole head at 8 bits.
   double head = 0;
+  /// CPU, not graded or int4 weights: each token's neurons are those that the predictor expects to
+  /// matter most, a share `active` of all, or those of the `experts` most likely experts.
+  std::shared_ptr<const Predictor> predictor = {};
+  std::int64_t experts = 0;
 
   bool operator==(const TdaOptions&) const = default;
   /// Throws OptionError.
