@@ -103,6 +103,7 @@ class CudaBackend final : public Backend {
   void attention_out(State&, std::int64_t layer) const override;
   void ffn(State&, std::int64_t layer) const override;
   std::span<const float> logits(State&, std::int64_t rows) const override;
+  bool draws() const override { return true; }
   Token draw(State&, double temperature, double u) const override;
 
   std::vector<double> statistic(const State&, std::int64_t layer) const override;

@@ -74,13 +74,14 @@ auto value_of(const ClosableEngine& engine) {
 std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const std::string& device,
                                                const std::string& weights, const std::string& kv,
                                                int threads, std::int64_t max_context,
-                                               PyProgress progress) {
+                                               std::int64_t max_batch, PyProgress progress) {
   tda::EngineOptions options;
   options.device = tda::parse_device(device);
   options.weights = tda::parse_weight_format(weights);
   options.kv = tda::parse_kv_format(kv);
   options.threads = threads;
   options.max_context = max_context;
+  options.max_batch = max_batch;
   options.progress = reporting(std::move(progress));
   options.before_step = [main = main_thread()] {
     if (PyThread_get_thread_ident() == main) check_signals();
@@ -96,12 +97,12 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
           "__init__",
           [](Engine* self, const std::string& path, const std::string& device,
              const std::string& weights, const std::string& kv, int threads,
-             std::int64_t max_context, PyProgress progress) {
-            new (self) Engine(
-                open_engine(path, device, weights, kv, threads, max_context, std::move(progress)));
+             std::int64_t max_context, std::int64_t max_batch, PyProgress progress) {
+            new (self) Engine(open_engine(path, device, weights, kv, threads, max_context,
+                                          max_batch, std::move(progress)));
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
-          "max_context"_a = 0, "progress"_a.none() = nb::none())
+          "max_context"_a = 0, "max_batch"_a = 0, "progress"_a.none() = nb::none())
       .def("close", &Engine::close,
            "Gives up the engine; a later use is an OptionError. The weights are freed when no "
            "stream\n"
@@ -121,6 +122,8 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
       .def_prop_ro("max_context", value_of<&tda::Engine::max_context>,
                    "How many tokens a prompt and what follows may have together.")
+      .def_prop_ro("max_batch", value_of<&tda::Engine::max_batch>,
+                   "How many sequences are decoded together at most.")
       .def_prop_ro("notices", value_of<&tda::Engine::notices>,
                    "What to know of choices left to the engine, a sentence each.")
       .def_prop_ro("weight_bytes", value_of<&tda::Engine::weight_bytes>,

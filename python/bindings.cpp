@@ -85,6 +85,9 @@ void bind_results(nb::module_& m) {
              "Bytes of the output head read while decoding, relative to all of it.")
       .field("bytes_per_token", &GenerationStats::bytes_per_token,
              "Mean of all weight and KV bytes read per decoded token.")
+      .field("mean_batch", &GenerationStats::mean_batch,
+             "Sequences per step of decoding, this one included; a step reads the weights once for "
+             "all, and the bytes above are those of this one.")
       .field("tda", &GenerationStats::tda, "The TDA setting used, in words.")
       .field("warnings", &GenerationStats::warnings,
              "What to expect of that setting, this model and prompt; see TdaWarning.");

@@ -40,6 +40,8 @@ struct FfnReads {
   }
 };
 
+class State;
+
 /// One run of the model over T new tokens.
 struct Step {
   Tokens tokens;              // [T]
@@ -59,6 +61,10 @@ struct Step {
   /// its scores.
   const PredictorWeights* predictor = nullptr;
   std::int64_t predicted = 0;
+  /// A step of several sequences: the states of the sequences, [T]. tokens[t] is batch[t]'s next
+  /// one, and its own `step`, of this one token, says the rest; of the fields above only `tokens`
+  /// count. Verbs are called with the first. Each sequence gets what it gets alone, bit for bit.
+  std::span<State* const> batch = {};
 };
 
 /// KV cache, scratch, statistic, samples and masks of one session; each backend derives its own.
@@ -77,6 +83,7 @@ class State {
   }
 
   Estimate estimate = Estimate::contribution;  // what neurons are judged by; set before all steps
+  std::span<const float> logits;               // [V] of the last token of a step of a batch
   Step step;                                   // the current one
 };
 
@@ -94,6 +101,8 @@ class Backend {
   virtual std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const = 0;
   /// The largest T of one step.
   virtual std::int64_t max_step() const = 0;
+  /// The most sequences of one step (see Step::batch).
+  virtual std::int64_t max_batch() const { return 1; }
 
   // The six verbs, in the order in which forward() calls them. The residual stream x: [T, H] f32 is
   // part of the state. `begin` sizes scratch memory and computes RoPE angles for the step, whose
@@ -109,10 +118,12 @@ class Backend {
   virtual void attention_out(State&, std::int64_t layer) const = 0;
   /// x += FFN(rmsnorm(x)), by the step's FfnMode
   virtual void ffn(State&, std::int64_t layer) const = 0;
-  /// Logits of the step's last `rows` tokens, [rows, V] f32, valid until the state's next verb.
+  /// Logits of the step's last `rows` tokens, [rows, V] f32, valid until the state's next verb. Of
+  /// a batch (rows: T): State::logits of each, valid until that state's next step.
   virtual std::span<const float> logits(State&, std::int64_t rows) const = 0;
-  /// draw() from the logits of the step's last token. A device may override it to keep the logits
-  /// in its own memory.
+  /// Whether the device draws without bringing the logits to the host.
+  virtual bool draws() const { return false; }
+  /// draw() from the logits of the step's last token.
   virtual Token draw(State& state, double temperature, double u) const {
     return tda::draw(logits(state, 1), temperature, u);
   }

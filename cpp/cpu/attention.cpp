@@ -61,12 +61,14 @@ void CpuBackend::append(CpuState& state, std::int64_t layer) const {
     }
     const std::int64_t first = panel * layout.width;
     const std::int64_t tokens = std::min(layout.width, layout.tokens - first);
+    const CpuState& own = state.sequence(panel);
+    const std::int64_t position = own.step.position + (state.is_batch() ? 0 : first);
     for (std::int64_t head = 0; head < config.num_kv_heads; ++head) {
       const float* k = heads + (config.num_heads + head) * head_size;
       const float* v = k + config.num_kv_heads * head_size;
-      const std::int64_t offset = (state.step.position + first) * cache_row_bytes(state);
-      std::byte* keys = cache(state, state.keys, layer, head) + offset;
-      std::byte* values = cache(state, state.values, layer, head) + offset;
+      const std::int64_t offset = position * cache_row_bytes(own);
+      std::byte* keys = cache(own, own.keys, layer, head) + offset;
+      std::byte* values = cache(own, own.values, layer, head) + offset;
       for (std::int64_t lane = 0; lane < tokens; ++lane) {
         const std::int64_t row = lane * cache_row_bytes(state);
         caches(state.kv).store(k + lane, layout.width, config.head_dim, keys + row);
@@ -79,50 +81,82 @@ void CpuBackend::append(CpuState& state, std::int64_t layer) const {
 void CpuBackend::attention(State& s, std::int64_t layer) const {
   CpuState& state = CpuState::of(s);
   if (state.layout.width == 1)
-    attend_one(state, layer);
+    attend_decode(state, layer);
   else
     attend_panels(state, layer);
 }
 
+namespace {
+
+/// The keys that a sequence's next token sees, in chunks.
+struct Chunks {
+  std::int64_t begin, end, count;
+  std::int64_t first_task;  // of all sequences' tasks
+
+  std::int64_t first(std::int64_t chunk) const { return begin + chunk * (end - begin) / count; }
+};
+
+/// Combines the partial softmax sums of one head's chunks. parts: [chunks], `stride` apart
+void combine(const float* parts, std::int64_t chunks, std::int64_t stride, std::int64_t n,
+             float* out) {
+  float largest = -FLT_MAX;
+  for (std::int64_t c = 0; c < chunks; ++c) largest = std::max(largest, parts[c * stride]);
+  std::fill_n(out, n, 0.0f);
+  float total = 0;
+  for (std::int64_t c = 0; c < chunks; ++c) {
+    const float* part = parts + c * stride;
+    const float weight = std::exp(part[0] - largest);
+    total += weight * part[1];
+    for (std::int64_t i = 0; i < n; ++i) out[i] += weight * part[2 + i];
+  }
+  for (std::int64_t i = 0; i < n; ++i) out[i] /= total;
+}
+
+}  // namespace
+
 /// Decode. A task is a chunk of one KV head's keys for all query heads that share it; then the
 /// partial softmax sums of the chunks are combined.
-void CpuBackend::attend_one(CpuState& state, std::int64_t layer) const {
+void CpuBackend::attend_decode(CpuState& state, std::int64_t layer) const {
   const ModelConfig& config = model_->config;
   const std::int64_t group = config.num_heads / config.num_kv_heads, n = config.head_dim;
-  const std::int64_t window = config.sliding_window[layer], end = state.step.position + 1;
-  const std::int64_t begin = window > 0 ? std::max<std::int64_t>(0, end - window) : 0;
-  const std::int64_t chunks = (end - begin + kAttendKeys - 1) / kAttendKeys;
-  const std::int64_t chunk_size = group * (2 + n);  // floats in partials: [kv heads, chunks, group]
+  const std::int64_t window = config.sliding_window[layer];
+  const std::int64_t chunk_size = group * (2 + n);  // floats in partials
+  const std::int64_t qkv_size = config.q_size() + 2 * config.kv_size();
   const float scale = config.attention_scale();
-  float* partials = state.partials.reserve(Size(config.num_kv_heads) * chunks * chunk_size,
-                                           "attention's partial sums");
+  const std::int64_t tokens = state.layout.tokens;
 
-  pool_.run(config.num_kv_heads * chunks, [&](std::int64_t task, int) {
-    const std::int64_t head = task / chunks, chunk = task % chunks;
-    const std::int64_t first = begin + chunk * (end - begin) / chunks;
-    const std::int64_t keys = begin + (chunk + 1) * (end - begin) / chunks - first;
-    const std::int64_t offset = first * cache_row_bytes(state);
-    caches(state.kv).attend(cache(state, state.keys, layer, head) + offset,
-                            cache(state, state.values, layer, head) + offset, keys, n,
-                            state.qkv.data() + head * group * n, group, scale,
-                            partials + task * chunk_size);
+  std::array<Chunks, Vectors::kMost> all;
+  std::int64_t tasks = 0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const std::int64_t end = state.sequence(t).step.position + 1;
+    const std::int64_t begin = window > 0 ? std::max<std::int64_t>(0, end - window) : 0;
+    all[t] = {begin, end, (end - begin + kAttendKeys - 1) / kAttendKeys, tasks};
+    tasks += config.num_kv_heads * all[t].count;
+  }
+  float* const partials =
+      state.partials.reserve(Size(tasks) * chunk_size, "attention's partial sums");
+
+  pool_.run(tasks, [&](std::int64_t task, int) {
+    std::int64_t t = tokens - 1;
+    while (all[t].first_task > task) --t;
+    const Chunks& chunks = all[t];
+    const CpuState& own = state.sequence(t);
+    const std::int64_t head = (task - chunks.first_task) / chunks.count;
+    const std::int64_t chunk = (task - chunks.first_task) % chunks.count;
+    const std::int64_t first = chunks.first(chunk), keys = chunks.first(chunk + 1) - first;
+    const std::int64_t offset = first * cache_row_bytes(own);
+    caches(own.kv).attend(cache(own, own.keys, layer, head) + offset,
+                          cache(own, own.values, layer, head) + offset, keys, n,
+                          state.qkv.data() + t * qkv_size + head * group * n, group, scale,
+                          partials + task * chunk_size);
   });
 
-  for (std::int64_t head = 0; head < config.num_heads; ++head) {
-    const float* parts = partials + head / group * chunks * chunk_size + head % group * (2 + n);
-    float largest = -FLT_MAX;
-    for (std::int64_t c = 0; c < chunks; ++c) largest = std::max(largest, parts[c * chunk_size]);
-    float* out = state.attended.data() + head * n;
-    std::fill_n(out, n, 0.0f);
-    float total = 0;
-    for (std::int64_t c = 0; c < chunks; ++c) {
-      const float* part = parts + c * chunk_size;
-      const float weight = std::exp(part[0] - largest);
-      total += weight * part[1];
-      for (std::int64_t i = 0; i < n; ++i) out[i] += weight * part[2 + i];
+  for (std::int64_t t = 0; t < tokens; ++t)
+    for (std::int64_t head = 0; head < config.num_heads; ++head) {
+      const std::int64_t task = all[t].first_task + head / group * all[t].count;
+      combine(partials + task * chunk_size + head % group * (2 + n), all[t].count, chunk_size, n,
+              state.attended.data() + (t * config.num_heads + head) * n);
     }
-    for (std::int64_t i = 0; i < n; ++i) out[i] /= total;
-  }
 }
 
 /// Prefill. A task is a panel of queries of all heads that share one KV head.

@@ -147,6 +147,14 @@ struct RowsAhead {
   const RowsAhead& at_block(int64_t) const { return *this; }
 };
 
+/// For rows that are in the cache.
+struct NothingAhead {
+  static constexpr bool kInOrder = true;
+  void prefetch(int, int64_t, int64_t) const {}
+  void prefetch_scales(int64_t, int64_t) const {}
+  const NothingAhead& at_block(int64_t) const { return *this; }
+};
+
 /// Prefetch distance in rows of so many bytes, a multiple of `multiple`; the second prefetch is
 /// issued at half of it. kFar covers memory latency: at a longer distance more than 64 lines would
 /// be in flight when memory is slow. The callers round it to whole batches and, for gate and up rows,

@@ -12,8 +12,8 @@
 namespace tda {
 namespace {
 
-/// Strips whose sums a task keeps at a time.
-constexpr std::int64_t kStripsAtOnce = 32;
+/// Strips whose sums a task keeps at a time, and these times tokens.
+constexpr std::int64_t kStripsAtOnce = 32, kMostSums = 128;
 /// Blocks of neurons whose part of the down projection is summed apart: at most so many parts,
 /// whatever the number of threads, so that the result does not depend on it.
 constexpr std::int64_t kMostParts = 32;
@@ -21,10 +21,10 @@ constexpr std::int64_t kLeastPartBlocks = 4;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-/// Sums over the high parts and the rests of some strips.
+/// Sums over the high parts and the rests of some strips and tokens.
 struct Sums {
-  alignas(64) float high[kStripsAtOnce * kStripRows];
-  alignas(64) float rests[kStripsAtOnce * kStripRows];
+  alignas(64) float high[kMostSums * kStripRows];
+  alignas(64) float rests[kMostSums * kStripRows];
 
   void clear(std::int64_t strips) {
     std::memset(high, 0, static_cast<std::size_t>(strips * kStripRows) * sizeof(float));
@@ -32,14 +32,14 @@ struct Sums {
   }
 };
 
-/// y[r] = the products of the strips' rows, without outliers. y: [strips * 64]
-void finish(const Bricks& w, Span strips, const Sums& sums, float* y) {
+/// y[r] = the products of the strips' rows, without outliers. high, rests, y: [strips * 64]
+void finish(const Bricks& w, Span strips, const float* high, const float* rests, float* y) {
   const std::int64_t first = strips.first * kStripRows, count = strips.count() * kStripRows;
   if (!w.has_rests())
-    for (std::int64_t r = 0; r < count; ++r) y[r] = w.steps[first + r] * sums.high[r];
+    for (std::int64_t r = 0; r < count; ++r) y[r] = w.steps[first + r] * high[r];
   else
     for (std::int64_t r = 0; r < count; ++r)
-      y[r] = w.steps[first + r] * sums.high[r] + w.rest_steps[first + r] * sums.rests[r];
+      y[r] = w.steps[first + r] * high[r] + w.rest_steps[first + r] * rests[r];
 }
 
 void add_strip_outliers(const Bricks& w, Span strips, const float* x, float* y) {
@@ -56,79 +56,139 @@ std::int64_t choose(const BrickKernels& kernels, const Bricks& w, const float* x
   return !w.has_rests() ? 0 : kernels.choose(x, w.rest_lengths, inputs, threshold, out);
 }
 
-/// results = the products of at most kStripsAtOnce strips with x. results: [strips * 64]
+/// results[t] = the products of some strips with each x. strips: at most at_once(tokens); results[t]:
+/// [strips * 64]
 void multiply_strips(const BrickKernels& kernels, const Bricks& w, Span strips,
-                     const BrickInputs& inputs, float* results) {
-  Sums sums;
-  sums.clear(strips.count());
-  kernels.add_high(w, strips, {0, w.blocks}, inputs.high, sums.high);
-  kernels.add_rests(w, strips, inputs.rests, inputs.chosen, sums.rests);
-  finish(w, strips, sums, results);
-  add_strip_outliers(w, strips, inputs.x, results);
+                     std::span<const BrickInputs> inputs, float* const* results) {
+  const std::int64_t count = std::ssize(inputs), size = strips.count() * kStripRows;
+  Sums all;
+  all.clear(count * strips.count());
+  EachVector<const HighInputs*> x;
+  EachVector<float*> sums;
+  for (std::int64_t t = 0; t < count; ++t) {
+    x[t] = inputs[t].high;
+    sums[t] = all.high + t * size;
+  }
+  kernels.add_high(w, strips, {0, w.blocks}, {count, x.data(), sums.data()});
+  for (std::int64_t t = 0; t < count; ++t) {
+    kernels.add_rests(w, strips, inputs[t].rests, inputs[t].chosen, all.rests + t * size);
+    finish(w, strips, sums[t], all.rests + t * size, results[t]);
+    add_strip_outliers(w, strips, inputs[t].x, results[t]);
+  }
 }
 
-/// Calls body(strips) for at most kStripsAtOnce at a time.
+/// How many strips' sums of so many tokens a task keeps at a time.
+std::int64_t at_once(std::int64_t tokens) {
+  return std::min(kStripsAtOnce, kMostSums / tokens);
+}
+
+/// Calls body(strips) for at most `most` at a time.
 template <class Body>
-void for_strips(Span strips, const Body& body) {
-  for (std::int64_t first = strips.first; first < strips.end; first += kStripsAtOnce)
-    body(Span{first, std::min(strips.end, first + kStripsAtOnce)});
+void for_strips(Span strips, std::int64_t most, const Body& body) {
+  for (std::int64_t first = strips.first; first < strips.end; first += most)
+    body(Span{first, std::min(strips.end, first + most)});
 }
 
-/// out = down times h of the neurons in some blocks, without outliers. Returns how many of them were
-/// read at 8 bits; without rests, 0. h: of all neurons; out: [down.strips * 64]
-std::int64_t project_down(const BrickKernels& kernels, const Bricks& down, Span blocks,
-                          const float* h, float threshold, float* out) {
+/// out[t] = down times h[t] of the neurons in some blocks, without outliers. Adds to exact[t] how many
+/// of them were read at 8 bits; without rests, none. h[t]: of all neurons; out[t]: [down.strips * 64]
+void project_down(const BrickKernels& kernels, const Bricks& down, Span blocks,
+                  std::int64_t tokens, const EachVector<const float*>& h,
+                  const EachVector<float>& thresholds, const EachVector<float*>& out,
+                  std::atomic<std::int64_t>* exact) {
   const Span neurons = {blocks.first * kBlockInputs,
                         std::min(down.cols, blocks.end * kBlockInputs)};
-  std::vector<HighInputs> high(blocks.count());
-  std::vector<RestInputs> rests(blocks.count());
-  kernels.prepare(h + neurons.first, blocks.count(), high.data());
-  const std::int64_t count = choose(kernels, down, h, neurons, threshold, rests.data());
-  for_strips({0, down.strips}, [&](Span strips) {
-    Sums sums;
-    sums.clear(strips.count());
-    kernels.add_high(down, strips, blocks, high.data(), sums.high);
-    kernels.add_rests(down, strips, rests.data(), count, sums.rests);
-    finish(down, strips, sums, out + strips.first * kStripRows);
+  std::vector<HighInputs> high(blocks.count() * tokens);
+  std::vector<RestInputs> rests(blocks.count() * tokens);
+  EachVector<const HighInputs*> x;
+  EachVector<std::int64_t> chosen;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    x[t] = high.data() + t * blocks.count();
+    kernels.prepare(h[t] + neurons.first, blocks.count(), high.data() + t * blocks.count());
+    chosen[t] = choose(kernels, down, h[t], neurons, thresholds[t],
+                       rests.data() + t * blocks.count());
+    exact[t] += chosen[t];
+  }
+  for_strips({0, down.strips}, at_once(tokens), [&](Span strips) {
+    const std::int64_t size = strips.count() * kStripRows;
+    Sums all;
+    all.clear(tokens * strips.count());
+    const EachVector<float*> sums = each_vector(all.high, tokens, size);
+    kernels.add_high(down, strips, blocks, {tokens, x.data(), sums.data()});
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      kernels.add_rests(down, strips, rests.data() + t * blocks.count(), chosen[t],
+                        all.rests + t * size);
+      finish(down, strips, sums[t], all.rests + t * size, out[t] + strips.first * kStripRows);
+    }
   });
-  return count;
 }
 
 }  // namespace
 
-BrickInputs CpuBackend::brick_inputs(CpuState& state, const Bricks& w, const float* x,
-                                     float threshold) const {
-  const std::int64_t whole = w.blocks * kBlockInputs;
-  if (whole > w.cols) {
-    float* const padded = state.padded.reserve(whole, "a padded vector");
-    std::copy_n(x, w.cols, padded);
-    std::fill(padded + w.cols, padded + whole, 0.0f);
-    x = padded;
+EachVector<float> CpuBackend::input_thresholds(const CpuState& state, std::int64_t layer,
+                                               Product product) const {
+  EachVector<float> thresholds = {};
+  for (std::int64_t t = 0; t < state.layout.tokens; ++t) {
+    const CpuState& own = state.sequence(t);
+    if (own.step.ffn == FfnMode::sparse)
+      thresholds[t] = own.layers[layer].inputs.of[static_cast<int>(product)];
   }
-  HighInputs* const high = state.high.reserve(w.blocks, "a quantised vector");
-  RestInputs* const rests = state.rests.reserve(w.blocks, "a vector's rests");
-  kernels_.bricks->prepare(x, w.blocks, high);
-  return {x, high, rests, choose(*kernels_.bricks, w, x, {0, w.cols}, threshold, rests)};
+  return thresholds;
 }
 
-std::int64_t CpuBackend::multiply_bricks(CpuState& state, const Matrix& matrix, const float* x,
-                                         float threshold, float* y, bool add) const {
+EachVector<BrickInputs> CpuBackend::brick_inputs(CpuState& state, std::int64_t tokens,
+                                                 const Bricks& w, const float* x,
+                                                 const EachVector<float>& thresholds) const {
+  const std::int64_t whole = w.blocks * kBlockInputs;
+  float* const padded =
+      whole > w.cols ? state.padded.reserve(Size(tokens) * whole, "padded vectors") : nullptr;
+  HighInputs* const high = state.high.reserve(Size(tokens) * w.blocks, "quantised vectors");
+  RestInputs* const rests = state.rests.reserve(Size(tokens) * w.blocks, "vectors' rests");
+  EachVector<BrickInputs> inputs = {};
+  pool_.run(tokens, [&](std::int64_t t, int) {
+    const float* own = x + t * w.cols;
+    if (padded) {
+      float* const to = padded + t * whole;
+      std::copy_n(own, w.cols, to);
+      std::fill(to + w.cols, to + whole, 0.0f);
+      own = to;
+    }
+    HighInputs* const its_high = high + t * w.blocks;
+    RestInputs* const its_rests = rests + t * w.blocks;
+    kernels_.bricks->prepare(own, w.blocks, its_high);
+    inputs[t] = {own, its_high, its_rests,
+                 choose(*kernels_.bricks, w, own, {0, w.cols}, thresholds[t], its_rests)};
+  });
+  return inputs;
+}
+
+EachVector<std::int64_t> CpuBackend::multiply_bricks(CpuState& state, std::int64_t tokens,
+                                                     const Matrix& matrix, const float* x,
+                                                     const EachVector<float>& thresholds,
+                                                     const EachVector<float*>& y,
+                                                     bool add) const {
   const Bricks w = matrix.bricks();
-  const BrickInputs inputs = brick_inputs(state, w, x, threshold);
+  const auto inputs = brick_inputs(state, tokens, w, x, thresholds);
   // The fewer tasks, the longer the runs of rests.
-  const std::int64_t tasks =
-      std::min(w.strips, threads() * ceil_div(w.strips, threads() * kStripsAtOnce));
+  const std::int64_t most = at_once(tokens);
+  const std::int64_t tasks = std::min(w.strips, threads() * ceil_div(w.strips, threads() * most));
   pool_.run(tasks, [&](std::int64_t task, int) {
-    for_strips({task * w.strips / tasks, (task + 1) * w.strips / tasks}, [&](Span strips) {
-      float results[kStripsAtOnce * kStripRows];
-      multiply_strips(*kernels_.bricks, w, strips, inputs, results);
-      float* const out = y + strips.first * kStripRows;
-      const std::int64_t rows =
-          std::min(strips.end * kStripRows, w.rows) - strips.first * kStripRows;
-      for (std::int64_t r = 0; r < rows; ++r) out[r] = results[r] + (add ? out[r] : 0.0f);
+    for_strips({task * w.strips / tasks, (task + 1) * w.strips / tasks}, most, [&](Span strips) {
+      const std::int64_t size = strips.count() * kStripRows;
+      float all[kMostSums * kStripRows];
+      const EachVector<float*> results = each_vector(all, tokens, size);
+      multiply_strips(*kernels_.bricks, w, strips, std::span(inputs).first(tokens),
+                      results.data());
+      const std::int64_t first = strips.first * kStripRows;
+      const std::int64_t rows = std::min(strips.end * kStripRows, w.rows) - first;
+      for (std::int64_t t = 0; t < tokens; ++t)
+        for (std::int64_t r = 0; r < rows; ++r)
+          y[t][first + r] = results[t][r] + (add ? y[t][first + r] : 0.0f);
     });
   });
-  return w.high_bytes() + inputs.chosen * w.rest_bytes();
+  EachVector<std::int64_t> bytes = {};
+  for (std::int64_t t = 0; t < tokens; ++t)
+    bytes[t] = w.high_bytes() + inputs[t].chosen * w.rest_bytes();
+  return bytes;
 }
 
 /// x += W_down h, where h = act(gate) * up: a block of 32 neurons is a strip of gate_up and a block
@@ -136,49 +196,61 @@ std::int64_t CpuBackend::multiply_bricks(CpuState& state, const Matrix& matrix, 
 void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer, const float* in) const {
   const LayerWeights& weights = model_->layers[layer];
   const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
-  const bool by_input = state.step.ffn == FfnMode::sparse;
-  const InputThresholds thresholds = by_input ? state.layers[layer].inputs : InputThresholds{};
-  const BrickInputs inputs =
-      brick_inputs(state, gate_up, in, thresholds.of[static_cast<int>(Product::gate_up)]);
+  const std::int64_t tokens = state.layout.tokens;
+  const auto inputs = brick_inputs(state, tokens, gate_up, in,
+                                   input_thresholds(state, layer, Product::gate_up));
+  const auto thresholds = input_thresholds(state, layer, Product::down);
   const std::int64_t strips = gate_up.strips;
   const std::int64_t part_strips = std::max(kLeastPartBlocks, ceil_div(strips, kMostParts));
   const std::int64_t parts = ceil_div(strips, part_strips);
   const std::int64_t stride = down.strips * kStripRows;
-  float* const partials = state.partials.reserve(Size(parts) * stride, "partial sums");
-  float* const hidden = state.hidden.data();
-  std::atomic<std::int64_t> exact = 0;
+  float* const partials = state.partials.reserve(Size(tokens) * parts * stride, "partial sums");
+  const std::int64_t h_stride = strips * kBlockInputs;
+  EachVector<const float*> hidden = {};
+  for (std::int64_t t = 0; t < tokens; ++t) hidden[t] = state.hidden.data() + t * h_stride;
+  std::array<std::atomic<std::int64_t>, Vectors::kMost> exact = {};
   const std::int64_t tasks = std::min<std::int64_t>(parts, threads());
   pool_.run(tasks, [&](std::int64_t task, int) {
     const std::int64_t first = task * parts / tasks, end = (task + 1) * parts / tasks;
-    for_strips({first * part_strips, std::min(strips, end * part_strips)}, [&](Span some) {
-      float results[kStripsAtOnce * kStripRows];
-      multiply_strips(*kernels_.bricks, gate_up, some, inputs, results);
-      for (std::int64_t s = some.first; s < some.end; ++s) {
-        const float* const gate = results + (s - some.first) * kStripRows;
-        kernels_.gated(model_->config.activation, gate, gate + kBlockInputs,
-                       hidden + s * kBlockInputs, kBlockInputs);
-      }
+    const Span own = {first * part_strips, std::min(strips, end * part_strips)};
+    for_strips(own, at_once(tokens), [&](Span some) {
+      const std::int64_t size = some.count() * kStripRows;
+      float all[kMostSums * kStripRows];
+      const EachVector<float*> results = each_vector(all, tokens, size);
+      multiply_strips(*kernels_.bricks, gate_up, some,
+                      std::span(inputs).first(tokens), results.data());
+      for (std::int64_t t = 0; t < tokens; ++t)
+        for (std::int64_t s = some.first; s < some.end; ++s) {
+          const float* const gate = results[t] + (s - some.first) * kStripRows;
+          kernels_.gated(model_->config.activation, gate, gate + kBlockInputs,
+                         state.hidden.data() + t * h_stride + s * kBlockInputs, kBlockInputs);
+        }
     });
     for (std::int64_t part = first; part < end; ++part)
-      exact += project_down(
-          *kernels_.bricks, down, {part * part_strips, std::min(strips, (part + 1) * part_strips)},
-          hidden, thresholds.of[static_cast<int>(Product::down)], partials + part * stride);
+      project_down(*kernels_.bricks, down,
+                   {part * part_strips, std::min(strips, (part + 1) * part_strips)}, tokens, hidden,
+                   thresholds, each_vector(partials + part * stride, tokens, parts * stride),
+                   exact.data());
   });
 
-  float* const out = state.sum;
-  for (std::int64_t i = 0; i < down.rows; ++i) {
-    float sum = 0;
-    for (std::int64_t part = 0; part < parts; ++part) sum += partials[part * stride + i];
-    out[i] += sum;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    float* const out = state.sum + t * down.rows;
+    for (std::int64_t i = 0; i < down.rows; ++i) {
+      float sum = 0;
+      for (std::int64_t part = 0; part < parts; ++part)
+        sum += partials[(t * parts + part) * stride + i];
+      out[i] += sum;
+    }
+    add_strip_outliers(down, {0, down.strips}, hidden[t], out);
+    CpuState& own = state.sequence(t);
+    if (own.step.ffn == FfnMode::gather) continue;
+    FfnReads& reads = own.layers[layer].reads;
+    reads.bytes += gate_up.high_bytes() + inputs[t].chosen * gate_up.rest_bytes() +
+                   down.high_bytes() + exact[t] * down.rest_bytes();
+    const std::int64_t whole = down.has_rests() ? exact[t].load() : down.cols;  // all there is
+    reads.exact += whole;
+    reads.coarse += down.cols - whole;
   }
-  add_strip_outliers(down, {0, down.strips}, hidden, out);
-  if (state.step.ffn == FfnMode::gather) return;
-  FfnReads& reads = state.layers[layer].reads;
-  reads.bytes += gate_up.high_bytes() + inputs.chosen * gate_up.rest_bytes() + down.high_bytes() +
-                 exact * down.rest_bytes();
-  if (!down.has_rests()) exact = down.cols;  // all that there is of them
-  reads.exact += exact;
-  reads.coarse += down.cols - exact;
 }
 
 /// Prefill: all rests count.

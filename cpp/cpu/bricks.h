@@ -38,6 +38,13 @@ struct BrickInputs {
   std::int64_t chosen;
 };
 
+/// The quantised x of several sequences, and where their sums go.
+struct HighVectors {
+  std::int64_t count;
+  const HighInputs* const* x;  // [count]
+  float* const* sums;          // [count]
+};
+
 /// Strips or blocks [first, end).
 struct Span {
   std::int64_t first, end;
@@ -53,9 +60,9 @@ struct BrickKernels {
   /// Returns their number; they fill that many / 32 of `out`, rounded up.
   std::int64_t (*choose)(const float* x, const float* lengths, Span inputs, float threshold,
                          RestInputs* out);
-  /// sums[r] += the high part of each row in the strips, over the inputs in the blocks. x: of the
-  /// blocks; sums: [strips * 64]
-  void (*add_high)(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums);
+  /// sums[v][r] += the high part of each row in the strips, over the inputs in the blocks; each
+  /// brick is read once for all x. x[v]: of the blocks; sums[v]: [strips * 64]
+  void (*add_high)(const Bricks& w, Span strips, Span blocks, const HighVectors&);
   /// sums[r] += the rests of `count` inputs.
   void (*add_rests)(const Bricks& w, Span strips, const RestInputs* x, std::int64_t count,
                     float* sums);

@@ -103,19 +103,21 @@ template <bool kExcess, class Brick>
 }
 
 template <class Brick>
-void add_bricks(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
+void add_bricks(const Bricks& w, Span strips, Span blocks, const HighVectors& vectors) {
   const auto* const end = reinterpret_cast<const char*>(
       &w.brick<Brick>(strips.end - 1, blocks.end - 1));  // nothing is prefetched past it
   const auto add = [&](int64_t s, int64_t b) __attribute__((always_inline)) {
     const auto& brick = w.brick<Brick>(s, b);
-    const HighInputs& inputs = x[b - blocks.first];
-    float* const out = sums + (s - strips.first) * kStripRows;
     const char* ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance<Brick>;
     ahead = ahead < end ? ahead : end;
-    if (inputs.excess_quad < 0)
-      add_brick<false>(brick, inputs, out, ahead);
-    else
-      add_brick<true>(brick, inputs, out, ahead);
+    for (int64_t v = 0; v < vectors.count; ++v) {
+      const HighInputs& inputs = vectors.x[v][b - blocks.first];
+      float* const out = vectors.sums[v] + (s - strips.first) * kStripRows;
+      if (inputs.excess_quad < 0)
+        add_brick<false>(brick, inputs, out, ahead);
+      else
+        add_brick<true>(brick, inputs, out, ahead);
+    }
   };
   if (w.by_block)
     for (int64_t b = blocks.first; b < blocks.end; ++b)

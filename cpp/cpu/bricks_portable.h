@@ -39,10 +39,12 @@ inline void add_brick(const LineBrick& brick, const HighInputs& x, float* sums) 
 }
 
 template <class Brick>
-void add_bricks(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
+void add_bricks(const Bricks& w, Span strips, Span blocks, const HighVectors& vectors) {
   for (int64_t s = strips.first; s < strips.end; ++s)
     for (int64_t b = blocks.first; b < blocks.end; ++b)
-      add_brick(w.brick<Brick>(s, b), x[b - blocks.first], sums + (s - strips.first) * kStripRows);
+      for (int64_t v = 0; v < vectors.count; ++v)
+        add_brick(w.brick<Brick>(s, b), vectors.x[v][b - blocks.first],
+                  vectors.sums[v] + (s - strips.first) * kStripRows);
 }
 
 void add_rests(const Bricks& w, Span strips, const RestInputs* x, int64_t count, float* sums) {

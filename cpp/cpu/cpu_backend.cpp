@@ -74,13 +74,22 @@ std::byte* CpuBackend::cache(const CpuState& state, const Buffer<std::byte>& buf
          (layer * model_->config.num_kv_heads + head) * state.capacity * cache_row_bytes(state);
 }
 
-const void* CpuBackend::prepare(CpuState& state, WeightFormat format, const float* x,
-                                std::int64_t n) const {
+EachVector<const void*> CpuBackend::prepare_each(CpuState& state, std::int64_t tokens,
+                                                 WeightFormat format, const float* x,
+                                                 std::int64_t n) const {
   const RowKernels& kernels = rows(format);
-  if (!kernels.prepare) return x;
-  std::byte* prepared = state.prepared.reserve(kernels.prepared_bytes(n), "a prepared vector");
-  kernels.prepare(x, n, prepared);
-  return prepared;
+  EachVector<const void*> each = {};
+  if (!kernels.prepare) {
+    for (std::int64_t t = 0; t < tokens; ++t) each[t] = x + t * n;
+    return each;
+  }
+  const std::int64_t bytes = (kernels.prepared_bytes(n) + 63) / 64 * 64;
+  std::byte* prepared = state.prepared.reserve(Size(tokens) * bytes, "prepared vectors");
+  for (std::int64_t t = 0; t < tokens; ++t) each[t] = prepared + t * bytes;
+  pool_.run(tokens, [&](std::int64_t t, int) {
+    kernels.prepare(x + t * n, n, prepared + t * bytes);
+  });
+  return each;
 }
 
 PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, WeightFormat format,
@@ -98,8 +107,7 @@ PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, Weight
 
 // ---- begin and embed ----------------------------------------------------------------------------
 
-void CpuBackend::begin(State& s, const Step& step) const {
-  CpuState& state = CpuState::of(s);
+void CpuBackend::check(const CpuState& state, const Step& step) const {
   const ModelConfig& config = model_->config;
   const std::int64_t tokens = static_cast<std::int64_t>(step.tokens.size());
   if (tokens < 1 || tokens > max_step())
@@ -120,16 +128,31 @@ void CpuBackend::begin(State& s, const Step& step) const {
   if (in_bricks() && step.ffn == FfnMode::sparse && tokens > 1)
     throw OptionError("sparse step of " + std::to_string(tokens) + " tokens with " +
                       std::string(name_of(model_->format)) + " weights, expected one token");
-  state.step = step;
+}
+
+void CpuBackend::begin(State& s, const Step& step) const {
+  CpuState& state = CpuState::of(s);
+  const ModelConfig& config = model_->config;
+  const std::int64_t tokens = static_cast<std::int64_t>(step.tokens.size());
+  if (step.batch.empty()) {
+    check(state, step);
+    state.step = step;
+  } else {
+    for (State* const sequence : step.batch) check(CpuState::of(*sequence), sequence->step);
+    state.step.batch = step.batch;
+    state.step.tokens = step.tokens;
+  }
   // Only the prefill path can record gates, so it also runs a single token whose gates are sampled.
-  state.layout = state.samples_gates() ? layout_of(tokens, kernels_.panel) : layout_of(tokens);
+  state.layout = state.is_batch()        ? layout_of(tokens, 1)
+                 : state.samples_gates() ? layout_of(tokens, kernels_.panel)
+                                         : layout_of(tokens);
   const Size lanes = state.layout.lanes();
   const char* needed_for = "a step's activations";
   state.x.reserve(lanes * config.hidden_size, needed_for);
   state.normed.reserve(lanes * config.hidden_size, needed_for);
   state.qkv.reserve(lanes * model_->layers.front().qkv.rows, needed_for);
   state.attended.reserve(lanes * config.q_size(), needed_for);
-  state.hidden.reserve(lanes * config.intermediate_size + kBlockInputs, needed_for);
+  state.hidden.reserve(lanes * (config.intermediate_size + kBlockInputs), needed_for);
   const Size angles_count = Size(ropes_.count()) * angles_size(state);
   state.cos.reserve(angles_count, needed_for);
   state.sin.reserve(angles_count, needed_for);
@@ -152,14 +175,16 @@ std::int64_t CpuBackend::angles_size(const CpuState& state) const {
 void CpuBackend::angles(CpuState& state) const {
   const std::int64_t half = model_->config.head_dim / 2, width = state.layout.width;
   for (std::int64_t rope = 0; rope < ropes_.count(); ++rope) {
-    const std::vector<float> frequencies = ropes_.frequencies(rope, state.step.sequence_length);
     const float factor = static_cast<float>(ropes_.config(rope).attention_factor);
     float* const cos = state.cos.data() + rope * angles_size(state);
     float* const sin = state.sin.data() + rope * angles_size(state);
     pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
+      const Step& step = state.sequence(panel).step;
+      const std::vector<float> frequencies = ropes_.frequencies(rope, step.sequence_length);
+      const std::int64_t first = step.position + (state.is_batch() ? 0 : panel * width);
       for (std::int64_t i = 0; i < half; ++i)
         for (std::int64_t lane = 0; lane < width; ++lane) {
-          const std::int64_t position = state.step.position + panel * width + lane;
+          const std::int64_t position = first + lane;
           const float angle = static_cast<float>(position) * frequencies[i];
           const std::int64_t at = (panel * half + i) * width + lane;
           cos[at] = std::cos(angle) * factor;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -25,8 +26,8 @@ namespace tda {
 /// Tokens per task of prefill: their panels stay in the core's cache.
 inline constexpr std::int64_t kTaskTokens = 128;
 
-/// The layout of the vectors of T tokens in panels (see kernels.h). P is 1 for one token and
-/// Kernels::panel for more; lanes past the last token are zero.
+/// The layout of the vectors of T tokens in panels (see kernels.h). P is 1 for one token of each
+/// sequence and Kernels::panel for more; lanes past the last token are zero.
 struct Layout {
   std::int64_t tokens = 0;  // T
   std::int64_t width = 0;   // P
@@ -52,6 +53,13 @@ inline NeuronRows rows_of(const LayerWeights& layer) {
 struct CpuState final : State {
   static CpuState& of(State& state) { return static_cast<CpuState&>(state); }
   static const CpuState& of(const State& state) { return static_cast<const CpuState&>(state); }
+
+  /// Whose token the step's t-th is.
+  CpuState& sequence(std::int64_t t) { return step.batch.empty() ? *this : of(*step.batch[t]); }
+  const CpuState& sequence(std::int64_t t) const {
+    return step.batch.empty() ? *this : of(*step.batch[t]);
+  }
+  bool is_batch() const { return !step.batch.empty(); }
 
   struct Layer {
     std::vector<std::int32_t> mask;  // active neurons, ascending
@@ -90,7 +98,7 @@ struct CpuState final : State {
   Buffer<float> partials;        // decode: partial sums of tasks
   Buffer<float> thread_scratch;  // [threads, scratch_size]
   Buffer<std::byte> prepared;    // see RowKernels::prepare, PanelKernels::prepare
-  Buffer<float> logits;          // [rows, V]
+  Buffer<float> all_logits;      // [rows, V]
   Buffer<std::int32_t> likely;   // [V] tokens whose logits are computed exactly
   Buffer<float> padded;          // bricks: x in whole blocks
   Buffer<HighInputs> high;       // bricks: x quantised
@@ -105,6 +113,26 @@ struct Tasks {
     const std::int64_t batches = (items + kDecodeBatch - 1) / kDecodeBatch;
     return std::min(items, task * batches / count * kDecodeBatch);
   }
+};
+
+/// One of each token of a decode step.
+template <class T>
+using EachVector = std::array<T, Vectors::kMost>;
+
+/// out[t] = first + t * stride, t < count
+inline EachVector<float*> each_vector(float* first, std::int64_t count, std::int64_t stride) {
+  EachVector<float*> out = {};
+  for (std::int64_t t = 0; t < count; ++t) out[t] = first + t * stride;
+  return out;
+}
+
+/// A token in a decode step's feed-forward.
+struct FfnToken {
+  CpuState& sequence;
+  std::span<const std::int32_t> neurons;
+  const float* in;  // [H]
+  float* x;         // [H], `stride` apart
+  std::int64_t stride = 1;
 };
 
 /// A task of prefill: a block of rows times a block of panels.
@@ -122,6 +150,7 @@ class CpuBackend final : public Backend {
   int threads() const override { return pool_.threads(); }
   std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const override;
   std::int64_t max_step() const override { return 256; }
+  std::int64_t max_batch() const override { return Vectors::kMost; }
 
   void begin(State&, const Step&) const override;
   void embed(State&) const override;
@@ -151,6 +180,7 @@ class CpuBackend final : public Backend {
 
  private:
   // cpu_backend.cpp
+  void check(const CpuState&, const Step&) const;
   Layout layout_of(std::int64_t tokens) const;
   static Layout layout_of(std::int64_t tokens, std::int64_t width);
   void angles(CpuState&) const;
@@ -161,8 +191,9 @@ class CpuBackend final : public Backend {
   const PanelKernels& panels(KvFormat format) const {
     return cache_panel_kernels(kernels_, format);
   }
-  /// RowKernels::prepare of x: [n]; valid until the next call.
-  const void* prepare(CpuState&, WeightFormat, const float* x, std::int64_t n) const;
+  /// RowKernels::prepare of each token's x: [T, n]; valid until the next call.
+  EachVector<const void*> prepare_each(CpuState&, std::int64_t tokens, WeightFormat, const float* x,
+                                       std::int64_t n) const;
   /// PanelKernels::prepare of x: [layout.panels, n, P].
   PreparedPanels prepare(CpuState&, const Layout&, WeightFormat, const float* x,
                          std::int64_t n) const;
@@ -190,12 +221,18 @@ class CpuBackend final : public Backend {
   template <class Next>
   void multiply(CpuState&, const Layout&, const Matrix& w, const float* in, float* out, bool add,
                 const Next& next) const;
+  /// Decode: out[t] = w in[t]. in: [T, w.cols], out: [T] of [w.rows]
+  template <class Next>
+  void multiply_each(CpuState&, std::int64_t tokens, const Matrix& w, const float* in,
+                     const EachVector<float*>& out, bool add, const Next& next) const;
   template <class Next>
   void project(CpuState&, std::int64_t layer, Product, const Matrix& w, const float* in, float* out,
                bool add, const Next& next) const;
   /// The same for several tokens, but out: [T, w.rows].
   void multiply_to_rows(CpuState&, const Layout&, const Matrix& w, const float* in,
                         float* out) const;
+  /// The logits of a batch, or of a step of one token.
+  void logits_each(CpuState&, const float* in) const;
   /// One token's logits as Step::head asks: estimates, exact for the likely. in: [H], out: [V]
   void estimated_logits(CpuState&, const float* in, float* out) const;
   void add_bias(const Layout&, std::span<const float> bias, float* out) const;
@@ -207,16 +244,18 @@ class CpuBackend final : public Backend {
   // attention.cpp
   std::int64_t attention_scratch() const;
   void append(CpuState&, std::int64_t layer) const;
-  void attend_one(CpuState&, std::int64_t layer) const;
+  void attend_decode(CpuState&, std::int64_t layer) const;
   void attend_panels(CpuState&, std::int64_t layer) const;
   void attend_panel(CpuState&, std::int64_t layer, std::int64_t kv_head, std::int64_t panel,
                     float* scratch) const;
 
   // ffn.cpp
   // in: [panels, H, P]
+  std::span<const std::int32_t> neurons_of(CpuState&, std::int64_t layer, const float* in,
+                                           std::vector<std::int32_t>& chosen) const;
+  void ffn_decode(CpuState&, std::int64_t layer, const float* in) const;
   void ffn_sparse(CpuState&, std::int64_t layer, const float* in) const;
-  void ffn_neurons(CpuState&, std::int64_t layer, std::span<const std::int32_t> neurons,
-                   const float* in, float* x, std::int64_t x_stride) const;
+  void ffn_neurons(CpuState&, std::int64_t layer, std::span<const FfnToken>) const;
   /// Adds the outliers of these neurons' down rows, which are stored apart: x += h * outlier, for
   /// `lanes` tokens. A token's elements are a stride apart.
   static void add_outliers(const LayerWeights&, std::span<const std::int32_t> neurons,
@@ -229,13 +268,17 @@ class CpuBackend final : public Backend {
   void sample(CpuState&, std::int64_t layer) const;
 
   // bricks.cpp
-  /// x: [w.cols]; valid until the next call.
-  BrickInputs brick_inputs(CpuState&, const Bricks& w, const float* x, float threshold) const;
+  /// x: [T, w.cols]; valid until the next call.
+  EachVector<BrickInputs> brick_inputs(CpuState&, std::int64_t tokens, const Bricks& w,
+                                       const float* x, const EachVector<float>& thresholds) const;
   bool in_bricks() const { return tda::in_bricks(model_->format); }
-  /// y = w x of one token, or += with `add`; of the rests, those of inputs at or above `threshold`
-  /// count. Returns the bytes read. x: [w.cols], y: [w.rows]
-  std::int64_t multiply_bricks(CpuState&, const Matrix& w, const float* x, float threshold,
-                               float* y, bool add) const;
+  /// The thresholds of each token's inputs; 0 in a dense step.
+  EachVector<float> input_thresholds(const CpuState&, std::int64_t layer, Product) const;
+  /// y[t] = w x[t], or += with `add`; of the rests, those of inputs at or above the token's threshold
+  /// count. Returns the bytes read for each. x: [T, w.cols], y: [T] of [w.rows]
+  EachVector<std::int64_t> multiply_bricks(CpuState&, std::int64_t tokens, const Matrix& w,
+                                           const float* x, const EachVector<float>& thresholds,
+                                           const EachVector<float*>& y, bool add) const;
   /// The same for several tokens and all rests. in: [panels, w.cols, P], out: [panels, w.rows, P]
   void multiply_bricks_panels(const Layout&, const Matrix& w, const float* in, float* out,
                               bool add) const;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/cpu_backend.h"
+#include "sparsity/predictor.h"
 
 namespace tda {
 namespace {
@@ -42,10 +43,10 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
       ffn_bricks(state, layer, in);
     else
       ffn_bricks_panels(state, layer, in);
+  } else if (state.layout.width == 1) {
+    ffn_decode(state, layer, in);
   } else if (mode == FfnMode::sparse) {
     ffn_sparse(state, layer, in);
-  } else if (state.layout.width == 1) {
-    ffn_neurons(state, layer, all_neurons_, in, state.sum, 1);
   } else {
     ffn_panels(state, layer, in);
   }
@@ -113,82 +114,162 @@ void CpuBackend::compact_masks(State& s) const {
   }
 }
 
+/// Those that a token may use; a predictor's choice is kept in `chosen`.
+std::span<const std::int32_t> CpuBackend::neurons_of(CpuState& state, std::int64_t layer,
+                                                     const float* in,
+                                                     std::vector<std::int32_t>& chosen) const {
+  if (state.step.ffn != FfnMode::sparse) return all_neurons_;
+  if (!state.step.predictor) return state.layers[layer].mask;
+  chosen = predicted(state, layer, in);
+  return chosen;
+}
+
+void CpuBackend::ffn_decode(CpuState& state, std::int64_t layer, const float* in) const {
+  const std::int64_t n = model_->config.hidden_size;
+  std::array<std::vector<std::int32_t>, Vectors::kMost> chosen;
+  std::vector<FfnToken> tokens;
+  for (std::int64_t t = 0; t < state.layout.tokens; ++t) {
+    CpuState& own = state.sequence(t);
+    const float* const x = in + t * n;
+    tokens.push_back({own, neurons_of(own, layer, x, chosen[t]), x, state.sum + t * n});
+    if (own.step.ffn == FfnMode::sparse && own.step.predictor)
+      own.layers[layer].reads.bytes += own.step.predictor->layers[layer].bytes();
+  }
+  ffn_neurons(state, layer, tokens);
+}
+
+/// A sparse step of several tokens of one sequence.
 void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer, const float* in) const {
   const Layout& layout = state.layout;
-  const std::vector<std::int32_t>& active = state.layers[layer].mask;
   const std::int64_t n = model_->config.hidden_size;
   std::vector<float> row(n);
   for (std::int64_t t = 0; t < layout.tokens; ++t) {
     for (std::int64_t i = 0; i < n; ++i) row[i] = in[layout.at(t, n) + i * layout.width];
-    const std::vector<std::int32_t> chosen =
-        state.step.predictor ? predicted(state, layer, row.data()) : std::vector<std::int32_t>();
-    ffn_neurons(state, layer, state.step.predictor ? chosen : active, row.data(),
-                state.sum + layout.at(t, n), layout.width);
+    std::vector<std::int32_t> chosen;
+    const FfnToken token = {state, neurons_of(state, layer, row.data(), chosen), row.data(),
+                            state.sum + layout.at(t, n), layout.width};
+    ffn_neurons(state, layer, {&token, 1});
   }
 }
 
-/// x += FFN(in) of one token over the given neurons or, in a sparse step, over those of them that
-/// the layer's thresholds select. The split into tasks depends only on the number of neurons, so a
-/// mask of all and thresholds of 0 give the result of a dense step, bit for bit.
-void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
-                             std::span<const std::int32_t> neurons, const float* in, float* x,
-                             std::int64_t x_stride) const {
-  const LayerWeights& weights = model_->layers[layer];
-  const std::int64_t n = model_->config.hidden_size;
-  const std::int64_t count = static_cast<std::int64_t>(neurons.size());
-  const Tasks tasks = tasks_of(count);
-  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups, and no cache line is shared
-  float* partials = state.partials.reserve(Size(kMostTasks) * stride, "partial sums");
-  const void* prepared = prepare(state, weights.gate.format, in, n);
-  const Activation activation = model_->config.activation;
-  const TokenThresholds& thresholds = state.layers[layer].thresholds;
-  const Selection selection = {thresholds.exact, thresholds.coarse, by_gate(state.estimate),
-                               weights.down_lengths.data()};
-  const bool select = state.step.ffn == FfnMode::sparse && thresholds.exact > 0;
-  const std::optional<NeuronRows>& copy = state.layers[layer].copy;
-  const bool copied = copy && state.step.ffn == FfnMode::sparse && !select;
-  const NeuronRows rows_in_use = copied ? *copy : rows_of(weights);
-  const std::span<const std::int32_t> row_ids =
-      copied ? std::span(all_neurons_).first(neurons.size()) : neurons;
+namespace {
+
+/// How a token's neurons are computed.
+struct Neurons {
+  Tasks tasks;
+  NeuronRows rows;
+  const std::int32_t* ids;  // in `rows`
+  Selection selection;
+  bool select, copied;
+  const void* x;
+  float *h, *partials;
   std::atomic<std::int64_t> exact = 0, coarse = 0;
+
+  /// Whether it takes all rows, in place: such tokens read them together.
+  bool dense(std::span<const std::int32_t> all) const {
+    return !select && !copied && ids == all.data();
+  }
+};
+
+}  // namespace
+
+/// x += FFN(in) of each token over its neurons or, in a sparse step, over those of them that the
+/// layer's thresholds select. The split into tasks depends only on the number of neurons, so a mask
+/// of all and thresholds of 0 give the result of a dense step, bit for bit. Tokens of a batch read
+/// the rows of a task one after the other, while these are in the cache.
+void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
+                             std::span<const FfnToken> tokens) const {
+  const LayerWeights& weights = model_->layers[layer];
+  const std::int64_t n = model_->config.hidden_size, all = model_->config.intermediate_size;
+  const std::int64_t count = std::ssize(tokens);
+  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups, and no cache line is shared
+  float* partials = state.partials.reserve(Size(count) * kMostTasks * stride, "partial sums");
+  const auto prepared = prepare_each(state, count, weights.gate.format, tokens[0].in, n);
+  std::array<Neurons, Vectors::kMost> each;
+  std::int64_t most_tasks = 0, dense = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const FfnToken& token = tokens[t];
+    const CpuState::Layer& own = token.sequence.layers[layer];
+    const bool sparse = token.sequence.step.ffn == FfnMode::sparse;
+    Neurons& its = each[t];
+    its.tasks = tasks_of(std::ssize(token.neurons));
+    its.selection = {own.thresholds.exact, own.thresholds.coarse,
+                     by_gate(token.sequence.estimate), weights.down_lengths.data()};
+    its.select = sparse && own.thresholds.exact > 0;
+    its.copied = own.copy && sparse && !its.select;
+    its.rows = its.copied ? *own.copy : rows_of(weights);
+    its.ids = its.copied ? all_neurons_.data() : token.neurons.data();
+    its.x = prepared[t];
+    its.h = state.hidden.data() + t * all;
+    its.partials = partials + t * kMostTasks * stride;
+    most_tasks = std::max(most_tasks, its.tasks.count);
+    dense += its.dense(all_neurons_);
+  }
   const auto next = [&](int thread) {
     const bool more = layer + 1 < model_->config.num_layers;
     return first_read(more ? model_->layers[layer + 1].qkv : model_->head, thread);
   };
 
-  pool_.run(tasks.count, [&](std::int64_t task, int thread) {
-    const std::int64_t first = tasks.first_of(task), end = tasks.first_of(task + 1);
-    const bool last = pool_.is_last_task(task, thread, tasks.count);
-    const RowKernels& kernels = rows(weights.gate.format);
-    const NeuronIds ids = {row_ids.data() + first, end - first, last ? 0 : count - end,
-                           last ? next(thread) : NextRead()};
-    float *h = state.hidden.data() + first, *y = partials + task * stride;
-    if (select) {
-      const SelectedCounts counts =
-          kernels.ffn_selected(rows_in_use, activation, selection, ids, prepared, h, y);
-      exact += counts.exact;
-      coarse += counts.coarse;
-    } else {
-      kernels.ffn_fused(rows_in_use, activation, ids, prepared, h, y);
-      exact += end - first;
+  const RowKernels& kernels = rows(weights.gate.format);
+  const Activation activation = model_->config.activation;
+  pool_.run(most_tasks, [&](std::int64_t task, int thread) {
+    EachVector<const void*> x;
+    EachVector<float*> h, y;
+    std::int64_t together = 0;
+    for (std::int64_t t = 0; t < count; ++t) {
+      Neurons& its = each[t];
+      if (task >= its.tasks.count) continue;
+      const std::int64_t first = its.tasks.first_of(task), end = its.tasks.first_of(task + 1);
+      const bool last = count == 1 && pool_.is_last_task(task, thread, its.tasks.count);
+      const NeuronIds ids = {its.ids + first, end - first, last ? 0 : its.tasks.items - end,
+                             last ? next(thread) : NextRead()};
+      float* const sums = its.partials + task * stride;
+      if (its.select) {
+        const SelectedCounts counts = kernels.ffn_selected(its.rows, activation, its.selection, ids,
+                                                           its.x, its.h + first, sums);
+        its.exact += counts.exact;
+        its.coarse += counts.coarse;
+        continue;
+      }
+      its.exact += end - first;
+      if (dense < 2 || !its.dense(all_neurons_)) {
+        kernels.ffn_fused(its.rows, activation, ids, its.x, its.h + first, sums);
+        continue;
+      }
+      x[together] = its.x;
+      h[together] = its.h + first;
+      y[together++] = sums;
+      if (together == dense)
+        kernels.ffn_each(its.rows, activation, ids, {dense, x.data(), y.data(), h.data()});
     }
   });
-  if (state.layout.tokens == 1 && state.step.ffn != FfnMode::gather)
-    state.add_reads(state.layers[layer].reads, weights.gate, count, exact, coarse);
-  const auto add_up = [&](std::int64_t first, std::int64_t end) {
+  for (std::int64_t t = 0; t < count; ++t) {
+    CpuState& own = tokens[t].sequence;
+    if (state.layout.width == 1 && own.step.ffn != FfnMode::gather)
+      own.add_reads(own.layers[layer].reads, weights.gate, each[t].tasks.items, each[t].exact,
+                    each[t].coarse);
+  }
+
+  const auto add_up = [&](std::int64_t t, std::int64_t first, std::int64_t end) {
     float sums[kColumns] = {};
-    for (std::int64_t task = 0; task < tasks.count; ++task)
-      for (std::int64_t i = first; i < end; ++i) sums[i - first] += partials[task * stride + i];
-    for (std::int64_t i = first; i < end; ++i) x[i * x_stride] += sums[i - first];
+    for (std::int64_t task = 0; task < each[t].tasks.count; ++task)
+      for (std::int64_t i = first; i < end; ++i)
+        sums[i - first] += each[t].partials[task * stride + i];
+    for (std::int64_t i = first; i < end; ++i)
+      tokens[t].x[i * tokens[t].stride] += sums[i - first];
   };
   const std::int64_t blocks = (n + kColumns - 1) / kColumns;
-  const std::int64_t add_tasks = std::clamp<std::int64_t>(tasks.count * n / kTaskSums, 1, blocks);
+  const std::int64_t add_tasks =
+      std::clamp<std::int64_t>(count * most_tasks * n / kTaskSums, 1, count * blocks);
   pool_.run(add_tasks, [&](std::int64_t task, int) {
-    const std::int64_t end = (task + 1) * blocks / add_tasks;
-    for (std::int64_t block = task * blocks / add_tasks; block < end; ++block)
-      add_up(block * kColumns, std::min(n, (block + 1) * kColumns));
+    const std::int64_t end = (task + 1) * count * blocks / add_tasks;
+    for (std::int64_t i = task * count * blocks / add_tasks; i < end; ++i) {
+      const std::int64_t first = i % blocks * kColumns;
+      add_up(i / blocks, first, std::min(n, first + kColumns));
+    }
   });
-  add_outliers(weights, neurons, state.hidden.data(), 1, x, x_stride, 1);
+  for (std::int64_t t = 0; t < count; ++t)
+    add_outliers(weights, tokens[t].neurons, each[t].h, 1, tokens[t].x, tokens[t].stride, 1);
 }
 
 void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::int32_t> neurons,

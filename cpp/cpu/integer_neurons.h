@@ -2,34 +2,40 @@
 // then their down rows. Included by kernel sources only, like simd.h.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/down_rows.h"
 #include "cpu/integer_rows.h"
 
 namespace tda {
 namespace {
 
-/// h of a batch of neurons. Two neurons per iteration reuse each load of x, except for contiguous
-/// int8 rows with both planes: there two are 2% to 6% slower from memory, though 6% faster from the
-/// cache. Not inlined, since GCC would keep constants of other loops in registers needed here.
-template <bool kExact, bool kStream, class Row>
+/// h of a batch of neurons, of each x. Two neurons per iteration reuse each load of x, except for
+/// contiguous int8 rows with both planes: there two are 2% to 6% slower from memory, though 6% faster
+/// from the cache. Not inlined, since GCC would keep constants of other loops in registers needed
+/// here. x: a Vector or VectorsOf
+template <bool kExact, bool kStream, class Row, class X>
 [[gnu::noinline]] void gate_up(const NeuronRows& rows, Activation activation, const Batch& batch,
-                               const Vector<Row>& x, float* h) {
+                               const X& x, float* const* h) {
   constexpr int kNeurons = kExact && kStream ? 1 : 2;
+  constexpr bool kEach = std::is_same_v<X, VectorsOf<Row>>;
   const NextNeurons& next = batch.next;
+  const int64_t pairs_of_groups = (groups_of(rows.gate.n) + 1) / 2;
   const Row gates(rows.gate, 0), ups(rows.up, 0);
-  Gated gated;
+  Gated gated[kEach ? Vectors::kMost : 1];
   const auto work = [&](int64_t i, const auto& ahead) __attribute__((always_inline)) {
     Row pairs[2 * kNeurons];
     for (int j = 0; j < kNeurons; ++j) {  // if their number is odd, the last one twice
       pairs[2 * j] = gates.after(rows.gate, batch.id(i + j));
       pairs[2 * j + 1] = ups.after(rows.up, batch.id(i + j));
     }
-    Floats lanes[2 * kNeurons];
-    multiply<kExact>(pairs, ahead, x, lanes);
-    for (int j = 0; j < kNeurons; ++j) {
-      gated.gates.lanes[i + j] = lanes[2 * j];
-      gated.ups.lanes[i + j] = lanes[2 * j + 1];
-    }
+    multiply_each<kExact>(
+        pairs, ahead, x, [&](int64_t v, const Floats* lanes) __attribute__((always_inline)) {
+          for (int j = 0; j < kNeurons; ++j) {
+            gated[v].gates.lanes[i + j] = lanes[2 * j];
+            gated[v].ups.lanes[i + j] = lanes[2 * j + 1];
+          }
+        });
   };
   if constexpr (kStream) {
     const int64_t stride = rows.gate.stride, low_stride = rows.gate.low_stride;
@@ -41,27 +47,30 @@ template <bool kExact, bool kStream, class Row>
       path.next = {{down, down + stride}, {2 * next.a->stride, 2 * next.a->stride}};
     }
     prefetch_along<kExact, 2 * kNeurons, kNeurons>(
-        path, batch.count, neurons_ahead((stride + low_stride) / 2), (x.count + 1) / 2, work);
+        path, batch.count, neurons_ahead((stride + low_stride) / 2), pairs_of_groups, work);
   } else {
     const auto gate = [&](int64_t i) { return batch.ahead<Row>(rows.gate, next.a, i); };
     const auto up = [&](int64_t i) { return batch.ahead<Row>(rows.up, next.b, i); };
     for (int64_t i = 0; i < batch.count; i += kNeurons)
       work(i, RowsAhead<Row, 4>{{gate(i), up(i), gate(i + 1), up(i + 1)}});
   }
-  gated.finish(activation, batch.count, h);
+  const int64_t vectors = [&] {
+    if constexpr (kEach) return x.count;
+    return int64_t{1};
+  }();
+  for (int64_t v = 0; v < vectors; ++v) gated[v].finish(activation, batch.count, h[v]);
 }
 
-template <bool kExact, class Row>
-void gate_up(const NeuronRows& rows, Activation activation, const Batch& batch,
-             const Vector<Row>& x, float* h) {
+template <bool kExact, class Row, class X>
+void gate_up(const NeuronRows& rows, Activation activation, const Batch& batch, const X& x,
+             float* const* h) {
   const auto multiply =
-      batch.is_stream_ahead() ? gate_up<kExact, true, Row> : gate_up<kExact, false, Row>;
+      batch.is_stream_ahead() ? gate_up<kExact, true, Row, X> : gate_up<kExact, false, Row, X>;
   multiply(rows, activation, batch, x, h);
 }
 
-template <class Row>
-void clear(float* y, const Vector<Row>& x) {
-  for (int64_t i = 0; i < x.count * kGroup; ++i) y[i] = 0.0f;
+inline void clear(float* y, int64_t n) {
+  for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) y[i] = 0.0f;
 }
 
 /// Neurons that go through one stage of the selection before any goes through the next: few enough
@@ -72,8 +81,10 @@ constexpr int64_t kChunk = 12 * kBatch;
 template <class Row>
 void gate_up_all(const NeuronRows& rows, Activation activation, const int32_t* ids, int64_t count,
                  const NextNeurons& next, const Vector<Row>& x, float* h) {
-  for (int64_t i = 0; i < count; i += kBatch)
-    gate_up<true>(rows, activation, Batch(ids, count, i, next), x, h + i);
+  for (int64_t i = 0; i < count; i += kBatch) {
+    float* const out = h + i;
+    gate_up<true, Row>(rows, activation, Batch(ids, count, i, next), x, &out);
+  }
 }
 
 /// y += sum_i h[i] row[ids[i]], i < count
@@ -90,12 +101,43 @@ template <class Row>
 void ffn_fused(const NeuronRows& rows, Activation activation, const NeuronIds& all,
                const void* prepared, float* h, float* y) {
   const Vector<Row> x(prepared, rows.gate.n);
-  clear(y, x);
+  clear(y, rows.gate.n);
   gate_up_all(rows, activation, all.data, all.count, {&rows.down, nullptr, all.data, all.count}, x,
               h);
   add_down_rows<true, Row>(
       rows.down, all.data, all.count,
       {&rows.gate, &rows.up, all.data + all.count, all.more, true, true, all.next}, h, y);
+}
+
+/// y[v] += sum_i h[v][i] row[ids[i]] of each vector
+template <class Row, int kRows>
+void add_down_each(const Rows& down, const NeuronIds& ids, const NextNeurons& next,
+                   const Vectors& vectors) {
+  for (int64_t i = 0; i < ids.count; i += kRows) {
+    const Batch batch(ids.data, ids.count, i, next, kRows);
+    add_down_batch<true, Row, kRows>(down, batch, vectors.h[0] + i, vectors.y[0]);
+    for (int64_t v = 1; v < vectors.count; ++v)
+      add_down_batch<true, Row, kRows>(down, batch, NothingAhead(), vectors.h[v] + i,
+                                       vectors.y[v]);
+  }
+}
+
+template <class Row>
+void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& all,
+              const Vectors& vectors) {
+  const VectorsOf<Row> x = {vectors.count, vectors.x, rows.gate.n};
+  const NextNeurons downs = {&rows.down, nullptr, all.data, all.count};
+  const NextNeurons gates = {&rows.gate, &rows.up, all.data + all.count, all.more, true, true,
+                             all.next};
+  float* h[Vectors::kMost];
+  for (int64_t i = 0; i < all.count; i += kBatch) {
+    for (int64_t v = 0; v < x.count; ++v) h[v] = vectors.h[v] + i;
+    gate_up<true, Row>(rows, activation, Batch(all.data, all.count, i, downs), x, h);
+  }
+  for (int64_t v = 0; v < x.count; ++v) clear(vectors.y[v], rows.gate.n);
+  const bool large = down_batch(rows.down.stride) == kLargeDownBatch;
+  (large ? add_down_each<Row, kLargeDownBatch> : add_down_each<Row, kSmallDownBatch>)(
+      rows.down, all, gates, vectors);
 }
 
 /// The neurons of a chunk that were selected.
@@ -158,7 +200,7 @@ SelectedCounts ffn_selected(const NeuronRows& rows, Activation activation,
                             const Selection& selection, const NeuronIds& ids, const void* prepared,
                             float* h, float* y) {
   const Vector<Row> x(prepared, rows.gate.n);
-  clear(y, x);
+  clear(y, rows.gate.n);
   const auto select = selection.by_gate ? ffn_selected_by_gate<Row> : kByContribution;
   return select(rows, activation, selection, ids, x, h, y);
 }

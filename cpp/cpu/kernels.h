@@ -90,6 +90,15 @@ struct SelectedCounts {
   std::int64_t exact = 0, coarse = 0;
 };
 
+/// Vectors of several sequences that meet the same rows.
+struct Vectors {
+  static constexpr std::int64_t kMost = 16;
+  std::int64_t count;     // 1 to kMost
+  const void* const* x;   // [count] prepared
+  float* const* y;        // [count]
+  float* const* h = {};   // [count]
+};
+
 /// Kernels for weight rows of one format. Those with x of type `void` need it prepared.
 struct RowKernels {
   /// The size of a prepared x of length n, and the function that writes it, to an address that is a
@@ -105,6 +114,10 @@ struct RowKernels {
   /// x: [n], y: [n], padded to whole groups of 64
   void (*ffn_fused)(const NeuronRows&, Activation, const NeuronIds& ids, const void* x, float* h,
                     float* y);
+  /// `dot` and `ffn_fused` of several vectors, which read each row once. Each result is that of a
+  /// vector alone, bit for bit.
+  void (*dot_each)(const Rows& w, std::int64_t rows, const Vectors&, bool add);
+  void (*ffn_each)(const NeuronRows&, Activation, const NeuronIds& ids, const Vectors&);
   /// The same for those of the neurons that are selected; h is 0 for the others. With thresholds of
   /// 0 the result is that of `ffn_fused`, bit for bit.
   SelectedCounts (*ffn_selected)(const NeuronRows&, Activation, const Selection&,

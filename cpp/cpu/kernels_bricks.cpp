@@ -127,9 +127,9 @@ int64_t choose(const float* x, const float* lengths, Span inputs, float threshol
   return total;
 }
 
-void add_high(const Bricks& w, Span strips, Span blocks, const HighInputs* x, float* sums) {
+void add_high(const Bricks& w, Span strips, Span blocks, const HighVectors& vectors) {
   const bool lines = w.kind == BrickKind::lines;
-  (lines ? add_bricks<LineBrick> : add_bricks<CentredBrick>)(w, strips, blocks, x, sums);
+  (lines ? add_bricks<LineBrick> : add_bricks<CentredBrick>)(w, strips, blocks, vectors);
 }
 
 }  // namespace

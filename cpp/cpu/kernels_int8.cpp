@@ -18,7 +18,8 @@ SelectedCounts ffn_selected_by_estimate(const NeuronRows& rows, Activation activ
     for (int64_t i = first; i < end; i += kBatch) {
       const NextNeurons low_planes = {&rows.gate, &rows.up, exact.ids, exact.count, false, true};
       const Batch batch(all.data, end, i, low_planes);
-      gate_up<false>(rows, activation, batch, x, h + i);
+      float* const estimates = h + i;
+      gate_up<false, Int8Row>(rows, activation, batch, x, &estimates);
       for (int64_t j = i; j < i + batch.count; ++j) {
         const float estimate = __builtin_fabsf(h[j]) * selection.lengths[all[j]];
         // NaN compares false, so the neuron is kept and NaN reaches the logits.
@@ -50,8 +51,10 @@ float dot_high_plane(const Rows& w, int64_t rows, const void* prepared, float* y
   float largest = -__builtin_inff();
   for (int64_t first = 0; first < rows; first += kBatch, y += kBatch) {
     const int64_t count = min(kBatch, rows - first);
+    Products products;
     float results[kBatch];
-    dot_batch<false>(w, first, count, rows, {}, x, results);
+    dot_batch<false, Int8Row>(w, first, count, rows, {}, x, &products);
+    products.store_to(results, count);
     for (int64_t r = 0; r < count; ++r) {
       y[r] = results[r];
       largest = y[r] > largest ? y[r] : largest;
@@ -77,7 +80,8 @@ namespace TDA_ISA {
 const RowKernels int8_rows = {
     prepared_bytes<Int8Row>, prepare<Int8Row>,
     load<Int8Row>,           dot<Int8Row>,
-    ffn_fused<Int8Row>,      ffn_selected<Int8Row, ffn_selected_by_estimate>,
+    ffn_fused<Int8Row>,      dot_each<Int8Row>,
+    ffn_each<Int8Row>,       ffn_selected<Int8Row, ffn_selected_by_estimate>,
     dot_high_plane,          dot_rows};
 }  // namespace TDA_ISA
 

@@ -82,23 +82,36 @@ template <class Next>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
                           float* out, bool add, const Next& next) const {
   if (w.in_bricks()) return multiply_bricks_panels(layout, w, in, out, add);
-  if (layout.width == 1) {
-    const Tasks tasks = tasks_of(w, pool_.threads());
-    const void* x = prepare(state, w.format, in, w.cols);
-    pool_.run(tasks.count, [&](std::int64_t task, int thread) {
-      const std::int64_t row = tasks.first_of(task), end = tasks.first_of(task + 1);
-      const bool last = pool_.is_last_task(task, thread, tasks.count);
-      rows(w.format).dot(rows_of(w, row), end - row, x, out + row, add,
-                         last ? next(thread) : NextRead(rows_of(w, end)));
-    });
-    return;
-  }
+  if (layout.width == 1)
+    return multiply_each(state, layout.tokens, w, in, each_vector(out, layout.tokens, w.rows), add,
+                         next);
   const PreparedPanels b = prepare(state, layout, w.format, in, w.cols);
   const std::int64_t out_stride = w.rows * layout.width;
   for_blocks(w.rows, layout.panels, [&](const Block& block, int) {
     panels(w.format).multiply(
         rows_of(w, block.row), block.rows, b.from(block.panel),
         {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels, add);
+  });
+}
+
+template <class Next>
+void CpuBackend::multiply_each(CpuState& state, std::int64_t tokens, const Matrix& w,
+                               const float* in, const EachVector<float*>& out, bool add,
+                               const Next& next) const {
+  const Tasks tasks = tasks_of(w, pool_.threads());
+  const RowKernels& kernels = rows(w.format);
+  const EachVector<const void*> x = prepare_each(state, tokens, w.format, in, w.cols);
+  pool_.run(tasks.count, [&](std::int64_t task, int thread) {
+    const std::int64_t row = tasks.first_of(task), end = tasks.first_of(task + 1);
+    if (tokens == 1) {
+      const bool last = pool_.is_last_task(task, thread, tasks.count);
+      kernels.dot(rows_of(w, row), end - row, x[0], out[0] + row, add,
+                  last ? next(thread) : NextRead(rows_of(w, end)));
+      return;
+    }
+    EachVector<float*> y = out;
+    for (std::int64_t t = 0; t < tokens; ++t) y[t] += row;
+    kernels.dot_each(rows_of(w, row), end - row, {tokens, x.data(), y.data()}, add);
   });
 }
 
@@ -117,8 +130,11 @@ void CpuBackend::project(CpuState& state, std::int64_t layer, Product product, c
   const int i = static_cast<int>(product);
   sample_inputs(state, in, w.cols, own.input_samples[i]);
   if (state.layout.width > 1) return multiply(state, state.layout, w, in, out, add, next);
-  const float threshold = state.step.ffn == FfnMode::sparse ? own.inputs.of[i] : 0.0f;
-  state.attention_bytes += multiply_bricks(state, w, in, threshold, out, add);
+  const std::int64_t tokens = state.layout.tokens;
+  const auto bytes =
+      multiply_bricks(state, tokens, w, in, input_thresholds(state, layer, product),
+                      each_vector(out, tokens, w.rows), add);
+  for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).attention_bytes += bytes[t];
 }
 
 void CpuBackend::qkv(State& s, std::int64_t layer) const {
@@ -152,18 +168,20 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   const Matrix& head = model_->head;
   const Layout wanted = layout_of(count);
   float* in = state.normed.data();
+  if (count == all.tokens && all.width == 1) {
+    norm(all, state.x.data(), model_->final_norm, in);
+    logits_each(state, in);
+    return state.sequence(0).logits;
+  }
   copy_tokens(state.x.data(), all, all.tokens - count, head.cols, in, wanted);
   norm(wanted, in, model_->final_norm, in);
 
   const Size size = Size(count) * head.rows;
-  float* out = state.logits.reserve(size, "the logits");
-  if (head.in_bricks() && count == 1) {
-    const float threshold = state.step.ffn == FfnMode::sparse ? state.step.head_inputs : 0.0f;
-    state.head_bytes += multiply_bricks(state, head, in, threshold, out, false);
-  } else if (count > 1) {
+  float* out = state.all_logits.reserve(size, "the logits");
+  if (count > 1) {
     multiply_to_rows(state, wanted, head, in, out);
-  } else if (state.step.head > 0 && all.tokens == 1) {
-    estimated_logits(state, in, out);
+  } else if (head.in_bricks()) {
+    state.head_bytes += multiply_bricks(state, 1, head, in, {}, {out}, false)[0];
   } else {
     multiply(state, wanted, head, in, out, false, kUnknown);
     state.head_bytes += head.bytes();
@@ -171,12 +189,37 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
   return {out, static_cast<std::size_t>(size.value())};
 }
 
+void CpuBackend::logits_each(CpuState& state, const float* in) const {
+  const Matrix& head = model_->head;
+  const std::int64_t tokens = state.layout.tokens;
+  EachVector<float*> out = {};
+  EachVector<float> thresholds = {};
+  bool estimate = false;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    CpuState& own = state.sequence(t);
+    out[t] = own.all_logits.reserve(head.rows, "the logits");
+    own.logits = {out[t], static_cast<std::size_t>(head.rows)};
+    thresholds[t] = own.step.ffn == FfnMode::sparse ? own.step.head_inputs : 0.0f;
+    estimate |= own.step.head > 0;
+  }
+  if (head.in_bricks()) {
+    const auto bytes = multiply_bricks(state, tokens, head, in, thresholds, out, false);
+    for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).head_bytes += bytes[t];
+  } else if (estimate) {
+    for (std::int64_t t = 0; t < tokens; ++t)
+      estimated_logits(state.sequence(t), in + t * head.cols, out[t]);
+  } else {
+    multiply_each(state, tokens, head, in, out, false, kUnknown);
+    for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).head_bytes += head.bytes();
+  }
+}
+
 /// TDA of the head: all logits are estimated from the high plane, then the likely ones are computed
 /// exactly.
 void CpuBackend::estimated_logits(CpuState& state, const float* in, float* out) const {
   const Matrix& head = model_->head;
   const RowKernels& kernels = rows(head.format);
-  const void* x = prepare(state, head.format, in, head.cols);
+  const void* x = prepare_each(state, 1, head.format, in, head.cols)[0];
   const std::int64_t tasks = (head.rows + kEstimateRows - 1) / kEstimateRows;
   const auto end_of = [&](std::int64_t task) {
     return std::min(head.rows, (task + 1) * kEstimateRows);

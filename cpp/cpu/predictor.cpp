@@ -14,7 +14,7 @@ std::vector<std::int32_t> CpuBackend::predicted(CpuState& state, std::int64_t la
   const PredictorWeights::Layer& weights = state.step.predictor->layers[layer];
   const auto product = [&](const Matrix& w, const float* in) {
     std::vector<float> out(w.rows);
-    const void* prepared = prepare(state, w.format, in, w.cols);
+    const void* prepared = prepare_each(state, 1, w.format, in, w.cols)[0];
     pool_.run((w.rows + kBlockRows - 1) / kBlockRows, [&](std::int64_t block, int) {
       const std::int64_t first = block * kBlockRows;
       rows(w.format).dot(rows_of(w, first), std::min(kBlockRows, w.rows - first), prepared,
@@ -29,7 +29,6 @@ std::vector<std::int32_t> CpuBackend::predicted(CpuState& state, std::int64_t la
     const float scale = squares > 0 ? static_cast<float>(1 / std::sqrt(squares)) : 1.0f;
     for (float& value : hidden) value = std::tanh(value * scale);
   }
-  if (state.layout.tokens == 1) state.layers[layer].reads.bytes += weights.bytes();
   return weights.neurons(product(weights.second, hidden.data()), state.step.predicted);
 }
 

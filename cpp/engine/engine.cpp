@@ -43,11 +43,14 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   const bool cuda = device_of(options, model->format) == Device::cuda;
   auto backend =
       cuda ? make_cuda_backend(model, options.threads) : make_cpu_backend(model, options.threads);
+  if (options.max_batch < 0 || options.max_batch > backend->max_batch()) {
+    throw OptionError("max_batch " + std::to_string(options.max_batch) + ": expected 1 to " +
+                      std::to_string(backend->max_batch()) + " on " + backend->name() +
+                      ", or 0 for the most");
+  }
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
   return std::make_shared<const Runtime>(
-      std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv,
-      options.max_context ? options.max_context : model->config.max_position, options.before_step,
-      folder);
+      std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv, options, folder);
 } catch (const std::bad_alloc&) {
   throw DeviceError("out of memory while loading " + folder.string());
 }
@@ -88,6 +91,7 @@ std::int64_t Engine::parameters() const { return runtime_->model().parameters; }
 WeightFormat Engine::weights() const { return runtime_->model().format; }
 KvFormat Engine::kv() const { return runtime_->kv; }
 std::int64_t Engine::max_context() const { return runtime_->max_context; }
+std::int64_t Engine::max_batch() const { return runtime_->max_batch; }
 const std::vector<std::string>& Engine::notices() const { return runtime_->model().notices; }
 std::int64_t Engine::weight_bytes() const { return runtime_->model().weight_bytes; }
 std::vector<MatrixFormat> Engine::matrices() const { return formats_of(runtime_->model()); }

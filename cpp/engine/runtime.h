@@ -9,18 +9,21 @@
 
 #include "backend/backend.h"
 #include "base/fork_safe.h"
+#include "engine/decode_queue.h"
 
 namespace tda {
 
 class Runtime {
  public:
-  Runtime(std::unique_ptr<Backend> backend, KvFormat kv, std::int64_t max_context,
-          std::function<void()> before_step, const std::filesystem::path& checkpoint)
+  Runtime(std::unique_ptr<Backend> backend, KvFormat kv, const EngineOptions& options,
+          const std::filesystem::path& checkpoint)
       : backend(std::move(backend)),
         kv(kv),
-        max_context(max_context),
-        before_step(std::move(before_step)),
-        calibration(calibration_of(std::filesystem::absolute(checkpoint))) {}
+        max_context(options.max_context ? options.max_context : config().max_position),
+        max_batch(options.max_batch ? options.max_batch : this->backend->max_batch()),
+        before_step(options.before_step),
+        calibration(calibration_of(std::filesystem::absolute(checkpoint))),
+        decoding(*this->backend, computing, max_batch) {}
 
   const Model& model() const { return backend->model(); }
   const ModelConfig& config() const { return model().config; }
@@ -28,9 +31,11 @@ class Runtime {
   const std::unique_ptr<Backend> backend;
   const KvFormat kv;
   const std::int64_t max_context;
+  const std::int64_t max_batch;
   const std::function<void()> before_step;  // see EngineOptions; may be empty
   const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists
   mutable ForkSafeMutex computing;          // held during a step
+  mutable DecodeQueue decoding;
 
  private:
   static std::filesystem::path calibration_of(const std::filesystem::path& checkpoint) {

@@ -26,6 +26,7 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
       backend(*runtime->backend),
       capacity(capacity),
       sample_tokens(sample_tokens),
+      member(runtime->decoding),
       prefill_reads_(runtime->config().num_layers) {
   if (capacity < 1) {
     throw OptionError("capacity " + std::to_string(capacity) + ": expected at least 1 token");
@@ -40,17 +41,25 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
   state = backend.new_state(capacity, runtime->kv);
 }
 
+void Session::Impl::check_room(std::int64_t tokens) const {
+  if (tokens <= capacity - position) return;
+  throw ContextOverflow("session: " + std::to_string(tokens) + " tokens after " +
+                        std::to_string(position) + " exceed its capacity of " +
+                        std::to_string(capacity));
+}
+
+void Session::Impl::before_step() const {
+  if (stop.stop_requested()) throw Cancelled();
+  if (runtime->before_step) runtime->before_step();
+}
+
 /// Runs tokens in steps of at most the backend's largest. Returns the logits of the last `rows`
 /// tokens, or appends those of every token to `all`; throws Error if they are not finite. After an
 /// error the session is where it was: what the cache holds beyond `position` is overwritten.
 std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vector<float>* all) {
   const Tokens tokens = step.tokens;
   const std::span<const std::int64_t> samples = step.samples;
-  if (std::ssize(tokens) > capacity - position) {
-    throw ContextOverflow("session: " + std::to_string(tokens.size()) + " tokens after " +
-                          std::to_string(position) + " exceed its capacity of " +
-                          std::to_string(capacity));
-  }
+  check_room(std::ssize(tokens));
   step.sequence_length = position + std::ssize(tokens);
   std::span<const float> logits;
   std::int64_t next = position;
@@ -66,8 +75,8 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
     }
     step.samples = sampled;
     done += count;
-    if (stop.stop_requested()) throw Cancelled();
-    if (runtime->before_step) runtime->before_step();
+    before_step();
+    runtime->decoding.let_through();
     const std::lock_guard lock(runtime->computing);
     const std::int64_t last_rows = done == tokens.size() ? rows : 0;
     logits = forward(backend, *state, step, all ? std::ssize(step.tokens) : last_rows);
@@ -126,30 +135,49 @@ std::vector<float> Session::Impl::all_logits(Tokens tokens) {
 }
 
 Token Session::Impl::decode_and_draw(Token token, double temperature, double u) {
-  decode(token, 0);
+  if (!backend.draws()) return draw(decode(token), temperature, u);
+  run(next_step(token), 0);
+  ++batch_sizes_;
+  count_decoded(token);
   const std::lock_guard lock(runtime->computing);
   return backend.draw(*state, temperature, u);
 }
 
-std::span<const float> Session::Impl::decode(Token token, std::int64_t rows) {
-  const ModelConfig& config = runtime->config();
-  check_tokens(config, {&token, 1});
+std::span<const float> Session::Impl::decode(Token token) {
+  const Step step = next_step(token);
+  before_step();
+  const std::span<const float> logits =
+      runtime->decoding.decode(member, *state, step, batch_sizes_);
+  check_finite(logits);
+  ++position;
+  count_decoded(token);
+  return logits;
+}
+
+Step Session::Impl::next_step(const Token& token) {
+  check_tokens(runtime->config(), {&token, 1});
   if (refresh_every_ > 0 && std::ssize(recent_) == refresh_every_) refresh();
+  check_room(1);
   Step step;
   step.tokens = {&token, 1};
+  step.position = position;
+  step.sequence_length = position + 1;
   step.ffn = decode_mode;
   step.head = head_;
   step.head_inputs = head_inputs_;
   step.predictor = predictor_ ? predictor_->weights.get() : nullptr;
   step.predicted = predicted_;
-  const std::span<const float> logits = run(step, rows);
+  return step;
+}
+
+void Session::Impl::count_decoded(const Token& token) {
+  const ModelConfig& config = runtime->config();
   if (refresh_every_ > 0) recent_.push_back(token);
   ++decoded_;
   const std::int64_t kv_token =
       2 * config.num_kv_heads * kv_row_bytes(runtime->kv, config.head_dim);
   for (const std::int64_t window : config.sliding_window)
     kv_bytes_ += kv_token * (window ? std::min(window, position) : position);
-  return logits;
 }
 
 void Session::Impl::rewind(std::int64_t length) {
@@ -160,6 +188,7 @@ void Session::Impl::rewind(std::int64_t length) {
   prefill_head_bytes_ = backend.head_bytes(*state);
   prefill_attention_bytes_ = backend.attention_bytes(*state);
   decoded_ = 0;
+  batch_sizes_ = 0;
   kv_bytes_ = 0;
 }
 
@@ -205,6 +234,7 @@ void Session::Impl::add_to(GenerationStats& stats) const {
   const std::int64_t neurons = config.intermediate_size;
   stats.ffn_active_by_layer.assign(layers, 1.0);
   if (decoded_ == 0) return;
+  stats.mean_batch = static_cast<double>(batch_sizes_) / static_cast<double>(decoded_);
   double exact = 0, coarse = 0;
   const std::vector<FfnReads> decoded = reads();
   for (std::int64_t layer = 0; layer < layers; ++layer) {

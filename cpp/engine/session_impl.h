@@ -28,8 +28,8 @@ struct Session::Impl {
   std::span<const float> prefill(Tokens tokens, FfnMode mode, std::int64_t rows = 1);
   /// Logits [T, V] of all tokens.
   std::vector<float> all_logits(Tokens tokens);
-  /// Logits [V], or none if `rows` is 0.
-  std::span<const float> decode(Token token, std::int64_t rows = 1);
+  /// Logits [V], valid until the next step.
+  std::span<const float> decode(Token token);
   /// decode(), then the token that draw() takes.
   Token decode_and_draw(Token token, double temperature, double u);
   /// Forgets the tokens after the first `length`, which were prefilled, and what decoding has read.
@@ -54,11 +54,16 @@ struct Session::Impl {
   std::int64_t capacity;
   std::int64_t sample_tokens;
   std::int64_t position = 0;
+  DecodeQueue::Member member;
   std::stop_token stop;  // checked before every step
   UseFlag in_use;
   FfnMode decode_mode = FfnMode::dense;
 
  private:
+  Step next_step(const Token& token);
+  void count_decoded(const Token& token);
+  void check_room(std::int64_t tokens) const;
+  void before_step() const;
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
   void apply_sequence(const TdaOptions& options);
   void apply_token(const TdaOptions& options);
@@ -86,6 +91,7 @@ struct Session::Impl {
   std::int64_t prefill_attention_bytes_ = 0;
   std::int64_t prefill_head_bytes_ = 0;  // the backend's count after prefill
   std::int64_t decoded_ = 0;
+  std::int64_t batch_sizes_ = 0;         // the sum, over decoded tokens
   std::int64_t kv_bytes_ = 0;            // read while decoding
   std::vector<FfnReads> prefill_reads_;  // [L] the backend's count after prefill
 };

@@ -66,6 +66,7 @@ class Engine(_native.Engine):
     kv: how keys and values are cached, auto | f32 | bf16 | int8.
     threads: default as many as this process may run on, by CPU affinity and quota, rounded up.
     max_context: in tokens, default the checkpoint's own.
+    max_batch: the most sequences that are decoded together, default what the device can.
     progress(done, total): of packing, in bytes of weights; those of an engine folder are packed.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.
     Raises CheckpointError, OptionError or DeviceError.
@@ -78,6 +79,7 @@ class Engine(_native.Engine):
         weights: str = "auto",
         threads: int | None = None,
         max_context: int | None = None,
+        max_batch: int | None = None,
         kv: str = "auto",
         tda: TDA | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -92,6 +94,7 @@ class Engine(_native.Engine):
             kv=check_type(kv, "kv", str),
             threads=check_count(threads, "threads", 2**31 - 1),
             max_context=check_count(max_context, "max_context"),
+            max_batch=check_count(max_batch, "max_batch"),
             progress=check_progress(progress),
         )
         warn_caller(self.notices, UserWarning)

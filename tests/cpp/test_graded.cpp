@@ -218,7 +218,8 @@ auto rest_term(const Encoded& w) {
 
 std::vector<float> add_high(const BrickKernels& kernels, const Encoded& w, const HighInputs* x) {
   std::vector<float> sums(64 * w.strips, 3);
-  kernels.add_high(w.bricks(), {0, w.strips}, {0, w.blocks}, x, sums.data());
+  float* const out = sums.data();
+  kernels.add_high(w.bricks(), {0, w.strips}, {0, w.blocks}, {1, &x, &out});
   return sums;
 }
 std::vector<float> add_rests(const BrickKernels& kernels, const Encoded& w, const Chosen& x) {
@@ -296,9 +297,11 @@ TEST(brick_high_parts_match_doubles) {
     const std::int64_t strip = w.strips / 2, block = w.blocks / 3;
     for (const Span strips : {Span{0, strip}, Span{strip, w.strips}})
       for (const Span blocks : {Span{0, block}, Span{block, w.blocks}})
-        if (strips.count() > 0 && blocks.count() > 0)
-          kernels.bricks->add_high(w.bricks(), strips, blocks, p.blocks.data() + blocks.first,
-                                   again.data() + 64 * strips.first);
+        if (strips.count() > 0 && blocks.count() > 0) {
+          const HighInputs* const x = p.blocks.data() + blocks.first;
+          float* const out = again.data() + 64 * strips.first;
+          kernels.bricks->add_high(w.bricks(), strips, blocks, {1, &x, &out});
+        }
     CHECK(again == sums);
   });
 }

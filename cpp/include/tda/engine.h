@@ -27,6 +27,7 @@ struct EngineOptions {
   KvFormat kv = KvFormat::automatic;
   int threads = 0;               // 0: as many as this process may run on, by affinity and CPU quota
   std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
+  std::int64_t max_batch = 0;    // the most sequences decoded together; 0: what the device can
   Progress progress = {};        // of packing, in bytes of weights; an engine folder needs none
   /// Called before each step, a token or a few hundred of a prompt, by the thread that computes.
   /// What it throws ends the call that computes.
@@ -70,6 +71,7 @@ struct GenerationStats {
   double ffn_bytes_fraction = 1;      // ffn_bytes relative to dense decoding in the same format
   double head_bytes_fraction = 1;     // bytes of the output head read, relative to all of it
   std::int64_t bytes_per_token = 0;   // mean of all weight and KV bytes read per decoded token
+  double mean_batch = 1;              // sequences per step; the bytes are those of this one alone
   std::string tda = "dense";          // the setting used, in words
   std::vector<std::string> warnings;  // what to expect of this setting, model and prompt
 };
@@ -145,8 +147,10 @@ struct ScoreResult {
 };
 
 /// A loaded model. Const: any number of threads may use one engine, each call has a session of its
-/// own; computation itself is one call at a time. It works on in the child of a fork(), with
-/// threads started there; sessions that another thread was using at that moment do not.
+/// own. Tokens that several threads decode at the same time are computed together, at most
+/// EngineOptions::max_batch, and each sequence gets what it gets alone, bit for bit. An engine works
+/// on in the child of a fork(), with threads started there; sessions that another thread was using
+/// at that moment do not.
 class Engine {
  public:
   /// checkpoint: a folder or GGUF file. Throws CheckpointError, OptionError or DeviceError.
@@ -161,6 +165,7 @@ class Engine {
   WeightFormat weights() const;
   KvFormat kv() const;
   std::int64_t max_context() const;
+  std::int64_t max_batch() const;
   /// What the user should know of the choices that options left to the engine; one sentence each.
   const std::vector<std::string>& notices() const;
   std::int64_t weight_bytes() const;  // resident, all weights
