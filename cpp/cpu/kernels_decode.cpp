@@ -69,12 +69,22 @@ struct ArrayRow {
   static int64_t bytes(int64_t n) { return n * static_cast<int64_t>(sizeof(T)); }
 };
 
+/// Compilers would clear an array of vectors as memory, which is slow, and keep it there.
+template <int kCount>
+[[gnu::always_inline]] inline void clear(Floats (&sums)[kCount][4]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kCount; ++v)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[v][j] = Floats{};
+}
+
 /// out[v] = row·x[v], v < kCount. What it does for one x does not depend on the others.
 template <int kCount, class Format, class Ahead>
-inline void dot_row(const ArrayRow<Format>& row, const float* const* x, const Ahead& ahead,
+[[gnu::always_inline]] inline void dot_row(const ArrayRow<Format>& row, const float* const* x, const Ahead& ahead,
                     float* out) {
   const int64_t n = row.n;
-  Floats sums[kCount][4] = {};
+  Floats sums[kCount][4];
+  clear(sums);
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     prefetch(ahead, i);
@@ -86,17 +96,23 @@ inline void dot_row(const ArrayRow<Format>& row, const float* const* x, const Ah
     }
   }
   for (; i < n; i += kLanes)
+#pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v)
       sums[v][0] += load_part<Format>(row.w + i, n - i) * load_part<F32>(x[v] + i, n - i);
+#pragma GCC unroll 4
   for (int v = 0; v < kCount; ++v)
     out[v] = sum((sums[v][0] + sums[v][1]) + (sums[v][2] + sums[v][3]));
 }
 
 /// y[v] += h[v] row, v < kCount
 template <int kCount, class Format, class Ahead>
-inline void add_row(const ArrayRow<Format>& row, const float* h, float* const* y,
+[[gnu::always_inline]] inline void add_row(const ArrayRow<Format>& row, const float* h, float* const* y,
                     const Ahead& ahead) {
   const int64_t n = row.n;
+  float* to[kCount];  // copies, since the stores below might be to h and y for all compilers know
+  float by[kCount];
+#pragma GCC unroll 4
+  for (int v = 0; v < kCount; ++v) to[v] = y[v], by[v] = h[v];
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     prefetch(ahead, i);
@@ -105,8 +121,8 @@ inline void add_row(const ArrayRow<Format>& row, const float* h, float* const* y
       const Floats w = load_lanes(row.w + i + j * kLanes);
 #pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) {
-        float* const out = y[v] + i + j * kLanes;
-        store(out, load_as<Floats>(out) + h[v] * w);
+        float* const out = to[v] + i + j * kLanes;
+        store(out, load_as<Floats>(out) + by[v] * w);
       }
     }
   }
@@ -129,8 +145,9 @@ inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
 constexpr int kGroupVectors = kGroup / kLanes;
 
 template <int kCount, class Ahead>
-inline void dot_row(const Bf16cRow& row, const float* const* x, const Ahead& ahead, float* out) {
-  Floats sums[kCount][4] = {}, w[kGroupVectors];
+[[gnu::always_inline]] inline void dot_row(const Bf16cRow& row, const float* const* x, const Ahead& ahead, float* out) {
+  Floats sums[kCount][4], w[kGroupVectors];
+  clear(sums);
   const int64_t whole = row.n / kGroup;
   for (int64_t g = 0; g < whole; ++g) {
     prefetch(ahead, g);
@@ -143,10 +160,12 @@ inline void dot_row(const Bf16cRow& row, const float* const* x, const Ahead& ahe
   }
   if (whole * kGroup < row.n) {
     row.load(whole, w);
+#pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v)
       for (int64_t i = whole * kGroup, j = 0; i < row.n; i += kLanes, ++j)
         sums[v][0] += w[j] * load_part<F32>(x[v] + i, row.n - i);
   }
+#pragma GCC unroll 4
   for (int v = 0; v < kCount; ++v) {
     float total = sum((sums[v][0] + sums[v][1]) + (sums[v][2] + sums[v][3]));
     for (int64_t i = 0; i < row.apart(); ++i) total += row.value(i) * x[v][row.column(i)];
@@ -155,7 +174,7 @@ inline void dot_row(const Bf16cRow& row, const float* const* x, const Ahead& ahe
 }
 
 template <int kCount, class Ahead>
-inline void add_row(const Bf16cRow& row, const float* h, float* const* y, const Ahead& ahead) {
+[[gnu::always_inline]] inline void add_row(const Bf16cRow& row, const float* h, float* const* y, const Ahead& ahead) {
   for (int64_t g = 0; g < groups_of(row.n); ++g) {
     Floats w[kGroupVectors];
     prefetch(ahead, g);
