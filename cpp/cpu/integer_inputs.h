@@ -152,5 +152,68 @@ void prepare(const float* x, int64_t n, void* prepared) {
   }
 }
 
+// ---- several sequences ----------------------------------------------------------------------------
+//
+// Where bytes are multiplied by two instructions (VPMADDUBSW and VPMADDWD), the codes of a row are
+// widened to 16 bits once for all sequences, and then one is enough.
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#define TDA_WIDE_INPUTS 1
+
+/// A group of a prepared x as 16-bit numbers: those that are multiplied with the bytes of even and of
+/// odd places of lower nibbles, then of upper ones. A lane sums the same products as with bytes.
+struct alignas(32) WideGroup {
+  std::int16_t q[4][16];
+  float scales[kLanes];
+  int32_t start[kLanes];
+  int32_t residual_start[kLanes];
+  std::int16_t residual[4][16];
+  bool has_residual;
+};
+
+template <class Row>
+inline WideGroup* wide_groups(const void* prepared, int64_t n) {
+  const int64_t bytes = (prepared_bytes<Row>(n) + 63) / 64 * 64;
+  return reinterpret_cast<WideGroup*>(static_cast<char*>(const_cast<void*>(prepared)) + bytes);
+}
+
+template <class Row>
+int64_t each_bytes(int64_t n) {
+  return (prepared_bytes<Row>(n) + 63) / 64 * 64 + groups_of(n) * sizeof(WideGroup);
+}
+
+inline void widen(const std::int8_t (&bytes)[2][kPairBytes], int64_t at, std::int16_t (&out)[4][16]) {
+  for (int half = 0; half < 2; ++half)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int i = 0; i < 16; ++i) out[2 * half + odd][i] = bytes[half][at + 2 * i + odd];
+}
+
+template <class Row>
+void prepare_each(const float* x, int64_t n, void* prepared) {
+  prepare<Row>(x, n, prepared);
+  const Vector<Row> from(prepared, n);
+  WideGroup* const groups = wide_groups<Row>(prepared, n);
+  for (int64_t g = 0; g < from.count; ++g) {
+    const Pair& pair = from.pairs[g / 2];
+    const int64_t at = g % 2 * kGroupBytes;
+    WideGroup& group = groups[g];
+    widen(pair.q, at, group.q);
+    group.has_residual = pair.has_residual;
+    if (pair.has_residual) widen(pair.residual, at, group.residual);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      group.scales[lane] = from.scales[g * Row::kScales + lane * Row::kScales / kLanes];
+      group.start[lane] = pair.start[at / 4 + lane];
+      group.residual_start[lane] = pair.residual_start[at / 4 + lane];
+    }
+  }
+}
+
+#else
+template <class Row>
+constexpr int64_t (*each_bytes)(int64_t) = nullptr;
+template <class Row>
+constexpr void (*prepare_each)(const float*, int64_t, void*) = nullptr;
+#endif
+
 }  // namespace
 }  // namespace tda

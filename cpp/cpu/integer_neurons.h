@@ -115,10 +115,13 @@ void add_down_each(const Rows& down, const NeuronIds& ids, const NextNeurons& ne
                    const Vectors& vectors) {
   for (int64_t i = 0; i < ids.count; i += kRows) {
     const Batch batch(ids.data, ids.count, i, next, kRows);
-    add_down_batch<true, Row, kRows>(down, batch, vectors.h[0] + i, vectors.y[0]);
-    for (int64_t v = 1; v < vectors.count; ++v)
-      add_down_batch<true, Row, kRows>(down, batch, NothingAhead(), vectors.h[v] + i,
-                                       vectors.y[v]);
+    const float* h[Vectors::kMost];
+    for (int64_t v = 0; v < vectors.count; ++v) h[v] = vectors.h[v] + i;
+    if (batch.is_stream_ahead())
+      add_down_batch_each<Row, kRows>(down, batch, DownStreamsAhead<Row>(down, batch), h, vectors);
+    else
+      add_down_batch_each<Row, kRows>(down, batch, DownRowsAhead<Row, kRows>(down, batch), h,
+                                      vectors);
   }
 }
 

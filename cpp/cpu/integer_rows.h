@@ -207,6 +207,91 @@ template <bool kExact, class Row, int kCount, class Ahead, class Take>
   multiply<kExact>(rows, ahead, x, lanes);
   take(0, lanes);
 }
+#if defined(TDA_WIDE_INPUTS)
+
+/// Dot products of a row, the r-th of those that `ahead` knows, with kCount x, one partial sum per
+/// lane: what `multiply` gives for each, from codes of 16 bits.
+template <int kCount, class Row, class Ahead>
+[[gnu::always_inline]] inline void multiply_wide(const Row& row, int r, const Ahead& ahead,
+                                                 const WideGroup* const* x, int64_t groups,
+                                                 Floats* lanes) {
+  constexpr int64_t kGroups = kLanes / Row::kScales;
+  const __m256i low_four = _mm256_set1_epi8(15), low_byte = _mm256_set1_epi16(255);
+  Floats sums[kCount];
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; ++v) sums[v] = Floats{};
+  for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
+    float scales[kLanes];
+    store(scales, row.scales.from(g0 * Row::kScales));
+    ahead.prefetch_scales(r, g0 * Row::kScales);
+    for (int64_t g = g0; g < min(g0 + kGroups, groups); ++g) {
+      const __m256i high = load_as<__m256i>(row.plane(0) + g * kGroupBytes);
+      const __m256i low = load_as<__m256i>(row.plane(1) + g * kGroupBytes);
+      if (g % 2 == 0)
+        for (int plane = 0; plane < 2; ++plane) ahead.prefetch(plane, r, g * kGroupBytes);
+      const __m256i lower =
+          _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(high, low_four), 4),
+                          _mm256_and_si256(low, low_four));
+      const __m256i upper = _mm256_or_si256(_mm256_andnot_si256(low_four, high),
+                                            _mm256_and_si256(_mm256_srli_epi16(low, 4), low_four));
+      const __m256i codes[4] = {_mm256_and_si256(lower, low_byte), _mm256_srli_epi16(lower, 8),
+                                _mm256_and_si256(upper, low_byte), _mm256_srli_epi16(upper, 8)};
+      constexpr int kPerVector = Row::kScales;
+      const Floats of_row = spread<kPerVector>(scales, static_cast<int>((g - g0) * kPerVector));
+#pragma GCC unroll 8
+      for (int v = 0; v < kCount; ++v) {
+        const WideGroup& group = x[v][g];
+        const auto add_products = [&](__m256i sum, const std::int16_t (&q)[4][16])
+                                      __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i)
+            sum = _mm256_add_epi32(
+                sum, _mm256_madd_epi16(codes[i], _mm256_load_si256((const __m256i*)q[i])));
+          return sum;
+        };
+        __m256i integers = add_products(load_as<__m256i>(group.start), group.q);
+        if (group.has_residual)
+          integers = add_products(_mm256_add_epi32(_mm256_slli_epi32(integers, 8),
+                                                   load_as<__m256i>(group.residual_start)),
+                                  group.residual);
+        sums[v] += of_row * load_as<Floats>(group.scales) * to_floats((Ints)integers);
+      }
+    }
+  }
+  const float step = row.scales.step();
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; ++v) lanes[v] = step * sums[v];
+}
+
+template <bool kExact, class Row, int kRows, class Ahead, class Take>
+[[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kRows], const Ahead& ahead,
+                                                 const VectorsOf<Row>& x, const Take& take) {
+  static_assert(kExact);
+  const int64_t groups = groups_of(x.n);
+  const WideGroup* wide[Vectors::kMost];
+  Floats lanes[kRows][Vectors::kMost];
+  for (int64_t v = 0; v < x.count; ++v) wide[v] = wide_groups<Row>(x.x[v], x.n);
+  for (int r = 0; r < kRows; ++r) {
+    const auto some = [&](auto count, int64_t v) __attribute__((always_inline)) {
+      if (v == 0)
+        multiply_wide<count.value>(rows[r], r, ahead, wide, groups, lanes[r]);
+      else
+        multiply_wide<count.value>(rows[r], r, NothingAhead(), wide + v, groups, lanes[r] + v);
+    };
+    int64_t v = 0;
+    for (; v + 8 <= x.count; v += 8) some(Constant<8>(), v);
+    for (; v + 4 <= x.count; v += 4) some(Constant<4>(), v);
+    for (; v < x.count; ++v) some(Constant<1>(), v);
+  }
+  for (int64_t v = 0; v < x.count; ++v) {
+    Floats own[kRows];
+    for (int r = 0; r < kRows; ++r) own[r] = lanes[r][v];
+    take(v, own);
+  }
+}
+
+#else
+
 template <bool kExact, class Row, int kCount, class Ahead, class Take>
 [[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kCount], const Ahead& ahead,
                                                  const VectorsOf<Row>& x, const Take& take) {
@@ -217,6 +302,8 @@ template <bool kExact, class Row, int kCount, class Ahead, class Take>
     take(v, lanes);
   }
 }
+
+#endif
 
 /// products[v].lanes[i] = those of w[first + i]·x[v], or of the high plane, i < count <= kBatch. w
 /// has `rows` rows. x: a Vector or VectorsOf

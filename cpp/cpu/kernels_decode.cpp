@@ -216,11 +216,6 @@ constexpr int kTogether = 4;
 constexpr int kTogether = 3;
 #endif
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 /// Calls body(count, first) for groups of vectors; count is a constant.
 template <class Body>
 [[gnu::always_inline]] inline void for_groups(int64_t vectors, const Body& body) {
@@ -397,8 +392,8 @@ SelectedCounts ffn_selected(const NeuronRows& rows, Activation activation,
 
 template <class Row>
 constexpr RowKernels row_kernels() {
-  return {nullptr,        nullptr,       load<Row>,     dot<Row>,
-          ffn_fused<Row>, dot_each<Row>, ffn_each<Row>, ffn_selected<Row>};
+  return {nullptr,   nullptr,        nullptr,       nullptr,       load<Row>,
+          dot<Row>,  ffn_fused<Row>, dot_each<Row>, ffn_each<Row>, ffn_selected<Row>};
 }
 
 }  // namespace

@@ -18,6 +18,13 @@
 namespace tda {
 namespace {
 
+/// A number as an argument that is known when compiling.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+
 using std::int32_t;
 using std::int64_t;
 
