@@ -78,9 +78,7 @@ void multiply_strips(const BrickKernels& kernels, const Bricks& w, Span strips,
 }
 
 /// How many strips' sums of so many tokens a task keeps at a time.
-std::int64_t at_once(std::int64_t tokens) {
-  return std::min(kStripsAtOnce, kMostSums / tokens);
-}
+std::int64_t at_once(std::int64_t tokens) { return std::min(kStripsAtOnce, kMostSums / tokens); }
 
 /// Calls body(strips) for at most `most` at a time.
 template <class Body>
@@ -91,10 +89,9 @@ void for_strips(Span strips, std::int64_t most, const Body& body) {
 
 /// out[t] = down times h[t] of the neurons in some blocks, without outliers. Adds to exact[t] how many
 /// of them were read at 8 bits; without rests, none. h[t]: of all neurons; out[t]: [down.strips * 64]
-void project_down(const BrickKernels& kernels, const Bricks& down, Span blocks,
-                  std::int64_t tokens, const EachVector<const float*>& h,
-                  const EachVector<float>& thresholds, const EachVector<float*>& out,
-                  std::atomic<std::int64_t>* exact) {
+void project_down(const BrickKernels& kernels, const Bricks& down, Span blocks, std::int64_t tokens,
+                  const EachVector<const float*>& h, const EachVector<float>& thresholds,
+                  const EachVector<float*>& out, std::atomic<std::int64_t>* exact) {
   const Span neurons = {blocks.first * kBlockInputs,
                         std::min(down.cols, blocks.end * kBlockInputs)};
   std::vector<HighInputs> high(blocks.count() * tokens);
@@ -104,8 +101,8 @@ void project_down(const BrickKernels& kernels, const Bricks& down, Span blocks,
   for (std::int64_t t = 0; t < tokens; ++t) {
     x[t] = high.data() + t * blocks.count();
     kernels.prepare(h[t] + neurons.first, blocks.count(), high.data() + t * blocks.count());
-    chosen[t] = choose(kernels, down, h[t], neurons, thresholds[t],
-                       rests.data() + t * blocks.count());
+    chosen[t] =
+        choose(kernels, down, h[t], neurons, thresholds[t], rests.data() + t * blocks.count());
     exact[t] += chosen[t];
   }
   for_strips({0, down.strips}, at_once(tokens), [&](Span strips) {
@@ -164,8 +161,7 @@ EachVector<BrickInputs> CpuBackend::brick_inputs(CpuState& state, std::int64_t t
 EachVector<std::int64_t> CpuBackend::multiply_bricks(CpuState& state, std::int64_t tokens,
                                                      const Matrix& matrix, const float* x,
                                                      const EachVector<float>& thresholds,
-                                                     const EachVector<float*>& y,
-                                                     bool add) const {
+                                                     const EachVector<float*>& y, bool add) const {
   const Bricks w = matrix.bricks();
   const auto inputs = brick_inputs(state, tokens, w, x, thresholds);
   // The fewer tasks, the longer the runs of rests.
@@ -176,8 +172,7 @@ EachVector<std::int64_t> CpuBackend::multiply_bricks(CpuState& state, std::int64
       const std::int64_t size = strips.count() * kStripRows;
       float all[kMostSums * kStripRows];
       const EachVector<float*> results = each_vector(all, tokens, size);
-      multiply_strips(*kernels_.bricks, w, strips, std::span(inputs).first(tokens),
-                      results.data());
+      multiply_strips(*kernels_.bricks, w, strips, std::span(inputs).first(tokens), results.data());
       const std::int64_t first = strips.first * kStripRows;
       const std::int64_t rows = std::min(strips.end * kStripRows, w.rows) - first;
       for (std::int64_t t = 0; t < tokens; ++t)
@@ -197,8 +192,8 @@ void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer, const float* in
   const LayerWeights& weights = model_->layers[layer];
   const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
   const std::int64_t tokens = state.layout.tokens;
-  const auto inputs = brick_inputs(state, tokens, gate_up, in,
-                                   input_thresholds(state, layer, Product::gate_up));
+  const auto inputs =
+      brick_inputs(state, tokens, gate_up, in, input_thresholds(state, layer, Product::gate_up));
   const auto thresholds = input_thresholds(state, layer, Product::down);
   const std::int64_t strips = gate_up.strips;
   const std::int64_t part_strips = std::max(kLeastPartBlocks, ceil_div(strips, kMostParts));
@@ -217,8 +212,8 @@ void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer, const float* in
       const std::int64_t size = some.count() * kStripRows;
       float all[kMostSums * kStripRows];
       const EachVector<float*> results = each_vector(all, tokens, size);
-      multiply_strips(*kernels_.bricks, gate_up, some,
-                      std::span(inputs).first(tokens), results.data());
+      multiply_strips(*kernels_.bricks, gate_up, some, std::span(inputs).first(tokens),
+                      results.data());
       for (std::int64_t t = 0; t < tokens; ++t)
         for (std::int64_t s = some.first; s < some.end; ++s) {
           const float* const gate = results[t] + (s - some.first) * kStripRows;

@@ -89,9 +89,7 @@ EachVector<const void*> CpuBackend::prepare_each(CpuState& state, std::int64_t t
       ((more ? kernels.each_bytes : kernels.prepared_bytes)(n) + 63) / 64 * 64;
   std::byte* prepared = state.prepared.reserve(Size(tokens) * bytes, "prepared vectors");
   for (std::int64_t t = 0; t < tokens; ++t) each[t] = prepared + t * bytes;
-  pool_.run(tokens, [&](std::int64_t t, int) {
-    prepare(x + t * n, n, prepared + t * bytes);
-  });
+  pool_.run(tokens, [&](std::int64_t t, int) { prepare(x + t * n, n, prepared + t * bytes); });
   return each;
 }
 

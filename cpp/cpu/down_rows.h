@@ -164,7 +164,8 @@ inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step
       _mm512_shuffle_i32x4(ab, cd, 0xdd), _mm512_shuffle_i32x4(AB, CD, 0xdd)};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i, y += 32)
-    if (i < lanes) store(y, load_as<Floats>(y) + step * to_floats((Ints)ordered[i]));
+    if (i < lanes)
+      store(y, multiply_add(splat(step), to_floats((Ints)ordered[i]), load_as<Floats>(y)));
 }
 
 // The pieces of add_down_batch. Inlined always, so that sums stay in registers.
@@ -324,7 +325,8 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
           ahead.prefetch(plane, r, g * kGroupBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
-        sums[i] += multipliers[r][at + i * kScales / kVectors] * signed_floats(codes + i * kLanes);
+        sums[i] = multiply_add(splat(multipliers[r][at + i * kScales / kVectors]),
+                               signed_floats(codes + i * kLanes), sums[i]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) store(y + i * kLanes, sums[i]);
@@ -366,8 +368,8 @@ inline void add_down_batch_each(const Rows& w, const Batch& batch, Ahead ahead,
       for (int64_t r = 0; r < batch.count; ++r)
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; ++i)
-          sums[i] += multipliers[v][r][at + i * kScales / kVectors] *
-                     load_as<Floats>(values[r] + i * kLanes);
+          sums[i] = multiply_add(splat(multipliers[v][r][at + i * kScales / kVectors]),
+                                 load_as<Floats>(values[r] + i * kLanes), sums[i]);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i) store(y + i * kLanes, sums[i]);
     }

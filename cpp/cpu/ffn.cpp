@@ -193,8 +193,8 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     const bool sparse = token.sequence.step.ffn == FfnMode::sparse;
     Neurons& its = each[t];
     its.tasks = tasks_of(std::ssize(token.neurons));
-    its.selection = {own.thresholds.exact, own.thresholds.coarse,
-                     by_gate(token.sequence.estimate), weights.down_lengths.data()};
+    its.selection = {own.thresholds.exact, own.thresholds.coarse, by_gate(token.sequence.estimate),
+                     weights.down_lengths.data()};
     its.select = sparse && own.thresholds.exact > 0;
     its.copied = own.copy && sparse && !its.select;
     its.rows = its.copied ? *own.copy : rows_of(weights);
@@ -255,8 +255,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     for (std::int64_t task = 0; task < each[t].tasks.count; ++task)
       for (std::int64_t i = first; i < end; ++i)
         sums[i - first] += each[t].partials[task * stride + i];
-    for (std::int64_t i = first; i < end; ++i)
-      tokens[t].x[i * tokens[t].stride] += sums[i - first];
+    for (std::int64_t i = first; i < end; ++i) tokens[t].x[i * tokens[t].stride] += sums[i - first];
   };
   const std::int64_t blocks = (n + kColumns - 1) / kColumns;
   const std::int64_t add_tasks =

@@ -182,7 +182,8 @@ int64_t each_bytes(int64_t n) {
   return (prepared_bytes<Row>(n) + 63) / 64 * 64 + groups_of(n) * sizeof(WideGroup);
 }
 
-inline void widen(const std::int8_t (&bytes)[2][kPairBytes], int64_t at, std::int16_t (&out)[4][16]) {
+inline void widen(const std::int8_t (&bytes)[2][kPairBytes], int64_t at,
+                  std::int16_t (&out)[4][16]) {
   for (int half = 0; half < 2; ++half)
     for (int odd = 0; odd < 2; ++odd)
       for (int i = 0; i < 16; ++i) out[2 * half + odd][i] = bytes[half][at + 2 * i + odd];

@@ -29,13 +29,13 @@ template <bool kExact, bool kStream, class Row, class X>
       pairs[2 * j] = gates.after(rows.gate, batch.id(i + j));
       pairs[2 * j + 1] = ups.after(rows.up, batch.id(i + j));
     }
-    multiply_each<kExact>(
-        pairs, ahead, x, [&](int64_t v, const Floats* lanes) __attribute__((always_inline)) {
-          for (int j = 0; j < kNeurons; ++j) {
-            gated[v].gates.lanes[i + j] = lanes[2 * j];
-            gated[v].ups.lanes[i + j] = lanes[2 * j + 1];
-          }
-        });
+    multiply_each<kExact>(pairs, ahead, x,
+                          [&](int64_t v, const Floats* lanes) __attribute__((always_inline)) {
+                            for (int j = 0; j < kNeurons; ++j) {
+                              gated[v].gates.lanes[i + j] = lanes[2 * j];
+                              gated[v].ups.lanes[i + j] = lanes[2 * j + 1];
+                            }
+                          });
   };
   if constexpr (kStream) {
     const int64_t stride = rows.gate.stride, low_stride = rows.gate.low_stride;
@@ -130,8 +130,8 @@ void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& al
               const Vectors& vectors) {
   const VectorsOf<Row> x = {vectors.count, vectors.x, rows.gate.n};
   const NextNeurons downs = {&rows.down, nullptr, all.data, all.count};
-  const NextNeurons gates = {&rows.gate, &rows.up, all.data + all.count, all.more, true, true,
-                             all.next};
+  const NextNeurons gates = {&rows.gate, &rows.up, all.data + all.count, all.more, true,
+                             true,       all.next};
   float* h[Vectors::kMost];
   for (int64_t i = 0; i < all.count; i += kBatch) {
     for (int64_t v = 0; v < x.count; ++v) h[v] = vectors.h[v] + i;
@@ -139,8 +139,8 @@ void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& al
   }
   for (int64_t v = 0; v < x.count; ++v) clear(vectors.y[v], rows.gate.n);
   const bool large = down_batch(rows.down.stride) == kLargeDownBatch;
-  (large ? add_down_each<Row, kLargeDownBatch> : add_down_each<Row, kSmallDownBatch>)(
-      rows.down, all, gates, vectors);
+  (large ? add_down_each<Row, kLargeDownBatch>
+         : add_down_each<Row, kSmallDownBatch>)(rows.down, all, gates, vectors);
 }
 
 /// The neurons of a chunk that were selected.

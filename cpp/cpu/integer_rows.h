@@ -64,7 +64,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
         for (int i = 0; i < 2; ++i)
           integers = _mm512_dpbusd_epi32(integers, codes[i], _mm512_load_si512(pair.residual[i]));
       }
-      sums[r][sum] += scale(r) * to_floats((Ints)integers);
+      sums[r][sum] = multiply_add(scale(r), to_floats((Ints)integers), sums[r][sum]);
     }
   };
   // Adds kBlockLines pairs from p on or, if not `all`, those that are left; the last may be half a
@@ -179,7 +179,7 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
                        products(pair.residual);
           const int64_t of_part = (g - g0) * Row::kScales + 2 * first * Row::kScales / kGroup;
           const Floats scale = spread<kPerVector>(scales[r], static_cast<int>(of_part));
-          sums[r] += scale * to_floats(integers);
+          sums[r] = multiply_add(scale, to_floats(integers), sums[r]);
         }
       }
     }
@@ -229,9 +229,8 @@ template <int kCount, class Row, class Ahead>
       const __m256i low = load_as<__m256i>(row.plane(1) + g * kGroupBytes);
       if (g % 2 == 0)
         for (int plane = 0; plane < 2; ++plane) ahead.prefetch(plane, r, g * kGroupBytes);
-      const __m256i lower =
-          _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(high, low_four), 4),
-                          _mm256_and_si256(low, low_four));
+      const __m256i lower = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(high, low_four), 4),
+                                            _mm256_and_si256(low, low_four));
       const __m256i upper = _mm256_or_si256(_mm256_andnot_si256(low_four, high),
                                             _mm256_and_si256(_mm256_srli_epi16(low, 4), low_four));
       const __m256i codes[4] = {_mm256_and_si256(lower, low_byte), _mm256_srli_epi16(lower, 8),
@@ -241,20 +240,21 @@ template <int kCount, class Row, class Ahead>
 #pragma GCC unroll 8
       for (int v = 0; v < kCount; ++v) {
         const WideGroup& group = x[v][g];
-        const auto add_products = [&](__m256i sum, const std::int16_t (&q)[4][16])
-                                      __attribute__((always_inline)) {
+        const auto add_products =
+            [&](__m256i sum, const std::int16_t (&q)[4][16]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i)
-            sum = _mm256_add_epi32(
-                sum, _mm256_madd_epi16(codes[i], _mm256_load_si256((const __m256i*)q[i])));
-          return sum;
-        };
+              for (int i = 0; i < 4; ++i)
+                sum = _mm256_add_epi32(
+                    sum, _mm256_madd_epi16(codes[i], _mm256_load_si256((const __m256i*)q[i])));
+              return sum;
+            };
         __m256i integers = add_products(load_as<__m256i>(group.start), group.q);
         if (group.has_residual)
           integers = add_products(_mm256_add_epi32(_mm256_slli_epi32(integers, 8),
                                                    load_as<__m256i>(group.residual_start)),
                                   group.residual);
-        sums[v] += of_row * load_as<Floats>(group.scales) * to_floats((Ints)integers);
+        sums[v] = multiply_add(of_row * load_as<Floats>(group.scales), to_floats((Ints)integers),
+                               sums[v]);
       }
     }
   }
@@ -318,10 +318,11 @@ void dot_batch(const Rows& w, int64_t first, int64_t count, int64_t rows, const 
   const auto work = [&](int64_t i, const auto& ahead) __attribute__((always_inline)) {
     Row some[kRowsPerPass];
     for (int j = 0; j < kRowsPerPass; ++j) some[j] = row.after(w, min(i + j, count - 1));
-    multiply_each<kExact>(
-        some, ahead, x, [&](int64_t v, const Floats* lanes) __attribute__((always_inline)) {
-          for (int j = 0; j < kRowsPerPass; ++j) products[v].lanes[i + j] = lanes[j];
-        });
+    multiply_each<kExact>(some, ahead, x,
+                          [&](int64_t v, const Floats* lanes) __attribute__((always_inline)) {
+                            for (int j = 0; j < kRowsPerPass; ++j)
+                              products[v].lanes[i + j] = lanes[j];
+                          });
   };
   prefetch_along<kExact, kRowsPerPass, kRowsPerPass>(
       path, count, rows_ahead(bytes, 2 * kRowsPerPass), (groups_of(w.n) + 1) / 2, work);

@@ -93,10 +93,10 @@ struct SelectedCounts {
 /// Vectors of several sequences that meet the same rows.
 struct Vectors {
   static constexpr std::int64_t kMost = 16;
-  std::int64_t count;     // 1 to kMost
-  const void* const* x;   // [count] prepared
-  float* const* y;        // [count]
-  float* const* h = {};   // [count]
+  std::int64_t count;    // 1 to kMost
+  const void* const* x;  // [count] prepared
+  float* const* y;       // [count]
+  float* const* h = {};  // [count]
 };
 
 /// Kernels for weight rows of one format. Those with x of type `void` need it prepared.

@@ -131,9 +131,8 @@ void CpuBackend::project(CpuState& state, std::int64_t layer, Product product, c
   sample_inputs(state, in, w.cols, own.input_samples[i]);
   if (state.layout.width > 1) return multiply(state, state.layout, w, in, out, add, next);
   const std::int64_t tokens = state.layout.tokens;
-  const auto bytes =
-      multiply_bricks(state, tokens, w, in, input_thresholds(state, layer, product),
-                      each_vector(out, tokens, w.rows), add);
+  const auto bytes = multiply_bricks(state, tokens, w, in, input_thresholds(state, layer, product),
+                                     each_vector(out, tokens, w.rows), add);
   for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).attention_bytes += bytes[t];
 }
 

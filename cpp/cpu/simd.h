@@ -24,7 +24,6 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-
 using std::int32_t;
 using std::int64_t;
 
@@ -90,6 +89,24 @@ inline Vector load_as(const T* p) {
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats splat(float s) { return s - Floats{}; }
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
+/// a b + c, rounded once where the instruction set can: compilers may or may not do so with a sum of
+/// a product, and results must not depend on the loop it stands in.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float sum(Floats v) {

@@ -20,7 +20,9 @@ std::span<const float> DecodeQueue::decode(Member& member, State& state, const S
     await_others();
     run_batch();
   }
-  { const std::lock_guard woken(mutex_); }  // whoever woke this thread is done with `own`
+  {
+    const std::lock_guard woken(mutex_);
+  }  // whoever woke this thread is done with `own`
   if (own.error) std::rethrow_exception(own.error);
   batch_sizes += own.batch;
   return state.logits;
