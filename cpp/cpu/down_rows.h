@@ -1,5 +1,4 @@
 // The down projection in decode for integer formats: y += h[i] row[i] over batches of rows.
-// Included by kernel sources only, like simd.h.
 #pragma once
 
 #include "cpu/batch.h"
@@ -333,7 +332,7 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
   }
 }
 
-/// The same for several sequences, which share the rows' values. h: [vectors]
+/// The same for several sequences, which share the rows' values.
 template <class Row, int kRows, class Ahead>
 inline void add_down_batch_each(const Rows& w, const Batch& batch, Ahead ahead,
                                 const float* const* h, const Vectors& vectors) {

@@ -45,8 +45,8 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
       cuda ? make_cuda_backend(model, options.threads) : make_cpu_backend(model, options.threads);
   if (options.max_batch < 0 || options.max_batch > backend->max_batch()) {
     throw OptionError("max_batch " + std::to_string(options.max_batch) + ": expected 1 to " +
-                      std::to_string(backend->max_batch()) + " on " + backend->name() +
-                      ", or 0 for the most");
+                      std::to_string(backend->max_batch()) +
+                      ", the most sequences of a step on this device, or 0 for as many");
   }
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
   return std::make_shared<const Runtime>(

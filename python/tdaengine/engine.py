@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 
-from . import _native, hub
+from . import _native, hub, together
 from ._native import (
     TDA,
     CalibrateOptions,
@@ -157,8 +157,8 @@ class Engine(_native.Engine):
         allowed_tokens: AllowedTokens | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Output | list[Output]:
-        """Continues `prompt`, a text or a list of token ids; of several in a list each by itself,
-        in order.
+        """Continues `prompt`, a text or a list of token ids. Several in a list are decoded
+        together, each as if alone.
 
         options or keywords: the fields of GenerateOptions, max_new_tokens=128 (or max_tokens),
         temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
@@ -179,12 +179,12 @@ class Engine(_native.Engine):
         if isinstance(prompt, list | tuple) and prompt and not is_id(prompt[0]):
             encoded = [self._encode(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
             each_options = options_of_each(options, keywords, len(encoded))
-            outputs = []
-            for i, (ids, own) in enumerate(zip(encoded, each_options, strict=True)):
+
+            def start(i: int) -> Stream:
                 mask = self._mask(grammar, allowed_tokens)
-                with naming(f"prompt[{i}]"):
-                    outputs.append(self._generate(ids, stop, tda, own, mask))
-            return outputs
+                return self._stream(encoded[i], stop, tda, each_options[i], mask)
+
+            return together.outputs(start, len(encoded), self.max_batch)
         mask = self._mask(grammar, allowed_tokens)
         chosen = generate_options(options, keywords)
         return self._generate(cast(Prompt, prompt), stop, tda, chosen, mask)

@@ -17,7 +17,7 @@ import tiny
 from checkpoints import write_tokenizer
 from conftest import PROMPT
 
-from tdaengine import TDA, Engine, OptionError
+from tdaengine import TDA, ContextOverflow, Engine, OptionError
 
 FOREVER = 400_000  # tokens; as a prompt, hours of work
 OPTIONS = (
@@ -50,6 +50,38 @@ def answers(engine: Engine) -> list[list[int]]:
 
 
 # ---- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "bf16c", "int8", "int4", "graded"])
+def test_prompts_of_a_list_are_decoded_together(folder: Path, weights: str):
+    prompts = [PROMPT[: 4 + i] for i in range(11)]
+    options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.9, "logprobs": 2}
+    engine = Engine(folder, weights=weights, threads=2)
+    settings = {"int4": [False, TDA(inputs=0.3)], "graded": [False, TDA(inputs=0.3)]}
+    for tda in settings.get(weights, [False, TDA(active=0.5), TDA(active=0.5, scope="token")]):
+        alone = [engine.generate(p, tda=tda, seed=i, **options) for i, p in enumerate(prompts)]
+        together = engine.generate(prompts, tda=tda, seed=0, **options)
+        assert [out.token_ids for out in together] == [out.token_ids for out in alone]
+        assert [out.logprobs for out in together] == [out.logprobs for out in alone]
+        assert [out.stats.ffn_bytes for out in together] == [out.stats.ffn_bytes for out in alone]
+        assert all(out.stats.mean_batch == 1 for out in alone)
+        assert max(out.stats.mean_batch for out in together) > 1.5
+
+
+def test_at_most_max_batch_sequences_share_a_step(folder: Path):
+    engine = Engine(folder, threads=1, max_batch=2)
+    assert engine.max_batch == 2
+    outs = engine.generate([PROMPT] * 6, max_new_tokens=20, ignore_eos=True)
+    assert len({tuple(out.token_ids) for out in outs}) == 1
+    assert all(1 <= out.stats.mean_batch <= 2 for out in outs)
+
+
+def test_a_wrong_prompt_in_a_list_ends_the_others(endless: Engine):
+    long = [1] * (FOREVER - 10)
+    with pytest.raises(OptionError, match=r"prompt\[2\]: tokens\[0\] = -1"):
+        endless.generate([[1, 2], [3, 4], [-1]], max_new_tokens=FOREVER - 10, ignore_eos=True)
+    with pytest.raises(ContextOverflow, match=r"prompt\[1\]"):
+        endless.generate([[1], long], max_new_tokens=FOREVER - 10, ignore_eos=True)
 
 
 def test_threads_share_an_engine(two_threads):

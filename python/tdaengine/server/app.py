@@ -59,7 +59,7 @@ class Settings:
 
     model: str  # its name in requests
     rules: Rules
-    parallel: int = 1
+    parallel: int = 8
     queue: int = 64
     cors: tuple[str, ...] = ()
 

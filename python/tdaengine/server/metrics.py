@@ -41,6 +41,11 @@ class Metrics:
             "Sum over decoded tokens of the share of FFN neurons used; by decoded_tokens: the mean "
             "share.",
         )
+        self._batched = self._counter(
+            "batched_tokens",
+            "Sum over decoded tokens of the sequences in the same step; by decoded_tokens: the mean "
+            "batch.",
+        )
         for name, text, function in (
             ("queue_length", "Requests that wait.", waiting),
             ("running", "Requests being computed.", running),
@@ -58,6 +63,7 @@ class Metrics:
             self._bytes.inc(stats.bytes_per_token * decoded)
             self._decoded.inc(decoded)
             self._active.inc(stats.ffn_active * decoded)
+            self._batched.inc(stats.mean_batch * decoded)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -1,8 +1,7 @@
 """Who computes when: the one place that knows how requests share the engine.
 
-Each request under way has a thread that takes tokens from it. The engine computes one step at a
-time, whoever asks, so that with `parallel` above 1 requests take turns. An engine that puts the
-steps of several threads into one batch needs nothing else here.
+Each request under way has a thread that takes tokens from it. The engine computes the next tokens
+of all that ask at about the same time in one step.
 """
 
 from __future__ import annotations
