@@ -49,8 +49,9 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
                       ", the most sequences of a step on this device, or 0 for as many");
   }
   const KvFormat natural = model->format == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
-  return std::make_shared<const Runtime>(
-      std::move(backend), options.kv == KvFormat::automatic ? natural : options.kv, options, folder);
+  return std::make_shared<const Runtime>(std::move(backend),
+                                         options.kv == KvFormat::automatic ? natural : options.kv,
+                                         options, folder);
 } catch (const std::bad_alloc&) {
   throw DeviceError("out of memory while loading " + folder.string());
 }

@@ -43,8 +43,8 @@ class Metrics:
         )
         self._batched = self._counter(
             "batched_tokens",
-            "Sum over decoded tokens of the sequences in the same step; by decoded_tokens: the mean "
-            "batch.",
+            "Sum over decoded tokens of the sequences in the same step; by decoded_tokens: the "
+            "mean batch.",
         )
         for name, text, function in (
             ("queue_length", "Requests that wait.", waiting),
