@@ -83,13 +83,11 @@ EachVector<const void*> CpuBackend::prepare_each(CpuState& state, std::int64_t t
     for (std::int64_t t = 0; t < tokens; ++t) each[t] = x + t * n;
     return each;
   }
-  const bool more = tokens > 1 && kernels.prepare_each;
-  const auto prepare = more ? kernels.prepare_each : kernels.prepare;
-  const std::int64_t bytes =
-      ((more ? kernels.each_bytes : kernels.prepared_bytes)(n) + 63) / 64 * 64;
+  const std::int64_t bytes = (kernels.prepared_bytes(n) + 63) / 64 * 64;
   std::byte* prepared = state.prepared.reserve(Size(tokens) * bytes, "prepared vectors");
   for (std::int64_t t = 0; t < tokens; ++t) each[t] = prepared + t * bytes;
-  pool_.run(tokens, [&](std::int64_t t, int) { prepare(x + t * n, n, prepared + t * bytes); });
+  pool_.run(tokens,
+            [&](std::int64_t t, int) { kernels.prepare(x + t * n, n, prepared + t * bytes); });
   return each;
 }
 

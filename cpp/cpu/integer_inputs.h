@@ -6,6 +6,8 @@
 // also multiplied with the residual of x, another 8 bits.
 #pragma once
 
+#include <memory>
+
 #include "cpu/batch.h"
 
 namespace tda {
@@ -152,13 +154,9 @@ void prepare(const float* x, int64_t n, void* prepared) {
   }
 }
 
-// ---- several sequences ----------------------------------------------------------------------------
-//
-// Where bytes are multiplied by two instructions (VPMADDUBSW and VPMADDWD), the codes of a row are
-// widened to 16 bits once for all sequences, and then one is enough.
+// ---- several sequences ---------------------------------------------------------------------------
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-#define TDA_WIDE_INPUTS 1
 
 /// A group of a prepared x as 16-bit numbers: those that are multiplied with the bytes of even and of
 /// odd places of lower nibbles, then of upper ones. A lane sums the same products as with bytes.
@@ -171,17 +169,6 @@ struct alignas(32) WideGroup {
   bool has_residual;
 };
 
-template <class Row>
-inline WideGroup* wide_groups(const void* prepared, int64_t n) {
-  const int64_t bytes = (prepared_bytes<Row>(n) + 63) / 64 * 64;
-  return reinterpret_cast<WideGroup*>(static_cast<char*>(const_cast<void*>(prepared)) + bytes);
-}
-
-template <class Row>
-int64_t each_bytes(int64_t n) {
-  return (prepared_bytes<Row>(n) + 63) / 64 * 64 + groups_of(n) * sizeof(WideGroup);
-}
-
 inline void widen(const std::int8_t (&bytes)[2][kPairBytes], int64_t at,
                   std::int16_t (&out)[4][16]) {
   for (int half = 0; half < 2; ++half)
@@ -190,30 +177,61 @@ inline void widen(const std::int8_t (&bytes)[2][kPairBytes], int64_t at,
 }
 
 template <class Row>
-void prepare_each(const float* x, int64_t n, void* prepared) {
-  prepare<Row>(x, n, prepared);
-  const Vector<Row> from(prepared, n);
-  WideGroup* const groups = wide_groups<Row>(prepared, n);
-  for (int64_t g = 0; g < from.count; ++g) {
-    const Pair& pair = from.pairs[g / 2];
-    const int64_t at = g % 2 * kGroupBytes;
-    WideGroup& group = groups[g];
-    widen(pair.q, at, group.q);
-    group.has_residual = pair.has_residual;
-    if (pair.has_residual) widen(pair.residual, at, group.residual);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      group.scales[lane] = from.scales[g * Row::kScales + lane * Row::kScales / kLanes];
-      group.start[lane] = pair.start[at / 4 + lane];
-      group.residual_start[lane] = pair.residual_start[at / 4 + lane];
-    }
+inline void widen(const Vector<Row>& x, int64_t g, WideGroup& out) {
+  const Pair& pair = x.pairs[g / 2];
+  const int64_t at = g % 2 * kGroupBytes;
+  widen(pair.q, at, out.q);
+  out.has_residual = pair.has_residual;
+  if (pair.has_residual) widen(pair.residual, at, out.residual);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    out.scales[lane] = x.scales[g * Row::kScales + lane * Row::kScales / kLanes];
+    out.start[lane] = pair.start[at / 4 + lane];
+    out.residual_start[lane] = pair.residual_start[at / 4 + lane];
   }
 }
 
+/// The x of several sequences, prepared. Where bytes are multiplied by two instructions (VPMADDUBSW
+/// and VPMADDWD), the codes of a row are widened to 16 bits once for all of them, and then one is
+/// enough. In blocks of 8, 4, 2 and 1 vectors: the same group of a block's vectors lies together.
+template <class Row>
+struct VectorsOf {
+  int64_t count, groups;
+  std::unique_ptr<WideGroup[]> wide;
+
+  VectorsOf(const Vectors& vectors, int64_t n)
+      : count(vectors.count), groups(groups_of(n)), wide(new WideGroup[count * groups]) {
+    for_blocks([&](auto size, int64_t first) {
+      for (int64_t v = first; v < first + size.value; ++v) {
+        const Vector<Row> x(vectors.x[v], n);
+        for (int64_t g = 0; g < groups; ++g)
+          widen(x, g, wide[first * groups + g * size.value + v - first]);
+      }
+    });
+  }
+  /// Calls body(size, first vector); size is a constant.
+  template <class Body>
+  [[gnu::always_inline]] void for_blocks(const Body& body) const {
+    int64_t v = 0;
+    for (; v + 8 <= count; v += 8) body(Constant<8>(), v);
+    for (; v + 4 <= count; v += 4) body(Constant<4>(), v);
+    for (; v + 2 <= count; v += 2) body(Constant<2>(), v);
+    if (v < count) body(Constant<1>(), v);
+  }
+};
+
 #else
+
+/// The x of several sequences, prepared.
 template <class Row>
-constexpr int64_t (*each_bytes)(int64_t) = nullptr;
-template <class Row>
-constexpr void (*prepare_each)(const float*, int64_t, void*) = nullptr;
+struct VectorsOf {
+  int64_t count, n;
+  const void* const* x;
+
+  VectorsOf(const Vectors& vectors, int64_t length)
+      : count(vectors.count), n(length), x(vectors.x) {}
+  Vector<Row> operator[](int64_t v) const { return {x[v], n}; }
+};
+
 #endif
 
 }  // namespace

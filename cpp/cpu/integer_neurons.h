@@ -128,7 +128,7 @@ void add_down_each(const Rows& down, const NeuronIds& ids, const NextNeurons& ne
 template <class Row>
 void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& all,
               const Vectors& vectors) {
-  const VectorsOf<Row> x = {vectors.count, vectors.x, rows.gate.n};
+  const VectorsOf<Row> x(vectors, rows.gate.n);
   const NextNeurons downs = {&rows.down, nullptr, all.data, all.count};
   const NextNeurons gates = {&rows.gate, &rows.up, all.data + all.count, all.more, true,
                              true,       all.next};

@@ -189,16 +189,6 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 
 #endif
 
-/// The x of several sequences, prepared.
-template <class Row>
-struct VectorsOf {
-  int64_t count;
-  const void* const* x;
-  int64_t n;
-
-  Vector<Row> operator[](int64_t v) const { return {x[v], n}; }
-};
-
 /// Calls multiply<kExact> of some rows with each x, then take(v, lanes). Only the first reads memory.
 template <bool kExact, class Row, int kCount, class Ahead, class Take>
 [[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kCount], const Ahead& ahead,
@@ -207,13 +197,13 @@ template <bool kExact, class Row, int kCount, class Ahead, class Take>
   multiply<kExact>(rows, ahead, x, lanes);
   take(0, lanes);
 }
-#if defined(TDA_WIDE_INPUTS)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
 /// Dot products of a row, the r-th of those that `ahead` knows, with kCount x, one partial sum per
 /// lane: what `multiply` gives for each, from codes of 16 bits.
 template <int kCount, class Row, class Ahead>
 [[gnu::always_inline]] inline void multiply_wide(const Row& row, int r, const Ahead& ahead,
-                                                 const WideGroup* const* x, int64_t groups,
+                                                 const WideGroup* x, int64_t groups,
                                                  Floats* lanes) {
   constexpr int64_t kGroups = kLanes / Row::kScales;
   const __m256i low_four = _mm256_set1_epi8(15), low_byte = _mm256_set1_epi16(255);
@@ -237,9 +227,10 @@ template <int kCount, class Row, class Ahead>
                                 _mm256_and_si256(upper, low_byte), _mm256_srli_epi16(upper, 8)};
       constexpr int kPerVector = Row::kScales;
       const Floats of_row = spread<kPerVector>(scales, static_cast<int>((g - g0) * kPerVector));
+      const WideGroup* const of_group = x + g * kCount;
 #pragma GCC unroll 8
       for (int v = 0; v < kCount; ++v) {
-        const WideGroup& group = x[v][g];
+        const WideGroup& group = of_group[v];
         const auto add_products =
             [&](__m256i sum, const std::int16_t (&q)[4][16]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -249,7 +240,7 @@ template <int kCount, class Row, class Ahead>
               return sum;
             };
         __m256i integers = add_products(load_as<__m256i>(group.start), group.q);
-        if (group.has_residual)
+        if (__builtin_expect(group.has_residual, 0))
           integers = add_products(_mm256_add_epi32(_mm256_slli_epi32(integers, 8),
                                                    load_as<__m256i>(group.residual_start)),
                                   group.residual);
@@ -267,22 +258,15 @@ template <bool kExact, class Row, int kRows, class Ahead, class Take>
 [[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kRows], const Ahead& ahead,
                                                  const VectorsOf<Row>& x, const Take& take) {
   static_assert(kExact);
-  const int64_t groups = groups_of(x.n);
-  const WideGroup* wide[Vectors::kMost];
   Floats lanes[kRows][Vectors::kMost];
-  for (int64_t v = 0; v < x.count; ++v) wide[v] = wide_groups<Row>(x.x[v], x.n);
-  for (int r = 0; r < kRows; ++r) {
-    const auto some = [&](auto count, int64_t v) __attribute__((always_inline)) {
-      if (v == 0)
-        multiply_wide<count.value>(rows[r], r, ahead, wide, groups, lanes[r]);
+  x.for_blocks([&](auto size, int64_t first) __attribute__((always_inline)) {
+    const WideGroup* const block = x.wide.get() + first * x.groups;
+    for (int r = 0; r < kRows; ++r)
+      if (first == 0)
+        multiply_wide<size.value>(rows[r], r, ahead, block, x.groups, lanes[r]);
       else
-        multiply_wide<count.value>(rows[r], r, NothingAhead(), wide + v, groups, lanes[r] + v);
-    };
-    int64_t v = 0;
-    for (; v + 8 <= x.count; v += 8) some(Constant<8>(), v);
-    for (; v + 4 <= x.count; v += 4) some(Constant<4>(), v);
-    for (; v < x.count; ++v) some(Constant<1>(), v);
-  }
+        multiply_wide<size.value>(rows[r], r, NothingAhead(), block, x.groups, lanes[r] + first);
+  });
   for (int64_t v = 0; v < x.count; ++v) {
     Floats own[kRows];
     for (int r = 0; r < kRows; ++r) own[r] = lanes[r][v];
@@ -343,7 +327,7 @@ void dot(const Rows& w, int64_t rows, const void* prepared, float* y, bool add, 
 
 template <class Row>
 void dot_each(const Rows& w, int64_t rows, const Vectors& vectors, bool add) {
-  const VectorsOf<Row> x = {vectors.count, vectors.x, w.n};
+  const VectorsOf<Row> x(vectors, w.n);
   for (int64_t first = 0; first < rows; first += kBatch) {
     const int64_t count = min(kBatch, rows - first);
     Products products[Vectors::kMost];

@@ -105,10 +105,6 @@ struct RowKernels {
   /// multiple of 64. Null if kernels use x itself, [n] f32.
   std::int64_t (*prepared_bytes)(std::int64_t n);
   void (*prepare)(const float* x, std::int64_t n, void* prepared);
-  /// The same for `dot_each` and `ffn_each`, where they need more than the others; what they need
-  /// begins with that. Null if they do not.
-  std::int64_t (*each_bytes)(std::int64_t n);
-  void (*prepare_each)(const float* x, std::int64_t n, void* prepared);
 
   /// out[i * stride] = w[0][i], i < n
   void (*load)(const Rows& w, float* out, std::int64_t stride);

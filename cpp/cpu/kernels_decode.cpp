@@ -194,8 +194,8 @@ SelectedCounts ffn_selected(const NeuronRows& rows, Activation activation,
 
 template <class Row>
 constexpr RowKernels row_kernels() {
-  return {nullptr,  nullptr,        nullptr,       nullptr,       load<Row>,
-          dot<Row>, ffn_fused<Row>, dot_each<Row>, ffn_each<Row>, ffn_selected<Row>};
+  return {nullptr,        nullptr,       load<Row>,     dot<Row>,
+          ffn_fused<Row>, dot_each<Row>, ffn_each<Row>, ffn_selected<Row>};
 }
 
 }  // namespace

@@ -79,7 +79,6 @@ void dot_rows(const Rows& w, const int32_t* ids, int64_t count, const void* prep
 namespace TDA_ISA {
 const RowKernels int8_rows = {
     prepared_bytes<Int8Row>, prepare<Int8Row>,
-    each_bytes<Int8Row>,     prepare_each<Int8Row>,
     load<Int8Row>,           dot<Int8Row>,
     ffn_fused<Int8Row>,      dot_each<Int8Row>,
     ffn_each<Int8Row>,       ffn_selected<Int8Row, ffn_selected_by_estimate>,
