@@ -200,7 +200,8 @@ inline Streams next_streams(const NextRead& next, const Streams& own, int64_t st
 }
 
 /// Prefetches streams while kCount contiguous rows are processed, which are kStep rows of a
-/// ReadPath. kOnce: the rows are read once, so prefetches are non-temporal and issued twice.
+/// ReadPath. kOnce: the rows are read once, so prefetches are non-temporal and issued twice. Not for
+/// several x, which take so much of L1 that lines would be lost there before they are used.
 template <bool kOnce, int kCount, int kStep>
 struct StreamsAhead {
   static constexpr bool kInOrder = true;

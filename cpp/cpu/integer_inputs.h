@@ -158,35 +158,32 @@ void prepare(const float* x, int64_t n, void* prepared) {
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
-/// A group of a prepared x as 16-bit numbers: those that are multiplied with the bytes of even and of
-/// odd places of lower nibbles, then of upper ones. A lane sums the same products as with bytes.
+/// A group of a prepared x as 16-bit numbers, q or, with its residual, 256 q + residual: those that
+/// are multiplied with the bytes of even and of odd places of lower nibbles, then of upper ones. A
+/// lane sums the same products as with bytes.
 struct alignas(32) WideGroup {
   std::int16_t q[4][16];
   float scales[kLanes];
   int32_t start[kLanes];
-  int32_t residual_start[kLanes];
-  std::int16_t residual[4][16];
-  bool has_residual;
 };
-
-inline void widen(const std::int8_t (&bytes)[2][kPairBytes], int64_t at,
-                  std::int16_t (&out)[4][16]) {
-  for (int half = 0; half < 2; ++half)
-    for (int odd = 0; odd < 2; ++odd)
-      for (int i = 0; i < 16; ++i) out[2 * half + odd][i] = bytes[half][at + 2 * i + odd];
-}
 
 template <class Row>
 inline void widen(const Vector<Row>& x, int64_t g, WideGroup& out) {
   const Pair& pair = x.pairs[g / 2];
   const int64_t at = g % 2 * kGroupBytes;
-  widen(pair.q, at, out.q);
-  out.has_residual = pair.has_residual;
-  if (pair.has_residual) widen(pair.residual, at, out.residual);
+  const bool more = pair.has_residual;
+  const int32_t times = more ? 256 : 1;
+  for (int half = 0; half < 2; ++half)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int i = 0; i < 16; ++i) {
+        const int64_t from = at + 2 * i + odd;
+        out.q[2 * half + odd][i] = static_cast<std::int16_t>(
+            times * pair.q[half][from] + (more ? pair.residual[half][from] : 0));
+      }
   for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t from = at / 4 + lane;
     out.scales[lane] = x.scales[g * Row::kScales + lane * Row::kScales / kLanes];
-    out.start[lane] = pair.start[at / 4 + lane];
-    out.residual_start[lane] = pair.residual_start[at / 4 + lane];
+    out.start[lane] = times * pair.start[from] + (more ? pair.residual_start[from] : 0);
   }
 }
 

@@ -46,7 +46,7 @@ template <bool kExact, bool kStream, class Row, class X>
       const std::uint8_t* const down = Row(*next.a, next.ids[0]).plane(0);
       path.next = {{down, down + stride}, {2 * next.a->stride, 2 * next.a->stride}};
     }
-    prefetch_along<kExact, 2 * kNeurons, kNeurons>(
+    prefetch_along<kExact && !kEach, 2 * kNeurons, kNeurons>(
         path, batch.count, neurons_ahead((stride + low_stride) / 2), pairs_of_groups, work);
   } else {
     const auto gate = [&](int64_t i) { return batch.ahead<Row>(rows.gate, next.a, i); };

@@ -1,6 +1,8 @@
 // Decode for integer rows, int8: dot products with an x that is quantised, too.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/integer_inputs.h"
 
 namespace tda {
@@ -231,19 +233,11 @@ template <int kCount, class Row, class Ahead>
 #pragma GCC unroll 8
       for (int v = 0; v < kCount; ++v) {
         const WideGroup& group = of_group[v];
-        const auto add_products =
-            [&](__m256i sum, const std::int16_t (&q)[4][16]) __attribute__((always_inline)) {
+        __m256i integers = load_as<__m256i>(group.start);
 #pragma GCC unroll 4
-              for (int i = 0; i < 4; ++i)
-                sum = _mm256_add_epi32(
-                    sum, _mm256_madd_epi16(codes[i], _mm256_load_si256((const __m256i*)q[i])));
-              return sum;
-            };
-        __m256i integers = add_products(load_as<__m256i>(group.start), group.q);
-        if (__builtin_expect(group.has_residual, 0))
-          integers = add_products(_mm256_add_epi32(_mm256_slli_epi32(integers, 8),
-                                                   load_as<__m256i>(group.residual_start)),
-                                  group.residual);
+        for (int i = 0; i < 4; ++i)
+          integers =
+              _mm256_add_epi32(integers, _mm256_madd_epi16(codes[i], load_as<__m256i>(group.q[i])));
         sums[v] = multiply_add(of_row * load_as<Floats>(group.scales), to_floats((Ints)integers),
                                sums[v]);
       }
@@ -308,7 +302,8 @@ void dot_batch(const Rows& w, int64_t first, int64_t count, int64_t rows, const 
                               products[v].lanes[i + j] = lanes[j];
                           });
   };
-  prefetch_along<kExact, kRowsPerPass, kRowsPerPass>(
+  constexpr bool kOnce = kExact && std::is_same_v<X, Vector<Row>>;
+  prefetch_along<kOnce, kRowsPerPass, kRowsPerPass>(
       path, count, rows_ahead(bytes, 2 * kRowsPerPass), (groups_of(w.n) + 1) / 2, work);
 }
 
