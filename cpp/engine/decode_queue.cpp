@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #include "model/forward.h"
 
@@ -20,9 +19,8 @@ std::span<const float> DecodeQueue::decode(Member& member, State& state, const S
     await_others();
     run_batch();
   }
-  {
-    const std::lock_guard woken(mutex_);
-  }  // whoever woke this thread is done with `own`
+  mutex_.lock();  // then whoever woke this thread is done with `own`
+  mutex_.unlock();
   if (own.error) std::rethrow_exception(own.error);
   batch_sizes += own.batch;
   return state.logits;
@@ -59,37 +57,38 @@ void DecodeQueue::await_others() {
 /// Computes the step of the first requests, of which the caller's is one, and passes the lead on.
 void DecodeQueue::run_batch() {
   const std::lock_guard computing(computing_);
-  std::vector<Request*> batch;
+  batch_.clear();
   {
     const std::lock_guard lock(mutex_);
-    for (Request* r = first_; r && std::ssize(batch) < max_batch_; r = r->next) batch.push_back(r);
+    for (Request* r = first_; r && std::ssize(batch_) < max_batch_; r = r->next)
+      batch_.push_back(r);
   }
   const auto begin = Clock::now();
-  compute(batch);
+  compute();
   const std::lock_guard lock(mutex_);
   patience_ = (Clock::now() - begin) / 4;
-  first_ = batch.back()->next;
-  waiting_ -= std::ssize(batch);
-  expected_ = waiting_ + std::ssize(batch);
+  first_ = batch_.back()->next;
+  waiting_ -= std::ssize(batch_);
+  expected_ = waiting_ + std::ssize(batch_);
   passed_ = ++steps_;
   passed_.notify_all();
-  for (Request* const r : batch) {
+  for (Request* const r : batch_) {
     r->member.last_step_ = steps_;
-    r->batch = std::ssize(batch);
+    r->batch = std::ssize(batch_);
   }
-  for (Request* const r : batch) wake(*r, Status::done);
+  for (Request* const r : batch_) wake(*r, Status::done);
   if (first_) wake(*first_, Status::leads);
 }
 
-void DecodeQueue::compute(std::span<Request* const> batch) try {
-  State& first = batch[0]->state;
-  if (batch.size() == 1) {
-    first.logits = forward(backend_, first, batch[0]->step, 1);
+void DecodeQueue::compute() try {
+  State& first = batch_[0]->state;
+  if (batch_.size() == 1) {
+    first.logits = forward(backend_, first, batch_[0]->step, 1);
     return;
   }
   std::vector<Token> tokens;
   std::vector<State*> states;
-  for (Request* const r : batch) {
+  for (Request* const r : batch_) {
     r->state.step = r->step;
     tokens.push_back(r->step.tokens[0]);
     states.push_back(&r->state);
@@ -99,7 +98,7 @@ void DecodeQueue::compute(std::span<Request* const> batch) try {
   step.batch = states;
   forward(backend_, first, step, std::ssize(states));
 } catch (...) {
-  for (Request* const r : batch) r->error = std::current_exception();
+  for (Request* const r : batch_) r->error = std::current_exception();
 }
 
 void DecodeQueue::wake(Request& request, Status status) {

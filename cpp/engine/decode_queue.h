@@ -7,6 +7,7 @@
 #include <exception>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "backend/backend.h"
 #include "base/fork_safe.h"
@@ -36,7 +37,9 @@ class DecodeQueue {
 
   /// computing: held during a step. max_batch: the most sequences of one step, at least 1
   DecodeQueue(const Backend& backend, ForkSafeMutex& computing, std::int64_t max_batch)
-      : backend_(backend), computing_(computing), max_batch_(max_batch) {}
+      : backend_(backend), computing_(computing), max_batch_(max_batch) {
+    batch_.reserve(max_batch);  // later nothing may fail that others wait for
+  }
 
   /// Runs a step of one token, maybe with others'. Returns its logits [V], valid until the state's
   /// next step, and adds the number of sequences of that step to `batch_sizes`.
@@ -60,13 +63,14 @@ class DecodeQueue {
   void enter(Request&);
   void await_others();
   void run_batch();
-  void compute(std::span<Request* const> batch);
+  void compute();
   void forget_lost_threads();
   static void wake(Request&, Status);
 
   const Backend& backend_;
   ForkSafeMutex& computing_;
   const std::int64_t max_batch_;
+  std::vector<Request*> batch_;  // of the current step; of who holds computing_
 
   ForkSafeMutex mutex_;  // held while what follows is read or changed
   std::uint32_t forks_ = forks();
