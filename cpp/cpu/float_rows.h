@@ -43,6 +43,18 @@ template <class Row>
   }
 }
 
+/// While a row is multiplied with several vectors: these take so much of L1 that lines would be lost
+/// there before they are used.
+template <class Row>
+struct AheadInL2 {
+  Row row;
+};
+template <class Row>
+[[gnu::always_inline]] inline void prefetch(const AheadInL2<Row>& ahead, int64_t first) {
+  constexpr int64_t kLine = kLineBytes / sizeof(typename Row::T);
+  for (int64_t i = first; i < first + 4 * kLanes; i += kLine) prefetch_l2(ahead.row.w + i);
+}
+
 /// For rows that are in the cache.
 struct NothingAhead {};
 inline void prefetch(NothingAhead, int64_t) {}
@@ -145,6 +157,11 @@ inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
   const Bf16cRow& row = ahead.far;
   prefetch_nta(row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
   if (group % 2 == 0) prefetch_nta(row.group(group) + kGroup);
+}
+
+[[gnu::always_inline]] inline void prefetch(const AheadInL2<Bf16cRow>& ahead, int64_t group) {
+  prefetch_l2(ahead.row.group(group) + (group % 2 == 0 ? 0 : kGroup / 2));
+  if (group % 2 == 0) prefetch_l2(ahead.row.group(group) + kGroup);
 }
 
 constexpr int kGroupVectors = kGroup / kLanes;

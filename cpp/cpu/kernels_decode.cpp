@@ -37,7 +37,8 @@ inline float dot_row(const Row& row, const float* x, const Ahead<Row>& ahead) {
 
 /// out[v] = row·x[v] of all vectors, which read it together.
 template <class Row>
-inline void dot_row(const Row& row, const Vectors& vectors, const Ahead<Row>& ahead, float* out) {
+inline void dot_row(const Row& row, const Vectors& vectors, const AheadInL2<Row>& ahead,
+                    float* out) {
   const auto* const x = reinterpret_cast<const float* const*>(vectors.x);
   for_groups(vectors.count, [&](auto count, int64_t v) __attribute__((always_inline)) {
     if (v == 0)
@@ -54,7 +55,7 @@ inline void add_row(const Row& row, float h, float* y, const Ahead<Row>& ahead) 
 
 template <class Row>
 inline void add_row(const Row& row, const float* h, const Vectors& vectors,
-                    const Ahead<Row>& ahead) {
+                    const AheadInL2<Row>& ahead) {
   for_groups(vectors.count, [&](auto count, int64_t v) __attribute__((always_inline)) {
     if (v == 0)
       add_row<count.value>(row, h, vectors.y, ahead);
@@ -79,7 +80,7 @@ template <class Row>
 void dot_each(const Rows& w, int64_t rows, const Vectors& vectors, bool add) {
   const int64_t far = rows_ahead<Row>(w.n);
   for (int64_t r = 0; r < rows; ++r) {
-    const Ahead<Row> ahead = {Row(w, r + far), Row(w, r + far / 2)};
+    const AheadInL2<Row> ahead = {Row(w, r + far)};
     float results[Vectors::kMost];
     dot_row(Row(w, r), vectors, ahead, results);
     for (int64_t v = 0; v < vectors.count; ++v)
@@ -110,6 +111,7 @@ struct FusedRows {
     return Row(matrix, ids[at]);
   }
   Ahead<Row> ahead(int64_t i) const { return {row(i + far), row(i + far / 2)}; }
+  AheadInL2<Row> ahead_in_l2(int64_t i) const { return {row(i + far)}; }
 };
 
 /// In place.
@@ -139,19 +141,19 @@ void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& id
   const FusedRows<Row> of(rows, ids);
   float products[Vectors::kMost];
   for (int64_t i = 0; i < count; ++i) {
-    dot_row(of.row(i), vectors, of.ahead(i), products);
+    dot_row(of.row(i), vectors, of.ahead_in_l2(i), products);
     for (int64_t v = 0; v < vectors.count; ++v) vectors.h[v][i] = products[v];
   }
   for (int64_t v = 0; v < vectors.count; ++v) activate(activation, vectors.h[v], count);
   for (int64_t i = 0; i < count; ++i) {
-    dot_row(of.row(count + i), vectors, of.ahead(count + i), products);
+    dot_row(of.row(count + i), vectors, of.ahead_in_l2(count + i), products);
     for (int64_t v = 0; v < vectors.count; ++v) vectors.h[v][i] *= products[v];
   }
   for (int64_t v = 0; v < vectors.count; ++v)
     for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) vectors.y[v][i] = 0.0f;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t v = 0; v < vectors.count; ++v) products[v] = vectors.h[v][i];
-    add_row(of.row(2 * count + i), products, vectors, of.ahead(2 * count + i));
+    add_row(of.row(2 * count + i), products, vectors, of.ahead_in_l2(2 * count + i));
   }
 }
 
