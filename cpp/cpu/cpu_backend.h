@@ -126,6 +126,8 @@ inline EachVector<float*> each_vector(float* first, std::int64_t count, std::int
   return out;
 }
 
+struct Neurons;  // ffn.cpp
+
 /// A token in a decode step's feed-forward.
 struct FfnToken {
   CpuState& sequence;
@@ -255,7 +257,12 @@ class CpuBackend final : public Backend {
                                            std::vector<std::int32_t>& chosen) const;
   void ffn_decode(CpuState&, std::int64_t layer, const float* in) const;
   void ffn_sparse(CpuState&, std::int64_t layer, const float* in) const;
+  std::int64_t partial_size() const;
+  void plan_neurons(CpuState&, std::int64_t layer, std::span<const FfnToken>,
+                    EachVector<Neurons>&) const;
   void ffn_neurons(CpuState&, std::int64_t layer, std::span<const FfnToken>) const;
+  void add_partials(std::span<const FfnToken>, const EachVector<Neurons>&,
+                    std::int64_t most_tasks) const;
   /// Adds the outliers of these neurons' down rows, which are stored apart: x += h * outlier, for
   /// `lanes` tokens. A token's elements are a stride apart.
   static void add_outliers(const LayerWeights&, std::span<const std::int32_t> neurons,

@@ -152,8 +152,6 @@ void CpuBackend::ffn_sparse(CpuState& state, std::int64_t layer, const float* in
   }
 }
 
-namespace {
-
 /// How a token's neurons are computed.
 struct Neurons {
   Tasks tasks;
@@ -171,22 +169,19 @@ struct Neurons {
   }
 };
 
-}  // namespace
+/// Floats of a task's sums: whole groups, and no cache line is shared.
+std::int64_t CpuBackend::partial_size() const {
+  return (model_->config.hidden_size + 63) / 64 * 64;
+}
 
-/// x += FFN(in) of each token over its neurons or, in a sparse step, over those of them that the
-/// layer's thresholds select. The split into tasks depends only on the number of neurons, so a mask
-/// of all and thresholds of 0 give the result of a dense step, bit for bit. Tokens of a batch read
-/// the rows of a task one after the other, while these are in the cache.
-void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
-                             std::span<const FfnToken> tokens) const {
+/// Prepares the tokens' x and memory for their results.
+void CpuBackend::plan_neurons(CpuState& state, std::int64_t layer, std::span<const FfnToken> tokens,
+                              EachVector<Neurons>& each) const {
   const LayerWeights& weights = model_->layers[layer];
-  const std::int64_t n = model_->config.hidden_size, all = model_->config.intermediate_size;
-  const std::int64_t count = std::ssize(tokens);
-  const std::int64_t stride = (n + 63) / 64 * 64;  // whole groups, and no cache line is shared
-  float* partials = state.partials.reserve(Size(count) * kMostTasks * stride, "partial sums");
+  const std::int64_t n = model_->config.hidden_size;
+  const std::int64_t count = std::ssize(tokens), size = kMostTasks * partial_size();
+  float* const partials = state.partials.reserve(Size(count) * size, "partial sums");
   const auto prepared = prepare_each(state, count, weights.gate.format, tokens[0].in, n);
-  std::array<Neurons, Vectors::kMost> each;
-  std::int64_t most_tasks = 0, dense = 0;
   for (std::int64_t t = 0; t < count; ++t) {
     const FfnToken& token = tokens[t];
     const CpuState::Layer& own = token.sequence.layers[layer];
@@ -200,10 +195,25 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
     its.rows = its.copied ? *own.copy : rows_of(weights);
     its.ids = its.copied ? all_neurons_.data() : token.neurons.data();
     its.x = prepared[t];
-    its.h = state.hidden.data() + t * all;
-    its.partials = partials + t * kMostTasks * stride;
-    most_tasks = std::max(most_tasks, its.tasks.count);
-    dense += its.dense(all_neurons_);
+    its.h = state.hidden.data() + t * model_->config.intermediate_size;
+    its.partials = partials + t * size;
+  }
+}
+
+/// x += FFN(in) of each token over its neurons or, in a sparse step, over those of them that the
+/// layer's thresholds select. The split into tasks depends only on the number of neurons, so a mask
+/// of all and thresholds of 0 give the result of a dense step, bit for bit. Tokens of a batch read
+/// the rows of a task one after the other, while these are in the cache.
+void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
+                             std::span<const FfnToken> tokens) const {
+  const LayerWeights& weights = model_->layers[layer];
+  const std::int64_t count = std::ssize(tokens), stride = partial_size();
+  EachVector<Neurons> each;
+  plan_neurons(state, layer, tokens, each);
+  std::int64_t most_tasks = 0, dense = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    most_tasks = std::max(most_tasks, each[t].tasks.count);
+    dense += each[t].dense(all_neurons_);
   }
   const auto next = [&](int thread) {
     const bool more = layer + 1 < model_->config.num_layers;
@@ -250,6 +260,16 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
                     each[t].coarse);
   }
 
+  add_partials(tokens, each, most_tasks);
+  for (std::int64_t t = 0; t < count; ++t)
+    add_outliers(weights, tokens[t].neurons, each[t].h, 1, tokens[t].x, tokens[t].stride, 1);
+}
+
+/// x += the sums of all tasks, in their order.
+void CpuBackend::add_partials(std::span<const FfnToken> tokens, const EachVector<Neurons>& each,
+                              std::int64_t most_tasks) const {
+  const std::int64_t n = model_->config.hidden_size, stride = partial_size();
+  const std::int64_t count = std::ssize(tokens);
   const auto add_up = [&](std::int64_t t, std::int64_t first, std::int64_t end) {
     float sums[kColumns] = {};
     for (std::int64_t task = 0; task < each[t].tasks.count; ++task)
@@ -267,8 +287,6 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
       add_up(i / blocks, first, std::min(n, first + kColumns));
     }
   });
-  for (std::int64_t t = 0; t < count; ++t)
-    add_outliers(weights, tokens[t].neurons, each[t].h, 1, tokens[t].x, tokens[t].stride, 1);
 }
 
 void CpuBackend::add_outliers(const LayerWeights& weights, std::span<const std::int32_t> neurons,
