@@ -166,7 +166,9 @@ def gather(
         Samples(
             torch.cat([part.x for part in some]),
             np.concatenate([part.active for part in some]),
-            torch.cat([part.sizes for part in some]) if groups[layer] is not None else None,
+            torch.cat([part.sizes for part in some if part.sizes is not None])
+            if groups[layer] is not None
+            else None,
         )
         for layer, some in enumerate(parts)
     ]
@@ -212,12 +214,14 @@ def _assign(likeness: Floats, room: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def _unit(rows: Floats) -> Floats:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    unit: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    return unit
 
 
 def _centres(unit: Floats, assigned: NDArray[np.int32], count: int) -> Floats:
     members = np.eye(count, dtype=np.float32)[assigned]
-    return (members.T @ unit) / members.sum(axis=0)[:, None]
+    centres: Floats = (members.T @ unit) / members.sum(axis=0)[:, None]
+    return centres
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -285,7 +289,8 @@ def _fit(
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
             found = scores(tensors, samples.x[chosen].float())
             optimizer.zero_grad()
-            torch.nn.functional.binary_cross_entropy_with_logits(found, wanted).backward()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(found, wanted)
+            loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
             optimizer.step()
             step += 1
         progress(layer * recipe.epochs + epoch + 1, layers * recipe.epochs)
