@@ -41,6 +41,34 @@ TEST(threads_that_decode_at_the_same_time_compute_together) {
   }
 }
 
+TEST(steps_that_wait_are_computed_as_one) {
+  const RandomModel model(wide_config(), WeightFormat::f32, 3);
+  const auto backend = make_cpu_backend(model.get(), 1);
+  std::mt19937 random(8);
+  std::vector<Plan> plans;
+  for (int i = 0; i < 5; ++i) plans.push_back(random_plan(random, 101));
+  ForkSafeMutex computing;
+  DecodeQueue queue(*backend, computing, 4);
+  std::vector<Sequence> all;
+  std::vector<std::int64_t> sizes(plans.size());
+  for (const Plan& plan : plans) all.emplace_back(*backend, plan);
+  std::atomic<std::size_t> coming = 0;
+  std::vector<std::jthread> threads;
+  computing.lock();  // as another step would
+  for (std::size_t i = 0; i < plans.size(); ++i)
+    threads.emplace_back([&, i] {
+      DecodeQueue::Member member(queue);
+      ++coming;
+      queue.decode(member, *all[i].state, all[i].next(), sizes[i]);
+    });
+  while (coming < plans.size()) std::this_thread::yield();
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  computing.unlock();
+  threads.clear();
+  std::ranges::sort(sizes);
+  CHECK((sizes == std::vector<std::int64_t>{1, 4, 4, 4, 4}));
+}
+
 TEST(an_error_reaches_all_sequences_of_a_step) {
   const RandomModel model(wide_config(), WeightFormat::f32, 3);
   const auto backend = make_cpu_backend(model.get(), 1);

@@ -25,7 +25,8 @@ SECRET_PROMPT = "Xyzzy"
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
     """One request at a time, one may wait; a context so long that an answer can take minutes."""
-    with serving(folder, "--name", "tiny", "--queue", "1", "--max-context", "200000") as server:
+    options = ("--parallel", "1", "--queue", "1", "--max-context", "200000")
+    with serving(folder, "--name", "tiny", *options) as server:
         yield server
 
 
@@ -94,7 +95,8 @@ def test_a_full_queue_says_when_to_come_back(server: Server):
 
 
 def test_first_come_first_served(folder: Path):
-    with serving(folder, "--name", "tiny", "--max-context", "200000") as server:
+    options = ("--parallel", "1", "--max-context", "200000")
+    with serving(folder, "--name", "tiny", *options) as server:
         stream = endless(server)
         order: list[int] = []
 
