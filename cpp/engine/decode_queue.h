@@ -1,4 +1,4 @@
-// Where decode steps of several threads meet: those asked for at about the same time run as one.
+// Where decode steps of several threads meet: those requested at about the same time run as one.
 #pragma once
 
 #include <atomic>
