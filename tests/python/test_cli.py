@@ -463,8 +463,11 @@ def test_interrupted_process(folder):
     with process("chat", folder, *SHORT) as child:
         child.stdin.write("Hi.\n")
         child.stdin.flush()
-        child.stdout.readline()  # the answer
-        assert child.stdout.read(2) == "> "  # now it waits for more
+        printed = ""  # the answer, which may have several lines, and the next question's prompt
+        while not printed.endswith("\n> "):
+            character = child.stdout.read(1)
+            assert character, f"the chat ended after {printed!r}"
+            printed += character
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130
