@@ -74,7 +74,9 @@ auto value_of(const ClosableEngine& engine) {
 std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const std::string& device,
                                                const std::string& weights, const std::string& kv,
                                                int threads, std::int64_t max_context,
-                                               std::int64_t max_batch, PyProgress progress) {
+                                               std::int64_t max_batch,
+                                               std::shared_ptr<tda::PrefixCache> prefix_cache,
+                                               PyProgress progress) {
   tda::EngineOptions options;
   options.device = tda::parse_device(device);
   options.weights = tda::parse_weight_format(weights);
@@ -82,6 +84,7 @@ std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const st
   options.threads = threads;
   options.max_context = max_context;
   options.max_batch = max_batch;
+  options.prefix_cache = std::move(prefix_cache);
   options.progress = reporting(std::move(progress));
   options.before_step = [main = main_thread()] {
     if (PyThread_get_thread_ident() == main) check_signals();
@@ -97,12 +100,14 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
           "__init__",
           [](Engine* self, const std::string& path, const std::string& device,
              const std::string& weights, const std::string& kv, int threads,
-             std::int64_t max_context, std::int64_t max_batch, PyProgress progress) {
+             std::int64_t max_context, std::int64_t max_batch,
+             std::shared_ptr<tda::PrefixCache> prefix_cache, PyProgress progress) {
             new (self) Engine(open_engine(path, device, weights, kv, threads, max_context,
-                                          max_batch, std::move(progress)));
+                                          max_batch, std::move(prefix_cache), std::move(progress)));
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
-          "max_context"_a = 0, "max_batch"_a = 0, "progress"_a.none() = nb::none())
+          "max_context"_a = 0, "max_batch"_a = 0, "prefix_cache"_a.none() = nb::none(),
+          "progress"_a.none() = nb::none())
       .def("close", &Engine::close,
            "Gives up the engine; a later use is an OptionError. The weights are freed when no "
            "stream\n"

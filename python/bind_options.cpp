@@ -10,6 +10,7 @@
 #include <string>
 
 #include "bind.h"
+#include "gil.h"
 #include "records.h"
 
 using namespace nb::literals;
@@ -113,6 +114,34 @@ void bind_predictor(nb::module_& m) {
       });
 }
 
+void bind_prefix_cache(nb::module_& m) {
+  using tda::PrefixCache;
+  nb::class_<PrefixCache>(m, "PrefixCache", "The beginnings of prompts.")
+      .def(nb::init<std::int64_t>(), "limit"_a)
+      .def_prop_ro("limit", &PrefixCache::limit, "The most memory it takes, in bytes.")
+      .def_prop_ro("bytes", &PrefixCache::bytes, "The memory in use.")
+      .def_prop_ro("prompts", &PrefixCache::prompts, "How many it has.")
+      .def("clear", &PrefixCache::clear, "Forgets all of them.")
+      .def("__repr__",
+           [](const PrefixCache& cache) {
+             return "PrefixCache(" + std::to_string(cache.prompts()) + " prompts, " +
+                    std::to_string(cache.bytes()) + " of " + std::to_string(cache.limit()) +
+                    " bytes)";
+           })
+      .def(
+          "save", [](const PrefixCache& c, const std::filesystem::path& path) { c.save(path); },
+          "path"_a, nb::call_guard<GilReleased>(),
+          nb::sig("def save(self, path: str | os.PathLike[str]) -> None"),
+          "Writes all prompts to the file `path`, atomically. Raises CheckpointError, and "
+          "OptionError\nif there are none.")
+      .def(
+          "load", [](PrefixCache& c, const std::filesystem::path& path) { c.load(path); }, "path"_a,
+          nb::call_guard<GilReleased>(),
+          nb::sig("def load(self, path: str | os.PathLike[str]) -> None"),
+          "Adds the prompts that `save` wrote to the file `path`. Raises CheckpointError if it is\n"
+          "damaged or of another model, OptionError if it exceeds the limit.");
+}
+
 void bind_generate_options(nb::module_& m) {
   using tda::GenerateOptions;
   RecordClass<GenerateOptions>(
@@ -140,12 +169,14 @@ void bind_generate_options(nb::module_& m) {
              "ones, 0 to 100; None: no Output.logprobs.")
       .field("seed", &GenerateOptions::seed, "0 to 2**64 - 1; None: a fresh one.")
       .field("ignore_eos", &GenerateOptions::ignore_eos, "Go on after an end-of-text token.")
+      .field("prefix_cache", &GenerateOptions::prefix_cache,
+             "A PrefixCache to use instead of the engine's, or None.")
       .from_keywords(
           "def __init__(self, *, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = "
           "0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, "
           "presence_penalty: float = 0.0, frequency_penalty: float = 0.0, logit_bias: dict[int, "
           "float] = {}, logprobs: int | None = None, seed: int | None = None, ignore_eos: bool = "
-          "False) -> None");
+          "False, prefix_cache: PrefixCache | None = None) -> None");
 }
 
 /// Other methods, to compare TDA with.
@@ -335,6 +366,7 @@ void bind_config(nb::module_& m) {
 void bind_options(nb::module_& m) {
   bind_thresholds(m);
   bind_predictor(m);
+  bind_prefix_cache(m);
   bind_generate_options(m);
   bind_tda(m);
   bind_calibrate_options(m);

@@ -64,6 +64,8 @@ void bind_results(nb::module_& m) {
   RecordClass<GenerationStats>(m, "GenerationStats",
                                "Seconds, tokens, and what decoding read of the weights.")
       .field("prompt_tokens", &GenerationStats::prompt_tokens, "Tokens of the prompt.")
+      .field("cached_tokens", &GenerationStats::cached_tokens,
+             "Of them, those that a PrefixCache had.")
       .field("new_tokens", &GenerationStats::new_tokens, "Tokens generated.")
       .field("prefill_seconds", &GenerationStats::prefill_seconds,
              "The prompt, up to the logits of the first new token.")

@@ -6,6 +6,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <tda/error.h>
+#include <tda/prefix_cache.h>
 #include <tda/sparsity.h>
 #include <tda/types.h>
 
@@ -64,6 +65,8 @@ template <>
 constexpr const char* expected<tda::Estimate> = "\"contribution\", \"hidden\" or \"gate\"";
 template <>
 constexpr const char* expected<std::shared_ptr<const tda::Thresholds>> = "Thresholds, or None";
+template <>
+constexpr const char* expected<std::shared_ptr<tda::PrefixCache>> = "PrefixCache, or None";
 template <>
 constexpr const char* expected<std::shared_ptr<const tda::Predictor>> = "Predictor, or None";
 

@@ -104,6 +104,21 @@ class Backend {
   /// The most sequences of one step (see Step::batch).
   virtual std::int64_t max_batch() const { return 1; }
 
+  // A prompt's beginning, kept for others that begin like it.
+  /// A prompt may be cut after a multiple of so many tokens: prefilling the rest behind the rows
+  /// of a first part, in steps that end at multiples of max_step(), changes no bit of any result.
+  /// 0: the device keeps nothing.
+  virtual std::int64_t cut_multiple() const { return 0; }
+  /// The keys and values of the first `tokens` tokens, [2, L, kv heads, tokens] rows.
+  virtual std::vector<std::byte> key_value_rows(const State&, std::int64_t /*tokens*/) const {
+    return {};
+  }
+  /// Takes over the first `tokens` of the rows of `all` tokens.
+  virtual void set_key_value_rows(State&, std::span<const std::byte> /*rows*/, std::int64_t /*all*/,
+                                  std::int64_t /*tokens*/) const {}
+  virtual void set_statistic(State&, std::int64_t /*layer*/, std::span<const double> /*sums*/,
+                             double /*gathered*/) const {}
+
   // The six verbs, in the order in which forward() calls them. The residual stream x: [T, H] f32 is
   // part of the state. `begin` sizes scratch memory and computes RoPE angles for the step, whose
   // data must stay alive until its last verb.

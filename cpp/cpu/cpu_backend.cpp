@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 #include <numeric>
 
@@ -72,6 +73,43 @@ std::byte* CpuBackend::cache(const CpuState& state, const Buffer<std::byte>& buf
                              std::int64_t layer, std::int64_t head) const {
   return buffer.data() +
          (layer * model_->config.num_kv_heads + head) * state.capacity * cache_row_bytes(state);
+}
+
+std::int64_t CpuBackend::cut_multiple() const { return kernels_.panel; }
+
+/// Calls copy(kept, cached, bytes) for each head's rows of the first `tokens` tokens. rows: of `all`
+/// tokens, as key_value_rows gives them.
+template <class Byte, class Copy>
+void CpuBackend::for_heads(const CpuState& state, Byte* rows, std::int64_t all, std::int64_t tokens,
+                           const Copy& copy) const {
+  const ModelConfig& config = model_->config;
+  const std::int64_t row = cache_row_bytes(state);
+  for (const auto* buffer : {&state.keys, &state.values})
+    for (std::int64_t layer = 0; layer < config.num_layers; ++layer)
+      for (std::int64_t head = 0; head < config.num_kv_heads; ++head) {
+        copy(rows, cache(state, *buffer, layer, head), tokens * row);
+        rows += all * row;
+      }
+}
+
+std::vector<std::byte> CpuBackend::key_value_rows(const State& s, std::int64_t tokens) const {
+  const CpuState& state = CpuState::of(s);
+  const ModelConfig& config = model_->config;
+  std::vector<std::byte> rows(2 * config.num_layers * config.num_kv_heads * tokens *
+                              cache_row_bytes(state));
+  for_heads(state, rows.data(), tokens, tokens,
+            [](std::byte* kept, const std::byte* cached, std::int64_t bytes) {
+              std::memcpy(kept, cached, bytes);
+            });
+  return rows;
+}
+
+void CpuBackend::set_key_value_rows(State& s, std::span<const std::byte> rows, std::int64_t all,
+                                    std::int64_t tokens) const {
+  for_heads(CpuState::of(s), rows.data(), all, tokens,
+            [](const std::byte* kept, std::byte* cached, std::int64_t bytes) {
+              std::memcpy(cached, kept, bytes);
+            });
 }
 
 EachVector<const void*> CpuBackend::prepare_each(CpuState& state, std::int64_t tokens,
@@ -225,6 +263,12 @@ std::vector<double> CpuBackend::statistic(const State& state, std::int64_t layer
 
 double CpuBackend::gathered(const State& state, std::int64_t layer) const {
   return CpuState::of(state).layers[layer].tokens;
+}
+
+void CpuBackend::set_statistic(State& state, std::int64_t layer, std::span<const double> sums,
+                               double gathered) const {
+  CpuState::of(state).layers[layer].sums.assign(sums.begin(), sums.end());
+  CpuState::of(state).layers[layer].tokens = gathered;
 }
 
 void CpuBackend::fade_statistic(State& state, double factor) const {

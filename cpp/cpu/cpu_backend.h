@@ -153,6 +153,10 @@ class CpuBackend final : public Backend {
   std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const override;
   std::int64_t max_step() const override { return 256; }
   std::int64_t max_batch() const override { return Vectors::kMost; }
+  std::int64_t cut_multiple() const override;
+  std::vector<std::byte> key_value_rows(const State&, std::int64_t tokens) const override;
+  void set_key_value_rows(State&, std::span<const std::byte> rows, std::int64_t all,
+                          std::int64_t tokens) const override;
 
   void begin(State&, const Step&) const override;
   void embed(State&) const override;
@@ -164,6 +168,8 @@ class CpuBackend final : public Backend {
 
   std::vector<double> statistic(const State&, std::int64_t layer) const override;
   double gathered(const State&, std::int64_t layer) const override;
+  void set_statistic(State&, std::int64_t layer, std::span<const double> sums,
+                     double gathered) const override;
   void fade_statistic(State&, double factor) const override;
   void reserve_samples(State&, std::int64_t tokens) const override;
   std::vector<float> samples(const State&, std::int64_t layer) const override;
@@ -204,6 +210,9 @@ class CpuBackend final : public Backend {
   std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
                    std::int64_t head) const;
   void make_key_scales() const;
+  template <class Byte, class Copy>
+  void for_heads(const CpuState&, Byte* rows, std::int64_t all, std::int64_t tokens,
+                 const Copy& copy) const;
   std::int64_t cache_row_bytes(const CpuState&) const;
 
   // linear.cpp

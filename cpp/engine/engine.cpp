@@ -56,6 +56,32 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
   throw DeviceError("out of memory while loading " + folder.string());
 }
 
+}  // namespace
+
+std::string Runtime::keeps_no_prefixes() const {
+  if (backend->cut_multiple() == 0) return "on " + backend->name();
+  using enum RopeConfig::Scaling;
+  const std::optional<RopeConfig>& other = config().other_rope;
+  if (config().rope.scaling == dynamic || (other && other->scaling == dynamic))
+    return "of a model with dynamic RoPE, whose keys depend on the length of the whole text";
+  return "";
+}
+
+void Runtime::serve(const std::shared_ptr<PrefixCache>& cache) const {
+  if (const std::string why = keeps_no_prefixes(); !why.empty())
+    throw OptionError("prefix_cache: found one, expected none: nothing is kept " + why);
+  const std::int64_t layers = config().num_layers;
+  cache->impl().serve(
+      {.fingerprint = model().fingerprint,
+       .weights = std::string(name_of(model().format)),
+       .kv = std::string(name_of(kv)),
+       .device = backend->name(),
+       .token_bytes = 2 * layers * config().num_kv_heads * kv_row_bytes(kv, config().head_dim),
+       .statistic_size = layers * config().intermediate_size});
+}
+
+namespace {
+
 void check_bias(const ModelConfig& config, const std::map<Token, double>& bias) {
   for (const Token token : std::views::keys(bias)) {
     if (token < 0 || token >= config.vocab_size) {
@@ -93,7 +119,7 @@ WeightFormat Engine::weights() const { return runtime_->model().format; }
 KvFormat Engine::kv() const { return runtime_->kv; }
 std::int64_t Engine::max_context() const { return runtime_->max_context; }
 std::int64_t Engine::max_batch() const { return runtime_->max_batch; }
-const std::vector<std::string>& Engine::notices() const { return runtime_->model().notices; }
+const std::vector<std::string>& Engine::notices() const { return runtime_->notices; }
 std::int64_t Engine::weight_bytes() const { return runtime_->model().weight_bytes; }
 std::vector<MatrixFormat> Engine::matrices() const { return formats_of(runtime_->model()); }
 int Engine::threads() const { return runtime_->backend->threads(); }
@@ -111,8 +137,12 @@ Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                           " exceed max_context " + std::to_string(max_context()));
   }
   const std::int64_t capacity = std::ssize(prompt) + options.max_new_tokens;
-  std::unique_ptr<Generation::Impl> impl(new Generation::Impl{
-      .run = {runtime_, prompt, capacity, tda}, .sampler = {options, prompt}, .options = options});
+  if (options.prefix_cache) runtime_->serve(options.prefix_cache);
+  const auto& cache = options.prefix_cache ? options.prefix_cache : runtime_->prefix_cache;
+  std::unique_ptr<Generation::Impl> impl(
+      new Generation::Impl{.run = {runtime_, prompt, capacity, tda, cache},
+                           .sampler = {options, prompt},
+                           .options = options});
   impl->run.listen(impl->cancel.get_token());
   return Generation(std::move(impl));
 }

@@ -1,6 +1,8 @@
 #include "engine/run.h"
 
+#include <algorithm>
 #include <chrono>
+#include <mutex>
 
 namespace tda {
 namespace {
@@ -10,6 +12,8 @@ namespace {
 constexpr std::int64_t kPromptSamples = 64;
 /// The same for TdaOptions::inputs, whose thresholds are quantiles of all inputs of these tokens.
 constexpr std::int64_t kInputSamples = 32;
+/// They are taken from the last tokens of the prompt: those before may come from a PrefixCache.
+constexpr std::int64_t kSampleWindow = 256;
 
 bool needs_samples(const TdaOptions& tda) {
   if (tda.predictor) return false;
@@ -33,10 +37,12 @@ class Stopwatch {
 }  // namespace
 
 Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
-         const std::optional<TdaOptions>& tda)
+         const std::optional<TdaOptions>& tda, std::shared_ptr<PrefixCache> cache)
     : session_(std::move(runtime), capacity, 0),
       prompt_(prompt.begin(), prompt.end()),
-      tda_(session_.resolve(tda, std::ssize(prompt))) {
+      tda_(session_.resolve(tda, std::ssize(prompt))),
+      cache_(std::move(cache)) {
+  session_.sample_window = kSampleWindow;
   if (!tda_.options) return;
   if (needs_samples(*tda_.options))
     session_.sample_tokens = tda_.options->inputs ? kInputSamples : kPromptSamples;
@@ -45,15 +51,57 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
 
 std::span<const float> Run::prefill() {
   Stopwatch watch;
-  // Thresholds of inputs need samples alone, a predictor needs nothing.
-  const bool gather = tda_.options && !tda_.options->inputs && !tda_.options->predictor;
-  const auto logits = session_.prefill(prompt_, gather ? FfnMode::gather : FfnMode::dense);
+  // Masks are made of the statistic; thresholds need samples alone, a predictor needs nothing.
+  const bool gather = tda_.options && tda_.options->scope == Scope::sequence &&
+                      !tda_.options->inputs && !tda_.options->predictor;
+  const PrefixUse use = cache_ ? find_prefix(gather) : PrefixUse();
+  if (use.prefix) session_.resume(use, gather);
+  session_.records_statistics = cache_ && gather;
+  stats_.cached_tokens = use.length;
+  const auto logits = session_.prefill(Tokens(prompt_).subspan(use.length),
+                                       gather ? FfnMode::gather : FfnMode::dense);
+  if (cache_) keep_prefix(use, gather);
   stats_.prefill_seconds = watch.lap();
   if (tda_.options) {
     session_.apply(tda_.options);
     stats_.mask_seconds = watch.lap();
   }
   return logits;
+}
+
+PrefixUse Run::find_prefix(bool gather) const {
+  const std::int64_t total = std::ssize(prompt_), step = session_.backend.max_step();
+  const std::int64_t multiple = session_.backend.cut_multiple();
+  // The last token gives the logits, samples are of the last ones.
+  const std::int64_t anew = session_.sample_tokens > 0 ? std::min(total, kSampleWindow) : 1;
+  return cache_->impl().find(prompt_, [&](const Prefix& prefix, std::int64_t common) {
+    std::int64_t length = std::min(common, total - anew);
+    if (gather) {
+      if (prefix.estimate != session_.state->estimate) return std::int64_t{0};
+      return std::min(length / step, std::ssize(prefix.statistics)) * step;
+    }
+    length -= length % multiple;
+    // One token alone is computed as in decoding: only where it is alone without the cache, too.
+    if (total - length == 1 && length % step != 0) length -= multiple;
+    return length;
+  });
+}
+
+void Run::keep_prefix(const PrefixUse& use, bool gather) {
+  auto prefix = std::make_shared<Prefix>();
+  const std::int64_t total = std::ssize(prompt_);
+  const std::int64_t length = total - total % session_.backend.cut_multiple();
+  prefix->statistics = std::move(session_.statistics);
+  if (use.prefix && length <= use.common &&
+      prefix->statistics.size() <= use.prefix->statistics.size())
+    return;
+  prefix->tokens.assign(prompt_.begin(), prompt_.begin() + length);
+  prefix->estimate = gather || !use.prefix ? session_.state->estimate : use.prefix->estimate;
+  {
+    const std::lock_guard lock(session_.runtime->computing);
+    prefix->rows = session_.backend.key_value_rows(*session_.state, length);
+  }
+  cache_->impl().keep(std::move(prefix));
 }
 
 std::span<const float> Run::decode(Token token) {

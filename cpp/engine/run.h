@@ -13,9 +13,9 @@ namespace tda {
 /// A prompt and the tokens after it, with timings. Used by generation and scoring.
 class Run {
  public:
-  /// capacity: of prompt and continuation together, in tokens.
+  /// capacity: of prompt and continuation together, in tokens. cache: may be null
   Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
-      const std::optional<TdaOptions>& tda);
+      const std::optional<TdaOptions>& tda, std::shared_ptr<PrefixCache> cache = {});
 
   /// Runs the prompt dense, then makes the masks. Returns the logits [V] of its last token.
   std::span<const float> prefill();
@@ -33,9 +33,13 @@ class Run {
   const ModelConfig& config() const { return session_.runtime->config(); }
 
  private:
+  PrefixUse find_prefix(bool gather) const;
+  void keep_prefix(const PrefixUse&, bool gather);
+
   Session::Impl session_;
   std::vector<Token> prompt_;
   TdaSetting tda_;
+  std::shared_ptr<PrefixCache> cache_;
   std::int64_t decoded_ = 0;
   GenerationStats stats_;  // seconds
 };

@@ -10,6 +10,7 @@
 #include "backend/backend.h"
 #include "base/fork_safe.h"
 #include "engine/decode_queue.h"
+#include "engine/prefixes.h"
 
 namespace tda {
 
@@ -23,16 +24,28 @@ class Runtime {
         max_batch(options.max_batch ? options.max_batch : this->backend->max_batch()),
         before_step(options.before_step),
         calibration(calibration_of(std::filesystem::absolute(checkpoint))),
-        decoding(*this->backend, computing, max_batch) {}
+        decoding(*this->backend, computing, max_batch) {
+    if (!options.prefix_cache) return;
+    if (const std::string why = keeps_no_prefixes(); !why.empty())
+      notices.push_back("prefix_cache: nothing is kept " + why);
+    else
+      serve(prefix_cache = options.prefix_cache);
+  }
 
   const Model& model() const { return backend->model(); }
   const ModelConfig& config() const { return model().config; }
+  /// Why prompts cannot be kept: empty if they can.
+  std::string keeps_no_prefixes() const;
+  /// Throws OptionError if the cache is another model's or prompts cannot be kept.
+  void serve(const std::shared_ptr<PrefixCache>&) const;
 
   const std::unique_ptr<Backend> backend;
   const KvFormat kv;
   const std::int64_t max_context;
   const std::int64_t max_batch;
-  const std::function<void()> before_step;  // see EngineOptions; may be empty
+  const std::function<void()> before_step;    // see EngineOptions; may be empty
+  std::shared_ptr<PrefixCache> prefix_cache;  // may be null
+  std::vector<std::string> notices = model().notices;
   const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists
   mutable ForkSafeMutex computing;          // held during a step
   mutable DecodeQueue decoding;

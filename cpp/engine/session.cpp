@@ -63,9 +63,11 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
   step.sequence_length = position + std::ssize(tokens);
   std::span<const float> logits;
   std::int64_t next = position;
+  // Behind a kept prefix steps end where they would without it.
+  const std::int64_t origin = position == resumed_ ? 0 : position;
   for (std::size_t done = 0; done < tokens.size();) {
-    const std::size_t count =
-        std::min(tokens.size() - done, static_cast<std::size_t>(backend.max_step()));
+    const std::int64_t room = backend.max_step() - (next - origin) % backend.max_step();
+    const std::size_t count = std::min(tokens.size() - done, static_cast<std::size_t>(room));
     step.tokens = tokens.subspan(done, count);
     step.position = next;
     std::vector<std::int64_t> sampled;
@@ -83,6 +85,8 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
     check_finite(logits);
     if (all) all->insert(all->end(), logits.begin(), logits.end());
     next += static_cast<std::int64_t>(count);
+    if (records_statistics && next == (std::ssize(statistics) + 1) * backend.max_step())
+      statistics.push_back(statistic_of_layers());
   }
   position = next;
   return logits;
@@ -91,11 +95,12 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
 std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::int64_t rows) {
   const ModelConfig& config = runtime->config();
   check_tokens(config, tokens);
-  const auto total = std::ssize(tokens);
+  const std::int64_t window = std::min(sample_window, std::ssize(tokens));
+  const std::int64_t first = std::ssize(tokens) - window;
   // Sample k is the token in the middle of the k-th of equal parts.
-  std::vector<std::int64_t> sampled(std::min(sample_tokens, total));
+  std::vector<std::int64_t> sampled(std::min(sample_tokens, window));
   const auto count = std::ssize(sampled);
-  for (std::int64_t k = 0; k < count; ++k) sampled[k] = (2 * k + 1) * total / (2 * count);
+  for (std::int64_t k = 0; k < count; ++k) sampled[k] = first + (2 * k + 1) * window / (2 * count);
   {
     const std::lock_guard lock(runtime->computing);
     backend.reserve_samples(*state, count);
@@ -178,6 +183,32 @@ void Session::Impl::count_decoded(const Token& token) {
       2 * config.num_kv_heads * kv_row_bytes(runtime->kv, config.head_dim);
   for (const std::int64_t window : config.sliding_window)
     kv_bytes_ += kv_token * (window ? std::min(window, position) : position);
+}
+
+void Session::Impl::resume(const PrefixUse& use, bool gather) {
+  const std::lock_guard lock(runtime->computing);
+  const Prefix& prefix = *use.prefix;
+  backend.set_key_value_rows(*state, prefix.rows, std::ssize(prefix.tokens), use.length);
+  position = resumed_ = use.length;
+  const std::int64_t known =
+      std::min(use.common / backend.max_step(), std::ssize(prefix.statistics));
+  statistics.assign(prefix.statistics.begin(), prefix.statistics.begin() + known);
+  if (!gather) return;
+  const Statistic& so_far = statistics.at(use.length / backend.max_step() - 1);
+  const std::int64_t neurons = runtime->config().intermediate_size;
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer)
+    backend.set_statistic(*state, layer, std::span(so_far.sums).subspan(layer * neurons, neurons),
+                          so_far.tokens);
+}
+
+/// While the session computes.
+Statistic Session::Impl::statistic_of_layers() const {
+  Statistic result = {.sums = {}, .tokens = backend.gathered(*state, 0)};
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer) {
+    const std::vector<double> sums = backend.statistic(*state, layer);
+    result.sums.insert(result.sums.end(), sums.begin(), sums.end());
+  }
+  return result;
 }
 
 void Session::Impl::rewind(std::int64_t length) {

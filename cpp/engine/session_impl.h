@@ -4,6 +4,7 @@
 #include <tda/engine.h>
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <span>
 #include <stop_token>
@@ -11,6 +12,7 @@
 
 #include "backend/backend.h"
 #include "engine/in_use.h"
+#include "engine/prefixes.h"
 #include "engine/runtime.h"
 #include "sparsity/setting.h"
 #include "sparsity/sparsity.h"
@@ -32,6 +34,9 @@ struct Session::Impl {
   std::span<const float> decode(Token token);
   /// decode(), then the token that draw() takes.
   Token decode_and_draw(Token token, double temperature, double u);
+  /// Before anything else: begins with the first `use.length` tokens of a kept prompt and, with
+  /// `gather`, their statistic.
+  void resume(const PrefixUse& use, bool gather);
   /// Forgets the tokens after the first `length`, which were prefilled, and what decoding has read.
   void rewind(std::int64_t length);
   std::vector<float> statistic(std::int64_t layer) const;
@@ -53,7 +58,10 @@ struct Session::Impl {
   std::unique_ptr<State> state;
   std::int64_t capacity;
   std::int64_t sample_tokens;
+  std::int64_t sample_window = std::numeric_limits<std::int64_t>::max();  // of the last tokens
   std::int64_t position = 0;
+  std::vector<Statistic> statistics;  // after each full step from the first token on, if recorded
+  bool records_statistics = false;
   DecodeQueue::Member member;
   std::stop_token stop;  // checked before every step
   UseFlag in_use;
@@ -77,6 +85,9 @@ struct Session::Impl {
   void mask_from_statistic();
   void refresh();
 
+  Statistic statistic_of_layers() const;
+
+  std::int64_t resumed_ = 0;       // tokens of a kept prefix
   std::vector<float> thresholds_;  // [L]; empty if masks are made by active_
   double active_ = 1;
   bool compact_ = false;

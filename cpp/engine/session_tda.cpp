@@ -19,6 +19,14 @@ static OptionError no_samples(const std::string& what) {
                      "make it with sample_tokens > 0 and prefill a prompt");
 }
 
+/// NaN would be neither above nor below any threshold.
+static void check_finite(std::span<const float> values, const std::string& what,
+                         std::int64_t layer) {
+  if (std::ranges::all_of(values, [](float v) { return std::isfinite(v); })) return;
+  throw Error(what + " of layer " + std::to_string(layer) +
+              " in the prompt are not finite, expected finite numbers: activations overflow");
+}
+
 TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
                                   std::int64_t prompt_tokens) const {
   const Model& model = runtime->model();
@@ -134,9 +142,9 @@ void Session::Impl::apply_token(const TdaOptions& options) {
   } else {
     if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
-      statistic(layer);  // for its check: what is not finite cannot be sorted
       const LayerWeights& weights = model.layers[layer];
       const std::vector<float> values = samples(layer);
+      check_finite(values, "feed-forward activations", layer);
       std::vector<float> estimates = estimates_of(
           values, estimate_weights(state->estimate, weights.down_lengths.data()), neurons);
       if (options.error) {
@@ -184,10 +192,7 @@ void Session::Impl::apply_inputs(const TdaOptions& options) {
     std::vector<float> values = layer == layers
                                     ? backend.head_contributions(*state)
                                     : backend.input_contributions(*state, layer, product);
-    // NaN would be neither above nor below any threshold.
-    if (!std::ranges::all_of(values, [](float v) { return std::isfinite(v); }))
-      throw Error("inputs of layer " + std::to_string(layer) +
-                  " in the prompt are not finite, expected finite numbers: activations overflow");
+    check_finite(values, "inputs", layer);
     float& threshold = layer == layers ? head_inputs_ : chosen[layer].of[i % kProducts];
     threshold = threshold_of_share(values, share);
   });

@@ -24,6 +24,7 @@ from ._native import (
 from ._native import __version__ as __version__  # type: ignore[attr-defined]  # not in stubs
 from .engine import Engine, TdaWarning
 from .grammar import Grammar
+from .prefix_cache import PrefixCache
 from .stream import Output, Stream, TokenLogprobs
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "OptionError",
     "Output",
     "Predictor",
+    "PrefixCache",
     "Session",
     "Stream",
     "TdaWarning",

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import numpy as np
 
 from . import _native, hub, together
-from ._native import (
-    TDA,
-    CalibrateOptions,
-    ContextOverflow,
-    GenerateOptions,
-    OptionError,
-    Thresholds,
-)
+from ._native import TDA, CalibrateOptions, ContextOverflow, GenerateOptions, OptionError
 from .chat import ChatTemplate, Tools
 from .checks import (
     check_count,
@@ -34,12 +27,14 @@ from .contents import Contents
 from .grammar import Grammar, GrammarCompiler
 from .masks import AllowedTokens, Mask, MaskOfFunction
 from .options import GenerateKeywords, generate_options, options_of_each
+from .prefix_cache import PrefixCache, check_prefix_cache
 from .stream import Output, Stream
 from .tokenizer import Tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from ._native import Thresholds
     from .options import CalibrateKeywords
 
 Prompt = str | Sequence[int]
@@ -67,6 +62,8 @@ class Engine(_native.Engine):
     threads: default as many as this process may run on, by CPU affinity and quota, rounded up.
     max_context: in tokens, default the checkpoint's own.
     max_batch: the most sequences that are decoded together, default what the device can.
+    prefix_cache: a PrefixCache, or how much memory one may take to keep beginnings of prompts, as
+        "512 MiB"; default none. CPU; models with dynamic RoPE keep nothing.
     progress(done, total): of packing, in bytes of weights; those of an engine folder are packed.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.
     Raises CheckpointError, OptionError or DeviceError.
@@ -83,6 +80,7 @@ class Engine(_native.Engine):
         kv: str = "auto",
         tda: TDA | None = None,
         progress: Callable[[int, int], None] | None = None,
+        prefix_cache: PrefixCache | int | str | None = None,
     ) -> None:
         self.path: Path = hub.find(model)
         self._contents = Contents.of(self.path)
@@ -95,6 +93,7 @@ class Engine(_native.Engine):
             threads=check_count(threads, "threads", 2**31 - 1),
             max_context=check_count(max_context, "max_context"),
             max_batch=check_count(max_batch, "max_batch"),
+            prefix_cache=check_prefix_cache(prefix_cache),
             progress=check_progress(progress),
         )
         warn_caller(self.notices, UserWarning)
@@ -163,8 +162,8 @@ class Engine(_native.Engine):
         options or keywords: the fields of GenerateOptions, max_new_tokens=128 (or max_tokens),
         temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
         presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}, logprobs=None, seed=None,
-        ignore_eos=False. Of several prompts, prompt i has the seed `seed + i`, or seed[i] of a
-        list.
+        ignore_eos=False, prefix_cache=None (the engine's). Of several prompts, prompt i has the
+        seed `seed + i`, or seed[i] of a list.
         stop: strings that end the text, which stops before them. They may be or contain special
         tokens, which the text does not show.
         tda: TDA() for the recommended setting or one by hand, False for none; without it that of

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from ._native import TDA, GenerateOptions, OptionError, Predictor, Thresholds
+from .prefix_cache import PrefixCache
 
 RECOMMENDED = "recommended"  # TDA() on the command line
 FILES = {"thresholds": Thresholds.load, "predictor": Predictor.load}  # fields of TDA that are read
@@ -28,6 +29,7 @@ class GenerateKeywords(TypedDict, total=False):
     logprobs: int | None
     seed: int | Sequence[int] | None
     ignore_eos: bool
+    prefix_cache: PrefixCache | None
 
 
 class CalibrateKeywords(TypedDict, total=False):

@@ -6,6 +6,7 @@
 
 #include <tda/error.h>
 #include <tda/model_config.h>
+#include <tda/prefix_cache.h>
 #include <tda/sparsity.h>
 #include <tda/types.h>
 
@@ -28,7 +29,10 @@ struct EngineOptions {
   int threads = 0;               // 0: as many as this process may run on, by affinity and CPU quota
   std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
   std::int64_t max_batch = 0;    // the most sequences decoded together; 0: what the device can
-  Progress progress = {};        // of packing, in bytes of weights; an engine folder needs none
+  /// What keeps the beginnings of prompts; null: they are not kept. CPU, and not for models with
+  /// dynamic RoPE, whose keys depend on the length of the whole text.
+  std::shared_ptr<PrefixCache> prefix_cache = {};
+  Progress progress = {};  // of packing, in bytes of weights; an engine folder needs none
   /// Called before each step, a token or a few hundred of a prompt, by the thread that computes.
   /// What it throws ends the call that computes.
   std::function<void()> before_step = {};
@@ -52,6 +56,7 @@ struct GenerateOptions {
   std::optional<std::int64_t> logprobs = {};
   std::optional<std::uint64_t> seed = {};  // unset: a fresh one
   bool ignore_eos = false;
+  std::shared_ptr<PrefixCache> prefix_cache = {};  // instead of the engine's: of a chat, say
 
   /// Throws OptionError.
   void validate() const;
@@ -59,6 +64,7 @@ struct GenerateOptions {
 
 struct GenerationStats {
   std::int64_t prompt_tokens = 0;
+  std::int64_t cached_tokens = 0;  // of them, those that a PrefixCache had
   std::int64_t new_tokens = 0;
   double prefill_seconds = 0;    // the prompt, up to the logits of the first new token
   double mask_seconds = 0;       // TDA: thresholds and masks, part of neither of the others
