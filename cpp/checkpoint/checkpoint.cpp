@@ -254,18 +254,25 @@ void Checkpoint::refuse_unused(const std::set<std::string_view>& used) const {
   }
 }
 
+bool Checkpoint::has_four_bits() const {
+  return std::ranges::any_of(
+      tensors_, [](const auto& tensor) { return tda::has_four_bits(tensor.second.dtype); });
+}
+
 WeightFormat Checkpoint::natural_format() const {
-  bool four_bits = false, quantised = false, full = false;
+  bool quantised = false, full = false;
+  std::int64_t weights = 0, of_four_bits = 0;  // of the layers
   for (const auto& [name, view] : tensors_) {
     if (view.shape.size() != 2) continue;
-    four_bits |= has_four_bits(view.dtype);
     quantised |= block_of(view.dtype).values > 1 || view.quantized;
     full |= view.dtype == DType::f32 && !view.quantized;
+    if (!name.starts_with("model.layers.")) continue;
+    const std::int64_t size = view.shape[0] * view.shape[1];
+    weights += size;
+    if (tda::has_four_bits(view.dtype)) of_four_bits += size;
   }
-  return four_bits   ? WeightFormat::int4
-         : quantised ? WeightFormat::int8
-         : full      ? WeightFormat::f32
-                     : WeightFormat::bf16;
+  if (of_four_bits > 0 && 2 * of_four_bits >= weights) return WeightFormat::int4;
+  return quantised ? WeightFormat::int8 : full ? WeightFormat::f32 : WeightFormat::bf16;
 }
 
 }  // namespace tda

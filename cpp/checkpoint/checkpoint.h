@@ -113,8 +113,11 @@ class Checkpoint {
   const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
   /// Throws CheckpointError if there are further tensors that would change results.
   void refuse_unused(const std::set<std::string_view>& used) const;
-  /// What WeightFormat::automatic means here, by the matrices' types: int4 if any has 4 bits (see
-  /// has_four_bits), int8 if any is quantised otherwise, f32 if any is f32, else bf16.
+  /// Whether any matrix has 4 bits, see tda::has_four_bits.
+  bool has_four_bits() const;
+  /// What WeightFormat::automatic means here, by the matrices' types: int4 if half of the layers'
+  /// weights or more have 4 bits, int8 if any matrix is quantised otherwise, f32 if any is f32, else
+  /// bf16.
   WeightFormat natural_format() const;
   /// Null for a checkpoint of single tensors.
   const PackedWeights* packed() const { return packed_ ? &*packed_ : nullptr; }

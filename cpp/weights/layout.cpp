@@ -104,8 +104,7 @@ BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
   }
   const auto had_four = [](const TensorView* tensor) { return had_four_bits(*tensor); };
   if (std::ranges::all_of(sources, had_four)) return BrickKind::lines;
-  const bool mixed = checkpoint_.natural_format() == WeightFormat::int4;
-  return mixed ? BrickKind::graded : BrickKind::int4;
+  return checkpoint_.has_four_bits() ? BrickKind::graded : BrickKind::int4;
 }
 
 void Layout::fill(const Matrix& target, const Source& source) {

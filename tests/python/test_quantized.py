@@ -195,7 +195,7 @@ def test_info_of_mixed_types(tmp_path: Path):
     file = tiny_gguf.write(
         tmp_path / "m.gguf", CONFIG, weights, quantized=GGMLQuantizationType.Q8_0, kinds=kinds
     )
-    found = info(Engine(file))
+    found = info(Engine(file, weights="int4"))
     formats = {each["format"]: each for each in found["matrices"] if each["matrices"] == "gate, up"}
     assert {name: each["layers"] for name, each in formats.items()} == {
         "int4, scale and minimum": 1,
@@ -206,3 +206,21 @@ def test_info_of_mixed_types(tmp_path: Path):
     assert 5 < formats["int4, scale and minimum"]["bits_per_weight"] < 5.5
     assert formats["graded"]["bits_per_weight"] > 8
     assert re.search(r"gate, up .* in 1 layers; .* in 1 layers\n", describe(found))
+    assert Engine(file).weights == "int8"  # the format of most of the layers' weights
+
+
+@pytest.mark.parametrize("names, weights", [("gate|up|down", "int4"), ("down|[qkv]", "int8")])
+def test_auto_is_what_most_of_the_layers_weights_are(tmp_path: Path, names: str, weights: str):
+    tensors = tiny.make_weights(CONFIG, seed=4)
+    matrices = [key for key in tensors if re.search(r"layers.*_proj.weight", key)]
+    four = [key for key in matrices if re.search(f"({names})_proj", key)]
+    share = sum(tensors[key].size for key in four) / sum(tensors[key].size for key in matrices)
+    assert (share >= 0.5) == (weights == "int4")
+    file = tiny_gguf.write(
+        tmp_path / "m.gguf",
+        CONFIG,
+        tensors,
+        quantized=GGMLQuantizationType.Q8_0,
+        kinds=dict.fromkeys(four, GGMLQuantizationType.Q4_0),
+    )
+    assert Engine(file).weights == weights

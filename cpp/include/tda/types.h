@@ -15,13 +15,13 @@ using Tokens = std::span<const Token>;
 enum class Device { automatic, cpu, cuda };
 
 /// How weight matrices are stored in memory (norms and biases are always f32). `automatic`: what
-/// the checkpoint has: f32 or bf16 or, of a GGUF file, int4 if any matrix has 4 bits, int8 if any
-/// is quantised otherwise. int8: a scale for every 32 values, as two planes of 4 bits. bf16c: bf16,
-/// compressed to 12.4 bits without loss. int4: 4 bits, with a scale for every 16 values or, where
-/// they had 4 bits before, their own scale and minimum for every 32; the embedding and the head are
-/// graded, and so are matrices to which a GGUF file of mixed types gave more than 4 bits. graded: 8
-/// bits of which 4 are read for every token and the others for the inputs that matter to it
-/// (TdaOptions::inputs).
+/// the checkpoint has: f32 or bf16 or, of a quantised file, int4 if half of its layers' weights or
+/// more have 4 bits, else int8. int8: a scale for every 32 values, as two planes of 4 bits. bf16c:
+/// bf16, compressed to 12.4 bits without loss. int4: 4 bits, with a scale for every 16 values or,
+/// where they had 4 bits before, their own scale and minimum for every 32; the embedding and the
+/// head are graded, and so are matrices to which a GGUF file of mixed types gave more than 4 bits.
+/// graded: 8 bits of which 4 are read for every token and the others for the inputs that matter to
+/// it (TdaOptions::inputs).
 enum class WeightFormat { automatic, f32, bf16, int8, bf16c, int4, graded };
 
 /// How keys and values are cached. `automatic`: f32 with f32 weights, else bf16. int8: a scale for
