@@ -7,6 +7,7 @@ from typing import Any
 
 from ._native import TDA, GenerateOptions
 from .options import parse_tda
+from .prefix_cache import DEFAULT_LIMIT
 
 SETTING = (
     "the recommended setting for the model and weights; or SETTING by hand: "
@@ -56,6 +57,18 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="of a prompt and what follows it",
         shown="the checkpoint's",
+    )
+
+
+def add_prefix_cache(parser: argparse.ArgumentParser) -> None:
+    option(
+        parser,
+        "--prefix-cache",
+        dest="kept_prefixes",
+        default=DEFAULT_LIMIT,
+        metavar="SIZE",
+        help="memory for the beginnings of prompts: of a later one that begins so only the rest is "
+        "prefilled; 0: none",
     )
 
 

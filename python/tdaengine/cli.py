@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__, terminal
 from ._native import Error, OptionError
 from .analyze import DEFINITIONS
-from .arguments import SETTING, add_engine, add_sampling, add_tda, flag, option
+from .arguments import SETTING, add_engine, add_prefix_cache, add_sampling, add_tda, flag, option
 from .commands import (
     run_analyze,
     run_bench,
@@ -158,6 +158,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
     option(parser, "--file", metavar="FILE", help="take the message from a file", shown="none")
     option(parser, "--system", metavar="TEXT", help="system prompt", shown="the template's own")
+    add_prefix_cache(parser)
     add_sampling(
         parser,
         {
@@ -313,6 +314,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         option(group, name, type=int, default=default, metavar="N", help=help)
 
     limit("--parallel", 8, "requests computed together, each with a KV cache of its own")
+    add_prefix_cache(group)
     limit("--queue", 64, "requests that may wait; further ones are told to come back")
     limit("--max-body", 4 << 20, "bytes of a request")
     limit("--drain", 30, "seconds that answers under way have after SIGTERM")

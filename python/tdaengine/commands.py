@@ -28,6 +28,7 @@ from .hub import find
 from .info import describe, fields_of, file_sizes, info
 from .new_folder import verify
 from .options import parse_tda
+from .prefix_cache import size
 from .stream import Output, Stream
 from .tasks import evaluate_tasks, read_items
 from .tasks import table as accuracies
@@ -37,7 +38,10 @@ from .terminal import for_bars
 def open_engine(args: argparse.Namespace, **changed: Any) -> Engine:
     """With the setting of --tda where the command has a single one."""
     names = ("device", "weights", "kv", "threads", "max_context")
-    options = {name: getattr(args, name) for name in names} | changed
+    options = {name: getattr(args, name) for name in names}
+    if "kept_prefixes" in args:
+        options["prefix_cache"] = size(args.kept_prefixes, "--prefix-cache", least=0)
+    options |= changed
     given = getattr(args, "tda", None)
     tda = given if isinstance(given, TDA) else None  # evaluate and bench have a list
     bar = {"desc": "packing", "unit": "B", "unit_scale": True, "leave": False}

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 
 import pytest
@@ -87,7 +88,7 @@ def test_every_sampling_option_arrives(run, folder, monkeypatch):
         "logprobs": 2,
         "seed": 7,
     }
-    assert {*options, "ignore_eos", "logit_bias"} == set(GenerateOptions.fields)
+    assert {*options, "ignore_eos", "logit_bias", "prefix_cache"} == set(GenerateOptions.fields)
     stream, seen = Engine.stream, {}
     monkeypatch.setattr(
         Engine, "stream", lambda self, prompt, **o: seen.update(o) or stream(self, prompt, **o)
@@ -463,11 +464,14 @@ def test_interrupted_process(folder):
     with process("chat", folder, *SHORT) as child:
         child.stdin.write("Hi.\n")
         child.stdin.flush()
+        late = threading.Timer(60, child.kill)
+        late.start()
         printed = ""  # the answer, which may have several lines, and the next question's prompt
         while not printed.endswith("\n> "):
             character = child.stdout.read(1)
             assert character, f"the chat ended after {printed!r}"
             printed += character
+        late.cancel()
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130
