@@ -313,7 +313,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     def limit(name: str, default: int, help: str) -> None:
         option(group, name, type=int, default=default, metavar="N", help=help)
 
-    limit("--parallel", 8, "requests computed together, each with a KV cache of its own")
+    limit("--parallel", 8, "answers computed together, each with a KV cache of its own")
     add_prefix_cache(group)
     limit("--queue", 64, "requests that may wait; further ones are told to come back")
     limit("--max-body", 4 << 20, "bytes of a request")

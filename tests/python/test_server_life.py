@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -30,9 +31,11 @@ def server(folder: Path) -> Iterator[Server]:
         yield server
 
 
-def endless(server: Server):
+def endless(server: Server, answers: int = 1):
     """A stream whose first piece is there."""
-    stream = server.client.completions.create(model="tiny", prompt="a", stream=True, **ENDLESS)
+    stream = server.client.completions.create(
+        model="tiny", prompt="a", n=answers, stream=True, **ENDLESS
+    )
     next(iter(stream))
     return stream
 
@@ -115,6 +118,67 @@ def test_first_come_first_served(folder: Path):
         for thread in threads:
             thread.join()
         assert order == list(range(6))
+
+
+def test_answers_of_one_request_are_decoded_together(folder: Path):
+    engine = Engine(folder, max_context=500, threads=1)
+    sampling = {"temperature": 1.0, "seed": 3}
+    asked = {"model": "tiny", "prompt": ["a", "The sea"], "n": 2, "max_tokens": 400, **sampling}
+    extra = {"ignore_eos": True, "stream_options": {"include_usage": True, "include_stats": True}}
+    with serving(folder, "--name", "tiny", "--max-context", "500") as server:
+        texts, order, batches = [""] * 4, [], []
+        for chunk in server.client.completions.create(**asked, stream=True, extra_body=extra):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                order.append(choice.index)
+                if choice.finish_reason:
+                    batches.append(choice.stats["mean_batch"])
+        assert chunk.usage.completion_tokens == 1600
+    for i, text in enumerate(texts):
+        options = {"max_new_tokens": 400, "temperature": 1.0, "ignore_eos": True}
+        assert text == engine.generate(asked["prompt"][i // 2], seed=3 + i, **options).text
+    assert min(batches) > 2
+    switches = sum(one != other for one, other in itertools.pairwise(order))
+    assert switches > 100  # one after the other there would be three
+
+
+def test_each_answer_takes_a_place_of_parallel(folder: Path):
+    options = ("--parallel", "2", "--max-context", "200000")
+    with serving(folder, "--name", "tiny", *options) as server:
+        stream = endless(server, answers=5)
+        server.wait_for("running", 2)
+        assert server.metric("queue_length") == 1  # it queues once, for its third answer
+        waiting = leave(server, {"model": "tiny", "prompt": "a", "n": 5, "max_tokens": 2})
+        server.wait_for("queue_length", 2)
+        assert server.metric("running") == 2
+        left = time.monotonic()
+        stream.close()
+        assert b"200 OK" in waiting.recv(100)
+        waiting.close()
+        server.wait_for("running", 0)
+        assert time.monotonic() - left < 10
+        assert server.metric("queue_length") == 0
+        assert {line["level"] for line in server.log()} == {"info"}
+
+
+def test_a_request_for_many_answers_holds_nobody_up(folder: Path):
+    options = ("--parallel", "1", "--queue", "2", "--max-context", "200000")
+    asked = {"model": "tiny", "prompt": "a", "n": 5, "stream": True}
+    with serving(folder, "--name", "tiny", *options) as server:
+        stream = server.client.completions.create(**asked, **ENDLESS | {"max_tokens": 2000})
+        ended: list[int] = []
+
+        def read() -> None:
+            ended.extend(c.choices[0].index for c in stream if c.choices[0].finish_reason)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        server.wait_for("queue_length", 1)  # the same request, for its next answer
+        server.client.completions.create(model="tiny", prompt="a", max_tokens=2)
+        generated = server.metric("generated_tokens_total")
+        assert generated < 3 * 2000
+        reading.join()
+        assert ended == list(range(5))
 
 
 @pytest.mark.parametrize("parallel", ["1", "4"])

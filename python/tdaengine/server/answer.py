@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -24,11 +24,16 @@ Events = AsyncIterator[Piece | Finished]
 
 class Answer(Response):
     def __init__(
-        self, scheduler: Scheduler, metrics: Metrics, work: Work, form: Form, is_stream: bool
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        works: Sequence[Work],
+        form: Form,
+        is_stream: bool,
     ) -> None:
         super().__init__()
         self._scheduler, self._metrics = scheduler, metrics
-        self._work, self._form, self._is_stream = work, form, is_stream
+        self._works, self._form, self._is_stream = works, form, is_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_gone = await _while_there(self._carry_out(scope, receive, send), receive)
@@ -37,7 +42,7 @@ class Answer(Response):
 
     async def _carry_out(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["record"]
-        async with self._scheduler.run(self._work) as events:
+        async with self._scheduler.run(self._works) as events:
             record.fields["queue_seconds"] = round(record.seconds(), 4)
             noted = self._noted(events, record)
             if self._is_stream:

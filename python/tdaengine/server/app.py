@@ -139,7 +139,7 @@ class Service:
         _check_scoring(body, most)
         choices = self._choices(body, encoded, 1, 1)
         work = Scoring(self.engine, choices, body.logprobs, has_new=most == 1)
-        return Answer(self.scheduler, self.metrics, work, form, is_stream=False)
+        return Answer(self.scheduler, self.metrics, [work], form, is_stream=False)
 
     async def response(self, body: ResponsesRequest) -> Answer:
         grammar = body.grammar()
@@ -214,8 +214,9 @@ class Service:
         if options is not None and not body.stream:
             message = "stream_options: expected only with stream"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
-        work = Generating(self.engine, choices, options is not None and options.include_stats)
-        return Answer(self.scheduler, self.metrics, work, form, is_stream=bool(body.stream))
+        has_stats = options is not None and options.include_stats
+        works = [Generating(self.engine, choice, has_stats) for choice in choices]
+        return Answer(self.scheduler, self.metrics, works, form, is_stream=bool(body.stream))
 
 
 def _check_scoring(body: CompletionRequest, most: int) -> None:

@@ -20,7 +20,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 class Metrics:
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        """waiting, running: how many requests do so right now."""
+        """waiting, running: how many requests and answers do so right now."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self.requests = Counter(
@@ -47,8 +47,8 @@ class Metrics:
             "mean batch.",
         )
         for name, text, function in (
-            ("queue_length", "Requests that wait.", waiting),
-            ("running", "Requests being computed.", running),
+            ("queue_length", "Requests that wait, for a further answer, too.", waiting),
+            ("running", "Answers being computed.", running),
         ):
             gauge = Gauge(f"tdaengine_{name}", text, registry=self._registry)
             gauge.set_function(function)

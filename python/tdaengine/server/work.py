@@ -1,4 +1,4 @@
-"""A request's computing: several answers one after the other, or log-probabilities of a prompt."""
+"""What requests have computed: answers, or log-probabilities of prompts."""
 
 from __future__ import annotations
 
@@ -69,31 +69,25 @@ def check_prompt(engine: Engine, name: str, ids: Sequence[int], new_tokens: int)
 
 
 class Generating:
-    """The choices, one after the other."""
+    """One answer."""
 
-    def __init__(self, engine: Engine, choices: list[Choice], with_stats: bool) -> None:
-        self._engine, self._choices, self._with_stats = engine, choices, with_stats
+    def __init__(self, engine: Engine, choice: Choice, with_stats: bool) -> None:
+        self._engine, self._choice, self._with_stats = engine, choice, with_stats
         self._stream: Stream | None = None
         self._is_cancelled = False
 
     def __iter__(self) -> Iterator[Piece | Finished]:
-        for choice in self._choices:
-            # cancel() sets the flag, then looks for a stream; here it is the other way round.
-            self._stream = self._engine.stream(
-                choice.ids,
-                choice.options,
-                stop=choice.stop,
-                tda=choice.tda,
-                grammar=choice.grammar,
-            )
-            if self._is_cancelled:
-                return
-            if choice.echo:
-                yield Piece(choice.index, choice.echo)
-            told = yield from self._pieces(choice.index, self._stream)
-            yield _finished(choice, self._stream.output, told)
-            if self._is_cancelled:
-                return
+        choice = self._choice
+        # cancel() sets the flag, then looks for a stream; here it is the other way round.
+        self._stream = self._engine.stream(
+            choice.ids, choice.options, stop=choice.stop, tda=choice.tda, grammar=choice.grammar
+        )
+        if self._is_cancelled:
+            return
+        if choice.echo:
+            yield Piece(choice.index, choice.echo)
+        told = yield from self._pieces(choice.index, self._stream)
+        yield _finished(choice, self._stream.output, told)
 
     def _pieces(self, index: int, stream: Stream) -> Generator[Piece, None, int]:
         """Returns how many tokens' log-probabilities the pieces had."""
@@ -116,7 +110,7 @@ class Generating:
 
 class Scoring:
     """Prompts with the log-probabilities of their tokens and, if `has_new`, of the one greedy token
-    behind them. All come from the prefill, which is dense."""
+    behind them. All come from the prefill, which is dense and computed for one prompt at a time."""
 
     def __init__(self, engine: Engine, choices: list[Choice], top: int, has_new: bool) -> None:
         self._engine, self._choices, self._top, self._has_new = engine, choices, top, has_new
