@@ -79,6 +79,7 @@ void bind_results(nb::module_& m) {
       .field("ffn_coarse", &GenerationStats::ffn_coarse,
              "Of them those used at 4 bits, as a share of all neurons.")
       .field("ffn_active_by_layer", &GenerationStats::ffn_active_by_layer, "ffn_active per layer.")
+      .field("ffn_coarse_by_layer", &GenerationStats::ffn_coarse_by_layer, "ffn_coarse per layer.")
       .field("ffn_bytes", &GenerationStats::ffn_bytes,
              "Feed-forward weight bytes read while decoding, as counted.")
       .field("ffn_bytes_fraction", &GenerationStats::ffn_bytes_fraction,

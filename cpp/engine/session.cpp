@@ -264,6 +264,7 @@ void Session::Impl::add_to(GenerationStats& stats) const {
   const std::int64_t layers = config.num_layers;
   const std::int64_t neurons = config.intermediate_size;
   stats.ffn_active_by_layer.assign(layers, 1.0);
+  stats.ffn_coarse_by_layer.assign(layers, 0.0);
   if (decoded_ == 0) return;
   stats.mean_batch = static_cast<double>(batch_sizes_) / static_cast<double>(decoded_);
   double exact = 0, coarse = 0;
@@ -274,6 +275,7 @@ void Session::Impl::add_to(GenerationStats& stats) const {
     coarse += static_cast<double>(decoded[layer].coarse) / all;
     stats.ffn_active_by_layer[layer] =
         static_cast<double>(decoded[layer].exact + decoded[layer].coarse) / all;
+    stats.ffn_coarse_by_layer[layer] = static_cast<double>(decoded[layer].coarse) / all;
   }
   stats.ffn_active = (exact + coarse) / static_cast<double>(layers);
   stats.ffn_coarse = coarse / static_cast<double>(layers);

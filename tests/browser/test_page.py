@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 from serving import Server, serving
 
 from tdaengine import TDA, Engine
@@ -18,6 +18,7 @@ from tdaengine.server.app import PAGE, PAGE_FILES, PAGE_HEADERS
 
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France?"
+STORY = "Write a long story about a dragon and a princess."
 ASKED = {"max_new_tokens": 256, "temperature": 0, "parse_special": False}
 # Markup, a script, a link that runs one, terminal escapes and a change of direction.
 HOSTILE = (
@@ -71,6 +72,20 @@ def ask(page: Page, question: str) -> None:
     page.keyboard.press("Enter")
 
 
+def shares(layers: Locator, kind: str) -> list[float]:
+    """As the page has set them, by layer."""
+    bars = layers.locator(f".{kind}").all()
+    return [float(bar.evaluate("bar => parseFloat(bar.style.height)")) / 100 for bar in bars]
+
+
+def heights(layers: Locator, kind: str) -> list[float]:
+    """As the browser shows them."""
+    boxes = [bar.bounding_box() for bar in layers.locator(f".{kind}").all()]
+    whole = layers.bounding_box()
+    assert whole
+    return [box["height"] / whole["height"] if box else 0 for box in boxes]
+
+
 def test_both_answers_come_with_their_figures(page: Page, server: Server, smollm2: Path):
     engine = Engine(smollm2, weights="int8", threads=1)
     page.goto(server.url)
@@ -96,32 +111,84 @@ def test_both_answers_come_with_their_figures(page: Page, server: Server, smollm
         expect(figures).to_contain_text(megabytes)
         expect(figures).to_contain_text("tokens/s")
         layers = page.locator(f"{side} .layers").nth(1)
-        shares = [
-            float(bar.evaluate("bar => bar.style.getPropertyValue('--share')"))
-            for bar in layers.locator("span").all()
-        ]
-        assert shares == pytest.approx(out.stats.ffn_active_by_layer)
-        assert "in 30 layers" in (layers.get_attribute("aria-label") or "")
-        box = layers.locator("span").nth(5).bounding_box()
-        whole = layers.bounding_box()
-        assert box and whole
-        assert box["height"] / whole["height"] == pytest.approx(shares[5], abs=0.05)
+        coarse = out.stats.ffn_coarse_by_layer
+        exact = [a - c for a, c in zip(out.stats.ffn_active_by_layer, coarse, strict=True)]
+        assert shares(layers, "exact") == pytest.approx(exact, abs=0.001)
+        assert shares(layers, "coarse") == pytest.approx(coarse, abs=0.001)
+        assert heights(layers, "exact")[5] == pytest.approx(exact[5], abs=0.05)
+        assert heights(layers, "coarse")[5] == pytest.approx(coarse[5], abs=0.05)
+        assert "Neurons of 30 layers" in (layers.get_attribute("aria-label") or "")
+        expect(page.locator(f"{side} .legend .exact").nth(1)).to_have_text(
+            f"{100 * sum(exact) / 30:.0f}% exact"
+        )
 
 
 def test_the_picture_moves_and_escape_stops(page: Page, server: Server):
     page.goto(server.url)
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens at most").fill("3000")
-    ask(page, "Write a long story about a dragon and a princess.")
+    ask(page, STORY)
     figures = page.locator(".dense .figures")
     expect(figures).to_contain_text("tokens/s")
     before = figures.text_content()
     expect(figures).not_to_have_text(before or "")
-    expect(page.locator(".dense .layers span")).to_have_count(30)
+    expect(page.locator(".dense .layers > span")).to_have_count(30)
     page.keyboard.press("Escape")
     expect(page.locator(".dense .error")).to_have_text("stopped")
     expect(page.get_by_role("button", name="Ask")).to_be_enabled()
     server.wait_for("running", 0)
+
+
+def skip_dense(route: Route) -> None:
+    """Answers at once what is asked of the dense side."""
+    if json.loads(route.request.post_data or "")["tda"] is False:
+        route.fulfill(body="data: [DONE]\n\n", content_type="text/event-stream")
+    else:
+        route.continue_()
+
+
+def test_the_picture_has_three_shares_that_move(page: Page, server: Server, smollm2: Path):
+    """With thresholds per token they differ from token to token."""
+    page.route("**/v1/chat/completions", skip_dense)
+    page.goto(server.url)
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens at most").fill("100")
+    page.locator("#tda").select_option("hand")
+    page.get_by_label("Options of TDA").fill('{"scope": "token", "active": 0.3, "coarse": 0.4}')
+    ask(page, STORY)
+    layers = page.locator(".tda .layers")
+    expect(layers.locator("> span")).to_have_count(30)
+    seen, status = set(), page.get_by_role("status")
+    while status.text_content() == "TDA: computing":
+        seen.add(layers.get_attribute("aria-label"))
+    assert len(seen) > 5
+    tda = TDA(scope="token", active=0.3, coarse=0.4)
+    asked = ASKED | {"max_new_tokens": 100}
+    engine = Engine(smollm2, weights="int8", threads=1)
+    stats = engine.chat([{"role": "user", "content": STORY}], tda=tda, **asked).stats
+    coarse = stats.ffn_coarse_by_layer
+    dropped = [1 - active for active in stats.ffn_active_by_layer]
+    expected = {
+        "exact": [1 - d - c for d, c in zip(dropped, coarse, strict=True)],
+        "coarse": coarse,
+        "dropped": dropped,
+    }
+    for kind, values in expected.items():
+        assert shares(layers, kind) == pytest.approx(values, abs=1e-3)
+        assert heights(layers, kind) == pytest.approx(values, abs=0.05)
+        mean = sum(values) / 30
+        assert mean > 0.1
+        expect(page.locator(f".tda .legend .{kind}")).to_contain_text(f"{100 * mean:.0f}% {kind}")
+        assert f"{100 * mean:.0f}% {kind}" in (layers.get_attribute("aria-label") or "")
+
+
+def test_the_picture_is_of_the_latest_tokens(page: Page, server: Server):
+    page.goto(server.url)
+    before, now = {"new_tokens": 3, "x": [0.5, 1]}, {"new_tokens": 6, "x": [0.8, 0.4]}
+    latest = "([now, before]) => latest('x', now, before)"
+    assert page.evaluate(latest, [now, before]) == pytest.approx([1, 0])
+    assert page.evaluate(latest, [now, None]) == [0.8, 0.4]
+    assert page.evaluate(latest, [now, now]) == [0.8, 0.4]
 
 
 def test_errors_are_told(chromium: Browser, server: Server):
@@ -177,6 +244,7 @@ class Hostile(BaseHTTPRequestHandler):
             "ffn_coarse": 0,
             "ffn_bytes_fraction": 1,
             "ffn_active_by_layer": [1],
+            "ffn_coarse_by_layer": [0],
             "tda": HOSTILE,
             "warnings": [HOSTILE],
         }

@@ -27,6 +27,7 @@ def test_output(engine, dense):
     assert stats.tokens_per_second > 0
     assert stats.ffn_active == stats.ffn_bytes_fraction == 1
     assert stats.ffn_active_by_layer == [1, 1]
+    assert stats.ffn_coarse_by_layer == [0, 0]
     with pytest.raises(AttributeError):
         dense.text = "frozen"
 

@@ -84,6 +84,8 @@ def test_bytes_follow_the_shares(smollm2: Path):
     assert 0.1 < share < 0.35
     assert (dense.ffn_active, dense.ffn_coarse, none.ffn_coarse) == (1, 0, 1)
     assert 0.1 < 1 - fifth.ffn_coarse < 0.35
+    assert len(fifth.ffn_coarse_by_layer) == 30
+    assert np.mean(fifth.ffn_coarse_by_layer) == pytest.approx(fifth.ffn_coarse)
 
 
 def test_the_recommended_setting(smollm2: Path):

@@ -137,7 +137,7 @@ def test_answers_of_one_request_are_decoded_together(folder: Path):
     for i, text in enumerate(texts):
         options = {"max_new_tokens": 400, "temperature": 1.0, "ignore_eos": True}
         assert text == engine.generate(asked["prompt"][i // 2], seed=3 + i, **options).text
-    assert min(batches) > 2
+    assert min(batches) > 1.2  # 1 if each were alone; 4 where nothing else runs
     switches = sum(one != other for one, other in itertools.pairwise(order))
     assert switches > 100  # one after the other there would be three
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,22 @@ def test_stats_count_what_is_read(int8: Engine):
     share = (2 * high + exact * (high + 3 * low) + stats.ffn_coarse * high) / (3 * (high + low))
     assert stats.ffn_bytes_fraction == pytest.approx(share)
     assert stats.bytes_per_token < dense.bytes_per_token
+    assert np.mean(stats.ffn_coarse_by_layer) == pytest.approx(stats.ffn_coarse)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_shares_are_told_by_layer(int8: Engine, tmp_path: Path, layer: int):
+    """One layer reads all neurons at 4 bits, the other drops them all."""
+    file = tmp_path / "thresholds.json"
+    int8.calibrate([TOKENS], scope="token", bytes=0.8).save(file)
+    content = json.loads(file.read_text())
+    content["values"] = [1e30, 1e30]
+    content["coarse"] = [0.0 if i == layer else 1e30 for i in range(2)]
+    file.write_text(json.dumps(content))
+    stats = stats_of(int8, TDA(scope="token", thresholds=Thresholds.load(file)))
+    shares = [float(i == layer) for i in range(2)]
+    assert stats.ffn_active_by_layer == stats.ffn_coarse_by_layer == shares
+    assert stats.ffn_active == stats.ffn_coarse == 0.5
 
 
 def decoded(engine: Engine, tda: TDA | None) -> np.ndarray:

@@ -73,6 +73,7 @@ struct GenerationStats {
   double ffn_active = 1;         // mean share of neurons used while decoding
   double ffn_coarse = 0;         // of them, what was used at 4 bits, as a share of all neurons
   std::vector<double> ffn_active_by_layer;  // [L]
+  std::vector<double> ffn_coarse_by_layer;  // [L]
   std::int64_t ffn_bytes = 0;         // feed-forward weight bytes read while decoding, as counted
   double ffn_bytes_fraction = 1;      // ffn_bytes relative to dense decoding in the same format
   double head_bytes_fraction = 1;     // bytes of the output head read, relative to all of it

@@ -67,31 +67,64 @@ async function* events(body) {
 
 const percent = (share) => `${(100 * share).toFixed(0)}%`;
 
-function showStats(section, stats) {
+// before: the stats that were shown last, null to show the whole.
+function showStats(section, stats, before) {
   const parts = [
     `${stats.new_tokens} tokens`,
     `${stats.tokens_per_second.toFixed(1)} tokens/s`,
     `${(stats.bytes_per_token / 1e6).toFixed(1)} MB per token`,
   ];
   if (section.classList.contains("tda")) {
-    parts.push(`FFN: ${percent(stats.ffn_active)} of neurons used` +
-      (stats.ffn_coarse ? ` (${percent(stats.ffn_coarse)} at 4 bits)` : "") +
-      `, ${percent(stats.ffn_bytes_fraction)} of bytes read`, stats.tda);
+    parts.push(`FFN: ${percent(stats.ffn_bytes_fraction)} of bytes read`, stats.tda);
   }
   section.querySelector(".figures").textContent = parts.join(" · ");
-  showLayers(section.querySelector(".layers"), stats.ffn_active_by_layer);
+  const active = latest("ffn_active_by_layer", stats, before);
+  const coarse = latest("ffn_coarse_by_layer", stats, before);
+  showLayers(section, active.map((share, i) => {
+    return { exact: share - coarse[i], coarse: coarse[i], dropped: 1 - share };
+  }));
 }
 
-function showLayers(picture, shares) {
-  while (picture.children.length < shares.length) picture.append(document.createElement("span"));
-  shares.forEach((share, i) => {
-    picture.children[i].style.setProperty("--share", share);
-    picture.children[i].title = `layer ${i}: ${percent(share)}`;
+// By layer, the mean over the tokens decoded between the two: the stats have it over all so far.
+function latest(name, stats, before) {
+  const count = stats.new_tokens - 1;  // the first token comes of the prompt
+  const earlier = before ? before.new_tokens - 1 : 0;
+  if (earlier <= 0 || count <= earlier) return stats[name];
+  return stats[name].map((share, i) => {
+    const mean = (share * count - before[name][i] * earlier) / (count - earlier);
+    return Math.min(1, Math.max(0, mean));  // but for rounding it is there
   });
-  const least = Math.min(...shares), most = Math.max(...shares);
-  picture.setAttribute("aria-label", `Neurons used in ${shares.length} layers: from ` +
-    `${percent(least)} in layer ${shares.indexOf(least)} to ${percent(most)} in layer ` +
-    `${shares.indexOf(most)}`);
+}
+
+const NAMES = { exact: "exact", coarse: "coarse (4 bits)", dropped: "dropped" };
+const told = (shares) => Object.keys(NAMES).map((kind) => `${percent(shares[kind])} ${NAMES[kind]}`);
+
+function showLayers(section, layers) {
+  const picture = section.querySelector(".layers"), legend = section.querySelector(".legend");
+  while (picture.children.length < layers.length) {
+    const column = document.createElement("span");
+    for (const kind in NAMES) {
+      column.append(document.createElement("span"));
+      column.lastChild.className = kind;
+    }
+    picture.append(column);
+  }
+  const mean = { exact: 0, coarse: 0, dropped: 0 };
+  layers.forEach((shares, i) => {
+    const column = picture.children[i];
+    for (const kind in NAMES) {
+      column.querySelector(`.${kind}`).style.height = `${100 * shares[kind]}%`;
+      mean[kind] += shares[kind] / layers.length;
+    }
+    column.title = `layer ${i}: ${told(shares).join(", ")}`;
+  });
+  legend.hidden = false;
+  told(mean).forEach((text, i) => { legend.children[i].textContent = text; });
+  const dropped = layers.map((shares) => shares.dropped);
+  const least = Math.min(...dropped), most = Math.max(...dropped);
+  picture.setAttribute("aria-label", `Neurons of ${layers.length} layers: ` +
+    `${told(mean).join(", ")}. Most dropped in layer ${dropped.indexOf(most)}, ${percent(most)}; ` +
+    `fewest in layer ${dropped.indexOf(least)}, ${percent(least)}`);
 }
 
 function showWarnings(list, warnings) {
@@ -115,6 +148,7 @@ async function answer(section, side, question, signal) {
   const text = section.querySelector(".text");
   const system = find("system").value.trim();
   const messages = [...histories[side], { role: "user", content: question }];
+  let before = null;  // the last stats
   text.setAttribute("aria-busy", "true");  // read aloud once it is whole
   try {
     const response = await fetch("v1/chat/completions", {
@@ -137,7 +171,10 @@ async function answer(section, side, question, signal) {
       const choice = event.choices[0];
       following(() => {
         if (choice.delta.content) text.append(choice.delta.content);  // a text node
-        if (choice.stats) showStats(section, choice.stats);
+        if (choice.stats) {
+          showStats(section, choice.stats, choice.finish_reason ? null : before);
+          before = choice.stats;
+        }
       });
       if (choice.finish_reason) {
         showWarnings(section.querySelector(".warnings"), choice.stats.warnings);
