@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +19,12 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
-from serving import ENDLESS, Server, serving
+from serving import ENDLESS, PATIENCE, Server, serving
 
 from tdaengine import Engine
 
 SECRET_PROMPT = "Xyzzy"
+LOAD = Path(__file__).parents[2] / "tools" / "bench" / "load.py"
 
 
 @pytest.fixture
@@ -331,3 +335,36 @@ def test_metrics_and_log(server: Server):
     assert SECRET_PROMPT not in log and whole.choices[0].text not in log
     assert {line["level"] for line in server.log()} == {"info"}
     assert server.stop() == 0
+
+
+def test_the_load_test_finds_nothing_lost(folder: Path):
+    options = ("--parallel", "2", "--queue", "4", "--max-context", "2000")
+    with serving(folder, "--name", "tiny", *options) as server:
+        command = [sys.executable, str(LOAD), "--url", server.url, "--clients", "12"]
+        command += ["--seconds", "4", "--pid", str(server.process.pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert (done.returncode, done.stderr) == (0, "")
+        cells = re.findall(r"^\| (.+) \| ([0-9.]+) \|$", done.stdout, re.MULTILINE)
+        found = {name: float(value) for name, value in cells}
+        answered = {line["path"] for line in server.log() if line.get("status") == 200}
+        assert "/v1/chat/completions" in answered
+    assert found["complete"] > 10 and "complete without usage" not in found
+    for outcome in ("left", "refused, 429", "malformed: status 400", "oversized: status 400"):
+        assert found.pop(outcome) > 0, outcome
+    assert found["seconds to the first text, p50"] <= found["seconds to the first text, p95"]
+    assert found["MB resident, after"] < found["MB resident, before"] + 100
+
+
+def test_the_load_test_finds_what_is_lost(folder: Path):
+    """On a server that ends in its midst."""
+    with serving(folder, "--name", "tiny", "--max-context", "2000", "--drain", "0") as server:
+        command = [sys.executable, str(LOAD), "--url", server.url, "--clients", "4"]
+        load = subprocess.Popen(
+            [*command, "--seconds", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while len(server.log()) < 10:
+            assert load.poll() is None
+        server.process.kill()
+        _, problems = load.communicate(timeout=PATIENCE)
+        assert load.returncode == 1
+        assert "connection closed" in problems and "no answer afterwards" in problems
