@@ -265,6 +265,8 @@ def test_the_real_model(smollm2: Path):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     with serving(smollm2, "--weights", "int8", "--tda") as server:
         assert server.model == smollm2.name
+        default = engine.generate("a", max_new_tokens=1, tda=TDA()).stats.tda
+        assert server.client.models.list().data[0].tda == default != "dense"
         for field, tda in (
             (None, TDA()),
             (False, False),

@@ -24,7 +24,8 @@ from checkpoints import write_checkpoint
 from error_tables import fill_in
 from serving import Reply, Server, serving
 
-from tdaengine import cli
+from tdaengine import OptionError, cli
+from tdaengine.server.faults import ApiError, Told
 
 TABLE = Path(__file__).with_name("SERVER_ERRORS.md")
 NONE = object()  # leaves a field out
@@ -136,6 +137,7 @@ def test_error(world: World, row: Row):
     found = world.run(row.request)
     assert row.agrees(found), f"found {found}"
     assert found.status == "2" or 400 <= int(found.status) < 500
+    assert str(world.root) not in found.message
 
 
 def test_the_server_survives_them_all(world: World):
@@ -144,6 +146,42 @@ def test_the_server_survives_them_all(world: World):
     whole = world.server.client.completions.create(**asked)
     assert whole.usage.completion_tokens == 3
     assert world.server.metric("running") == 0
+
+
+def test_paths_are_told_to_the_log_alone(world: World):
+    message = {"role": "tool", "content": "Hi", "tool_call_id": "a"}
+    for stream in (False, True):
+        body = {"model": "tiny", "messages": [message], "stream": stream}
+        reply = world.server.ask("POST", "/v1/chat/completions", body)
+        told = reply.json["error"]["message"]
+        assert told == "messages: refused by the template tokenizer_config.json: no such role: tool"
+        (logged,) = [
+            line["message"]
+            for line in world.server.log()
+            if line["event"] == "refused" and line["id"] == reply.headers["X-Request-Id"]
+        ]
+        assert logged == told.replace("tokenizer_config", f"{world.root}/FOLDER/tokenizer_config")
+
+
+@pytest.mark.parametrize("name", ["models/m", "models/m.gguf", "m", ".", ".."])
+def test_paths_however_the_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    told = Told(Path(name), "tiny")
+    for path in (Path(name), tmp_path / name):
+        for found, shown in (
+            (f"{path}: no chat template", "tiny: no chat template"),
+            (f"the template {path}/chat.jinja: x", "the template chat.jinja: x"),
+            (f"{path.parent}/n.tda.json: broken", "n.tda.json: broken"),
+        ):
+            message = told(OptionError(f"a ... b. {found}"), "id").detail
+            assert str(tmp_path) not in message and "models" not in message
+            if path.is_absolute() and name not in (".", ".."):
+                assert message == f"a ... b. {shown}"
+    own = ApiError(400, f"what a client wrote: {tmp_path / name}")
+    assert told(own, "id") is own
 
 
 def test_a_missing_extra_is_named(world: World):

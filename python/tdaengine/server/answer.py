@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from .faults import api_error
+from .faults import Told
 from .forms import ENDED, Form, sent_event
 from .gate import Record
 from .logs import log
@@ -27,12 +27,13 @@ class Answer(Response):
         self,
         scheduler: Scheduler,
         metrics: Metrics,
+        told: Told,
         works: Sequence[Work],
         form: Form,
         is_stream: bool,
     ) -> None:
         super().__init__()
-        self._scheduler, self._metrics = scheduler, metrics
+        self._scheduler, self._metrics, self._told = scheduler, metrics, told
         self._works, self._form, self._is_stream = works, form, is_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +85,7 @@ class Answer(Response):
             last = b"".join(map(sent_event, self._form.last_chunks()))
             await write(last + (ENDED if self._form.ends_with_done else b""))
         except Exception as error:
-            known = api_error(error)
+            known = self._told(error, record.id)
             if known.status_code == 500:
                 log("failed", logging.ERROR, exc_info=True, id=record.id)
             record.fields["error"] = known.code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..engine import Engine
 from ..grammar import Grammar
 from .answer import Answer
 from .complaints import invalid
-from .faults import ApiError, api_error
+from .faults import ApiError, Told
 from .fields import (
     MOST_CHOICES,
     ChatRequest,
@@ -32,7 +32,7 @@ from .fields import (
 from .forms import ChatForm, CompletionForm, Form, ResponseForm
 from .gate import Gate, Rules
 from .metrics import Metrics
-from .scheduler import Scheduler
+from .scheduler import Scheduler, Work
 from .work import Choice, Generating, Scoring, check_prompt
 
 COMPLETION_TOKENS = 16  # of /v1/completions where a request says nothing, as OpenAI has it
@@ -71,10 +71,13 @@ class Service:
         self.engine, self.model = engine, settings.model
         self.started = int(time.time())
         self.scheduler = Scheduler(settings.parallel, settings.queue)
+        self.told = Told(engine.path, settings.model)
         self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running)
         # Where a request says nothing: as the checkpoint says, else as OpenAI's servers do.
         self._sampling = chat_sampling(engine.path, temperature=1.0, top_p=1.0)
         engine.tokenizer  # noqa: B018  raises where there is none
+        # In words, without the files it is from. Raises what is wrong with it.
+        self.tda = engine.start([0], GenerateOptions(max_new_tokens=1), engine.tda).stats.tda
 
     def check_model(self, name: str) -> None:
         if name != self.model:
@@ -91,7 +94,7 @@ class Service:
             "max_context": engine.max_context,
             "weights": engine.weights,
             "fingerprint": engine.fingerprint,
-            "tda": "dense" if engine.tda is None else repr(engine.tda),
+            "tda": self.tda,
         }
 
     async def chat(self, body: ChatRequest) -> Answer:
@@ -139,7 +142,7 @@ class Service:
         _check_scoring(body, most)
         choices = self._choices(body, encoded, 1, 1)
         work = Scoring(self.engine, choices, body.logprobs, has_new=most == 1)
-        return Answer(self.scheduler, self.metrics, [work], form, is_stream=False)
+        return self._answering([work], form, is_stream=False)
 
     async def response(self, body: ResponsesRequest) -> Answer:
         grammar = body.grammar()
@@ -216,7 +219,10 @@ class Service:
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         has_stats = options is not None and options.include_stats
         works = [Generating(self.engine, choice, has_stats) for choice in choices]
-        return Answer(self.scheduler, self.metrics, works, form, is_stream=bool(body.stream))
+        return self._answering(works, form, is_stream=bool(body.stream))
+
+    def _answering(self, works: Sequence[Work], form: Form, is_stream: bool) -> Answer:
+        return Answer(self.scheduler, self.metrics, self.told, works, form, is_stream)
 
 
 def _check_scoring(body: CompletionRequest, most: int) -> None:
@@ -251,8 +257,12 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     _add_rest(app, service)
     _add_page(app)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _failed)
-    app.add_exception_handler(Error, _failed)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return _logged(request, service.told(error, request.scope["record"].id))
+
+    app.add_exception_handler(HTTPException, failed)
+    app.add_exception_handler(Error, failed)
     paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     app.add_middleware(Gate, rules=settings.rules, metrics=service.metrics, paths=paths)
     if settings.cors:
@@ -317,10 +327,6 @@ def _add_page(app: FastAPI) -> None:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return _logged(request, invalid(error.errors()))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return _logged(request, api_error(error))
 
 
 def _logged(request: Request, error: ApiError) -> Response:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from .._native import CheckpointError, ContextOverflow, Error, GenerateOptions, OptionError
+from .logs import log
 
 
 class ApiError(HTTPException):
@@ -60,6 +63,32 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, Error):
         return ApiError(500, str(error))
     return ApiError(500, INTERNAL)
+
+
+class Told:
+    """What clients are told of exceptions: as api_error, without where the model lies on this
+    machine. The log has the whole."""
+
+    def __init__(self, model: Path, name: str) -> None:
+        """name: that clients know the model by."""
+        self._hidden: dict[str, str] = {}
+        for path in (model.resolve(), model):
+            if len(path.parts) > 1:  # else it is a name
+                self._hidden |= {f"{path}/": "", str(path): name, f"{path.parent}/": ""}
+
+    def __call__(self, error: Exception, id: str) -> ApiError:
+        """id: of the request."""
+        known = api_error(error)
+        message = known.detail
+        if isinstance(error, Error):  # the server's own messages name no files
+            for path, shown in self._hidden.items():
+                message = message.replace(path, shown)
+        if message == known.detail:
+            return known
+        log("refused", logging.WARNING, id=id, message=known.detail)
+        return ApiError(
+            known.status_code, message, param=known.param, code=known.code, headers=known.headers
+        )
 
 
 def _param(error: Error) -> str | None:
