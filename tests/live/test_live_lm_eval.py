@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
+import own_tasks
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from own_tasks import CHOICES
 
 from tdaengine import TDA, Engine, Error, OptionError
 from tdaengine.lm_eval import EngineLM, main
 
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 TOLERANCE = 2e-4  # of a log-probability, in f32; one of a token is about -3
-CHOICES = {
-    "Question: Which of these melts in the sun?\nAnswer:": [" a stone", " an ice cream", " iron"],
-    "To dry wet clothes, one should ": ["hang them outside", "put them into a lake"],
-    "A week has": [" seven days", " nine days", " no days at all, as far as we know", " 7"],
-    "The capital of France is": [" Paris", " Lyon"],
-    "": ["The sky is blue.", "Blue sky the is."],
-}
 TEXT = "A ship left the harbour at dawn. Nobody saw it leave but a boy with a dog. " * 4
 CHAT = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "A pear"}]
 
@@ -130,26 +124,11 @@ def test_options(tmp_path: Path):
             EngineLM(str(SMOLLM2), **options)
 
 
-def write_task(folder: Path) -> None:
-    rows = [
-        {"query": question, "choices": [each.strip() for each in choices], "gold": i % 2}
-        for i, (question, choices) in enumerate(CHOICES.items())
-        if question
-    ]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "task.yaml").write_text(
-        "task: own_choices\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {data}\n"
-        "doc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
-    )
-
-
 def test_a_task_by_name_and_by_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_task(tmp_path)
+    own_tasks.write(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     common = {"tasks": ["own_choices"], "task_manager": manager, "bootstrap_iters": 0}
     results = {
