@@ -94,7 +94,7 @@ class Load:
             try:
                 await asyncio.wait_for(self._whole(), self.chance.uniform(0.01, 1))
             except asyncio.TimeoutError:
-                self.seen.outcomes["left"] += 1
+                self.seen.outcomes["left before an answer"] += 1
         else:
             await self._stream(None if kind == "stream" else self.chance.randint(1, 10))
 
@@ -125,7 +125,7 @@ class Load:
                     if pieces == 1 and choice.delta.content:
                         self.seen.first.append(time.monotonic() - started)
                 if most is not None and pieces >= most and not reason:
-                    self.seen.outcomes["left"] += 1
+                    self.seen.outcomes["left in its midst"] += 1
                     self.seen.tokens += pieces
                     return
         self._count(reason, usage, pieces, started)
