@@ -87,12 +87,12 @@ function showStats(section, stats, before) {
 
 // By layer, the mean over the tokens decoded between the two: the stats have it over all so far.
 function latest(name, stats, before) {
-  const count = stats.new_tokens - 1;  // the first token comes of the prompt
+  const count = stats.new_tokens - 1;  // the first token is from the prefill
   const earlier = before ? before.new_tokens - 1 : 0;
   if (earlier <= 0 || count <= earlier) return stats[name];
   return stats[name].map((share, i) => {
     const mean = (share * count - before[name][i] * earlier) / (count - earlier);
-    return Math.min(1, Math.max(0, mean));  // but for rounding it is there
+    return Math.min(1, Math.max(0, mean));  // rounding may leave that range
   });
 }
 
