@@ -129,7 +129,9 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: openai.OpenAI):
     whole = client.chat.completions.create(**asked)
     options = {"include_usage": True, "include_stats": True}
     *chunks, last = client.chat.completions.create(**asked, stream=True, stream_options=options)
-    assert last.usage == whole.usage and last.choices == []
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")  # of which some were kept
+    assert all(getattr(last.usage, name) == getattr(whole.usage, name) for name in counts)
+    assert last.choices == []
     assert all(chunk.usage is None for chunk in chunks)
     reasons = [chunk.choices[0].finish_reason for chunk in chunks]
     assert reasons.count("length") == 2 and set(reasons) == {None, "length"}
@@ -229,6 +231,37 @@ def test_responses(client: openai.OpenAI, engine: Engine):
     stop = client.responses.create(**asked, input="Hi.").output_text[4:6]
     stopped = client.responses.create(**asked, input="Hi.", extra_body={"stop": stop})
     assert stopped.status == "completed" and stopped.incomplete_details is None
+
+
+def test_usage_tells_what_was_kept_of_a_prompt(folder: Path):
+    engine = Engine(folder, max_context=2000, prefix_cache="64 MiB")
+    ids = engine.tokenizer.encode("A long story. " * 50)
+    messages = [{"role": "user", "content": "Another story. " * 50}]
+    options = ("--name", "tiny", "--max-context", "2000", "--prefix-cache", "64 MiB")
+    with serving(folder, *options) as server:
+        client, sent, total = server.client, {"model": "tiny", "temperature": 0}, 0
+        for _ in range(2):
+            out = engine.generate(ids, max_new_tokens=4)
+            whole = client.completions.create(**sent, prompt=ids, max_tokens=4)
+            assert whole.choices[0].text == out.text
+            assert whole.usage.prompt_tokens_details.cached_tokens == out.stats.cached_tokens
+            total += out.stats.cached_tokens
+        assert total > 0
+        for _ in range(2):
+            out = engine.chat(messages, max_new_tokens=4, parse_special=False)
+            *_, last = client.chat.completions.create(
+                **sent,
+                messages=messages,
+                max_tokens=4,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            assert last.usage.prompt_tokens_details.cached_tokens == out.stats.cached_tokens
+            total += out.stats.cached_tokens
+        response = client.responses.create(**sent, input=messages, max_output_tokens=4)
+        found = response.usage.input_tokens_details.cached_tokens
+        assert found == out.stats.cached_tokens > 0
+        assert server.metric("cached_tokens_total") == total + found
 
 
 def test_special_tokens_in_messages_stay_text(client: openai.OpenAI, engine: Engine):

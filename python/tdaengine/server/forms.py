@@ -27,15 +27,18 @@ class Usage:
     """Token counts of a request. A prompt with several answers counts once."""
 
     def __init__(self) -> None:
-        self.prompt, self.new = 0, 0
+        self.prompt, self.cached, self.new = 0, 0, 0
 
     def add(self, finished: Finished, is_new_prompt: bool) -> None:
-        self.prompt += finished.prompt_tokens if is_new_prompt else 0
+        if is_new_prompt:
+            self.prompt += finished.prompt_tokens
+            self.cached += finished.cached_tokens
         self.new += finished.new_tokens
 
-    def fields(self) -> dict[str, int]:
+    def fields(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
             "completion_tokens": self.new,
             "total_tokens": self.prompt + self.new,
         }
@@ -296,7 +299,7 @@ class ResponseForm(Form):
             "tools": [],
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": usage["prompt_tokens_details"],
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],

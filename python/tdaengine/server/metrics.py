@@ -32,6 +32,7 @@ class Metrics:
         self.seconds = self._histogram("request_seconds", "From a request to its answer's end.")
         self.first = self._histogram("first_piece_seconds", "From a request to its first piece.")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._cached = self._counter("cached_tokens", "Of them, those kept from earlier prompts.")
         self._generated = self._counter("generated_tokens", "Tokens generated.")
         self._decode = self._counter("decode_seconds", "Time spent on tokens but the first.")
         self._bytes = self._counter("read_bytes", "Weight and KV bytes that decoding read.")
@@ -56,6 +57,7 @@ class Metrics:
     def count(self, finished: Finished) -> None:
         """One answer that came to its end."""
         self._prompt.inc(finished.prompt_tokens)
+        self._cached.inc(finished.cached_tokens)
         self._generated.inc(finished.new_tokens)
         if finished.stats is not None:
             stats, decoded = finished.stats, max(0, finished.new_tokens - 1)

@@ -53,6 +53,11 @@ class Finished:
     stats: GenerationStats | None = None
     places: Sequence[Place] = ()
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, those that were kept from earlier ones."""
+        return 0 if self.stats is None else self.stats.cached_tokens
+
 
 def check_prompt(engine: Engine, name: str, ids: Sequence[int], new_tokens: int) -> None:
     """What would else be found only when a request has its turn. Raises OptionError or
