@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,9 +31,13 @@ Activation inertia, what stays active whatever the text means:
   shuffled  the mask of a prompt and that of its own tokens in random order
   always    the share of all neurons that nine of ten tokens of all texts have in their sets
   never     the share that fewer than one of ten has
+
+Perplexity of the later tokens, relative to dense: with the mask of the prompt, and with the mask of
+the very tokens that are scored, which no mask made beforehand is likely to beat.
 """
 
 PARTS = 8  # of the tokens behind the prompt
+TOLERABLE = 0.02  # a rise of perplexity up to which a mask is recommended
 
 Floats = NDArray[np.float32]
 Sets = NDArray[np.bool_]
@@ -70,7 +75,9 @@ def analyze(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The figures of DEFINITIONS, each as a list with one number per layer; `prompt` as a list of
-    PARTS such lists, for equal parts of the score_tokens behind the prompt.
+    PARTS such lists, for equal parts of the score_tokens behind the prompt. `perplexity` has that
+    of dense, and by how much the masks raise it, with the standard errors of that over the texts;
+    None with graded and int4 weights, which take no masks.
 
     seed: of the shuffling. Raises OptionError for fewer than two texts, a text that is too short, a
     share of no neurons or of all.
@@ -91,6 +98,8 @@ def analyze(
 
     masks = np.zeros((len(texts), layers, neurons), dtype=bool)
     used = np.zeros((layers, neurons))  # how many tokens' sets a neuron is in
+    scores = np.zeros((3, len(texts)))  # mean log-probabilities: dense, prompt, hindsight
+    takes_masks = engine.weights not in ("graded", "int4")
     following, own, hindsight, shuffled = np.zeros((4, layers, len(texts)))
     prompt = np.zeros((PARTS, layers, len(texts)))
     for i, ids in enumerate(encoded):
@@ -98,6 +107,7 @@ def analyze(
         session.prefill(ids)
         mixed = engine.session(prompt_tokens, sample_tokens=prompt_tokens)
         mixed.prefill(random.Random(seed + i).sample(ids[:prompt_tokens], prompt_tokens))
+        best = np.zeros((layers, neurons), dtype=bool)
         for layer in range(layers):
             contributions = session.contributions(layer)
             sets = active_sets(contributions, count)
@@ -106,11 +116,14 @@ def analyze(
             following[layer, i] = overlap(sets[:-1], sets[1:])
             own[layer, i] = overlap(masks[i, layer], sets[:prompt_tokens])
             later = sets[prompt_tokens:]
+            best[layer] = mask(contributions[prompt_tokens:], count)
             fitting = active_sets(later.sum(axis=0), count)
             hindsight[layer, i] = overlap(fitting, later)
             for part, some in enumerate(np.array_split(later, PARTS)):
                 prompt[part, layer, i] = overlap(masks[i, layer], some)
             shuffled[layer, i] = overlap(masks[i, layer], mask(mixed.contributions(layer), count))
+        for kind, chosen in enumerate((None, masks[i], best) if takes_masks else ()):
+            scores[kind, i] = _score(engine, ids, prompt_tokens, chosen)
         if progress:
             progress(i + 1, len(encoded))
     pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
@@ -129,7 +142,65 @@ def analyze(
         "shuffled": shuffled.mean(axis=1).tolist(),
         "always": (share >= 0.9).mean(axis=1).tolist(),
         "never": (share < 0.1).mean(axis=1).tolist(),
+        "perplexity": _perplexity(scores) if takes_masks else None,
     }
+
+
+def _score(engine: Engine, ids: Sequence[int], prompt_tokens: int, masks: Sets | None) -> float:
+    """Mean log-probability of the tokens behind the prompt. masks: [L, F] or None"""
+    session = engine.session(len(ids))
+    logits = session.prefill(ids[:prompt_tokens])
+    for layer, neurons in enumerate(() if masks is None else masks):
+        session.set_mask(layer, np.flatnonzero(neurons))
+    found = []
+    for i, token in enumerate(ids[prompt_tokens:]):
+        row = (session.decode(ids[prompt_tokens + i - 1]) if i else logits).astype(np.float64)
+        row -= row.max()
+        found.append(row[token] - np.log(np.exp(row).sum()))
+    return float(np.mean(found))
+
+
+def _perplexity(scores: NDArray[np.float64]) -> dict[str, Any]:
+    """scores: [3, texts] mean log-probabilities of dense and two masks"""
+    losses = scores[0] - scores[1:]
+    errors = losses.std(axis=1, ddof=1) / np.sqrt(losses.shape[1])
+    changes = np.expm1(losses.mean(axis=1))
+    named = zip(("prompt", "hindsight"), changes.tolist(), errors.tolist(), strict=True)
+    return {"dense": float(np.exp(-scores[0].mean()))} | {
+        name: {"change": change, "error": error} for name, change, error in named
+    }
+
+
+def recommendation(figures: dict[str, Any], model: str, weights: str, cpu: bool) -> str:
+    """What to try on this model, in a sentence with a command. weights, cpu: what was analyzed"""
+    model = shlex.quote(model)
+    same = f"{model} --weights {weights}"
+    share, cost = f"{figures['active']:.2g}", figures["perplexity"]
+    if cost is None:
+        return (
+            "What masks cost is told with weights that take them: "
+            f"tdaengine analyze {model} --data TEXTS --weights int8"
+        )
+    prompt, hindsight = cost["prompt"]["change"], cost["hindsight"]["change"]
+    if prompt <= TOLERABLE:
+        return (
+            f"Masks from the prompt hold here ({prompt:+.1%}): "
+            f"tdaengine generate {model} PROMPT --weights {weights} --tda active={share}"
+            + (",compact=true" if cpu else "")
+        )
+    if hindsight <= TOLERABLE:
+        return (
+            f"Masks could hold here ({hindsight:+.1%} in hindsight), those from the prompt do not "
+            f"({prompt:+.1%}), so join them with a prior: tdaengine calibrate {same} --data "
+            f"TEXTS -o FILE, then tdaengine evaluate {same} --data OTHERS "
+            f"--tda active={share},thresholds=FILE"
+        )
+    return (
+        f"No mask of {share} of the neurons is likely to hold here, as even that chosen in "
+        f"hindsight costs {hindsight:+.1%}, so "
+        + ("let every token choose" if cpu else "stay dense, or let every token choose on the CPU")
+        + f": tdaengine generate {model} PROMPT --device cpu --weights graded --tda recommended"
+    )
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -149,4 +220,13 @@ def table(figures: dict[str, Any]) -> str:
     layers = [*zip(*rows.values(), strict=True), [np.mean(row) for row in rows.values()]]
     for name, numbers in zip([*range(len(layers) - 1), "mean"], layers, strict=True):
         lines.append(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    cost = figures["perplexity"]
+    if cost is None:
+        return "\n".join(lines)
+    lines += ["", "| mask of | perplexity |", "|---|---|", f"| dense | {cost['dense']:.2f} |"]
+    for name in ("prompt", "hindsight"):
+        change, error = cost[name]["change"], cost[name]["error"]
+        lines.append(
+            f"| {name} | {cost['dense'] * (1 + change):.2f} ({change:+.1%} ± {error:.1%}) |"
+        )
     return "\n".join(lines)

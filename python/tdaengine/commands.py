@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import plots
 from ._native import TDA, GenerateOptions, OptionError
-from .analyze import analyze
+from .analyze import analyze, recommendation
 from .analyze import table as overlaps
 from .bench import bench
 from .bench import table as speeds
@@ -247,12 +247,15 @@ def run_analyze(args: argparse.Namespace) -> None:
         figures = analyze(
             engine, ids, progress=progress, **{name: getattr(args, name) for name in names}
         )
+    figures["recommendation"] = recommendation(
+        figures, args.model, engine.weights, engine.device.startswith("cpu")
+    )
     if args.plot:
         _tell_flat(plots.analysis(figures, engine, args.score_tokens, args.plot))
     if args.json:
         print_json(figures)
     else:
-        print(overlaps(figures))
+        print(f"{overlaps(figures)}\n\n{figures['recommendation']}")
 
 
 def _tell_flat(flat: plots.Lines) -> None:
