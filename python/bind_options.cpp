@@ -70,6 +70,10 @@ void bind_thresholds(nb::module_& m) {
              "graded weights, instead of the above: values of TDA's inputs, descending,")
       .field("losses", &Thresholds::losses, "by how much perplexity rose with each, 0.02 for 2%,")
       .field("loss_errors", &Thresholds::loss_errors, "and the standard errors of that.")
+      .field(
+          "prior", &Thresholds::prior,
+          "Scope \"sequence\": the texts' mean squared relative magnitude of every neuron, layer\n"
+          "by layer, which a prompt's own is joined with; or none.")
       .field("source", &Thresholds::source, "\"texts\" or \"self-generated\".")
       .field("texts", &Thresholds::texts, "How many texts were used.")
       .field("tokens", &Thresholds::tokens, "How many tokens they had.")
@@ -270,7 +274,8 @@ void bind_tda(nb::module_& m) {
              "of perplexity, is at most this; 0.02: 2%. Needs thresholds, or the file tda.json in\n"
              "the model's folder that `tdaengine calibrate` writes.")
       .field("thresholds", &TdaOptions::thresholds,
-             "Thresholds, from Engine.calibrate or Thresholds.load.")
+             "Thresholds, from Engine.calibrate or Thresholds.load; for scope \"sequence\" also\n"
+             "together with active, which then says how many neurons stay.")
       .field("coarse", &TdaOptions::coarse,
              "Scope \"token\" with int8 weights and active: a further share kept at 4 bits.")
       .field("refresh", &TdaOptions::refresh,

@@ -134,6 +134,36 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
   }
 }
 
+/// Makes Thresholds::prior of the texts' statistics, and joins each text's own with that of the
+/// other texts, as a prompt's will be: a text that met itself in the prior would look too easy.
+void join_with_prior(std::span<const std::int64_t> lengths,
+                     std::span<std::vector<FfnSample>> samples, Thresholds& result) {
+  const auto tokens = static_cast<double>(result.tokens);
+  for (std::vector<FfnSample>& texts : samples) {
+    std::vector<double> all(texts.front().scores.size());
+    const auto sum = [&](std::size_t text, std::size_t j) {
+      const double r = texts[text].scores[j];
+      return r * r * static_cast<double>(lengths[text]);
+    };
+    for (std::size_t text = 0; text < texts.size(); ++text)
+      for (std::size_t j = 0; j < all.size(); ++j) all[j] += sum(text, j);
+    for (const double total : all)
+      result.prior.push_back(kPriorUnit * static_cast<float>(std::llround(
+                                              std::min(total / tokens, 1.0) / kPriorUnit)));
+    if (texts.size() == 1) continue;
+    for (std::size_t text = 0; text < texts.size(); ++text) {
+      const auto length = static_cast<double>(lengths[text]);
+      std::vector<double> own(all.size());
+      std::vector<float> others(all.size());
+      for (std::size_t j = 0; j < all.size(); ++j) {
+        own[j] = sum(text, j);
+        others[j] = static_cast<float>((all[j] - own[j]) / (tokens - length));
+      }
+      texts[text].scores = relative_magnitudes(std::move(own), length, others);
+    }
+  }
+}
+
 }  // namespace
 
 Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
@@ -164,6 +194,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
     return result;
   }
   std::vector<std::vector<FfnSample>> samples(layers);  // [L][texts]
+  std::vector<std::int64_t> lengths;                    // [texts]
   for (const std::vector<Token>& text : texts) {
     const auto length = std::min(static_cast<std::int64_t>(text.size()), options.max_tokens);
     Session::Impl session(runtime_, std::max<std::int64_t>(length, 1), options.sample_tokens);
@@ -171,6 +202,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
     for (std::int64_t layer = 0; layer < layers; ++layer) {
       samples[layer].push_back({session.statistic(layer), session.samples(layer)});
     }
+    lengths.push_back(length);
     result.tokens += length;
     if (progress) progress(static_cast<std::int64_t>(samples[0].size()), result.texts);
   }
@@ -178,6 +210,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
     token_thresholds(runtime_, texts, options, samples, result, progress);
     return result;
   }
+  join_with_prior(lengths, samples, result);
   result.values.resize(layers);
   result.reached.resize(layers);
   parallel_for(threads(), layers, [&](std::int64_t layer) {

@@ -83,12 +83,14 @@ struct Session::Impl {
   void mask_none();                                                    // all neurons are active
   void set_token_thresholds(std::span<const TokenThresholds> chosen);  // [L]
   void mask_from_statistic();
+  void mask_with_prior();
   void refresh();
 
   Statistic statistic_of_layers() const;
 
-  std::int64_t resumed_ = 0;       // tokens of a kept prefix
-  std::vector<float> thresholds_;  // [L]; empty if masks are made by active_
+  std::int64_t resumed_ = 0;                 // tokens of a kept prefix
+  std::vector<float> thresholds_;            // [L]; empty if masks are made by active_
+  std::shared_ptr<const Thresholds> prior_;  // whose prior masks are made with; may be null
   double active_ = 1;
   bool compact_ = false;
   std::int64_t samples_ = 0;  // tokens sampled in the last prefill

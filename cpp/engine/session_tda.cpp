@@ -107,11 +107,16 @@ void Session::Impl::check_thresholds(const Thresholds& file, std::optional<Scope
                           " values, expected one for each of " +
                           std::to_string(model.config.num_layers) + " layers");
   }
+  const std::int64_t neurons = model.config.num_layers * model.config.intermediate_size;
+  if (!file.prior.empty() && std::ssize(file.prior) != neurons)
+    throw CheckpointError(who + ": found a prior of " + std::to_string(file.prior.size()) +
+                          " neurons, expected " + std::to_string(neurons));
 }
 
 void Session::Impl::apply_sequence(const TdaOptions& options) {
   thresholds_.clear();
-  if (options.thresholds) {
+  prior_ = options.thresholds && !options.thresholds->prior.empty() ? options.thresholds : nullptr;
+  if (options.thresholds && !options.active) {
     thresholds_ = options.thresholds->values;
   } else if (options.error) {
     if (samples_ == 0) throw no_samples("error");
@@ -210,11 +215,25 @@ void Session::Impl::set_token_thresholds(std::span<const TokenThresholds> chosen
 void Session::Impl::mask_from_statistic() {
   const std::lock_guard lock(runtime->computing);
   check_statistic();
-  if (thresholds_.empty())
+  if (prior_)
+    mask_with_prior();
+  else if (thresholds_.empty())
     backend.mask_top_share(*state, active_);
   else
     backend.mask_at_least(*state, thresholds_);
   if (compact_) backend.compact_masks(*state);
+}
+
+void Session::Impl::mask_with_prior() {
+  const std::int64_t neurons = runtime->config().intermediate_size;
+  for (std::int64_t layer = 0; layer < runtime->config().num_layers; ++layer) {
+    const std::vector<float> scores =
+        relative_magnitudes(backend.statistic(*state, layer), backend.gathered(*state, layer),
+                            std::span(prior_->prior).subspan(layer * neurons, neurons));
+    backend.set_mask(*state, layer,
+                     thresholds_.empty() ? mask_top_share(scores, active_)
+                                         : mask_at_least(scores, thresholds_[layer]));
+  }
 }
 
 /// The last refresh_every_ tokens again, dense: their keys and values become exact, their

@@ -35,6 +35,13 @@ std::vector<float> relative_magnitudes(std::span<const double> sums, double toke
   return scores;
 }
 
+std::vector<float> relative_magnitudes(std::vector<double> sums, double tokens,
+                                       std::span<const float> prior) {
+  for (std::size_t j = 0; j < sums.size(); ++j)
+    sums[j] += kPriorTokens * static_cast<double>(prior[j]);
+  return relative_magnitudes(sums, tokens + kPriorTokens);
+}
+
 std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float threshold) {
   std::vector<std::int32_t> kept;
   for (std::size_t j = 0; j < scores.size(); ++j) {

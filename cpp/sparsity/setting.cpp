@@ -72,7 +72,8 @@ std::string words_of(const TdaOptions& options, const TdaFacts& facts) {
   if (options.active)
     words += ": " + percent(*options.active) + " of neurons" + (token ? " exact" : "");
   if (options.thresholds)
-    words += ": thresholds from " + std::to_string(options.thresholds->tokens) + " tokens";
+    words += std::string(options.active ? ", prior" : ": thresholds") + " from " +
+             std::to_string(options.thresholds->tokens) + " tokens";
   if (options.coarse > 0) words += ", " + percent(options.coarse) + " at 4 bits";
   if (options.refresh > 0)
     words += ", renewed every " + std::to_string(options.refresh) + " tokens";
@@ -231,7 +232,13 @@ void TdaOptions::validate() const {
   if (error) given.push_back("error");
   if (active) given.push_back("active");
   if (thresholds) given.push_back("thresholds");
-  if (given.size() != 1) {
+  // A share by the prompt and the prior of the thresholds' text.
+  const bool with_prior = active && thresholds && !error;
+  if (with_prior && (token || estimate != Estimate::contribution || thresholds->prior.empty()))
+    throw OptionError(
+        "tda active with thresholds: expected scope \"sequence\", estimate \"contribution\" and "
+        "thresholds with a prior, which calibrate writes for that scope");
+  if (given.size() != 1 && !with_prior) {
     std::string found = given.empty() ? "none" : given[0];
     for (std::size_t i = 1; i < given.size(); ++i) found += " and " + given[i];
     throw OptionError("tda: found " + found +

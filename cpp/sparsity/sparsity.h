@@ -38,6 +38,14 @@ std::int64_t selected_bytes(Estimate, const Matrix& gate, std::int64_t considere
 /// R[j] = sqrt(sums[j] / tokens), [F]. tokens > 0.
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens);
 
+/// How many tokens of a prompt a prior weighs as much as.
+inline constexpr double kPriorTokens = 512;
+
+/// The same joined with R² of other text: R²[j] = (sums[j] + kPriorTokens prior[j]) /
+/// (tokens + kPriorTokens), [F].
+std::vector<float> relative_magnitudes(std::vector<double> sums, double tokens,
+                                       std::span<const float> prior);
+
 /// Ascending ids of the neurons with scores[j] >= threshold.
 std::vector<std::int32_t> mask_at_least(std::span<const float> scores, float threshold);
 

@@ -53,6 +53,18 @@ void check_losses(const Thresholds& t, const std::filesystem::path& path) {
   one_each("loss_errors", t.loss_errors);
 }
 
+/// R² lies between 0 and 1.
+void check_prior(const Thresholds& t, const std::filesystem::path& path) {
+  if (!t.prior.empty() &&
+      (t.scope != Scope::sequence || t.values.empty() || t.prior.size() % t.values.size() != 0))
+    reject(path, "prior", std::to_string(t.prior.size()) + " numbers",
+           "none, or with scope \"sequence\" as many for each of values");
+  for (std::size_t i = 0; i < t.prior.size(); ++i)
+    if (!(t.prior[i] >= 0 && t.prior[i] <= 1))
+      reject(path, "prior[" + std::to_string(i) + "]", text_of(t.prior[i] / kPriorUnit),
+             "0 to " + std::to_string(std::lround(1 / kPriorUnit)));
+}
+
 /// What a file may hold; checked before writing one and after reading one.
 void check_values(const Thresholds& t, const std::filesystem::path& path) {
   const auto at_least_zero = [&](const std::string& key, auto number) {
@@ -96,6 +108,7 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
     }
   }
   all_at_least_zero("reached", t.reached);
+  check_prior(t, path);
   at_least_zero("bytes", t.bytes);
   at_least_zero("texts", t.texts);
   at_least_zero("tokens", t.tokens);
@@ -114,6 +127,8 @@ class Fields {
   }
 
   double number(const char* key) const { return number(key, at(key)); }
+
+  bool has(const char* key) const { return json_.contains(key); }
 
   std::vector<float> numbers(const char* key) const {
     const json& field = at(key);
@@ -161,6 +176,16 @@ class Fields {
 
 }  // namespace
 
+/// A key to a line: a line for each of a hundred thousand numbers would help nobody.
+static std::string text_of(const nlohmann::ordered_json& object) {
+  std::string text;
+  for (const auto& [key, value] : object.items())
+    // Folder names need not be UTF-8, JSON must: `model` is for messages only.
+    text += (text.empty() ? "{\n  \"" : ",\n  \"") + key +
+            "\": " + value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  return text + "\n}\n";
+}
+
 void Thresholds::save(const std::filesystem::path& path) const {
   check_values(*this, path);
   nlohmann::ordered_json json = {{"format", kFormat},  {"version", kVersion},
@@ -175,9 +200,12 @@ void Thresholds::save(const std::filesystem::path& path) const {
     json["losses"] = losses;
     json["loss_errors"] = loss_errors;
   }
-  // Folder names need not be UTF-8, JSON must: `model` is for messages only.
-  write_file_atomically(path,
-                        {json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace), "\n"});
+  if (!prior.empty()) {
+    std::vector<std::int64_t> units;
+    for (const float r : prior) units.push_back(std::lround(r / kPriorUnit));
+    json["prior"] = units;
+  }
+  write_file_atomically(path, {text_of(json)});
 }
 
 Thresholds Thresholds::load(const std::filesystem::path& path) {
@@ -210,6 +238,10 @@ Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem
     result.inputs = fields.numbers("inputs");
     result.losses = fields.numbers("losses");
     result.loss_errors = fields.numbers("loss_errors");
+  }
+  if (fields.has("prior")) {
+    result.prior = fields.numbers("prior");
+    for (float& r : result.prior) r *= kPriorUnit;
   }
   result.source = fields.string("source");
   result.texts = fields.integer("texts");

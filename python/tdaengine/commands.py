@@ -150,7 +150,9 @@ def run_calibrate(args: argparse.Namespace) -> None:
         )
     thresholds.save(output)
     if args.json:
-        print_json(fields_of(thresholds))
+        fields = fields_of(thresholds)
+        del fields["prior"]  # a number for every neuron, which the file has
+        print_json(fields)
         return
     own = "own " if thresholds.source == "self-generated" else ""
     on = f"on {thresholds.tokens} tokens of {thresholds.texts} {own}texts"

@@ -291,6 +291,33 @@ TEST(predictors_are_for_the_cpu_and_rows_of_weights) {
                "tda predictor: expected f32, bf16, bf16c or int8 weights, found graded");
 }
 
+TEST(a_prior_weighs_as_much_as_its_tokens) {
+  const std::vector<float> prior = {0.5f, 0.25f, 0};
+  const std::vector<float> found = relative_magnitudes({0, 64, 32}, 64, prior);
+  const double tokens = 64 + kPriorTokens;
+  const double expected[] = {kPriorTokens / 2, 64 + kPriorTokens / 4, 32};
+  for (std::size_t j = 0; j < 3; ++j)
+    CHECK(std::abs(found[j] - std::sqrt(expected[j] / tokens)) < 1e-7);
+  CHECK_THROWS(relative_magnitudes({0, NAN, 0}, 64, prior), Error, "neuron 1 is nan");
+}
+
+TEST(a_share_may_come_with_a_prior) {
+  const auto bare = std::make_shared<Thresholds>();
+  const auto thresholds = std::make_shared<Thresholds>();
+  thresholds->tokens = 2048;
+  thresholds->prior = {0.5f, 0.5f};
+  const TdaOptions good{.active = 0.9, .thresholds = thresholds};
+  good.validate();
+  CHECK(resolve(good, {.prompt_tokens = 64}).words ==
+        "sequence scope: 90% of neurons, prior from 2048 tokens");
+  const auto refused = [](TdaOptions options) {
+    CHECK_THROWS(options.validate(), OptionError, "tda active with thresholds: expected scope");
+  };
+  refused({.active = 0.9, .thresholds = bare});
+  refused({.scope = Scope::token, .active = 0.9, .thresholds = thresholds});
+  refused({.estimate = Estimate::hidden, .active = 0.9, .thresholds = thresholds});
+}
+
 TEST(tda_options) {
   const auto thresholds = std::make_shared<Thresholds>();
   TdaOptions{.error = 0.0}.validate();

@@ -113,6 +113,44 @@ TEST(thresholds_round_trip) {
   CHECK(json["version"] == 2);
 }
 
+TEST(a_prior_round_trips) {
+  const Folder folder;
+  Thresholds thresholds = example();
+  thresholds.prior = {0, kPriorUnit, 1, 0.25f, 12345 * kPriorUnit, 1 - kPriorUnit};
+  thresholds.save(folder.path / "t");
+  CHECK(Thresholds::load(folder.path / "t").prior == thresholds.prior);
+  const auto json = nlohmann::json::parse(std::ifstream(folder.path / "t"));
+  CHECK((json["prior"] == nlohmann::json{0, 1, 16777216, 4194304, 12345, 16777215}));
+}
+
+TEST(priors_that_are_none) {
+  const Folder folder;
+  const auto saved = [&](std::vector<float> prior, Scope scope = Scope::sequence) {
+    Thresholds thresholds = example();
+    thresholds.prior = std::move(prior);
+    thresholds.scope = scope;
+    thresholds.save(folder.path / "t");
+  };
+  const char* shape =
+      "numbers, expected none, or with scope \"sequence\" as many for each of values";
+  CHECK_THROWS(saved({0, 0, 0, 0}), CheckpointError, std::string("prior: found 4 ") + shape);
+  CHECK_THROWS(saved({0, 0, 0}, Scope::token), CheckpointError,
+               std::string("prior: found 3 ") + shape);
+  CHECK_THROWS(saved({0, NAN, 0}), CheckpointError, "prior[1]: found nan, expected 0 to 16777216");
+  CHECK_THROWS(saved({0, 0, -kPriorUnit}), CheckpointError, "prior[2]: found -1, expected 0 to");
+  CHECK_THROWS(saved({1.5f, 0, 0}), CheckpointError, "prior[0]: found 2.51658e+07, expected");
+  example().save(folder.path / "t");
+  auto json = nlohmann::json::parse(std::ifstream(folder.path / "t"));
+  for (const auto& [prior, found] : {std::pair{R"({"a": 1})", "an array of numbers"},
+                                     {R"([1, "2", 3])", "prior[1]: found \"2\""},
+                                     {"[1, 2]", "prior: found 2 numbers"},
+                                     {"[1, 2, 16777220]", "prior[2]: found 1.67772e+07"}}) {
+    json["prior"] = nlohmann::json::parse(prior);
+    std::ofstream(folder.path / "t") << json;
+    CHECK_THROWS(Thresholds::load(folder.path / "t"), CheckpointError, found);
+  }
+}
+
 TEST(thresholds_of_token_scope_round_trip) {
   const Folder folder;
   Thresholds thresholds = example();

@@ -14,6 +14,7 @@ from reference import Reference
 from tdaengine import TDA, CheckpointError, Engine, OptionError, Session, Thresholds
 
 VARIANTS = ["llama", "llama_bias", "llama_gelu_tanh", "llama_relu", "llama_odd"]
+PRIOR_TOKENS = 512  # of a prompt that a prior weighs as much as
 PROMPT = 40  # tokens; the rest of tiny.tokens is decoded
 
 
@@ -270,7 +271,8 @@ def test_thresholds_serve_generate_and_score(case: Case, tmp_path: Path):
     session = case.prefilled()
     session.apply(tda)
     for layer in case.layers:
-        expected = np.flatnonzero(session.statistic(layer) >= thresholds.values[layer])
+        scores = with_prior(session.statistic(layer), PROMPT, priors_of(thresholds, case)[layer])
+        expected = np.flatnonzero(scores >= thresholds.values[layer])
         assert np.array_equal(session.mask(layer), expected)
         assert 0 < len(expected) < case.neurons
 
@@ -289,6 +291,74 @@ def test_thresholds_serve_generate_and_score(case: Case, tmp_path: Path):
     # Each token is the best one, within rounding.
     chosen = expected[np.arange(30), out.token_ids]
     assert np.all(chosen >= expected.max(1) - 1e-3)
+
+
+def priors_of(thresholds: Thresholds, case: Case) -> np.ndarray:
+    """[L, F]"""
+    return np.array(thresholds.prior).reshape(len(case.layers), case.neurons)
+
+
+def with_prior(scores: np.ndarray, tokens: int, prior: np.ndarray) -> np.ndarray:
+    """R of a prompt of so many tokens, joined with R² of other text."""
+    return np.sqrt((tokens * scores**2 + PRIOR_TOKENS * prior) / (tokens + PRIOR_TOKENS))
+
+
+def test_a_prior_joins_the_prompts_statistic(case: Case, tmp_path: Path):
+    texts = [case.tokens[:50], case.tokens[20:]]
+    found = case.engine.calibrate(texts, error=0.2, sample_tokens=60)
+    found.save(tmp_path / "t.json")
+    assert Thresholds.load(tmp_path / "t.json").prior == found.prior
+    squares, h = [], []
+    for text in texts:
+        case.reference.forward(text)
+        h.append(case.reference.h)
+        squares.append(
+            [reference.statistic(*of) ** 2 for of in zip(h[-1], case.downs, strict=True)]
+        )
+    a, b = map(np.array, squares)
+    prior = (50 * a + 60 * b) / 110
+    assert np.allclose(priors_of(found, case), prior, rtol=1e-4, atol=2.0**-24)
+    session = case.prefilled()
+    session.apply(TDA(active=0.4, thresholds=found))
+    for layer in case.layers:
+        scores = with_prior(case.scores[layer], PROMPT, prior[layer])
+        count = round(0.4 * case.neurons)
+        assert np.array_equal(session.mask(layer), reference.strongest(scores, count))
+        # Each text was searched with the other one's statistic as its prior.
+        errors = []
+        for own, other, length, each in ((a, b, 50, h[0]), (b, a, 60, h[1])):
+            scores = with_prior(np.sqrt(own[layer]), length, other[layer])
+            kept = np.flatnonzero(scores >= found.values[layer] * (1 - 1e-5))
+            errors += [reference.cett(each[layer], case.downs[layer], kept)] * length
+        assert found.reached[layer] == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_a_prior_of_fewer_neurons_is_refused(llama: Case, tmp_path: Path):
+    path = tmp_path / "thresholds.json"
+    llama.engine.calibrate([llama.tokens], error=0.2).save(path)
+    content = json.loads(path.read_text())
+    content["prior"] = content["prior"][: -len(content["values"])]
+    path.write_text(json.dumps(content))
+    expected = len(llama.layers) * llama.neurons
+    found = expected - len(llama.layers)
+    with pytest.raises(CheckpointError, match=f"prior of {found} neurons, expected {expected}"):
+        llama.prefilled().apply(TDA(thresholds=Thresholds.load(path)))
+
+
+def test_thresholds_without_a_prior_serve_as_before(llama: Case, tmp_path: Path):
+    path = tmp_path / "thresholds.json"
+    llama.engine.calibrate([llama.tokens], error=0.2).save(path)
+    content = json.loads(path.read_text())
+    del content["prior"]
+    path.write_text(json.dumps(content))
+    thresholds = Thresholds.load(path)
+    session = llama.prefilled()
+    session.apply(TDA(thresholds=thresholds))
+    for layer in llama.layers:
+        expected = np.flatnonzero(session.statistic(layer) >= thresholds.values[layer])
+        assert np.array_equal(session.mask(layer), expected)
+    with pytest.raises(OptionError, match="thresholds with a prior"):
+        TDA(active=0.5, thresholds=thresholds)
 
 
 def test_calibrated_thresholds_meet_the_target_by_the_reference(llama: Case):

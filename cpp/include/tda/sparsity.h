@@ -37,6 +37,9 @@ namespace [[gnu::visibility("default")]] tda {
 
 struct PredictorWeights;
 
+/// Numbers of Thresholds::prior are whole multiples of this, which is how the file has them.
+inline constexpr float kPriorUnit = 1.0f / (1 << 24);
+
 /// What a TDA threshold holds for: a whole generation, or each token afresh.
 enum class Scope { sequence, token };
 
@@ -68,6 +71,9 @@ struct Thresholds {
   /// graded weights, instead of the above: values of TdaOptions::inputs, descending; by how much
   /// perplexity rose with each, 0.02 for 2%; and the standard error of that over the tokens. [N]
   std::vector<float> inputs = {}, losses = {}, loss_errors = {};
+  /// [L, F] scope "sequence": R² over all tokens of the texts, in multiples of kPriorUnit. What a
+  /// prompt's own R² is joined with before it is compared. Empty in files made before there was one.
+  std::vector<float> prior = {};
   std::string source;       // "texts" or "self-generated"
   std::int64_t texts = 0;   // calibration texts used
   std::int64_t tokens = 0;  // tokens in them
@@ -118,7 +124,8 @@ struct TdaOptions {
   /// of perplexity, is at most this; 0.02: 2%. Needs `thresholds`, or a file tda.json in the
   /// model's folder that Engine::calibrate has made.
   std::optional<double> loss = {};
-  /// Calibrated beforehand, see Engine::calibrate.
+  /// Calibrated beforehand, see Engine::calibrate. Scope "sequence": a file with a prior may be given
+  /// together with `active`, which then takes the place of the file's values.
   std::shared_ptr<const Thresholds> thresholds = {};
   /// Scope "token" with int8 weights and `active`: a further share that stays at 4 bits.
   double coarse = 0;
