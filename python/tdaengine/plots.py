@@ -60,8 +60,7 @@ def evaluation(
                 [row[name] / unit for row in rows],
                 [row["perplexity"] for row in rows],
                 yerr=errors,
-                color=f"C{i}",
-                marker="o",
+                **style(i),
                 ms=4,
                 capsize=2,
                 label=family,
@@ -104,8 +103,7 @@ def tasks(
                 [spent / unit for spent, _ in points],
                 [means[name]["accuracy"] for _, name in points],
                 yerr=[means[name]["change_error"] for _, name in points],
-                color=f"C{i}",
-                marker="o",
+                **style(i),
                 ms=4,
                 capsize=2,
                 label=family,
@@ -159,6 +157,11 @@ def analysis(figures: Mapping[str, Any], engine: Engine, score_tokens: int, path
     picture.suptitle(_title("What active sets have in common", engine, figures["compared"]))
     picture.savefig(path, dpi=100)
     return {**flat_depth, **flat_time}
+
+
+def style(i: int) -> dict[str, str]:
+    """Of the i-th line: matplotlib has ten colours, so the next ten lines have another marker."""
+    return {"color": f"C{i % 10}", "marker": "osD^v<>"[i // 10 % 7]}
 
 
 def split_flat(lines: Lines) -> tuple[dict[str, Sequence[float]], dict[str, Sequence[float]]]:

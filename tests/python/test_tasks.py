@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tdaengine import TDA, Engine, OptionError, cli
+from tdaengine import TDA, Engine, OptionError, cli, plots
 from tdaengine.tasks import (
     Item,
     choose,
@@ -249,3 +249,7 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "tdaengine.lm_eval", raising=False)
     with pytest.raises(ImportError, match=r"needs lm_eval, pip install 'tdaengine\[eval\]'"):
         importlib.import_module("tdaengine.lm_eval")
+
+
+def test_lines_of_a_picture_look_different():
+    assert len({tuple(plots.style(i).values()) for i in range(70)}) == 70
