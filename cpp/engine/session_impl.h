@@ -85,7 +85,6 @@ struct Session::Impl {
   void mask_from_statistic();
   void mask_with_prior();
   void refresh();
-
   Statistic statistic_of_layers() const;
 
   std::int64_t resumed_ = 0;                 // tokens of a kept prefix
