@@ -4,7 +4,7 @@
 #include <iostream>
 
 int main() {
-  const tda::Engine engine("models/SmolLM2-135M-Instruct", {.weights = tda::WeightFormat::int8});
+  const tda::Engine engine("models/SmolLM2-135M-Instruct", {.weights = tda::WeightFormat::graded});
   const tda::Tokenizer tokenizer("models/SmolLM2-135M-Instruct");
   tda::TextStream text = tokenizer.stream();
   const auto print = [&](tda::Token token) {

@@ -11,7 +11,7 @@ configure="$bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$bin/ninja -DPython_EXECUTAB
 { read -r expected_ids; expected=$(cat); } < <("$bin/python" - <<'PYTHON'
 from tdaengine import TDA, Engine
 
-engine = Engine("models/SmolLM2-135M-Instruct", weights="int8")
+engine = Engine("models/SmolLM2-135M-Instruct", weights="graded")
 out = engine.generate("One, two, three, four,", max_new_tokens=7, tda=TDA())
 print(*out.token_ids)
 print(out.text)

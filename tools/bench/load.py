@@ -60,13 +60,16 @@ class Load:
         if self.args.model is None:
             self.args.model = (await self.client.models.list()).data[0].id
         started = time.monotonic()
-        clients = (self._go_on(started + self.args.seconds) for _ in range(self.args.clients))
+        end = started + self.args.seconds
+        clients = (self._go_on(number, end) for number in range(self.args.clients))
         await asyncio.gather(*clients)
         return time.monotonic() - started
 
-    async def _go_on(self, end: float) -> None:
+    async def _go_on(self, number: int, end: float) -> None:
+        first = list(KINDS)[number % len(KINDS)]  # so that each kind occurs
         while (left := end - time.monotonic()) > 0:
-            kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
+            kind = first or self.chance.choices(list(KINDS), list(KINDS.values()))[0]
+            first = ""
             self.seen.asked[kind] += 1
             try:
                 await self._one(kind)
