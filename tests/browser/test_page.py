@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
+from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from serving import Server, serving
 
 from tdaengine import TDA, Engine
 from tdaengine.server.app import PAGE, PAGE_FILES, PAGE_HEADERS
+from tdaengine.server.markdown import to_html
 
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France?"
@@ -24,7 +27,13 @@ ASKED = {"max_new_tokens": 256, "temperature": 0, "parse_special": False}
 HOSTILE = (
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
     "<a href='javascript:0'>a</a> &amp; \x1b[31mred\x1b[0m \u202ereversed\n"
-    "```html\n<b>bold</b>\n```"
+    "```html\n<b>bold</b>\n```\n[a](javascript:0) ![b](https://example.com/b.png) **strong**"
+)
+# The same with its Markdown rendered: the code, the word that is strong, and a picture as a link.
+RENDERED = (
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "<a href='javascript:0'>a</a> & \x1b[31mred\x1b[0m \u202ereversed"
+    "\n<b>bold</b>\n\n[a](javascript:0) !b strong\n"
 )
 
 
@@ -86,6 +95,11 @@ def heights(layers: Locator, kind: str) -> list[float]:
     return [box["height"] / whole["height"] if box else 0 for box in boxes]
 
 
+def text_of(markdown: str) -> str:
+    """What is left to read of it."""
+    return unescape(re.sub("<[^>]*>", "", to_html(markdown)))
+
+
 def test_both_answers_come_with_their_figures(page: Page, server: Server, smollm2: Path):
     engine = Engine(smollm2, weights="int8", threads=1)
     page.goto(server.url)
@@ -100,11 +114,11 @@ def test_both_answers_come_with_their_figures(page: Page, server: Server, smollm
     for side, name, tda in ((".dense", "Dense answer", False), (".tda", "Answer with TDA", TDA())):
         out = engine.chat([first], tda=tda, **ASKED)
         section = page.get_by_role("region", name=name)
-        assert section.locator(".text").nth(0).text_content() == out.text
+        assert section.locator(".text").nth(0).text_content() == text_of(out.text)
         # Each side goes on from what it said itself.
         said = [first, {"role": "assistant", "content": out.text}, second]
         out = engine.chat(said, tda=tda, **ASKED)
-        assert section.locator(".text").nth(1).text_content() == out.text
+        assert section.locator(".text").nth(1).text_content() == text_of(out.text)
         figures = page.locator(f"{side} .figures").nth(1)
         megabytes = f"{out.stats.bytes_per_token / 1e6:.1f} MB per token"
         expect(figures).to_contain_text(f"{out.stats.new_tokens} tokens")
@@ -236,6 +250,10 @@ class Hostile(BaseHTTPRequestHandler):
             self._send(json.dumps({"data": [model]}).encode(), "application/json", {})
 
     def do_POST(self) -> None:
+        if self.path == "/markdown":
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self._send(to_html(body["text"]).encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+            return
         stats = {
             "new_tokens": 1,
             "tokens_per_second": 1,
@@ -266,10 +284,15 @@ def test_a_hostile_answer_stays_text(page: Page):
         page.goto(f"http://127.0.0.1:{fake.server_port}/")
         ask(page, HOSTILE)
         expect(page.get_by_role("status")).to_have_text("Both answers are there.")
-        for place in page.locator(".text, .question").all():
-            assert place.text_content() == HOSTILE
+        assert page.locator(".question").text_content() == HOSTILE
+        for answer in page.locator(".text").all():
+            assert answer.text_content() == RENDERED
+            assert answer.locator("strong").text_content() == "strong"
+            assert answer.locator("pre code").text_content() == "<b>bold</b>\n"
+            (link,) = answer.locator("a").all()
+            assert link.get_attribute("href") == "https://example.com/b.png"
         assert HOSTILE in (page.locator(".warnings").first.text_content() or "")
-        assert page.locator(".turn script, .turn img, .turn a, .turn b, header img").count() == 0
+        assert page.locator(".turn script, .turn img, .turn b, header img").count() == 0
         assert page.title() == "tdaengine"
         fake.shutdown()
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -262,6 +263,28 @@ def test_usage_tells_what_was_kept_of_a_prompt(folder: Path):
         found = response.usage.input_tokens_details.cached_tokens
         assert found == out.stats.cached_tokens > 0
         assert server.metric("cached_tokens_total") == total + found
+
+
+def test_markdown_for_the_page(server: Server):
+    def html(text: str) -> str:
+        request = urllib.request.Request(
+            f"{server.url}/markdown",
+            json.dumps({"text": text}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as response:
+            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+            return response.read().decode()
+
+    assert html("*a* <b>\n\n- `c`") == (
+        "<p><em>a</em> &lt;b&gt;</p>\n<ul>\n<li><code>c</code></li>\n</ul>\n"
+    )
+    assert html("[a](https://b.c)") == (
+        '<p><a href="https://b.c" target="_blank" rel="noopener noreferrer">a</a></p>\n'
+    )
+    assert html("[a](javascript:0)") == "<p>[a](javascript:0)</p>\n"
+    assert "<td>2</td>" in html("|a|b|\n|-|-|\n|1|2|")
+    assert html("*" * 50_001) == f"<pre>{'*' * 50_001}</pre>"
 
 
 def test_special_tokens_in_messages_stay_text(client: openai.OpenAI, engine: Engine):

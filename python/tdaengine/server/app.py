@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -31,6 +31,7 @@ from .fields import (
 )
 from .forms import ChatForm, CompletionForm, Form, ResponseForm
 from .gate import Gate, Rules
+from .markdown import to_html
 from .metrics import Metrics
 from .scheduler import Scheduler, Work
 from .work import Choice, Generating, Scoring, check_prompt
@@ -319,6 +320,11 @@ def _add_page(app: FastAPI) -> None:
             return Response(content, headers=PAGE_HEADERS, media_type=media_type)
 
         return send
+
+    @app.post("/markdown", include_in_schema=False)
+    async def markdown(text: Annotated[str, Body(embed=True)]) -> Response:
+        html = await run_in_threadpool(to_html, text)
+        return Response(html, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     for path, (name, media_type) in PAGE_FILES.items():
         app.add_api_route(path, sending(name, media_type), include_in_schema=False)

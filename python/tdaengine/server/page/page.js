@@ -1,5 +1,5 @@
-// The page asks the API as any other client does. Answers are shown as text: whatever a model
-// writes, no markup comes of it.
+// The page asks the API as any other client does. Answers are shown as text while they come; what
+// is made of their Markdown at the end, the server has freed of markup and scripts.
 "use strict";
 
 const find = (id) => document.getElementById(id);
@@ -144,11 +144,29 @@ function following(change) {
   if (isAtEnd) window.scrollTo(0, page.scrollHeight);
 }
 
+// A server that cannot leaves the text as it is.
+async function showMarkdown(element, text) {
+  try {
+    const response = await fetch("markdown", {
+      method: "POST",
+      headers: headers(),
+      body: JSON.stringify({ text }),
+    });
+    if (!response.ok) return;
+    const html = await response.text();
+    following(() => { element.innerHTML = html; });
+    element.classList.add("rendered");
+  } catch {
+    // The text is there.
+  }
+}
+
 async function answer(section, side, question, signal) {
   const text = section.querySelector(".text");
   const system = find("system").value.trim();
   const messages = [...histories[side], { role: "user", content: question }];
   let before = null;  // the last stats
+  let written = "";
   text.setAttribute("aria-busy", "true");  // read aloud once it is whole
   try {
     const response = await fetch("v1/chat/completions", {
@@ -170,7 +188,10 @@ async function answer(section, side, question, signal) {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
       following(() => {
-        if (choice.delta.content) text.append(choice.delta.content);  // a text node
+        if (choice.delta.content) {
+          written += choice.delta.content;
+          text.append(choice.delta.content);  // a text node
+        }
         if (choice.stats) {
           showStats(section, choice.stats, choice.finish_reason ? null : before);
           before = choice.stats;
@@ -181,10 +202,11 @@ async function answer(section, side, question, signal) {
       }
     }
   } finally {
-    text.setAttribute("aria-busy", "false");
-    if (text.textContent) {
-      histories[side] = [...messages, { role: "assistant", content: text.textContent }];
+    if (written) {
+      histories[side] = [...messages, { role: "assistant", content: written }];
+      await showMarkdown(text, written);
     }
+    text.setAttribute("aria-busy", "false");
   }
 }
 
