@@ -60,9 +60,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_prefix_cache(parser: argparse.ArgumentParser) -> None:
+def add_prefix_cache(group: Any) -> None:
     option(
-        parser,
+        group,
         "--prefix-cache",
         dest="kept_prefixes",
         default=DEFAULT_LIMIT,

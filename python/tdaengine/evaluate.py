@@ -221,8 +221,8 @@ def describe_run(engine: Engine, tda: TDA | None) -> dict[str, Any]:
     """What must be the same for results to be put together."""
     options = {} if tda is None else {name: getattr(tda, name) for name in TDA.fields}
     if thresholds := options.get("thresholds"):
-        names = ("values", "coarse", "inputs", "losses", "prior")
-        options["thresholds"] = digest([getattr(thresholds, name) for name in names])
+        numbers = ("values", "coarse", "inputs", "losses", "prior")
+        options["thresholds"] = digest([getattr(thresholds, name) for name in numbers])
     if predictor := options.get("predictor"):
         content = read(Path(predictor.file), "a predictor", 10 * MAX_DATA)
         options["predictor"] = hashlib.sha256(content).hexdigest()[:16]
