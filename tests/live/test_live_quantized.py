@@ -13,11 +13,11 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
+from tdaengine._native import Checkpoint
 from tiny_quantized import CONFIG, KINDS
 from transformers import AutoModelForCausalLM
 
 from tdaengine import Engine
-from tdaengine._native import Checkpoint
 
 TOKENS = tiny.tokens("llama")
 # Of f32 scales, whose products with zero points are rounded: weights here are below 1.

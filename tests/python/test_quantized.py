@@ -15,10 +15,10 @@ import tiny_quantized
 from gguf import GGMLQuantizationType
 from reference import Reference
 from safetensors.numpy import load_file, save_file
+from tdaengine._native import Checkpoint
 from tiny_quantized import CONFIG, KINDS, Codes
 
 from tdaengine import CheckpointError, Engine
-from tdaengine._native import Checkpoint
 from tdaengine.convert import convert
 from tdaengine.info import describe, info
 
