@@ -346,7 +346,7 @@ def test_the_load_test_finds_nothing_lost(folder: Path):
     options = ("--parallel", "1", "--queue", "1", "--max-context", "2000")
     with serving(folder, "--name", "tiny", *options) as server:
         command = [sys.executable, str(LOAD), "--url", server.url, "--clients", "12"]
-        command += ["--seconds", "4", "--pid", str(server.process.pid)]
+        command += ["--seconds", "6", "--pid", str(server.process.pid)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert (done.returncode, done.stderr) == (0, "")
         cells = re.findall(r"^\| (.+) \| ([0-9.]+) \|$", done.stdout, re.MULTILINE)
