@@ -1,6 +1,7 @@
 // The file of a PrefixCache: the length of a JSON object in 8 bytes, little-endian; the object, which
 // names the model, counts what follows and has its checksum; and of each prompt, one after the other,
 // tokens i32 [T], rows [T] and statistics f64 [K, 1 + L * F].
+#include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -55,7 +56,7 @@ class Reader {
     at_ += static_cast<std::int64_t>(length);
     header_ = parse_json_object(text, file_.name());
     if (string("format") != kFormat)
-      fail("format " + string("format"), std::string("\"") + kFormat + '"');
+      fail("format " + describe(header_["format"]), std::string("\"") + kFormat + '"');
     if (integer("version") != kVersion)
       fail("version " + std::to_string(integer("version")), std::to_string(kVersion));
   }
@@ -85,7 +86,7 @@ class Reader {
     std::vector<std::shared_ptr<const Prefix>> result;
     for (const json& prompt : prompts) result.push_back(prefix(prompt, model));
     if (hash_.hex() != string("checksum"))
-      fail("data of checksum " + hash_.hex(), string("checksum"));
+      fail("data of checksum " + hash_.hex(), describe(header_["checksum"]));
     return result;
   }
 
@@ -95,11 +96,7 @@ class Reader {
     result->tokens.resize(integer(prompt, "tokens", 1));
     result->rows.resize(result->tokens.size() * model.token_bytes);
     result->statistics.resize(integer(prompt, "statistics", 0));
-    try {
-      result->estimate = parse_estimate(string("estimate", prompt));
-    } catch (const OptionError& error) {
-      throw CheckpointError(file_.name() + ": " + error.what());
-    }
+    result->estimate = estimate(prompt);
     read(result->tokens.data(), std::ssize(result->tokens) * std::int64_t{sizeof(Token)});
     read(result->rows.data(), std::ssize(result->rows));
     for (Statistic& statistic : result->statistics) {
@@ -108,6 +105,12 @@ class Reader {
       read(statistic.sums.data(), model.statistic_size * std::int64_t{sizeof(double)});
     }
     return result;
+  }
+
+  Estimate estimate(const json& prompt) const {
+    for (const Estimate each : {Estimate::contribution, Estimate::hidden, Estimate::gate})
+      if (string("estimate", prompt) == name_of(each)) return each;
+    fail("estimate: " + describe(prompt["estimate"]), "\"contribution\", \"hidden\" or \"gate\"");
   }
 
   void read(void* to, std::int64_t bytes) {
@@ -126,7 +129,13 @@ class Reader {
   std::string string(const char* key) const { return string(key, header_); }
   std::string string(const char* key, const json& object) const {
     const json& value = at(object, key);
-    if (!value.is_string()) fail(std::string(key) + ": " + describe(value), "a string");
+    // Messages quote some of them.
+    const auto is_plain = [](const std::string& text) {
+      return text.size() <= 64 &&
+             std::ranges::all_of(text, [](char c) { return c >= ' ' && c <= '~'; });
+    };
+    if (!value.is_string() || !is_plain(value.get_ref<const std::string&>()))
+      fail(std::string(key) + ": " + describe(value), "a string of at most 64 ASCII characters");
     return value.get<std::string>();
   }
   std::int64_t integer(const char* key) const { return integer(header_, key, 0); }

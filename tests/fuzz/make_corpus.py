@@ -302,6 +302,32 @@ def write_ggufs() -> None:
     write("gguf", "types", gguf_file("llama", {}, tensors))
 
 
+def prefixes(prompts: list[tuple[int, str, int]]) -> bytes:
+    """A prefix cache's file; a prompt is its tokens, estimate and statistics."""
+    row, neurons = 4, 2
+    data = b"".join(
+        bytes(range(count * (4 + row))) + bytes(kept * 8 * (1 + neurons))
+        for count, _, kept in prompts
+    )
+    checksum = 0xCBF29CE484222325  # FNV-1a
+    for byte in data:
+        checksum = (checksum ^ byte) * 0x100000001B3 % 2**64
+    header = {
+        "format": "tdaengine-prefix-cache",
+        "version": 1,
+        "fingerprint": "0" * 16,
+        "weights": "int8",
+        "kv": "bf16",
+        "device": "cpu (avx2)",
+        "token_bytes": row,
+        "statistic_size": neurons,
+        "prompts": [{"tokens": t, "estimate": e, "statistics": k} for t, e, k in prompts],
+        "checksum": f"{checksum:016x}",
+    }
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
 def main() -> None:
     write_ggufs()
     write("tokenizer", "byte_level", byte_level())
@@ -324,6 +350,9 @@ def main() -> None:
     shares = {"inputs": [0.5, 0.1], "losses": [-0.001, 0.02], "loss_errors": [0.001, 0.002]}
     graded = THRESHOLDS | {"weights": "graded", "values": [], "coarse": [], "reached": []} | shares
     write("thresholds", "graded", json.dumps(graded).encode())
+
+    write("prefixes", "one", prefixes([(3, "contribution", 1)]))
+    write("prefixes", "two", prefixes([(1, "hidden", 0), (2, "gate", 2)]))
 
     tensors = {"a": ("BF16", [1, 2], b"abcd"), "b": ("F4", [2], b"e"), "c": ("F32", [0, 5], b"")}
     write("safetensors", "three", safetensors(tensors))
