@@ -81,6 +81,15 @@ def ask(page: Page, question: str) -> None:
     page.keyboard.press("Enter")
 
 
+def ask_by_hand(page: Page, question: str, tda: str, tokens: int) -> None:
+    """With options of TDA as JSON."""
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens at most").fill(str(tokens))
+    page.locator("#tda").select_option("hand")
+    page.get_by_label("Options of TDA").fill(tda)
+    ask(page, question)
+
+
 def shares(layers: Locator, kind: str) -> list[float]:
     """As the page has set them, by layer."""
     bars = layers.locator(f".{kind}").all()
@@ -165,11 +174,7 @@ def test_the_picture_has_three_shares_that_move(page: Page, server: Server, smol
     """With thresholds per token they differ from token to token."""
     page.route("**/v1/chat/completions", skip_dense)
     page.goto(server.url)
-    page.get_by_text("Settings").click()
-    page.get_by_label("New tokens at most").fill("100")
-    page.locator("#tda").select_option("hand")
-    page.get_by_label("Options of TDA").fill('{"scope": "token", "active": 0.3, "coarse": 0.4}')
-    ask(page, STORY)
+    ask_by_hand(page, STORY, '{"scope": "token", "active": 0.3, "coarse": 0.4}', tokens=100)
     layers = page.locator(".tda .layers")
     expect(layers.locator("> span")).to_have_count(30)
     seen, status = set(), page.get_by_role("status")
@@ -208,11 +213,7 @@ def test_the_picture_is_of_the_latest_tokens(page: Page, server: Server):
 def test_errors_are_told(chromium: Browser, server: Server):
     page = chromium.new_page()
     page.goto(server.url)
-    page.get_by_text("Settings").click()
-    page.locator("#tda").select_option("hand")
-    page.get_by_label("New tokens at most").fill("3")
-    page.get_by_label("Options of TDA").fill('{"active": 2}')
-    ask(page, QUESTION)
+    ask_by_hand(page, QUESTION, '{"active": 2}', tokens=3)
     expect(page.get_by_role("status")).to_have_text(
         "Not both answers are complete.", timeout=60_000
     )
