@@ -50,9 +50,9 @@ class Engine(_native.Engine):
         with Engine("path/to/checkpoint", weights="int8") as engine:
             print(engine.generate("The sky is", tda=TDA()))
 
-    Any number of threads may use it, and so may a child of fork(), with threads of its own; calls
-    are serialised. It is not pickled: load one in each process that is spawned (from an engine
-    folder they share its pages). `with` or `close` gives it up.
+    Any number of threads may use it, and so may a child of fork(), with threads of its own; what
+    they decode at the same time shares steps. It is not pickled: load one in each process that is
+    spawned (from an engine folder they share its pages). `with` or `close` gives it up.
 
     model: a checkpoint folder, a GGUF file (of several the first), or a Hugging Face hub id.
     device: auto | cpu | cuda (f32 and bf16 weights).
