@@ -210,7 +210,11 @@ def _ids_of(tokens: Iterable[str], vocabulary: dict[str, int]) -> frozenset[int]
 
 class _Faults:
     """A context in which a file's faults, however late its library finds them, are
-    CheckpointErrors."""
+    CheckpointErrors. What a signal's handler raises meanwhile passes as it is."""
+
+    # `tokenizers` raises plain Exception, and a panic of Rust's, as for a regular expression that
+    # takes too many steps, is a BaseException whose class nobody can import.
+    _KINDS = (Exception, RuntimeError, ValueError, TypeError, OverflowError)
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -219,9 +223,7 @@ class _Faults:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        # `tokenizers` raises plain Exception, and a panic of Rust's, as for a regular expression
-        # that takes too many steps, is a BaseException whose class nobody can import.
-        if kind and (issubclass(kind, Exception) or kind.__name__ == "PanicException"):
+        if kind in self._KINDS or (kind and kind.__name__ == "PanicException"):
             raise CheckpointError(f"{self._file}: {error}") from cast(BaseException, error)
 
 

@@ -215,6 +215,16 @@ def test_a_signal_ends_the_work(endless, alarm, work):
     assert len(endless.generate(PROMPT, max_new_tokens=3, ignore_eos=True).token_ids) == 3
 
 
+def test_what_a_signal_raises_is_no_fault_of_a_tokenizer(endless, alarm):
+    text = "all work and no play " * 5000
+    ids = endless.tokenizer.encode(text)
+    for work in (lambda: endless.tokenizer.encode(text), lambda: endless.tokenizer.decode(ids)):
+        with pytest.raises(Alarm):
+            alarm()
+            while True:
+                work()
+
+
 def test_a_stream_that_a_signal_ended_stays_ended(endless, alarm):
     stream = endless.stream(PROMPT, max_new_tokens=300_000, ignore_eos=True)
     with pytest.raises(Alarm):
