@@ -160,14 +160,16 @@ void expand_q5_k(const std::byte* block, float* out) {
 
 void expand_q6_k(const std::byte* block, float* out) {
   const float d = half_at(block + 208);
-  int high[kLarge];
-  each_pair_of_bits(block + 128, [&](int i, int code) { high[i] = code << 4; });
-  for (int half = 0; half < 2; ++half)
-    each_nibble<64>(block + 64 * half, [&](int i, int code) {
-      const int value = 128 * half + i;
-      const auto group = static_cast<std::int8_t>(block[192 + value / 16]);
-      out[value] = d * static_cast<float>(group) * static_cast<float>((code | high[value]) - 32);
-    });
+  for (int g = 0; g < 16; ++g, out += 16) {  // groups of 16 values
+    const int part = g / 2 % 4;
+    const std::byte* const low = block + g / 8 * 64 + g % 4 * 16;
+    const std::byte* const high = block + 128 + g / 8 * 32 + g % 2 * 16;
+    const float scale = d * static_cast<float>(static_cast<std::int8_t>(block[192 + g]));
+    for (int i = 0; i < 16; ++i) {
+      const int code = (at(low, i) >> (part / 2 * 4) & 15) | (at(high, i) >> (part * 2) & 3) << 4;
+      out[i] = scale * static_cast<float>(code - 32);
+    }
+  }
 }
 
 void expand_iq4_nl(const std::byte* block, float* out) {

@@ -1,7 +1,10 @@
 #include "weights/bricks.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
+#include "base/four.h"
 #include "base/half.h"
 #include "weights/brick_places.h"
 
@@ -58,40 +61,64 @@ std::int64_t Bricks::bytes() const { return Parts(*this).end; }
 std::int64_t Bricks::high_bytes() const { return Parts(*this).rests; }
 
 void measure_rests(const Bricks& target, std::int64_t first, std::int64_t end) {
-  for (std::int64_t i = first; i < end; ++i) {
-    double squares = 0;
-    for (std::int64_t r = 0; r < target.rows; ++r) {
-      const auto [byte, shift] = rest_place(r % kStripRows);
-      const int code = (target.rest(i)[r / kStripRows * 32 + byte] >> shift & 15) - 8;
-      const double rest = static_cast<double>(target.rest_steps[r]) * code;
-      squares += rest * rest;
+  constexpr std::int64_t kHalf = kStripRows / 2;
+  // In units of the largest step: squares of very large or small ones are no floats.
+  const float* const steps = target.rest_steps;
+  const float unit = *std::max_element(steps, steps + target.strips * kStripRows);
+  std::vector<double> squares(end - first);
+  for (std::int64_t s = 0; s < target.strips && unit > 0; ++s) {
+    float weights[kStripRows];  // of the squares of codes, by their place
+    for (std::int64_t r = 0; r < kStripRows; ++r) {
+      const float step = steps[s * kStripRows + r] / unit;
+      weights[rest_place(r).byte + (rest_place(r).shift ? kHalf : 0)] = step * step;
     }
-    const_cast<float*>(target.rest_lengths)[i] = static_cast<float>(std::sqrt(squares));
+    for (std::int64_t i = first; i < end; ++i) {
+      const std::uint8_t* const run = target.rest(i) + s * kHalf;
+      float rests[kStripRows];
+      for (std::int64_t k = 0; k < kHalf; ++k) {
+        rests[k] = static_cast<float>((run[k] & 15) - 8);
+        rests[kHalf + k] = static_cast<float>((run[k] >> 4) - 8);
+      }
+      squares[i - first] += sum_of(kStripRows, [&](std::int64_t k) {
+        const Four rest = load_four(rests + k);
+        return load_four(weights + k) * rest * rest;
+      });
+    }
   }
+  for (std::int64_t i = first; i < end; ++i)
+    const_cast<float*>(target.rest_lengths)[i] =
+        static_cast<float>(unit * std::sqrt(squares[i - first]));
 }
 
 void dequantize_bricks(const Bricks& source, std::int64_t row, std::int64_t first,
                        std::int64_t count, float* out, bool high_only) {
-  const std::int64_t strip = row / kStripRows, r = row % kStripRows;
+  const std::int64_t strip = row / kStripRows, r = row % kStripRows, end = first + count;
   const auto [rest_byte, shift] = rest_place(r);
-  for (std::int64_t i = first; i < first + count; ++i) {
-    const std::int64_t block = i / kBlockInputs, in_block = i % kBlockInputs;
-    float& value = out[i - first];
+  const float step = source.steps[row];
+  for (std::int64_t begin = first; begin < end;) {
+    const std::int64_t block = begin / kBlockInputs, start = block * kBlockInputs;
+    const std::int64_t stop = std::min(end, start + kBlockInputs);
+    std::uint8_t codes[kBlockInputs];
+    float values[kBlockInputs];
     if (source.kind == BrickKind::lines) {
       const auto& brick = source.brick<LineBrick>(strip, block);
-      const auto code = static_cast<float>(code_at(brick.codes, r, in_block));
-      value =
-          source.steps[row] * (f16_to_f32(brick.scales[r]) * code + f16_to_f32(brick.minima[r]));
-      continue;
+      const float scale = f16_to_f32(brick.scales[r]), minimum = f16_to_f32(brick.minima[r]);
+      get_codes(brick.codes, r, codes);
+      for (std::int64_t i = 0; i < kBlockInputs; ++i)
+        values[i] = step * (scale * static_cast<float>(codes[i]) + minimum);
+    } else {
+      const auto& brick = source.brick<CentredBrick>(strip, block);
+      get_codes(brick.codes, r, codes);
+      for (std::int64_t i = 0; i < kBlockInputs; ++i)
+        values[i] = step * static_cast<float>(brick.scales[i / kScaleInputs][r] * (codes[i] - 8));
     }
-    const auto& brick = source.brick<CentredBrick>(strip, block);
-    const int code = code_at(brick.codes, r, in_block) - 8;
-    value = source.steps[row] * static_cast<float>(brick.scales[in_block / kScaleInputs][r] * code);
-    if (source.has_rests() && !high_only) {
-      const int rest = (source.rest(i)[32 * strip + rest_byte] >> shift & 15) - 8;
-      value += source.rest_steps[row] * static_cast<float>(rest);
-    }
+    std::copy(values + (begin - start), values + (stop - start), out + (begin - first));
+    begin = stop;
   }
+  for (std::int64_t i = first; i < end && source.has_rests() && !high_only; ++i)
+    out[i - first] +=
+        source.rest_steps[row] *
+        static_cast<float>((source.rest(i)[32 * strip + rest_byte] >> shift & 15) - 8);
   for (std::int64_t k = 0; k < kStripOutliers; ++k) {
     const StripOutlier& outlier = source.outliers[strip * kStripOutliers + k];
     const std::int64_t at = outlier.input - first;

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/buffer.h"
+#include "base/four.h"
 #include "base/half.h"
 #include "checkpoint/ggml_types.h"
 
@@ -201,7 +202,8 @@ void copy_strip(const BrickCopy& copy, std::int64_t strip) {
   each_row(copy, strip, [&](std::int64_t r, const TensorView& tensor, const std::byte* data) {
     float* const row = values.data() + r * stride;
     dequantize(tensor.dtype, data, target.cols, row);
-    if (!std::all_of(row, row + target.cols, [](float v) { return std::isfinite(v); }))
+    // Zeros, or a NaN where a value is not finite. Behind the row are zeros.
+    if (sum_of(stride, [&](std::int64_t i) { return load_four(row + i) * 0; }) != 0)
       throw not_finite(tensor, copy.target.format);
   });
   quantize_bricks(target, strip, values.data());
@@ -266,7 +268,7 @@ bool had_four_bits(const TensorView& tensor) {
 
 void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& bricks,
                 ThreadPool& pool, const Progress& progress) {
-  constexpr std::int64_t kPartElements = 1 << 18;
+  constexpr std::int64_t kPartElements = 1 << 18, kPartBytes = 1 << 21;
   std::int64_t done = 0, total = 0;
   for (const Copy& copy : copies) total += copy.target.bytes();
   for (const BrickCopy& copy : bricks) total += copy.target.bytes();
@@ -280,6 +282,11 @@ void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& b
     };
     std::vector<std::shared_ptr<const void>> kept;
     for (const TensorView* source : copy.sources) kept.push_back(source->keep());
+    auto* const memory = const_cast<std::byte*>(copy.target.data);
+    const auto clear = [&](std::int64_t begin, std::int64_t end) {
+      std::fill(memory + begin, memory + end, std::byte{});
+    };
+    in_parts(pool, copy.target.bytes(), kPartBytes, clear, [](std::int64_t) {});
     in_parts(pool, target.strips, 1, strips, report);
     const auto columns = [&](std::int64_t begin, std::int64_t end) {
       measure_columns(copy, begin, end);

@@ -88,7 +88,6 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
   result.by_block = by_block;
   result.data = size.too_large() ? allocate(size, 2) : allocate(1, result.bytes());
   if (checkpoint_.packed()) return result;
-  if (memory_) std::fill_n(const_cast<std::byte*>(result.data), result.bytes(), std::byte{});
   copy.target = result;
   if (memory_) brick_copies_.push_back(std::move(copy));
   return result;

@@ -1,34 +1,40 @@
 // How weights are rounded to bricks.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "base/four.h"
 #include "base/half.h"
 #include "weights/brick_places.h"
 
 namespace tda {
 namespace {
 
-/// The nearest integer of a number below 2^22: compilers vectorise this, not std::nearbyint.
-float nearest(float value) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-  return (value + kShift) - kShift;
+/// The value of the largest size of n, a multiple of 4; 0 for zeros.
+float largest_of(const float* values, std::int64_t n) {
+  Four least{}, most{};
+  for (std::int64_t i = 0; i < n; i += 4) {
+    least = min(least, load_four(values + i));
+    most = max(most, load_four(values + i));
+  }
+  return most_of(most) >= -least_of(least) ? most_of(most) : least_of(least);
 }
 
-/// 32 values, or their codes, in lanes that compilers make vectors of.
-constexpr std::int64_t kLanes = 8;
-
-/// The sum of value(i), i < count, a multiple of 8.
-template <class Value>
-float sum_of(const Value& value, std::int64_t count = kBlockInputs) {
-  float lanes[kLanes] = {};
-  for (std::int64_t i = 0; i < count; i += kLanes)
-    for (std::int64_t k = 0; k < kLanes; ++k) lanes[k] += value(i + k);
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
-         ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+/// Whether the largest of 32 values may be more than `ratio` times the next. If it is, the largest
+/// square is more than half of the sum of all; squares that overflow tell nothing.
+bool may_hold_outlier(const float* values, float ratio) {
+  Four most{};
+  const float sum = sum_of(kBlockInputs, [&](std::int64_t i) {
+    const Four v = load_four(values + i), square = v * v;
+    most = max(most, square);
+    return square;
+  });
+  const float others = static_cast<float>(kBlockInputs - 1) / (ratio * ratio);
+  return !(sum > 1.01f * (1 + others) * most_of(most));
 }
 
 /// Takes the strip's outliers out of `values`: the largest values that are more than kRatio times
@@ -43,6 +49,7 @@ void take_outliers(float* values, std::int64_t cols, std::int64_t first_row, Str
   for (std::int64_t r = 0; r < kStripRows; ++r)
     for (std::int64_t first = 0; first < cols; first += kBlockInputs) {
       const float* const group = values + r * cols + first;
+      if (!may_hold_outlier(group, kRatio)) continue;
       float largest = 0, next = 0;
       std::int64_t at = 0;
       for (std::int64_t i = 0; i < kBlockInputs; ++i) {
@@ -92,110 +99,137 @@ constexpr int kMostCentredScale = 127;
 /// With the largest scale, a row's largest value is code 8 / 1.1.
 constexpr float kLargestInSteps = 8 * kMostCentredScale / 1.1f;
 
-float code_of(float value, float inverse_step) {  // -8 ... 7
-  return nearest(std::min(std::max(value * inverse_step, -8.0f), 7.0f));
+Four codes_of(Four values, Four inverse_step) {  // -8 ... 7
+  return nearest(clamp(values * inverse_step, -8, 7));
 }
 
-/// The scales tried for 16 values: those that put the largest at 70% (with rests, which cannot
-/// reach further, 86%) to 110% of code 8, with either sign, without repeats.
-struct ScaleCandidates {
-  static constexpr int kMost = 2 * 21;
-  int count = 0;
-  float scales[kMost], inverses[kMost];
+/// The squared error of values[0 ... n) as codes of this step; n is a multiple of 8.
+float error_of(const float* values, std::int64_t n, float step) {
+  const Four inverse = Four{} + 1 / step;
+  return sum_of(n, [=](std::int64_t i) {
+    const Four v = load_four(values + i), missed = v - step * codes_of(v, inverse);
+    return missed * missed;
+  });
+}
 
-  ScaleCandidates(float largest, bool has_rests) {
-    int last = 0;
-    for (int percent = has_rests ? 86 : 70; percent <= 110; percent += 2) {
-      const int scale =
-          std::min(kMostCentredScale,
-                   static_cast<int>(std::lround(largest * static_cast<float>(percent) / 800)));
-      if (scale == last) continue;
-      last = scale;
-      for (const int signed_scale : {scale, -scale}) {
-        scales[count] = static_cast<float>(signed_scale);
-        inverses[count] = 1 / scales[count];
-        ++count;
-      }
-    }
-  }
+/// Scales that put a group's largest value between these shares of code -8. Rests reach no further
+/// than half a scale, so with them the largest value is clipped less.
+struct ScalesTried {
+  float first, step;
+  int count;  // a multiple of 4
 };
+constexpr ScalesTried kAlone = {0.7f, 0.02f, 24}, kWithRests = {0.86f, 0.07f, 4};
 
-/// The scale of least squared error for 16 values in steps; 0 if none is better than zeros.
-float choose_scale(const float* values, bool has_rests) {
-  float largest = 0, least = 0;  // least: of zeros
-  for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-    largest = std::max(largest, std::abs(values[i]));
-    least += values[i] * values[i];
-  }
-  const ScaleCandidates tried(largest, has_rests);
-  float errors[ScaleCandidates::kMost] = {};
-  for (std::int64_t i = 0; i < kScaleInputs; ++i)
-    // Candidates are the inner loop so that it vectorises and each sum keeps its order.
-    for (int c = 0; c < tried.count; ++c) {
-      const float missed = values[i] - code_of(values[i], tried.inverses[c]) * tried.scales[c];
-      errors[c] += missed * missed;
+/// The scale of least squared error for 16 values in steps, or the one that least squares gives for
+/// its codes if that is better and clips no more; 0 if none is better than zeros.
+float choose_scale(const float* values, const ScalesTried& tried) {
+  constexpr float kMost = kMostCentredScale;
+  const float unit = largest_of(values, kScaleInputs) / -8;
+  float best = 0, least = 0;  // of zeros
+  for (std::int64_t i = 0; i < kScaleInputs; ++i) least += values[i] * values[i];
+  for (int k = 0; k < tried.count; k += 4) {
+    // Scales, not values, lie side by side: so their errors need no sums across.
+    const auto first = static_cast<float>(k);
+    const Four places = {first, first + 1, first + 2, first + 3};
+    const Four scales = clamp(nearest(unit * (tried.first + tried.step * places)), -kMost, kMost);
+    const Four inverses = scales == 0 ? Four{} : 1 / scales;
+    Four errors{};
+    for (std::int64_t i = 0; i < kScaleInputs; ++i) {
+      const Four value = Four{} + values[i];
+      const Four missed = value - scales * codes_of(value, inverses);
+      errors += missed * missed;
     }
-  float best = 0;
-  for (int c = 0; c < tried.count; ++c) {
-    if (errors[c] >= least) continue;
-    least = errors[c];
-    best = tried.scales[c];
+    for (int i = 0; i < 4; ++i) {
+      if (errors[i] >= least) continue;
+      least = errors[i];
+      best = scales[i];
+    }
   }
-  return best;
+  if (best == 0) return 0;
+  const Four inverse = Four{} + 1 / best;
+  const auto code = [&](std::int64_t i) { return codes_of(load_four(values + i), inverse); };
+  const float products =
+      sum_of(kScaleInputs, [&](std::int64_t i) { return code(i) * load_four(values + i); });
+  const float squares = sum_of(kScaleInputs, [&](std::int64_t i) { return code(i) * code(i); });
+  const float fitted = clamp(nearest(Four{} + products / squares), -kMost, kMost)[0];
+  const bool reaches = std::abs(fitted) >= std::abs(tried.first * unit);
+  return reaches && fitted != best && error_of(values, kScaleInputs, fitted) < least ? fitted
+                                                                                     : best;
 }
 
-/// The step of least squared error for the rests of a row whose largest scale is `largest`.
-float choose_rest_step(const float* rests, std::int64_t n, float largest) {
+/// The step of least squared error for the rests of a row whose largest scale is `largest`, judged
+/// by 32 of its blocks.
+float choose_rest_step(const float* rests, std::int64_t blocks, float largest) {
+  const std::int64_t every = std::max<std::int64_t>(1, blocks / 32);
   float best = 0, least = std::numeric_limits<float>::infinity();
   for (int k = 4; k <= 12; ++k) {
-    const float step = largest / 160 * static_cast<float>(k), inverse = 1 / step;
-    const float error = sum_of(
-        [&](std::int64_t i) {
-          const float missed = rests[i] - step * code_of(rests[i], inverse);
-          return missed * missed;
-        },
-        n);
-    if (error < least) {
-      least = error;
-      best = step;
-    }
+    const float step = largest / 160 * static_cast<float>(k);
+    float error = 0;
+    for (std::int64_t b = 0; b < blocks; b += every)
+      error += error_of(rests + b * kBlockInputs, kBlockInputs, step);
+    if (error >= least) continue;
+    least = error;
+    best = step;
   }
   return best;
 }
 
-void round_centred(const Bricks& target, std::int64_t row_id, float* row) {
+/// The codes, 0 to 15 for -8 to 7, of n values, a multiple of 16, which become what these miss.
+void encode(float* values, std::int64_t n, float step, std::uint8_t* codes) {
+  const Four inverse = Four{} + (step != 0 ? 1 / step : 0);
+  for (std::int64_t first = 0; first < n; first += kScaleInputs) {
+    float found[kScaleInputs];
+    for (std::int64_t i = 0; i < kScaleInputs; i += 4) {
+      const Four v = load_four(values + first + i), code = codes_of(v, inverse);
+      store_four(found + i, code + 8.0f);
+      store_four(values + first + i, v - step * code);
+    }
+    for (std::int64_t i = 0; i < kScaleInputs; ++i)
+      codes[first + i] = static_cast<std::uint8_t>(static_cast<int>(found[i]));
+  }
+}
+
+/// rests: [blocks * 32] codes, if the target has rests.
+void round_centred(const Bricks& target, std::int64_t row_id, float* row, std::uint8_t* rests) {
   const std::int64_t n = target.blocks * kBlockInputs;
   const std::int64_t strip = row_id / kStripRows, r = row_id % kStripRows;
-  float most = 0;
-  for (std::int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(row[i]));
+  const float most = std::abs(largest_of(row, n));
   // The minimum keeps a tiny row's step from underflowing to 0.
   const float step = std::max(most / kLargestInSteps, std::numeric_limits<float>::denorm_min());
-  for (std::int64_t i = 0; i < n && most > 0; ++i)
-    row[i] = row[i] / most * (most / step);  // in steps
-  float largest = 0;
+  const float unit = power_of_2(most), in_units = 1 / unit, in_steps = unit / step;
+  for (std::int64_t i = 0; i < n && most > 0; ++i) row[i] = row[i] * in_units * in_steps;
+  float largest = 1;
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
+    std::uint8_t codes[kBlockInputs];
     for (std::int64_t half = 0; half < 2; ++half) {
       float* const values = row + b * kBlockInputs + half * kScaleInputs;
-      const float scale = choose_scale(values, target.has_rests());
-      const float inverse = scale != 0 ? 1 / scale : 0;
+      const float scale = choose_scale(values, target.has_rests() ? kWithRests : kAlone);
       largest = std::max(largest, std::abs(scale));
       brick.scales[half][r] = static_cast<std::int8_t>(scale);
-      for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-        const float code = code_of(values[i], inverse);
-        set_code(brick.codes, r, half * kScaleInputs + i, static_cast<int>(code) + 8);
-        values[i] -= scale * code;
-      }
+      encode(values, kScaleInputs, scale, codes + half * kScaleInputs);
     }
+    set_codes(brick.codes, r, codes);
   }
   const_cast<float*>(target.steps)[row_id] = most > 0 ? step : 0;
   if (!target.has_rests()) return;
-  const float rest_step = choose_rest_step(row, n, std::max(largest, 1.0f));
+  const float rest_step = choose_rest_step(row, target.blocks, largest);
   const_cast<float*>(target.rest_steps)[row_id] = most > 0 ? step * rest_step : 0;
-  const auto [byte, shift] = rest_place(r);
-  for (std::int64_t i = 0; i < n; ++i)
-    const_cast<std::uint8_t*>(target.rest(i))[32 * strip + byte] |=
-        static_cast<std::uint8_t>(static_cast<int>(code_of(row[i], 1 / rest_step) + 8) << shift);
+  encode(row, n, rest_step, rests);
+}
+
+/// Puts the rests of a strip, codes [64][blocks * 32], in the order of inputs.
+void store_rests(const Bricks& target, std::int64_t strip, const std::uint8_t* codes) {
+  const std::int64_t n = target.blocks * kBlockInputs, half = kStripRows / 2;
+  for (std::int64_t first = 0; first < n; first += kBlockInputs) {
+    std::uint8_t runs[kBlockInputs][kStripRows / 2];
+    for (std::int64_t r = 0; r < half; ++r)
+      for (std::int64_t i = 0; i < kBlockInputs; ++i)
+        runs[i][rest_place(r).byte] = static_cast<std::uint8_t>(
+            codes[r * n + first + i] | codes[(half + r) * n + first + i] << 4);
+    for (std::int64_t i = 0; i < kBlockInputs; ++i)
+      std::memcpy(const_cast<std::uint8_t*>(target.rest(first + i)) + half * strip, runs[i], half);
+  }
 }
 
 // ---- lines --------------------------------------------------------------------------------------
@@ -208,10 +242,11 @@ struct Line {
   /// Chooses the codes nearest to `values`. Returns their squared error.
   float encode(const float* values) {
     const float inverse = scale != 0 ? 1 / scale : 0;
-    for (std::int64_t i = 0; i < kBlockInputs; ++i)
-      codes[i] = nearest(std::min(std::max((values[i] - minimum) * inverse, 0.0f), 15.0f));
-    return sum_of([&](std::int64_t i) {
-      const float missed = values[i] - (scale * codes[i] + minimum);
+    return sum_of(kBlockInputs, [&](std::int64_t i) {
+      const Four v = load_four(values + i);
+      const Four code = nearest(clamp((v - minimum) * inverse, 0, 15));
+      store_four(codes + i, code);
+      const Four missed = v - (scale * code + minimum);
       return missed * missed;
     });
   }
@@ -220,10 +255,11 @@ struct Line {
   /// same.
   void fit(const float* values) {
     constexpr float n = kBlockInputs;
-    const float sum = sum_of([&](std::int64_t i) { return values[i]; });
-    const float of_codes = sum_of([&](std::int64_t i) { return codes[i]; });
-    const float squares = sum_of([&](std::int64_t i) { return codes[i] * codes[i]; });
-    const float products = sum_of([&](std::int64_t i) { return codes[i] * values[i]; });
+    const auto value = [&](std::int64_t i) { return load_four(values + i); };
+    const auto code = [&](std::int64_t i) { return load_four(codes + i); };
+    const float sum = sum_of(kBlockInputs, value), of_codes = sum_of(kBlockInputs, code);
+    const float squares = sum_of(kBlockInputs, [&](std::int64_t i) { return code(i) * code(i); });
+    const float products = sum_of(kBlockInputs, [&](std::int64_t i) { return code(i) * value(i); });
     const float spread = n * squares - of_codes * of_codes;
     if (spread <= 0) return;
     scale = (n * products - of_codes * sum) / spread;
@@ -283,9 +319,8 @@ void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
   for (std::int64_t i = target.cols; i < n; ++i)
     row[i] = row[std::max(i - target.cols % kBlockInputs, n - kBlockInputs)];
   // In units near the largest value: squares of very large or small ones are no floats.
-  const auto by_size = [](float a, float b) { return std::abs(a) < std::abs(b); };
-  const float unit = power_of_2(std::abs(*std::max_element(row, row + n, by_size)));
-  for (std::int64_t i = 0; i < n && unit > 0; ++i) row[i] /= unit;
+  const float unit = power_of_2(std::abs(largest_of(row, n)));
+  for (std::int64_t i = 0; i < n && unit > 0; ++i) row[i] *= 1 / unit;
   std::vector<LineGroup> groups(target.blocks);
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     const Line line = choose_line(row + b * kBlockInputs);
@@ -317,9 +352,15 @@ void quantize_bricks(const Bricks& target, std::int64_t strip, float* values) {
       float* const row = values + (outlier.row - strip * kStripRows) * n;
       row[outlier.input] = row[outlier.input ^ 1];
     }
-  for (std::int64_t r = 0; r < kStripRows; ++r)
-    (target.kind == BrickKind::lines ? round_lines : round_centred)(target, strip * kStripRows + r,
-                                                                    values + r * n);
+  std::vector<std::uint8_t> rests(target.has_rests() ? kStripRows * n : 0);
+  for (std::int64_t r = 0; r < kStripRows; ++r) {
+    const std::int64_t row = strip * kStripRows + r;
+    if (target.kind == BrickKind::lines)
+      round_lines(target, row, values + r * n);
+    else
+      round_centred(target, row, values + r * n, rests.data() + (rests.empty() ? 0 : r * n));
+  }
+  if (target.has_rests()) store_rests(target, strip, rests.data());
   correct_outliers(target, strip);
 }
 
@@ -332,14 +373,12 @@ void store_lines(const Bricks& target, std::int64_t row, const LineGroup* groups
     auto& brick = const_cast<LineBrick&>(target.brick<LineBrick>(strip, b));
     brick.scales[r] = f32_to_f16(groups[b].scale / step);
     brick.minima[r] = f32_to_f16(groups[b].minimum / step);
-    for (std::int64_t i = 0; i < kBlockInputs; ++i) set_code(brick.codes, r, i, groups[b].codes[i]);
+    set_codes(brick.codes, r, groups[b].codes);
   }
 }
 
 bool on_a_line(const float* values) {
-  const auto by_size = [](float a, float b) { return std::abs(a) < std::abs(b); };
-  const float unit =
-      power_of_2(std::abs(*std::max_element(values, values + kBlockInputs, by_size)));
+  const float unit = power_of_2(std::abs(largest_of(values, kBlockInputs)));
   if (unit == 0) return false;
   float in_units[kBlockInputs];
   for (std::int64_t i = 0; i < kBlockInputs; ++i) in_units[i] = values[i] / unit;
