@@ -64,12 +64,13 @@ struct PackedWeights {
   static constexpr const char* kKey = "tdaengine";  // in config.json
   static constexpr const char* kTensor = "arena";
   static constexpr std::int64_t kLayout =
-      6;  // increment when layout.cpp or a weight format changes any byte
+      7;  // increment when layout.cpp or a weight format changes any byte
   static constexpr std::int64_t kAlignment = 4096;  // of the data in the file: a page
   WeightFormat format = WeightFormat::automatic;    // anything but automatic
   std::string fingerprint;                          // of the checkpoint they were made from
   std::int64_t parameters = 0;                      // in that checkpoint
-  // int4: what each matrix of the layers is, in the order of the arena; see weights/bricks.h
+  // int4: what the embedding and each matrix of the layers is, in the order of the arena; see
+  // weights/bricks.h
   std::vector<std::string> matrices;
   TensorView arena;
   /// The arena, mapped from the file. Truncating the file while it is mapped ends the process (see

@@ -106,6 +106,20 @@ BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
   return checkpoint_.has_four_bits() ? BrickKind::graded : BrickKind::int4;
 }
 
+/// Whether int4 keeps the 4 bits of the embedding: of one that is no head, which TDA reads by input.
+bool Layout::has_lines(const char* embedding) {
+  const ModelConfig& config = checkpoint_.config();
+  if (format_ != WeightFormat::int4) return false;
+  const bool found =
+      checkpoint_.packed()
+          ? checkpoint_.packed()->matrices[kinds_] ==
+                kBrickKinds[static_cast<int>(BrickKind::lines)]
+          : !config.tied_embeddings && had_four_bits(checkpoint_.tensor(
+                                           embedding, {config.vocab_size, config.hidden_size}));
+  if (!found) ++kinds_;
+  return found;
+}
+
 void Layout::fill(const Matrix& target, const Source& source) {
   if (checkpoint_.packed()) return;
   const TensorView& tensor = find(source, target.rows, target.cols);
@@ -225,10 +239,11 @@ Model Layout::model() {
   // The vocabulary's rows stay at 8 bits: at 4 they lose more quality than the saved bytes are
   // worth (tools/bench).
   const WeightFormat outer = format_ == WeightFormat::int4 ? WeightFormat::graded : format_;
-  const auto vocabulary = [&](const char* name) {
-    return matrix(outer, {name}, {config.vocab_size}, config.hidden_size);
+  const auto vocabulary = [&](WeightFormat format, const char* name) {
+    return matrix(format, {name}, {config.vocab_size}, config.hidden_size);
   };
-  model.embedding = vocabulary("model.embed_tokens.weight");
+  const char* const embedding = "model.embed_tokens.weight";
+  model.embedding = vocabulary(has_lines(embedding) ? WeightFormat::int4 : outer, embedding);
   for (std::int64_t i = 0; i < config.num_layers; ++i)
     model.layers.push_back(layer("model.layers." + std::to_string(i) + "."));
   const std::string beyond =
@@ -239,7 +254,7 @@ Model Layout::model() {
                           std::to_string(config.num_layers) +
                           ", expected more: there is a tensor \"" + beyond + "\"");
   model.final_norm = norm("model.norm.weight", config.hidden_size, config.logit_scale);
-  model.head = config.tied_embeddings ? model.embedding : vocabulary("lm_head.weight");
+  model.head = config.tied_embeddings ? model.embedding : vocabulary(outer, "lm_head.weight");
   model.weight_bytes = used_.value();
   return model;
 }

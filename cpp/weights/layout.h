@@ -57,6 +57,7 @@ class Layout {
                 const std::vector<std::int64_t>& rows, std::int64_t cols, bool in_turn = false,
                 bool by_block = false, float* lengths = nullptr);
   BrickKind int4_kind(const std::vector<const TensorView*>& sources);
+  bool has_lines(const char* embedding);
   void fill(const Matrix& target, const Source& source);
   void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths);
 
@@ -85,7 +86,7 @@ class Layout {
   std::byte* const memory_;
   Size used_ = 0;
   std::deque<TensorView> parts_;  // of tensors
-  std::size_t kinds_ = 0;         // of matrices in bricks so far
+  std::size_t kinds_ = 0;         // of int4 matrices so far, and of the embedding
   std::vector<Copy> copies_;
   std::vector<BrickCopy> brick_copies_;
 };

@@ -106,7 +106,7 @@ void check_vectors(const Model& model, const std::string& file) {
   check_bricks(model.embedding, file, "embedding, ", check);
 }
 
-/// Checks that an int4 folder names what each matrix of the layers is.
+/// Checks that an int4 folder names what the embedding and each matrix of the layers is.
 void check_kinds(const PackedWeights& packed, const ModelConfig& config) {
   const auto fail = [&](const std::string& what) {
     const auto file =
@@ -114,7 +114,7 @@ void check_kinds(const PackedWeights& packed, const ModelConfig& config) {
     throw CheckpointError(file.string() + ": " + PackedWeights::kKey + ".matrices" + what);
   };
   const std::int64_t found = std::ssize(packed.matrices);
-  const std::int64_t expected = packed.format == WeightFormat::int4 ? 4 * config.num_layers : 0;
+  const std::int64_t expected = packed.format == WeightFormat::int4 ? 1 + 4 * config.num_layers : 0;
   if (found != expected)
     fail(" has " + std::to_string(found) + " names, expected " + std::to_string(expected));
   for (std::int64_t i = 0; i < found; ++i)

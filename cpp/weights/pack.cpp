@@ -32,11 +32,13 @@ void write_config(const Model& model, json config, const fs::path& path) {
                                  {"weights", name_of(model.format)},
                                  {"fingerprint", model.fingerprint},
                                  {"parameters", model.parameters}};
-  if (model.format == WeightFormat::int4)
+  if (model.format == WeightFormat::int4) {
+    json& kinds = config[PackedWeights::kKey]["matrices"];
+    kinds = {kBrickKinds[static_cast<int>(model.embedding.kind)]};
     for (const LayerWeights& layer : model.layers)
       for (const Matrix* matrix : layer.in_bricks())
-        config[PackedWeights::kKey]["matrices"].push_back(
-            kBrickKinds[static_cast<int>(matrix->kind)]);
+        kinds.push_back(kBrickKinds[static_cast<int>(matrix->kind)]);
+  }
   // The checkpoint may say that its head is the embedding and hold another one, which counts.
   if (!model.config.tied_embeddings && config.contains("tie_word_embeddings"))
     config["tie_word_embeddings"] = false;

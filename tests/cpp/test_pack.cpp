@@ -153,7 +153,7 @@ TEST(config_keeps_its_own_keys) {
   const Packed packed(updated(tiny, {{"of_others", {1, "ü", 1e-5}}}));
   json config = json::parse(read(packed.folder.path / "config.json"));
   const json ours = config.at("tdaengine");
-  CHECK(ours.at("layout") == 6 && ours.at("weights") == "int8");
+  CHECK(ours.at("layout") == 7 && ours.at("weights") == "int8");
   CHECK(ours.at("fingerprint") == packed.open().fingerprint());
   config.erase("tdaengine");
   CHECK(config == json::parse(read(packed.source.path / "config.json")));
@@ -241,7 +241,7 @@ TEST(a_config_that_does_not_fit_is_refused) {
     const char* message;
   };
   const Case cases[] = {
-      {"layout", 2, "config.json: tdaengine.layout is 2, expected 6: convert"},
+      {"layout", 2, "config.json: tdaengine.layout is 2, expected 7: convert"},
       {"layout", "3", "tdaengine.layout is \"3\", expected an integer above 0"},
       {"layout", nullptr, "tdaengine.layout is missing, expected an integer above 0"},
       {"weights", "int3", "tdaengine.weights is \"int3\", expected a format that"},
@@ -336,7 +336,10 @@ TEST(packing_writes_nothing_where_it_cannot_write_all) {
 TEST(kinds_of_int4_matrices_are_checked) {
   const Packed packed(tiny, WeightFormat::int4);
   const json config = json::parse(read(packed.folder.path / "config.json"));
-  CHECK(config.at("tdaengine").at("matrices") == json(std::vector<std::string>(8, "int4")));
+  // The embedding and four matrices of each of two layers.
+  std::vector<std::string> kinds(9, "int4");
+  kinds[0] = "graded";
+  CHECK(config.at("tdaengine").at("matrices") == json(kinds));
   CHECK(packed.open().weights() == WeightFormat::int4);
   const auto refuses = [&](const json& matrices, const std::string& message) {
     json changed = config;
@@ -346,11 +349,13 @@ TEST(kinds_of_int4_matrices_are_checked) {
   };
   refuses(nullptr, "config.json: tdaengine.matrices is null, expected a list of names");
   refuses({"int4", 4}, "tdaengine.matrices is ");
-  refuses(std::vector<std::string>(7, "int4"), "tdaengine.matrices has 7 names, expected 8");
-  refuses(std::vector<std::string>(9, "int4"), "tdaengine.matrices has 9 names, expected 8");
-  refuses(std::vector<std::string>(8, "int5"),
+  refuses(std::vector<std::string>(8, "int4"), "tdaengine.matrices has 8 names, expected 9");
+  refuses(std::vector<std::string>(10, "int4"), "tdaengine.matrices has 10 names, expected 9");
+  refuses(std::vector<std::string>(9, "int5"),
           "matrices[0] is \"int5\", expected \"graded\", \"int4\" or \"lines\"");
-  refuses(std::vector<std::string>(8, "lines"), " bytes, expected ");
+  refuses(std::vector<std::string>(9, "lines"), " bytes, expected ");
+  kinds[0] = "lines";
+  refuses(kinds, " bytes, expected ");
 }
 
 int main() { return run_tests(); }

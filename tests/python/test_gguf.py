@@ -20,6 +20,7 @@ from tiny_gguf import divisors
 
 from tdaengine import TDA, CheckpointError, Engine
 from tdaengine.convert import convert
+from tdaengine.info import info
 from tdaengine.tokenizer import Tokenizer
 
 
@@ -184,6 +185,9 @@ def test_gguf_keeps_its_four_bits_and_what_has_more(tmp_path: Path, kind: str):
         found, graded = Engine(source), Engine(source, weights="graded")
         errors = [np.abs(e.logits(tokens) - exact).mean() for e in (found, graded)]
         assert found.weights == "int4" and errors[0] < 1.05 * errors[1]
+        formats = {each["matrices"]: each["format"] for each in info(found)["matrices"]}
+        assert formats["embedding"] == "int4, scale and minimum"
+        assert formats["head"] == "graded"
         sizes.append(found.weight_bytes)
         words = found.generate(tokens[:20], max_new_tokens=3, ignore_eos=True, tda=TDA()).stats.tda
         assert words.startswith(
