@@ -43,7 +43,7 @@ $(VENV)/tools:
 	touch $@
 
 $(VENV)/built-cuda$(CUDA): $(VENV)/tools $(SOURCES)
-	$(INSTALL) -C cmake.define.TDA_TESTS=OFF '.[convert]' $(SHOW)
+	$(INSTALL) -C cmake.define.TDA_TESTS=OFF . $(SHOW)
 	rm -f $(VENV)/*-cuda* && touch $@
 
 $(VENV)/tested-cuda$(CUDA): $(VENV)/tools $(SOURCES) $(TEST_SOURCES)

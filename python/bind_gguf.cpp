@@ -15,6 +15,7 @@
 #include "bind.h"
 #include "checkpoint/gguf.h"
 #include "gil.h"
+#include "text/gguf_tokenizer.h"
 
 using namespace nb::literals;
 
@@ -103,6 +104,17 @@ void bind_gguf(nb::module_& m) {
           },
           "key"_a,
           "What the file has under a `key`, text as bytes, or None. Raises CheckpointError.")
+      .def(
+          "tokenizer_files",
+          [](const GgufModel& model) {
+            nb::dict files;
+            for (const auto& [name, content] : tda::gguf_tokenizer_files(model))
+              files[name.c_str()] = nb::bytes(content.data(), content.size());
+            return files;
+          },
+          nb::sig("def tokenizer_files(self) -> dict[str, bytes]"),
+          "The files that a Hugging Face folder has for the tokenizer, by name. Raises "
+          "CheckpointError.")
       .def_prop_ro("tensors", &tensors_of<GgufModel>,
                    "Name as in Hugging Face checkpoints, GGML type, shape and file of each tensor.")
       .def("read", &read_of<GgufModel>, "name"_a,

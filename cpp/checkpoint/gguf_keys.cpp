@@ -26,8 +26,11 @@ double shortest(double value) {
 
 }  // namespace
 
-GgufKeys::GgufKeys(const GgufFile& file, std::span<const char* const> architectures) : file_(file) {
+GgufKeys::GgufKeys(const GgufFile& file) : file_(file) {
   architecture_ = text("general.architecture");
+}
+
+void GgufKeys::check_architecture(std::span<const char* const> architectures) {
   if (std::ranges::find(architectures, architecture_) == architectures.end()) {
     std::string names;
     for (const char* name : architectures) names += (names.empty() ? "" : ", ") + std::string(name);
@@ -69,6 +72,20 @@ std::string GgufKeys::text(const std::string& key, std::optional<std::string> ab
   if (value.is_null() && absent) return *absent;
   if (!value.is_string()) fail(key, value, "a string");
   return value.get<std::string>();
+}
+
+bool GgufKeys::flag(const std::string& key, bool absent) {
+  const json value = find(key);
+  if (value.is_null()) return absent;
+  if (!value.is_boolean()) fail(key, value, "true or false");
+  return value.get<bool>();
+}
+
+json GgufKeys::list(const std::string& key, bool may_be_missing) {
+  json value = find(key);
+  if (value.is_null() && may_be_missing) return json::array();
+  if (!value.is_array()) fail(key, value, "a list");
+  return value;
 }
 
 double GgufKeys::number(const std::string& key, std::optional<double> absent) {

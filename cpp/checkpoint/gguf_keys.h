@@ -18,7 +18,9 @@ namespace tda {
 /// key.
 class GgufKeys {
  public:
-  GgufKeys(const GgufFile& file, std::span<const char* const> architectures);
+  explicit GgufKeys(const GgufFile& file);
+  /// Throws if the file's is none of these.
+  void check_architecture(std::span<const char* const> architectures);
 
   const std::string& file() const { return file_.name(); }
   const std::string& architecture() const { return architecture_; }
@@ -28,6 +30,9 @@ class GgufKeys {
   /// Each throws if the key is of another type, or missing and `absent` not given.
   std::int64_t integer(const std::string& key, std::optional<std::int64_t> absent = {});
   std::string text(const std::string& key, std::optional<std::string> absent = {});
+  bool flag(const std::string& key, bool absent);
+  /// An array, empty if the key may be missing and is.
+  nlohmann::json list(const std::string& key, bool may_be_missing = false);
   /// Rounded to 32 bits and written as briefly as these allow: 1e-05 for 9.99999974738e-06.
   double number(const std::string& key, std::optional<double> absent = {});
   /// A size that is given once, or for each layer but then always the same.

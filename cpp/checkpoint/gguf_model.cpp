@@ -159,7 +159,8 @@ GgufModel::GgufModel(const std::filesystem::path& path) : files_(read_gguf_parts
                             " is also in " + stored.at(more.begin()->first).file->name() +
                             ", expected in one file");
   }
-  GgufKeys keys(first(), gguf_architectures);
+  GgufKeys keys(first());
+  keys.check_architecture(gguf_architectures);
   if (const json total = first().value("split.tensors.count");
       !total.is_null() && total != stored.size())
     keys.fail("split.tensors.count", total, std::to_string(stored.size()) + ", the tensors found");

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/file.h"
+#include "text/gguf_tokenizer.h"
 #include "text/impl.h"
 #include "text/unicode.h"
 
@@ -27,10 +28,13 @@ Tokenizer::Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) 
 
 Tokenizer::Tokenizer(const fs::path& checkpoint, std::int64_t vocab_size) {
   std::error_code no_error;
-  if (fs::is_regular_file(checkpoint, no_error))
-    throw CheckpointError(checkpoint.string() + ": found a file, expected a folder with " +
-                          json_file + " or " + model_file +
-                          "; of a GGUF file `tdaengine convert` makes one");
+  if (fs::is_regular_file(checkpoint, no_error)) {
+    const GgufModel model(checkpoint);
+    std::map<std::string, std::string> made = gguf_tokenizer_files(model);
+    made["config.json"] = model.config()->dump();
+    *this = from_bytes(made, checkpoint.string(), vocab_size);
+    return;
+  }
   std::map<std::string, std::string> files;
   const auto read = [&](const char* name) {
     std::error_code ignored;

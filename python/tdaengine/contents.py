@@ -10,7 +10,6 @@ from typing import Any
 
 from . import _native
 from .files import MAX_TOKENIZER, parse_json_object, read
-from .gguf_tokenizer import tokenizer_files
 
 
 class Contents:
@@ -63,8 +62,7 @@ class GgufContents(Contents):
     @cached_property
     def _files(self) -> dict[str, bytes]:
         model = _native.GgufModel(str(self.path))
-        made = tokenizer_files(model)
-        return {"config.json": model.config.encode(), **made}
+        return {"config.json": model.config.encode(), **model.tokenizer_files()}
 
     def label(self, name: str) -> str:
         return f"{self.path} ({name})"

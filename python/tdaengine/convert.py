@@ -12,7 +12,6 @@ from typing import Any
 from . import _native
 from ._native import CheckpointError, OptionError
 from .gguf import read_gguf
-from .gguf_tokenizer import tokenizer_files
 from .new_folder import check_destination, publish, working_folder
 from .source import WEIGHTS, Source, check_weights, copied_files, json_bytes, read_folder
 from .tensors import write_safetensors
@@ -91,7 +90,7 @@ def _pack(source: Path, folder: Path, weights: str, progress: Progress | None) -
         check_weights(source)
         files |= copied_files(source)
     else:
-        files |= tokenizer_files(_native.GgufModel(str(source)))
+        files |= _native.GgufModel(str(source)).tokenizer_files()
     folder.mkdir()
     for notice in _native.pack_checkpoint(str(source), str(folder), weights, progress):
         warnings.warn(notice, stacklevel=3)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from ._native import GgufModel
-from .gguf_tokenizer import tokenizer_files
 from .source import Source
 from .tensors import Tensor
 
@@ -22,5 +21,5 @@ def read_gguf(path: Path) -> Source:
         for name, _, shape, file in model.tensors
     ]
     full = any(kind == "F32" and len(shape) == 2 for _, kind, shape, _ in model.tensors)
-    files = tokenizer_files(model)
-    return Source(json.loads(model.config), tensors, {**files}, "F32" if full else "BF16")
+    files = {**model.tokenizer_files()}
+    return Source(json.loads(model.config), tensors, files, "F32" if full else "BF16")

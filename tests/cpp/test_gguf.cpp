@@ -267,12 +267,6 @@ TEST(gguf_gives_the_same_model_as_its_folder) {
   }
 }
 
-TEST(gguf_has_no_tokenizer_for_cpp) {
-  Folder folder;
-  CHECK_THROWS(tda::Tokenizer(folder.write("a.gguf", "GGUF")), CheckpointError,
-               "a.gguf: found a file, expected a folder with tokenizer.json");
-}
-
 TEST(gguf_fingerprints_differ_by_any_tensor) {
   Folder folder;
   const json config = with_type("llama");

@@ -2,10 +2,13 @@
 // are read as that model's.
 #include "checkpoint/gguf.h"
 
+#include <tda/tokenizer.h>
+
 #include <nlohmann/json.hpp>
 #include <vector>
 
 #include "fuzz.h"
+#include "text/gguf_tokenizer.h"
 
 namespace {
 
@@ -43,5 +46,6 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     fuzz::require(bytes <= static_cast<std::int64_t>(size), "more data than file", file.name());
     const tda::GgufModel model(memory.path());
     for (const auto& [name, tensor] : model.tensors()) read(tensor);
+    (void)tda::Tokenizer::from_bytes(tda::gguf_tokenizer_files(model));
   });
 }

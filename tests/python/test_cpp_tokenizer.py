@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import texts
+import tiny
+import tiny_gguf
 import tokenizer_cases
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
-from tdaengine.gguf_tokenizer import SPLIT
 from tdaengine.tokenizer import Tokenizer
 
 PROGRAM = Path(__file__).parents[2] / "build" / "tokenize"
 TEXTS = texts.make_texts()
 SOME = TEXTS[::4]  # for variants
+SPLIT = (  # Llama 3's and Qwen 2's
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -340,3 +345,45 @@ def test_sentencepiece_added_tokens(tmp_path):
     settings = {"legacy": False, "added_tokens_decoder": decoder}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     check_equal(tmp_path, SOME)
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------
+
+CONFIG = tiny.BASE | {"vocab_size": 1024, "hidden_size": 16, "intermediate_size": 16}
+
+
+def write_gguf(folder: Path, metadata: dict) -> Path:
+    weights = tiny.make_weights(CONFIG, seed=1)
+    return tiny_gguf.write(folder / "m.gguf", CONFIG, weights, metadata)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_gguf_byte_level(tmp_path: Path, pre: str):
+    around = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.add_bos_token": True}
+    check_equal(write_gguf(tmp_path, {"tokenizer.ggml.pre": pre, **around}), SOME)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_gguf_sentencepiece(tmp_path: Path, prefix: bool):
+    """The vocabulary of a model that sentencepiece trained gives its ids."""
+    from sentencepiece import sentencepiece_model_pb2 as pb2
+
+    trained = train_model(add_dummy_prefix=prefix)
+    pieces = pb2.ModelProto.FromString(trained).pieces
+    source = write_gguf(
+        tmp_path,
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": [piece.piece for piece in pieces],
+            "tokenizer.ggml.scores": [piece.score for piece in pieces],
+            "tokenizer.ggml.token_type": [piece.type for piece in pieces],
+            "tokenizer.ggml.add_space_prefix": prefix,
+            "tokenizer.ggml.merges": None,
+            "tokenizer.ggml.eos_token_id": None,
+        },
+    )
+    check_equal(source, SOME)
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained)
+    plain = [text for text in SOME if "<" not in text]
+    found = ask(source, [{"encode": text, "special": False} for text in plain])
+    assert found == [model.encode(text) for text in plain]

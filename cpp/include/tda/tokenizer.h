@@ -1,4 +1,5 @@
-// Text to token ids and back, by the checkpoint's own tokenizer.json or tokenizer.model.
+// Text to token ids and back, by the checkpoint's own tokenizer.json or tokenizer.model, or by the
+// vocabulary of a GGUF file.
 //
 //   tda::Tokenizer tokenizer("path/to/checkpoint");
 //   std::vector<tda::Token> ids = tokenizer.encode("The sky is");
@@ -25,9 +26,9 @@ class TextStream;
 class Tokenizer {
  public:
   /// Reads tokenizer.json (byte-level or byte-fallback BPE), or else tokenizer.model (SentencePiece
-  /// BPE or unigram), and their companions. vocab_size: of the model, which may know more ids than
-  /// its tokenizer has tokens. Throws CheckpointError for files that are missing, damaged, or ask
-  /// for what is not supported.
+  /// BPE or unigram), and their companions, or the vocabulary of a GGUF file. vocab_size: of the
+  /// model, which may know more ids than its tokenizer has tokens. Throws CheckpointError for files
+  /// that are missing, damaged, or ask for what is not supported.
   explicit Tokenizer(const std::filesystem::path& checkpoint, std::int64_t vocab_size = 0);
 
   /// The same from contents by file name: tokenizer.json, tokenizer.model, tokenizer_config.json,

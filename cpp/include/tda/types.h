@@ -18,8 +18,9 @@ enum class Device { automatic, cpu, cuda };
 /// the checkpoint has: f32 or bf16 or, of a quantised file, int4 if half of its layers' weights or
 /// more have 4 bits, else int8. int8: a scale for every 32 values, as two planes of 4 bits. bf16c:
 /// bf16, compressed to 12.4 bits without loss. int4: 4 bits, with a scale for every 16 values or,
-/// where they had 4 bits before, their own scale and minimum for every 32; the embedding and the
-/// head are graded, and so are matrices to which a GGUF file of mixed types gave more than 4 bits.
+/// where they had 4 bits before, their own scale and minimum for every 32; the head is graded, and so
+/// are the embedding, unless its file has it apart from the head and in 4 bits, and matrices to which
+/// a GGUF file of mixed types gave more than 4 bits.
 /// graded: 8 bits of which 4 are read for every token and the others for the inputs that matter to
 /// it (TdaOptions::inputs).
 enum class WeightFormat { automatic, f32, bf16, int8, bf16c, int4, graded };
