@@ -115,6 +115,11 @@ void CudaBackend::upload(std::span<const float> from, Floats& to) const {
   copy(stream_, to.data(), from.data(), std::ssize(from));
 }
 
+std::int64_t CudaBackend::kv_bytes_per_token(KvFormat kv) const {
+  const ModelConfig& config = model_->config;
+  return 2 * config.num_layers * config.num_kv_heads * kv_row_bytes(kv, padded(config.head_dim));
+}
+
 std::unique_ptr<State> CudaBackend::new_state(std::int64_t capacity, KvFormat kv) const {
   const ModelConfig& config = model_->config;
   if (capacity < 1)
@@ -127,16 +132,15 @@ std::unique_ptr<State> CudaBackend::new_state(std::int64_t capacity, KvFormat kv
   state->kv = kv != KvFormat::automatic             ? kv
               : model_->format == WeightFormat::f32 ? KvFormat::f32
                                                     : KvFormat::bf16;
-  const std::int64_t token_bytes = config.num_layers * config.num_kv_heads *
-                                   padded(config.head_dim) * (state->kv == KvFormat::f32 ? 4 : 2);
+  const std::int64_t token_bytes = kv_bytes_per_token(state->kv);
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "the device's memory");
-  if (capacity > static_cast<std::int64_t>(free) / 2 / token_bytes)
+  if (capacity > static_cast<std::int64_t>(free) / token_bytes)
     throw DeviceError("out of memory: a KV cache of " + std::to_string(capacity) +
-                      " tokens needs " + std::to_string(2 * token_bytes) + " bytes for each, and " +
+                      " tokens needs " + std::to_string(token_bytes) + " bytes for each, and " +
                       std::to_string(free) + " bytes of device memory are free");
-  state->keys.reserve(capacity * token_bytes, "keys");
-  state->values.reserve(capacity * token_bytes, "values");
+  state->keys.reserve(capacity * token_bytes / 2, "keys");
+  state->values.reserve(capacity * token_bytes / 2, "values");
   const std::int64_t layers = config.num_layers, neurons = config.intermediate_size;
   state->sums.reserve(layers * neurons, "the statistic");
   state->lists.reserve(layers * neurons, "masks");

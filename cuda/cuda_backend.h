@@ -94,6 +94,7 @@ class CudaBackend final : public Backend {
   std::string name() const override { return "cuda (" + device_ + ")"; }
   int threads() const override { return threads_; }
   std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const override;
+  std::int64_t kv_bytes_per_token(KvFormat kv) const override;
   std::int64_t max_step() const override { return 256; }
 
   void begin(State&, const Step&) const override;

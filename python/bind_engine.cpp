@@ -125,6 +125,9 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
       .def_prop_ro(
           "kv", [](const Engine& e) { return std::string(name_of(e.get()->kv())); },
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
+      .def_prop_ro("kv_bytes_per_token", value_of<&tda::Engine::kv_bytes_per_token>,
+                   "Of a token's keys and values in a KV cache. A generation's has room for its "
+                   "prompt and\nmax_new_tokens from its start to its end.")
       .def_prop_ro("max_context", value_of<&tda::Engine::max_context>,
                    "How many tokens a prompt and what follows may have together.")
       .def_prop_ro("max_batch", value_of<&tda::Engine::max_batch>,

@@ -99,6 +99,11 @@ class Backend {
   // Memory.
   /// capacity: tokens that fit into the KV cache. Throws DeviceError if memory is short.
   virtual std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const = 0;
+  /// Of the keys and values of one token of that capacity, all layers.
+  virtual std::int64_t kv_bytes_per_token(KvFormat kv) const {
+    const ModelConfig& config = model().config;
+    return 2 * config.num_layers * config.num_kv_heads * kv_row_bytes(kv, config.head_dim);
+  }
   /// The largest T of one step.
   virtual std::int64_t max_step() const = 0;
   /// The most sequences of one step (see Step::batch).

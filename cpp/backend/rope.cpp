@@ -103,6 +103,11 @@ Ropes::Ropes(const ModelConfig& config)
     ropes_.push_back({*config.other_rope, rope_frequencies(*config.other_rope, head_dim_, 0)});
 }
 
+bool Ropes::depend_on_length() const {
+  return std::ranges::any_of(
+      ropes_, [](const Rope& rope) { return rope.config.scaling == RopeConfig::Scaling::dynamic; });
+}
+
 std::vector<float> Ropes::frequencies(std::int64_t rope, std::int64_t sequence_length) const {
   const auto& [config, kept] = ropes_[rope];
   return config.scaling == RopeConfig::Scaling::dynamic

@@ -23,6 +23,8 @@ class Ropes {
   std::int64_t of_layer(std::int64_t layer) const {
     return !layers_.empty() && layers_[static_cast<std::size_t>(layer)] ? 1 : 0;
   }
+  /// Whether keys depend on how long the whole text is.
+  bool depend_on_length() const;
   const RopeConfig& config(std::int64_t rope) const { return ropes_[rope].config; }
   /// rope_frequencies(), kept where they do not depend on the length.
   std::vector<float> frequencies(std::int64_t rope, std::int64_t sequence_length) const;

@@ -3,6 +3,7 @@
 #include <new>
 #include <ranges>
 
+#include "backend/rope.h"
 #include "checkpoint/checkpoint.h"
 #include "engine/generation_impl.h"
 #include "weights/formats.h"
@@ -60,9 +61,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
 
 std::string Runtime::keeps_no_prefixes() const {
   if (backend->cut_multiple() == 0) return "on " + backend->name();
-  using enum RopeConfig::Scaling;
-  const std::optional<RopeConfig>& other = config().other_rope;
-  if (config().rope.scaling == dynamic || (other && other->scaling == dynamic))
+  if (Ropes(config()).depend_on_length())
     return "of a model with dynamic RoPE, whose keys depend on the length of the whole text";
   return "";
 }
@@ -70,14 +69,12 @@ std::string Runtime::keeps_no_prefixes() const {
 void Runtime::serve(const std::shared_ptr<PrefixCache>& cache) const {
   if (const std::string why = keeps_no_prefixes(); !why.empty())
     throw OptionError("prefix_cache: found one, expected none: nothing is kept " + why);
-  const std::int64_t layers = config().num_layers;
-  cache->impl().serve(
-      {.fingerprint = model().fingerprint,
-       .weights = std::string(name_of(model().format)),
-       .kv = std::string(name_of(kv)),
-       .device = backend->name(),
-       .token_bytes = 2 * layers * config().num_kv_heads * kv_row_bytes(kv, config().head_dim),
-       .statistic_size = layers * config().intermediate_size});
+  cache->impl().serve({.fingerprint = model().fingerprint,
+                       .weights = std::string(name_of(model().format)),
+                       .kv = std::string(name_of(kv)),
+                       .device = backend->name(),
+                       .token_bytes = backend->kv_bytes_per_token(kv),
+                       .statistic_size = config().num_layers * config().intermediate_size});
 }
 
 namespace {
@@ -117,6 +114,9 @@ const std::string& Engine::fingerprint() const { return runtime_->model().finger
 std::int64_t Engine::parameters() const { return runtime_->model().parameters; }
 WeightFormat Engine::weights() const { return runtime_->model().format; }
 KvFormat Engine::kv() const { return runtime_->kv; }
+std::int64_t Engine::kv_bytes_per_token() const {
+  return runtime_->backend->kv_bytes_per_token(runtime_->kv);
+}
 std::int64_t Engine::max_context() const { return runtime_->max_context; }
 std::int64_t Engine::max_batch() const { return runtime_->max_batch; }
 const std::vector<std::string>& Engine::notices() const { return runtime_->notices; }

@@ -314,6 +314,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         option(group, name, type=int, default=default, metavar="N", help=help)
 
     limit("--parallel", 8, "answers computed together, each with a KV cache of its own")
+    option(
+        group,
+        "--cache-memory",
+        metavar="SIZE",
+        help="the most memory of these caches together, as '2 GiB': an answer for which there is "
+        "none left waits",
+        shown="no limit",
+    )
     add_prefix_cache(group)
     limit("--queue", 64, "requests that may wait; further ones are told to come back")
     limit("--max-body", 4 << 20, "bytes of a request")

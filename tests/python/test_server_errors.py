@@ -119,7 +119,7 @@ class World:
 @contextlib.contextmanager
 def opened(root: Path) -> Iterator[World]:
     model = write_checkpoint(root / "FOLDER")
-    with serving(model, "--name", "tiny", key="right") as server:
+    with serving(model, "--name", "tiny", "--cache-memory", "45 KiB", key="right") as server:
         yield World(server, root)
 
 

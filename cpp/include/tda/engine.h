@@ -171,6 +171,9 @@ class Engine {
   std::int64_t parameters() const;  // numbers in the checkpoint
   WeightFormat weights() const;
   KvFormat kv() const;
+  /// Of a token's keys and values in a KV cache. A generation's has room for its prompt and
+  /// max_new_tokens from its start to its end.
+  std::int64_t kv_bytes_per_token() const;
   std::int64_t max_context() const;
   std::int64_t max_batch() const;
   /// What the user should know of the choices that options left to the engine; one sentence each.

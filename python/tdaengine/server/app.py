@@ -62,6 +62,7 @@ class Settings:
     rules: Rules
     parallel: int = 8
     queue: int = 64
+    cache_memory: float = float("inf")  # of the KV caches of all answers under way, in bytes
     cors: tuple[str, ...] = ()
 
 
@@ -71,9 +72,16 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.model = engine, settings.model
         self.started = int(time.time())
-        self.scheduler = Scheduler(settings.parallel, settings.queue)
+        self.scheduler = Scheduler(settings.parallel, settings.queue, settings.cache_memory)
         self.told = Told(engine.path, settings.model)
-        self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running)
+        self.metrics = Metrics(self.scheduler.gauges())
+        most_tokens = settings.cache_memory / engine.kv_bytes_per_token
+        if most_tokens < 2:
+            raise OptionError(
+                f"--cache-memory: found {settings.cache_memory} bytes, expected at least "
+                f"{2 * engine.kv_bytes_per_token}, the KV cache of two tokens"
+            )
+        self._most_tokens = int(min(engine.max_context, most_tokens))  # of one answer
         # Where a request says nothing: as the checkpoint says, else as OpenAI's servers do.
         self._sampling = chat_sampling(engine.path, temperature=1.0, top_p=1.0)
         engine.tokenizer  # noqa: B018  raises where there is none
@@ -200,8 +208,8 @@ class Service:
         name = "prompt" if isinstance(body, CompletionRequest) else "messages"
         choices: list[Choice] = []
         for ids, echo in prompts:
-            room = max(1, self.engine.max_context - len(ids)) if most is None else most
-            check_prompt(self.engine, name, ids, room)
+            room = max(1, self._most_tokens - len(ids)) if most is None else most
+            check_prompt(self.engine, name, ids, room, self.scheduler.places.most_bytes)
             for _ in range(count):
                 index = len(choices)
                 seed = None if body.seed is None else (body.seed + index) % 2**64

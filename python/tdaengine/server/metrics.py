@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,8 +19,8 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    def __init__(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        """waiting, running: how many requests and answers do so right now."""
+    def __init__(self, gauges: Iterable[tuple[str, str, Callable[[], float]]]) -> None:
+        """gauges: name, text and function of what is looked up when asked for."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self.requests = Counter(
@@ -47,10 +47,7 @@ class Metrics:
             "Sum over decoded tokens of the sequences in the same step; by decoded_tokens: the "
             "mean batch.",
         )
-        for name, text, function in (
-            ("queue_length", "Requests that wait, for a further answer, too.", waiting),
-            ("running", "Answers being computed.", running),
-        ):
+        for name, text, function in gauges:
             gauge = Gauge(f"tdaengine_{name}", text, registry=self._registry)
             gauge.set_function(function)
 

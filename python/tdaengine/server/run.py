@@ -15,6 +15,7 @@ import uvicorn
 
 from .._native import OptionError
 from ..commands import open_engine, print_json
+from ..prefix_cache import size
 from .app import Service, Settings, make_app
 from .gate import Rules
 from .logs import log, set_up
@@ -27,6 +28,7 @@ def serve(args: argparse.Namespace) -> None:
     """Until SIGTERM or Ctrl-C. Raises OptionError, CheckpointError or DeviceError before."""
     key = _api_key(args)
     _check_limits(args)
+    cache_memory = _cache_memory(args.cache_memory)
     with contextlib.closing(_bind(args.host, args.port)) as listener:
         set_up()
         address, port = listener.getsockname()[:2]
@@ -41,6 +43,7 @@ def serve(args: argparse.Namespace) -> None:
             ),
             parallel=args.parallel,
             queue=args.queue,
+            cache_memory=cache_memory,
             cors=tuple(args.cors),
         )
         app = make_app(Service(engine, settings), settings)
@@ -93,6 +96,10 @@ def _check_limits(args: argparse.Namespace) -> None:
             raise OptionError(
                 f"--{name.replace('_', '-')}: found {value}, expected {least} to {most}"
             )
+
+
+def _cache_memory(given: str | None) -> float:
+    return float("inf") if given is None else size(given, "--cache-memory")
 
 
 def _bind(host: str, port: int) -> socket.socket:

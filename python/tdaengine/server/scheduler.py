@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -17,7 +19,12 @@ from .faults import ApiError
 
 
 class Work(Protocol):
-    """What one thread computes, as events; `cancel`, from any thread, ends it within a step."""
+    """What one thread computes, as events; `cancel`, from any thread, ends it within a step.
+
+    cache_bytes: of the KV cache that it has meanwhile.
+    """
+
+    cache_bytes: int
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -27,28 +34,92 @@ class Work(Protocol):
 _END = object()
 
 
+class Places:
+    """For so many works at a time, whose caches take so many bytes together: given strictly in the
+    order of asking, so that a work with a large cache is not overtaken for ever by small ones."""
+
+    def __init__(self, count: int, most_bytes: float) -> None:
+        """most_bytes: may be infinite."""
+        self._free, self.most_bytes = count, most_bytes
+        self._turns: deque[tuple[asyncio.Future[None], int]] = deque()  # of those that wait
+        self.bytes = 0  # given
+
+    def are_free(self, cache_bytes: int) -> bool:
+        return not self._turns and self._fits(cache_bytes)
+
+    async def take(self, cache_bytes: int) -> None:
+        """As soon as it is this one's turn."""
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append((turn, cache_bytes))
+        self._give()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._give()  # to those behind
+            else:  # it came at the same moment
+                self.give_back(cache_bytes)
+            raise
+
+    def give_back(self, cache_bytes: int) -> None:
+        self._free += 1
+        self.bytes -= cache_bytes
+        self._give()
+
+    def _fits(self, cache_bytes: int) -> bool:
+        return self._free > 0 and self.bytes + cache_bytes <= self.most_bytes
+
+    def _give(self) -> None:
+        while self._turns:
+            turn, cache_bytes = self._turns[0]
+            if not turn.cancelled():
+                if not self._fits(cache_bytes):
+                    return
+                self._free -= 1
+                self.bytes += cache_bytes
+                turn.set_result(None)
+            self._turns.popleft()
+
+
 class Scheduler:
-    """First come, first served: `parallel` works at a time, of the requests for which there is no
-    place `most_waiting` wait.
+    """First come, first served: `parallel` works at a time, with caches of at most `cache_memory`
+    bytes together, of which each alone needs no more. Of the requests for which there is no place
+    `most_waiting` wait.
 
     A request of several works stands in the queue once: with each place that it gets it goes back
     to the end, until all its works have one. So it uses all places that nobody else wants, and
     does not keep others waiting until it is done.
     """
 
-    def __init__(self, parallel: int, most_waiting: int) -> None:
-        self._parallel, self._most_waiting = parallel, most_waiting
-        self._slots = asyncio.Semaphore(parallel)
+    def __init__(
+        self, parallel: int, most_waiting: int, cache_memory: float = float("inf")
+    ) -> None:
+        self._most_waiting = most_waiting
+        self.places = Places(parallel, cache_memory)
         self._threads = ThreadPoolExecutor(parallel, "tdaengine-work")
         self._mean_seconds = 1.0  # of late works, for Retry-After
         self.waiting = 0  # requests
         self.running = 0  # works
 
+    def gauges(self) -> list[tuple[str, str, Callable[[], float]]]:
+        """For metrics: name, text, function."""
+        places = self.places
+        return [
+            (
+                "queue_length",
+                "Requests that wait, for a further answer, too.",
+                lambda: self.waiting,
+            ),
+            ("running", "Answers being computed.", lambda: self.running),
+            ("cache_bytes", "Of the KV caches of these answers.", lambda: places.bytes),
+            ("cache_limit_bytes", "The most they may have.", lambda: places.most_bytes),
+        ]
+
     @contextlib.asynccontextmanager
     async def run(self, works: Sequence[Work]) -> AsyncIterator[AsyncIterator[Any]]:
         """The events of all `works` as they come; leaving early cancels them. Enters with the first
         one's turn. Raises ApiError 429 if too many wait already."""
-        self._check_queue()
+        self._check_queue(works[0])
         events: asyncio.Queue[Any] = asyncio.Queue()
         await self._start(works[0], events)
         others = asyncio.ensure_future(self._start_each(works[1:], events))
@@ -59,9 +130,9 @@ class Scheduler:
             for work in works:
                 work.cancel()
 
-    def _check_queue(self) -> None:
-        if self._slots.locked() and self.waiting >= self._most_waiting:
-            seconds = self._mean_seconds * (self.waiting + 1) / self._parallel
+    def _check_queue(self, work: Work) -> None:
+        if self.waiting >= self._most_waiting and not self.places.are_free(work.cache_bytes):
+            seconds = self._mean_seconds * (self.waiting + 1) / max(1, self.running)
             raise ApiError(
                 429,
                 f"queue: found {self.waiting} requests waiting, expected fewer than "
@@ -78,7 +149,7 @@ class Scheduler:
         """As soon as there is a place for it."""
         self.waiting += 1
         try:
-            await self._slots.acquire()
+            await self.places.take(work.cache_bytes)
         finally:
             self.waiting -= 1
         self.running += 1
@@ -98,17 +169,19 @@ class Scheduler:
             for event in work:
                 tell(event)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which may hold the cache
             tell(error)
         finally:
             tell(_END)
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._finish, time.monotonic() - started)
+                seconds = time.monotonic() - started
+                loop.call_soon_threadsafe(self._finish, seconds, work.cache_bytes)
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self, seconds: float, cache_bytes: int) -> None:
         """A thread has ended: until then, whoever has left, its place is taken."""
         self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
         self.running -= 1
-        self._slots.release()
+        self.places.give_back(cache_bytes)
 
 
 async def _until_end(events: asyncio.Queue[Any], works: int) -> AsyncIterator[Any]:

@@ -59,13 +59,22 @@ class Finished:
         return 0 if self.stats is None else self.stats.cached_tokens
 
 
-def check_prompt(engine: Engine, name: str, ids: Sequence[int], new_tokens: int) -> None:
+def check_prompt(
+    engine: Engine, name: str, ids: Sequence[int], new_tokens: int, most_cache_bytes: float
+) -> None:
     """What would else be found only when a request has its turn. Raises OptionError or
     ContextOverflow."""
+    cache_bytes = (len(ids) + new_tokens) * engine.kv_bytes_per_token
     if len(ids) + new_tokens > engine.max_context:
         raise ContextOverflow(
             f"{name}: found {len(ids)} tokens, which with {new_tokens} new ones exceed the context "
             f"of {engine.max_context} tokens"
+        )
+    if cache_bytes > most_cache_bytes:
+        raise ContextOverflow(
+            f"{name}: found {len(ids)} tokens, which with {new_tokens} new ones need a KV cache of "
+            f"{cache_bytes} bytes, expected at most the {most_cache_bytes} bytes of "
+            "--cache-memory: ask for fewer, or give the server more"
         )
     vocab = engine.config.vocab_size
     for i, token in enumerate(ids):
@@ -78,10 +87,18 @@ class Generating:
 
     def __init__(self, engine: Engine, choice: Choice, with_stats: bool) -> None:
         self._engine, self._choice, self._with_stats = engine, choice, with_stats
+        tokens = len(choice.ids) + choice.options.max_new_tokens
+        self.cache_bytes = tokens * engine.kv_bytes_per_token
         self._stream: Stream | None = None
         self._is_cancelled = False
 
     def __iter__(self) -> Iterator[Piece | Finished]:
+        try:
+            yield from self._events()
+        finally:
+            self._stream = None  # its cache is no longer counted
+
+    def _events(self) -> Iterator[Piece | Finished]:
         choice = self._choice
         # cancel() sets the flag, then looks for a stream; here it is the other way round.
         self._stream = self._engine.stream(
@@ -109,8 +126,8 @@ class Generating:
 
     def cancel(self) -> None:
         self._is_cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
+        if (stream := self._stream) is not None:
+            stream.cancel()
 
 
 class Scoring:
@@ -120,6 +137,7 @@ class Scoring:
     def __init__(self, engine: Engine, choices: list[Choice], top: int, has_new: bool) -> None:
         self._engine, self._choices, self._top, self._has_new = engine, choices, top, has_new
         self._is_cancelled = False
+        self.cache_bytes = max(len(each.ids) for each in choices) * engine.kv_bytes_per_token
         for choice in choices:
             size = 4 * len(choice.ids) * engine.config.vocab_size
             if size > MOST_LOGIT_BYTES:
