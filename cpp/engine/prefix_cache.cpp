@@ -19,15 +19,13 @@ bool contains(const Prefix& longer, const Prefix& prefix) {
 
 }  // namespace
 
-std::int64_t Prefix::bytes() const {
-  std::int64_t total = std::ssize(tokens) * std::int64_t{sizeof(Token)} + std::ssize(rows);
-  for (const Statistic& each : statistics)
-    total += (std::ssize(each.sums) + 1) * std::int64_t{sizeof(double)};
-  return total;
-}
-
 std::string PrefixOwner::text() const {
   return "fingerprint " + fingerprint + ", weights " + weights + ", kv " + kv + ", " + device;
+}
+
+std::int64_t PrefixOwner::bytes(const Prefix& prefix) const {
+  return std::ssize(prefix.tokens) * (std::int64_t{sizeof(Token)} + token_bytes) +
+         std::ssize(prefix.statistics) * (statistic_size + 1) * std::int64_t{sizeof(double)};
 }
 
 void PrefixCache::Impl::serve(const PrefixOwner& owner) {
@@ -38,8 +36,8 @@ void PrefixCache::Impl::serve(const PrefixOwner& owner) {
                       "), expected one of this (" + owner.text() + ")");
 }
 
-PrefixUse PrefixCache::Impl::find(
-    Tokens prompt, const std::function<std::int64_t(const Prefix&, std::int64_t)>& usable) {
+std::optional<PrefixUse> PrefixCache::Impl::find(Tokens prompt, const Usable& usable,
+                                                 const std::shared_ptr<const Prefix>& promised) {
   const std::lock_guard lock(mutex_);
   PrefixUse best;
   auto place = prefixes_.end();
@@ -50,24 +48,43 @@ PrefixUse PrefixCache::Impl::find(
     best = {*each, common, length};
     place = each;
   }
+  std::erase_if(under_way_, [](const UnderWay& other) { return other.forks != forks(); });
+  for (const auto& [other, _] : under_way_) {
+    const std::int64_t common = common_tokens(prompt, other->tokens);
+    if (common == std::ssize(other->tokens) && usable(*other, common) > best.length) return {};
+  }
   if (best.prefix) prefixes_.splice(prefixes_.begin(), prefixes_, place);
+  if (wants_locked(*promised)) under_way_.push_back({promised, forks()});
   return best;
 }
 
-void PrefixCache::Impl::keep(std::shared_ptr<const Prefix> prefix) {
-  if (prefix->tokens.empty() || prefix->bytes() > limit) return;
+void PrefixCache::Impl::withdraw(const Prefix& promised) {
   const std::lock_guard lock(mutex_);
-  if (std::ranges::any_of(prefixes_, [&](const auto& each) { return contains(*each, *prefix); }))
-    return;  // another thread was as far
+  std::erase_if(under_way_, [&](const UnderWay& each) { return each.promised.get() == &promised; });
+}
+
+bool PrefixCache::Impl::wants(const Prefix& prefix) const {
+  const std::lock_guard lock(mutex_);
+  return wants_locked(prefix);
+}
+
+bool PrefixCache::Impl::wants_locked(const Prefix& prefix) const {
+  return !prefix.tokens.empty() && owner_.bytes(prefix) <= limit &&
+         std::ranges::none_of(prefixes_, [&](const auto& each) { return contains(*each, prefix); });
+}
+
+void PrefixCache::Impl::keep(std::shared_ptr<const Prefix> prefix) {
+  const std::lock_guard lock(mutex_);
+  if (!wants_locked(*prefix)) return;
   std::erase_if(prefixes_, [&](const auto& each) {
     const bool goes = contains(*prefix, *each);
-    if (goes) bytes_ -= each->bytes();
+    if (goes) bytes_ -= owner_.bytes(*each);
     return goes;
   });
-  bytes_ += prefix->bytes();
+  bytes_ += owner_.bytes(*prefix);
   prefixes_.push_front(std::move(prefix));
   while (bytes_ > limit) {
-    bytes_ -= prefixes_.back()->bytes();
+    bytes_ -= owner_.bytes(*prefixes_.back());
     prefixes_.pop_back();
   }
 }

@@ -10,6 +10,7 @@
 #include <functional>
 #include <list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,8 +30,6 @@ struct Prefix {
   std::vector<std::byte> rows;  // see Backend::key_value_rows
   Estimate estimate = Estimate::contribution;
   std::vector<Statistic> statistics;  // after each full step; maybe of the first ones alone
-
-  std::int64_t bytes() const;
 };
 
 /// A prefix of a prompt to go on from.
@@ -47,6 +46,7 @@ struct PrefixOwner {
   std::int64_t statistic_size = 0;               // L * F
 
   std::string text() const;
+  std::int64_t bytes(const Prefix&) const;
   bool operator==(const PrefixOwner&) const = default;
 };
 
@@ -56,9 +56,19 @@ class PrefixCache::Impl {
 
   /// From now on, prefixes are this model's. Throws OptionError if they are another's.
   void serve(const PrefixOwner&);
-  /// The prefix of which most tokens can be used: usable(prefix, common) says how many.
-  PrefixUse find(Tokens prompt, const std::function<std::int64_t(const Prefix&, std::int64_t)>&);
-  /// Keeps a prefix, unless it is larger than the limit; those that it contains go.
+  /// How many tokens of a prefix can be used that has so many in common with a prompt.
+  using Usable = std::function<std::int64_t(const Prefix&, std::int64_t common)>;
+  /// The prefix of which most tokens can be used. `promised` is what prefilling this prompt will
+  /// leave, its rows and sums still missing: others that begin with it are told so until
+  /// `withdraw`. Nothing, and nothing is promised, if another prompt that this one begins with is
+  /// being prefilled and will serve better than what is there: to be asked again.
+  std::optional<PrefixUse> find(Tokens prompt, const Usable&,
+                                const std::shared_ptr<const Prefix>& promised);
+  void withdraw(const Prefix& promised);
+  /// Whether to keep a prefix, whose rows may still be missing: if it is no larger than the limit
+  /// and there is none that contains it.
+  bool wants(const Prefix&) const;
+  /// Keeps a prefix, if it is wanted; those that it contains go.
   void keep(std::shared_ptr<const Prefix>);
 
   std::vector<std::shared_ptr<const Prefix>> prefixes() const;  // most recently used first
@@ -69,10 +79,34 @@ class PrefixCache::Impl {
   const std::int64_t limit;
 
  private:
+  struct UnderWay {
+    std::shared_ptr<const Prefix> promised;
+    std::uint32_t forks;  // in the child of a fork, whoever promised it before does not exist
+  };
+
+  bool wants_locked(const Prefix&) const;
+
   mutable ForkSafeMutex mutex_;  // held while what follows is read or changed
+  std::vector<UnderWay> under_way_;
   PrefixOwner owner_;
   std::list<std::shared_ptr<const Prefix>> prefixes_;  // most recently used first
   std::int64_t bytes_ = 0;
+};
+
+/// What a prompt that is being prefilled will leave, for others to wait for until this is destroyed.
+class PrefixPromise {
+ public:
+  PrefixPromise(PrefixCache::Impl& cache, const Prefix& prefix)
+      : cache_(cache), prefix_(std::make_shared<const Prefix>(prefix)) {}
+  ~PrefixPromise() { cache_.withdraw(*prefix_); }
+  PrefixPromise(const PrefixPromise&) = delete;
+  PrefixPromise& operator=(const PrefixPromise&) = delete;
+
+  const std::shared_ptr<const Prefix>& prefix() const { return prefix_; }
+
+ private:
+  PrefixCache::Impl& cache_;
+  std::shared_ptr<const Prefix> prefix_;
 };
 
 }  // namespace tda

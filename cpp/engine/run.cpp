@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <mutex>
+#include <thread>
 
 namespace tda {
 namespace {
@@ -14,6 +15,9 @@ constexpr std::int64_t kPromptSamples = 64;
 constexpr std::int64_t kInputSamples = 32;
 /// They are taken from the last tokens of the prompt: those before may come from a PrefixCache.
 constexpr std::int64_t kSampleWindow = 256;
+
+/// How often a prompt looks whether another is prefilled.
+constexpr std::chrono::milliseconds kPoll{1};
 
 bool needs_samples(const TdaOptions& tda) {
   if (tda.predictor) return false;
@@ -54,13 +58,8 @@ std::span<const float> Run::prefill() {
   // Masks are made of the statistic; thresholds need samples alone, a predictor needs nothing.
   const bool gather = tda_.options && tda_.options->scope == Scope::sequence &&
                       !tda_.options->inputs && !tda_.options->predictor;
-  const PrefixUse use = cache_ ? find_prefix(gather) : PrefixUse();
-  if (use.prefix) session_.resume(use, gather);
-  session_.records_statistics = cache_ && gather;
-  stats_.cached_tokens = use.length;
-  const auto logits = session_.prefill(Tokens(prompt_).subspan(use.length),
-                                       gather ? FfnMode::gather : FfnMode::dense);
-  if (cache_) keep_prefix(use, gather);
+  const FfnMode mode = gather ? FfnMode::gather : FfnMode::dense;
+  const auto logits = cache_ ? prefill_rest(mode) : session_.prefill(prompt_, mode);
   stats_.prefill_seconds = watch.lap();
   if (tda_.options) {
     session_.apply(tda_.options);
@@ -69,12 +68,41 @@ std::span<const float> Run::prefill() {
   return logits;
 }
 
-PrefixUse Run::find_prefix(bool gather) const {
+/// Prefills what the cache does not have, and keeps it there.
+std::span<const float> Run::prefill_rest(FfnMode mode) {
+  const bool gather = mode == FfnMode::gather;
+  PrefixCache::Impl& cache = cache_->impl();
+  const std::int64_t total = std::ssize(prompt_);
+  Prefix prefix;
+  prefix.tokens.assign(prompt_.begin(), prompt_.end() - total % session_.backend.cut_multiple());
+  prefix.estimate = session_.state->estimate;
+  if (gather) prefix.statistics.resize(total / session_.backend.max_step());
+  const PrefixPromise promise(cache, prefix);
+
+  const PrefixUse use = find_prefix(gather, promise);
+  if (use.prefix) session_.resume(use, gather);
+  session_.records_statistics = gather;
+  stats_.cached_tokens = use.length;
+  const auto logits = session_.prefill(Tokens(prompt_).subspan(use.length), mode);
+
+  prefix.statistics = std::move(session_.statistics);
+  if (use.prefix && !gather) prefix.estimate = use.prefix->estimate;
+  if (!cache.wants(prefix)) return logits;
+  {
+    const std::lock_guard lock(session_.runtime->computing);
+    prefix.rows = session_.backend.key_value_rows(*session_.state, std::ssize(prefix.tokens));
+  }
+  cache.keep(std::make_shared<const Prefix>(std::move(prefix)));
+  return logits;
+}
+
+/// Waits for a prompt that this one begins with, if it is being prefilled.
+PrefixUse Run::find_prefix(bool gather, const PrefixPromise& promise) const {
   const std::int64_t total = std::ssize(prompt_), step = session_.backend.max_step();
   const std::int64_t multiple = session_.backend.cut_multiple();
   // The last token gives the logits, samples are of the last ones.
   const std::int64_t anew = session_.sample_tokens > 0 ? std::min(total, kSampleWindow) : 1;
-  return cache_->impl().find(prompt_, [&](const Prefix& prefix, std::int64_t common) {
+  const auto usable = [&](const Prefix& prefix, std::int64_t common) {
     std::int64_t length = std::min(common, total - anew);
     if (gather) {
       if (prefix.estimate != session_.state->estimate) return std::int64_t{0};
@@ -84,24 +112,12 @@ PrefixUse Run::find_prefix(bool gather) const {
     // One token alone is computed as in decoding: only where it is alone without the cache, too.
     if (total - length == 1 && length % step != 0) length -= multiple;
     return length;
-  });
-}
-
-void Run::keep_prefix(const PrefixUse& use, bool gather) {
-  auto prefix = std::make_shared<Prefix>();
-  const std::int64_t total = std::ssize(prompt_);
-  const std::int64_t length = total - total % session_.backend.cut_multiple();
-  prefix->statistics = std::move(session_.statistics);
-  if (use.prefix && length <= use.common &&
-      prefix->statistics.size() <= use.prefix->statistics.size())
-    return;
-  prefix->tokens.assign(prompt_.begin(), prompt_.begin() + length);
-  prefix->estimate = gather || !use.prefix ? session_.state->estimate : use.prefix->estimate;
-  {
-    const std::lock_guard lock(session_.runtime->computing);
-    prefix->rows = session_.backend.key_value_rows(*session_.state, length);
+  };
+  while (true) {
+    if (const auto use = cache_->impl().find(prompt_, usable, promise.prefix())) return *use;
+    session_.before_step();  // so that cancel and Ctrl-C end this, too
+    std::this_thread::sleep_for(kPoll);
   }
-  cache_->impl().keep(std::move(prefix));
 }
 
 std::span<const float> Run::decode(Token token) {

@@ -33,8 +33,8 @@ class Run {
   const ModelConfig& config() const { return session_.runtime->config(); }
 
  private:
-  PrefixUse find_prefix(bool gather) const;
-  void keep_prefix(const PrefixUse&, bool gather);
+  std::span<const float> prefill_rest(FfnMode);
+  PrefixUse find_prefix(bool gather, const PrefixPromise&) const;
 
   Session::Impl session_;
   std::vector<Token> prompt_;

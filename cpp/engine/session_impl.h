@@ -34,6 +34,8 @@ struct Session::Impl {
   std::span<const float> decode(Token token);
   /// decode(), then the token that draw() takes.
   Token decode_and_draw(Token token, double temperature, double u);
+  /// Throws Cancelled if `stop` is requested, or what Runtime::before_step throws.
+  void before_step() const;
   /// Before anything else: begins with the first `use.length` tokens of a kept prompt and, with
   /// `gather`, their statistic.
   void resume(const PrefixUse& use, bool gather);
@@ -71,7 +73,6 @@ struct Session::Impl {
   Step next_step(const Token& token);
   void count_decoded(const Token& token);
   void check_room(std::int64_t tokens) const;
-  void before_step() const;
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
   void apply_sequence(const TdaOptions& options);
   void apply_token(const TdaOptions& options);

@@ -15,7 +15,8 @@ namespace [[gnu::visibility("default")]] tda {
 /// Prompts, the least recently used out first. What is generated from a kept beginning is the same,
 /// bit for bit, as without: kept are prompts, as they were prefilled, never generated tokens, and
 /// with them the statistic that masks are made of. Serves one model, the first that it meets, and
-/// any number of threads and engines of it.
+/// any number of threads and engines of it. A generation whose prompt begins with one that another
+/// thread is prefilling waits for that.
 class PrefixCache {
  public:
   /// limit: in bytes of memory. Throws OptionError.

@@ -27,18 +27,23 @@ class Usage:
     """Token counts of a request. A prompt with several answers counts once."""
 
     def __init__(self) -> None:
-        self.prompt, self.cached, self.new = 0, 0, 0
+        self.prompt, self.new = 0, 0
+        self._cached: dict[int, int] = {}  # by prompt
 
-    def add(self, finished: Finished, is_new_prompt: bool) -> None:
-        if is_new_prompt:
+    def add(self, finished: Finished, per_prompt: int) -> None:
+        """per_prompt: how many answers each prompt has."""
+        prompt, answer = divmod(finished.index, per_prompt)
+        if answer == 0:
             self.prompt += finished.prompt_tokens
-            self.cached += finished.cached_tokens
+        # The answers that found most had it from the one which computed it for this request.
+        cached = finished.cached_tokens
+        self._cached[prompt] = min(cached, self._cached.get(prompt, cached))
         self.new += finished.new_tokens
 
     def fields(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
             "completion_tokens": self.new,
             "total_tokens": self.prompt + self.new,
         }
@@ -63,7 +68,7 @@ class Form:
             self.texts[event.index] = self.texts.get(event.index, "") + event.text
         else:
             self.finished[event.index] = event
-            self.usage.add(event, event.index % self._per_prompt == 0)
+            self.usage.add(event, self._per_prompt)
 
     def chunks(self, event: Piece | Finished) -> Iterator[dict[str, Any]]:
         raise NotImplementedError
