@@ -39,4 +39,32 @@ class ForkSafeMutex {
   std::atomic<std::uint32_t> holder_ = 0;  // 0: free, else forks() + 1 of the holder's process
 };
 
+/// The same, but threads get it in the order in which they ask: one that unlocks and locks again
+/// does so behind those that wait. At most 65535 wait.
+class ForkSafeTurns {
+ public:
+  void lock() {
+    State last = state_, own;
+    do own = last.forks == forks() ? last : State{.forks = forks()};
+    while (!state_.compare_exchange_weak(
+        last, {own.forks, static_cast<std::uint16_t>(own.next + 1), own.current}));
+    for (State now = state_; now.current != own.next; now = state_) state_.wait(now);
+  }
+  void unlock() {
+    State last = state_;
+    while (!state_.compare_exchange_weak(
+        last, {last.forks, last.next, static_cast<std::uint16_t>(last.current + 1)})) {
+    }
+    state_.notify_all();
+  }
+
+ private:
+  struct State {
+    std::uint32_t forks = 0;
+    std::uint16_t next = 0;     // the number of who asks next
+    std::uint16_t current = 0;  // of who holds it or may
+  };
+  std::atomic<State> state_ = State();
+};
+
 }  // namespace tda

@@ -47,7 +47,8 @@ class Runtime {
   std::shared_ptr<PrefixCache> prefix_cache;  // may be null
   std::vector<std::string> notices = model().notices;
   const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists
-  mutable ForkSafeMutex computing;          // held during a step
+  mutable ForkSafeTurns prefilling;         // held during a prompt's step and while it waits for
+  mutable ForkSafeMutex computing;          // this one, held during any step
   mutable DecodeQueue decoding;
 
  private:

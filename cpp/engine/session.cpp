@@ -78,6 +78,7 @@ std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vec
     step.samples = sampled;
     done += count;
     before_step();
+    const std::lock_guard turn(runtime->prefilling);
     runtime->decoding.let_through();
     const std::lock_guard lock(runtime->computing);
     const std::int64_t last_rows = done == tokens.size() ? rows : 0;

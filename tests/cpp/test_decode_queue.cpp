@@ -1,6 +1,7 @@
 // Decode steps of several threads.
 #include <tda/error.h>
 
+#include <mutex>
 #include <thread>
 
 #include "check.h"
@@ -87,3 +88,41 @@ TEST(an_error_reaches_all_sequences_of_a_step) {
 }
 
 int main() { return run_tests(); }
+
+TEST(turns_come_in_the_order_of_asking) {
+  ForkSafeTurns turns;
+  std::vector<int> order;
+  std::atomic<int> asking = 0;
+  std::vector<std::jthread> threads;
+  turns.lock();
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&, i] {
+      asking = i + 1;
+      const std::lock_guard turn(turns);
+      order.push_back(i);
+    });
+    while (asking < i + 1) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  }
+  turns.unlock();
+  turns.lock();  // a plain mutex would mostly be had again at once
+  order.push_back(3);
+  turns.unlock();
+  threads.clear();
+  CHECK((order == std::vector<int>{0, 1, 2, 3}));
+}
+
+TEST(turns_exclude_each_other) {
+  ForkSafeTurns turns;
+  int count = 0;
+  std::vector<std::jthread> threads;
+  for (int i = 0; i < 4; ++i)
+    threads.emplace_back([&] {
+      for (int k = 0; k < 50'000; ++k) {  // more than 65535 in all
+        const std::lock_guard turn(turns);
+        ++count;
+      }
+    });
+  threads.clear();
+  CHECK(count == 200'000);
+}

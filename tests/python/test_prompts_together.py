@@ -94,6 +94,20 @@ def test_longer_prompts_wait_for_their_beginning(engine: Engine):
     assert all(4968 <= other.output.stats.cached_tokens <= 5000 for other in others)
 
 
+def test_prompts_take_turns(engine: Engine):
+    """A step each: a short one does not wait for the whole of a long one."""
+    short = ids(9, 1500)
+    for _ in range(5):
+        longs = [engine.stream(ids(9, LONG), max_new_tokens=1) for _ in range(2)]
+        with ThreadPoolExecutor(2) as threads:
+            taking = [threads.submit(list, long) for long in longs]
+            time.sleep(0.05)
+            engine.generate(short, max_new_tokens=1)
+            assert not any(each.done() for each in taking)
+            for long in longs:
+                long.cancel()
+
+
 def test_others_go_on_when_the_first_leaves(engine: Engine):
     prompt = ids(5, LONG)
     short = ids(5, 700)
