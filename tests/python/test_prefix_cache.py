@@ -181,6 +181,27 @@ def filled(engine: Engine) -> PrefixCache:
     return cache
 
 
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int8"])
+def test_bytes_are_those_of_what_is_kept(folder: Path, tmp_path: Path, kv: str):
+    """As a file holds them, whose length comes of the data themselves."""
+    engine = open_engine(folder, kv=kv)
+    cache = PrefixCache()
+    for length, tda in ((300, TDA(active=0.5)), (64, False)):
+        prompt = ids(random.Random(length), length)
+        engine.generate(prompt, max_new_tokens=1, tda=tda, prefix_cache=cache)
+    cache.save(tmp_path / "chat.prefixes")
+    data = (tmp_path / "chat.prefixes").read_bytes()
+    (header,) = struct.unpack_from("<Q", data)
+    assert cache.bytes == len(data) - 8 - header
+    prompts = json.loads(data[8 : 8 + header])["prompts"]
+    statistics = sum(each["statistics"] for each in prompts)
+    neurons = engine.config.num_layers * engine.config.intermediate_size
+    tokens = sum(each["tokens"] for each in prompts)
+    assert statistics == 1 and tokens > 300
+    rows = cache.bytes - 4 * tokens - 8 * (1 + neurons)
+    assert rows == tokens * engine.kv_bytes_per_token
+
+
 def test_saved_prompts_are_used_in_another_engine(
     filled: PrefixCache, folder: Path, tmp_path: Path
 ):
