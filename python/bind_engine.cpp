@@ -27,6 +27,12 @@ std::optional<tda::TdaOptions> to_optional(const tda::TdaOptions* tda) {
   return tda ? std::optional(*tda) : std::nullopt;
 }
 
+std::vector<std::vector<tda::Token>> to_texts(nb::handle texts) {
+  std::vector<std::vector<tda::Token>> tokens;
+  for (nb::handle text : nb::iter(texts)) tokens.push_back(to_tokens(text));
+  return tokens;
+}
+
 using PyProgress = std::optional<std::function<void(std::int64_t, std::int64_t)>>;
 
 /// Lets Ctrl-C end work that runs without the GIL.
@@ -207,8 +213,7 @@ void bind_computing(nb::class_<ClosableEngine>& engine) {
           [](const Engine& engine, nb::handle texts, const tda::CalibrateOptions& options,
              PyProgress progress) {
             const auto open = engine.get();
-            std::vector<std::vector<tda::Token>> tokens;
-            for (nb::handle text : nb::iter(texts)) tokens.push_back(to_tokens(text));
+            const std::vector<std::vector<tda::Token>> tokens = to_texts(texts);
             const tda::Progress report = reporting(std::move(progress));
             const GilReleased released;
             return open->calibrate(tokens, options, report);
@@ -251,15 +256,18 @@ void bind_engine(nb::module_& m) {
   m.def(
       "pack_checkpoint",
       [](const std::string& source, const std::string& destination, const std::string& weights,
-         PyProgress progress) {
+         PyProgress progress, nb::handle texts) {
         const tda::WeightFormat format = tda::parse_weight_format(weights);
+        const std::vector<std::vector<tda::Token>> tokens = to_texts(texts);
         const tda::Progress report = reporting(std::move(progress));
         const GilReleased released;
-        return tda::pack_checkpoint(source, destination, format, 0, report);
+        return tda::pack_checkpoint(source, destination, format, 0, report, tokens);
       },
       "source"_a, "destination"_a, "weights"_a = "auto", "progress"_a.none() = nb::none(),
-      "Writes config.json and model.safetensors of an engine folder into an empty folder. Returns "
-      "the\nnotices of an Engine with such weights.");
+      "texts"_a = nb::tuple(),
+      "Writes config.json and model.safetensors of an engine folder into an empty folder, int4 by "
+      "the\ncalibration texts, token ids each. Returns the notices of an Engine with such "
+      "weights.");
   m.def(
       "measure_read_bandwidth", &tda::measure_read_bandwidth, "threads"_a, "megabytes"_a = 512,
       nb::call_guard<GilReleased>(),

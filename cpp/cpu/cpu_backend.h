@@ -151,7 +151,8 @@ class CpuBackend final : public Backend {
   std::string name() const override { return std::string("cpu (") + kernels_.name + ")"; }
   int threads() const override { return pool_.threads(); }
   std::unique_ptr<State> new_state(std::int64_t capacity, KvFormat kv) const override;
-  std::int64_t max_step() const override { return 256; }
+  static constexpr std::int64_t kMaxStep = 256;
+  std::int64_t max_step() const override { return kMaxStep; }
   std::int64_t max_batch() const override { return Vectors::kMost; }
   std::int64_t cut_multiple() const override;
   std::vector<std::byte> key_value_rows(const State&, std::int64_t tokens) const override;

@@ -31,6 +31,8 @@
 
 namespace tda {
 
+struct InputFactor;  // input_factor.h
+
 /// Whether a format's weights lie in bricks, not in rows, and TDA on them decides by input.
 constexpr bool in_bricks(WeightFormat format) {
   return format == WeightFormat::graded || format == WeightFormat::int4;
@@ -104,8 +106,10 @@ struct Bricks {
 /// or inputs pad; overwritten. Everything is chosen by squared error. Scales of centred bricks are
 /// those that put a group's largest value near either end of the codes, a rest's step is the best
 /// of nine for its row, and lines are the best of five clippings, each followed by the
-/// least-squares scale and minimum of its codes.
-void quantize_bricks(const Bricks& target, std::int64_t strip, float* values);
+/// least-squares scale and minimum of its codes. inputs: those of int4's centred bricks are chosen
+/// by the squared error of the product instead, see round_by_inputs.cpp.
+void quantize_bricks(const Bricks& target, std::int64_t strip, float* values,
+                     const InputFactor* inputs = nullptr);
 
 /// 32 values as codes: value = scale * code + minimum.
 struct LineGroup {

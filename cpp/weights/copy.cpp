@@ -192,7 +192,7 @@ void copy_lines(const BrickCopy& copy, std::int64_t strip) {
   });
 }
 
-void copy_strip(const BrickCopy& copy, std::int64_t strip) {
+void copy_strip(const BrickCopy& copy, std::int64_t strip, const InputFactor* inputs) {
   const auto has_codes = [](const TensorView* tensor) { return has_four_bits(tensor->dtype); };
   if (copy.target.kind == BrickKind::lines && std::ranges::all_of(copy.sources, has_codes))
     return copy_lines(copy, strip);
@@ -206,7 +206,7 @@ void copy_strip(const BrickCopy& copy, std::int64_t strip) {
     if (sum_of(stride, [&](std::int64_t i) { return load_four(row + i) * 0; }) != 0)
       throw not_finite(tensor, copy.target.format);
   });
-  quantize_bricks(target, strip, values.data());
+  quantize_bricks(target, strip, values.data(), inputs);
 }
 
 void measure_columns(const BrickCopy& copy, std::int64_t first, std::int64_t end) {
@@ -267,7 +267,7 @@ bool had_four_bits(const TensorView& tensor) {
 }
 
 void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& bricks,
-                ThreadPool& pool, const Progress& progress) {
+                ThreadPool& pool, const Progress& progress, const FactorOf& factor_of) {
   constexpr std::int64_t kPartElements = 1 << 18, kPartBytes = 1 << 21;
   std::int64_t done = 0, total = 0;
   for (const Copy& copy : copies) total += copy.target.bytes();
@@ -277,8 +277,9 @@ void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& b
     const auto report = [&](std::int64_t strips) {
       if (progress) progress(done + copy.target.bytes() / target.strips * strips, total);
     };
+    const InputFactor* const inputs = factor_of(copy.target);
     const auto strips = [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t s = begin; s < end; ++s) copy_strip(copy, s);
+      for (std::int64_t s = begin; s < end; ++s) copy_strip(copy, s, inputs);
     };
     std::vector<std::shared_ptr<const void>> kept;
     for (const TensorView* source : copy.sources) kept.push_back(source->keep());

@@ -3,10 +3,12 @@
 
 #include <tda/types.h>
 
+#include <functional>
 #include <vector>
 
 #include "base/thread_pool.h"
 #include "checkpoint/checkpoint.h"
+#include "weights/input_factor.h"
 #include "weights/model.h"
 
 namespace tda {
@@ -33,9 +35,12 @@ struct BrickCopy {
   float* lengths;  // [cols] where to put the L2 norms of the columns; null: not wanted
 };
 
+/// What a matrix in bricks is rounded by; null: by its values alone.
+using FactorOf = std::function<const InputFactor*(const Matrix& target)>;
+
 /// Throws CheckpointError for values that are not finite or that the format cannot hold, and for
 /// files that change meanwhile. `progress` counts bytes written.
 void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& bricks,
-                ThreadPool& pool, const Progress& progress);
+                ThreadPool& pool, const Progress& progress, const FactorOf& factor_of);
 
 }  // namespace tda

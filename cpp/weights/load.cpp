@@ -148,10 +148,20 @@ std::shared_ptr<const Model> map_model(const Checkpoint& checkpoint, WeightForma
   return model;
 }
 
+void check_rounds_int4(const Model& model) {
+  for (const LayerWeights& layer : model.layers)
+    for (const Matrix* matrix : layer.in_bricks())
+      if (matrix->kind == BrickKind::int4) return;
+  throw OptionError("texts: found " + model.name +
+                    ", whose weights keep the bits they have in int4, expected one with weights of "
+                    "16 bits or more");
+}
+
 }  // namespace
 
-std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
-                                        int threads, const Progress& progress) {
+std::shared_ptr<const Model> load_model(
+    const Checkpoint& checkpoint, WeightFormat format, int threads, const Progress& progress,
+    const std::function<LayerFactors(std::int64_t)>& factors_of) {
   if (checkpoint.packed()) return map_model(checkpoint, format);
   ThreadPool pool(threads);
   const bool chosen = format == WeightFormat::automatic;
@@ -168,7 +178,20 @@ std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightForm
   for (const BrickCopy& copy : layout.brick_copies())
     for (const TensorView* source : copy.sources) used.insert(source->name);
   checkpoint.refuse_unused(used);
-  run_copies(layout.copies(), layout.brick_copies(), pool, progress);
+  if (factors_of) check_rounds_int4(*model);
+  LayerFactors factors;
+  const auto factor_of = [&](const Matrix& target) -> const InputFactor* {
+    for (std::size_t l = 0; factors_of && l < model->layers.size(); ++l)
+      for (std::size_t i = 0; const Matrix* matrix : model->layers[l].in_bricks()) {
+        if (matrix->data == target.data && i == 0)
+          factors = factors_of(static_cast<std::int64_t>(l));
+        if (matrix->data == target.data)
+          return matrix->kind == BrickKind::int4 ? &factors[i] : nullptr;
+        ++i;
+      }
+    return nullptr;
+  };
+  run_copies(layout.copies(), layout.brick_copies(), pool, progress, factor_of);
   const bool rounds =
       format == WeightFormat::bf16 && std::ranges::any_of(layout.copies(), [](const Copy& copy) {
         return copy.source->dtype == DType::f16 && copy.target.rows > 1;

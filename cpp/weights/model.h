@@ -8,12 +8,14 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "weights/bricks.h"
+#include "weights/input_factor.h"
 #include "weights/quantize.h"
 
 namespace tda {
@@ -138,10 +140,16 @@ struct Model {
   }
 };
 
+/// What the int4 matrices of a layer, LayerWeights::in_bricks(), are rounded by.
+using LayerFactors = std::vector<InputFactor>;
+
 /// Converts a checkpoint to engine layout, or maps it if it is packed. Throws CheckpointError for
 /// missing tensors, wrong shapes and values that are not finite, OptionError if packed weights have
 /// another format than requested. `progress` counts bytes written.
-std::shared_ptr<const Model> load_model(const Checkpoint& checkpoint, WeightFormat format,
-                                        int threads, const Progress& progress = {});
+/// factors_of(layer), if given, is called for one layer after the other; OptionError if no matrix
+/// is rounded to int4.
+std::shared_ptr<const Model> load_model(
+    const Checkpoint& checkpoint, WeightFormat format, int threads, const Progress& progress = {},
+    const std::function<LayerFactors(std::int64_t layer)>& factors_of = {});
 
 }  // namespace tda

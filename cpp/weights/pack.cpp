@@ -1,12 +1,12 @@
 // Writes engine folders: the arena as it is in memory, and a config.json that describes it.
-#include <tda/engine.h>
+#include "weights/pack.h"
+
+#include <tda/error.h>
 
 #include <nlohmann/json.hpp>
 
 #include "base/atomic_file.h"
 #include "base/json.h"
-#include "checkpoint/checkpoint.h"
-#include "weights/model.h"
 
 namespace tda {
 namespace {
@@ -27,7 +27,7 @@ void write_weights(const Model& model, const fs::path& path) {
                                 static_cast<std::size_t>(model.weight_bytes)}});
 }
 
-void write_config(const Model& model, json config, const fs::path& path) {
+void describe_weights(const Model& model, std::int64_t calibration_tokens, json& config) {
   config[PackedWeights::kKey] = {{"layout", PackedWeights::kLayout},
                                  {"weights", name_of(model.format)},
                                  {"fingerprint", model.fingerprint},
@@ -42,26 +42,28 @@ void write_config(const Model& model, json config, const fs::path& path) {
   // The checkpoint may say that its head is the embedding and hold another one, which counts.
   if (!model.config.tied_embeddings && config.contains("tie_word_embeddings"))
     config["tie_word_embeddings"] = false;
-  write_file_atomically(path, {config.dump(2), "\n"});
+  if (calibration_tokens > 0)
+    config[PackedWeights::kKey]["calibration_tokens"] = calibration_tokens;
 }
 
 }  // namespace
 
-std::vector<std::string> pack_checkpoint(const fs::path& source, const fs::path& destination,
-                                         WeightFormat weights, int threads,
-                                         const Progress& progress) {
+void check_engine_folder(const fs::path& folder) {
   std::error_code ignored;
-  if (!fs::is_directory(destination, ignored))
-    throw OptionError(destination.string() + ": no such folder, expected one to write into");
+  if (!fs::is_directory(folder, ignored))
+    throw OptionError(folder.string() + ": no such folder, expected one to write into");
   for (const char* name : {"config.json", "model.safetensors"})
-    if (fs::exists(destination / name, ignored))
-      throw OptionError(destination.string() + ": found " + name + ", expected a folder without");
-  const Checkpoint checkpoint(source);
-  const auto model = load_model(checkpoint, weights, threads, progress);
-  write_weights(*model, destination / "model.safetensors");
+    if (fs::exists(folder / name, ignored))
+      throw OptionError(folder.string() + ": found " + name + ", expected a folder without");
+}
+
+void write_engine_folder(const Model& model, const Checkpoint& checkpoint, const fs::path& folder,
+                         std::int64_t calibration_tokens) {
+  write_weights(model, folder / "model.safetensors");
+  json config = checkpoint.config_json();
+  describe_weights(model, calibration_tokens, config);
   // Last, because config.json makes the folder an engine folder.
-  write_config(*model, checkpoint.config_json(), destination / "config.json");
-  return model->notices;
+  write_file_atomically(folder / "config.json", {config.dump(2), "\n"});
 }
 
 }  // namespace tda

@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "base/four.h"
 #include "base/half.h"
 #include "weights/brick_places.h"
+#include "weights/centred.h"
 
 namespace tda {
 namespace {
@@ -95,14 +95,6 @@ float power_of_2(float size) {
 
 // ---- centred bricks -----------------------------------------------------------------------------
 
-constexpr int kMostCentredScale = 127;
-/// With the largest scale, a row's largest value is code 8 / 1.1.
-constexpr float kLargestInSteps = 8 * kMostCentredScale / 1.1f;
-
-Four codes_of(Four values, Four inverse_step) {  // -8 ... 7
-  return nearest(clamp(values * inverse_step, -8, 7));
-}
-
 /// The squared error of values[0 ... n) as codes of this step; n is a multiple of 8.
 float error_of(const float* values, std::int64_t n, float step) {
   const Four inverse = Four{} + 1 / step;
@@ -111,14 +103,6 @@ float error_of(const float* values, std::int64_t n, float step) {
     return missed * missed;
   });
 }
-
-/// Scales that put a group's largest value between these shares of code -8. Rests reach no further
-/// than half a scale, so with them the largest value is clipped less.
-struct ScalesTried {
-  float first, step;
-  int count;  // a multiple of 4
-};
-constexpr ScalesTried kAlone = {0.7f, 0.02f, 24}, kWithRests = {0.86f, 0.07f, 4};
 
 /// The scale of least squared error for 16 values in steps, or the one that least squares gives for
 /// its codes if that is better and clips no more; 0 if none is better than zeros.
@@ -194,8 +178,7 @@ void round_centred(const Bricks& target, std::int64_t row_id, float* row, std::u
   const std::int64_t n = target.blocks * kBlockInputs;
   const std::int64_t strip = row_id / kStripRows, r = row_id % kStripRows;
   const float most = std::abs(largest_of(row, n));
-  // The minimum keeps a tiny row's step from underflowing to 0.
-  const float step = std::max(most / kLargestInSteps, std::numeric_limits<float>::denorm_min());
+  const float step = step_of_row(most);
   const float unit = power_of_2(most), in_units = 1 / unit, in_steps = unit / step;
   for (std::int64_t i = 0; i < n && most > 0; ++i) row[i] = row[i] * in_units * in_steps;
   float largest = 1;
@@ -341,7 +324,8 @@ void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
 
 }  // namespace
 
-void quantize_bricks(const Bricks& target, std::int64_t strip, float* values) {
+void quantize_bricks(const Bricks& target, std::int64_t strip, float* values,
+                     const InputFactor* inputs) {
   const std::int64_t n = target.blocks * kBlockInputs;
   auto* const outliers = const_cast<StripOutlier*>(target.outliers + strip * kStripOutliers);
   take_outliers(values, n, strip * kStripRows, outliers);
@@ -353,7 +337,8 @@ void quantize_bricks(const Bricks& target, std::int64_t strip, float* values) {
       row[outlier.input] = row[outlier.input ^ 1];
     }
   std::vector<std::uint8_t> rests(target.has_rests() ? kStripRows * n : 0);
-  for (std::int64_t r = 0; r < kStripRows; ++r) {
+  if (inputs) round_by_inputs(target, strip, values, *inputs);
+  for (std::int64_t r = 0; r < kStripRows && !inputs; ++r) {
     const std::int64_t row = strip * kStripRows + r;
     if (target.kind == BrickKind::lines)
       round_lines(target, row, values + r * n);
