@@ -191,6 +191,14 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "loads in milliseconds",
         shown="a Hugging Face folder",
     )
+    option(
+        parser,
+        "--data",
+        metavar="FILE",
+        help=f"{DATA}, for int4: rounds weights of 16 bits so that what the model computes from "
+        "these texts changes least, which takes minutes",
+        shown="each weight to the nearest",
+    )
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:

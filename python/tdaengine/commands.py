@@ -121,6 +121,7 @@ def _figures(output: Output) -> str:
 def run_convert(args: argparse.Namespace) -> None:
     from .convert import convert
 
+    texts = None if args.data is None else read_texts(Path(args.data))
     with progress_bar(unit="B", unit_scale=True, disable=args.json) as progress:
         convert(
             args.source,
@@ -128,6 +129,7 @@ def run_convert(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             weights=args.weights,
             progress=progress,
+            texts=texts,
         )
     files = file_sizes(Path(args.destination))
     if args.json:

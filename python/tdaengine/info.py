@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ._native import GgufModel, RopeConfig
+from .contents import Contents
 from .engine import Engine
 
 # The sections of a description: what each line says of `info`.
@@ -20,10 +21,18 @@ def info(engine: Engine) -> dict[str, Any]:
         "path": str(engine.path),
         **{name: getattr(engine, name) for name in names},
         "bits_per_weight": 8 * engine.weight_bytes / engine.parameters,
+        "calibration_tokens": _calibration_tokens(engine.path),
         "matrices": [dict(zip(MATRIX, each, strict=True)) for each in engine.matrices],
         "config": fields_of(engine.config),
         "files": file_sizes(engine.path),
     }
+
+
+def _calibration_tokens(checkpoint: Path) -> int | None:
+    """Of the texts that convert rounded an engine folder's weights by."""
+    packed = Contents.of(checkpoint).json_object("config.json").get("tdaengine", {})
+    tokens: int | None = packed.get("calibration_tokens")
+    return tokens
 
 
 def describe(values: Mapping[str, Any]) -> str:
@@ -56,6 +65,8 @@ def _matrices(values: Mapping[str, Any]) -> dict[str, str]:
         if sum(other["matrices"] == each["matrices"] for other in values["matrices"]) > 1:
             text += f" in {each['layers']} layers"
         lines.setdefault(each["matrices"], []).append(text)
+    if tokens := values["calibration_tokens"]:
+        lines["rounded by"] = [f"{tokens:,} tokens of text"]
     total = f"{values['bits_per_weight']:.2f} bits per weight"
     return {name: "; ".join(texts) for name, texts in lines.items()} | {"all": total}
 
