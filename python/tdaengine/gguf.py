@@ -21,5 +21,5 @@ def read_gguf(path: Path) -> Source:
         for name, _, shape, file in model.tensors
     ]
     full = any(kind == "F32" and len(shape) == 2 for _, kind, shape, _ in model.tensors)
-    files = {**model.tokenizer_files()}
+    files: dict[str, bytes | Path] = {**model.tokenizer_files()}
     return Source(json.loads(model.config), tensors, files, "F32" if full else "BF16")

@@ -29,6 +29,6 @@ grep -q 'six, seven, eight' said
 "$bin/tdaengine" info models/SmolLM2-135M-Instruct
 "$bin/python" "$source/tests/typing/sample.py" models/SmolLM2-135M-Instruct
 
-"$bin/pip" install -q --disable-pip-version-check mypy types-tqdm "$(echo "$place"/dist/*.whl)[convert,plot,server]"
+"$bin/pip" install -q --disable-pip-version-check mypy types-tqdm "$(echo "$place"/dist/*.whl)[plot,server]"
 "$bin/mypy" --strict "$source/tests/typing/sample.py"
 "$bin/mypy" --strict -p tdaengine
