@@ -56,6 +56,17 @@ std::int64_t choose(const BrickKernels& kernels, const Bricks& w, const float* x
   return !w.has_rests() ? 0 : kernels.choose(x, w.rest_lengths, inputs, threshold, out);
 }
 
+/// Requests the rests of the first chosen inputs, while the high parts are read: add_rests itself
+/// requests each next ones while it works.
+void prefetch_rests(const Bricks& w, Span strips, const RestInputs* x, std::int64_t chosen) {
+  const std::int64_t first = strips.first * kStripRows / 2, end = strips.end * kStripRows / 2;
+  for (std::int64_t k = 0; k < std::min(chosen, kBlockInputs); ++k)
+    for (std::int64_t at = first; at < end; at += 64) {
+      __builtin_prefetch(w.rest(x->ids[k]) + at, 0, 2);
+      asm volatile("");  // or GCC 12 takes this function for one without effect
+    }
+}
+
 /// results[t] = the products of some strips with each x. strips: at most at_once(tokens); results[t]:
 /// [strips * 64]
 void multiply_strips(const BrickKernels& kernels, const Bricks& w, Span strips,
@@ -68,6 +79,7 @@ void multiply_strips(const BrickKernels& kernels, const Bricks& w, Span strips,
   for (std::int64_t t = 0; t < count; ++t) {
     x[t] = inputs[t].high;
     sums[t] = all.high + t * size;
+    prefetch_rests(w, strips, inputs[t].rests, inputs[t].chosen);
   }
   kernels.add_high(w, strips, {0, w.blocks}, {count, x.data(), sums.data()});
   for (std::int64_t t = 0; t < count; ++t) {
@@ -110,6 +122,8 @@ void project_down(const BrickKernels& kernels, const Bricks& down, Span blocks, 
     Sums all;
     all.clear(tokens * strips.count());
     const EachVector<float*> sums = each_vector(all.high, tokens, size);
+    for (std::int64_t t = 0; t < tokens; ++t)
+      prefetch_rests(down, strips, rests.data() + t * blocks.count(), chosen[t]);
     kernels.add_high(down, strips, blocks, {tokens, x.data(), sums.data()});
     for (std::int64_t t = 0; t < tokens; ++t) {
       kernels.add_rests(down, strips, rests.data() + t * blocks.count(), chosen[t],

@@ -1,4 +1,4 @@
-// Products of bricks with AVX2 (with VNNI where there is AVX-512).
+// Products of bricks with AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -25,23 +25,14 @@ inline __m256 halves(const std::uint16_t* p) {
 template <class Brick>
 constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
 
-/// Adds four products of bytes to each of 8 sums. With AVX2 these are 16 sums of two products: eight
-/// steps of codes up to 15 stay below 2^15.
-struct QuadSums {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  static __m256i add(__m256i sums, __m256i codes, __m256i q) {
-    return _mm256_dpbusd_epi32(sums, codes, q);
-  }
-  static __m256 total(__m256i sums) { return floats_of(sums); }
-#else
-  static __m256i add(__m256i sums, __m256i codes, __m256i q) {
-    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, q));
-  }
-  static __m256 total(__m256i sums) {
-    return floats_of(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
-  }
-#endif
-};
+/// Adds two products of bytes to each of 16 sums: eight steps of codes up to 15 stay below 2^15.
+inline __m256i add_quads(__m256i sums, __m256i codes, __m256i q) {
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, q));
+}
+/// The 8 sums of four products.
+inline __m256 total_of(__m256i sums) {
+  return floats_of(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+}
 
 inline __m256i four_inputs(const std::int8_t* q) {
   int32_t four;
@@ -77,21 +68,21 @@ template <bool kExcess, class Brick>
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         const __m256i codes = load_bytes(brick.codes[q] + 32 * k);
-        dots[k] = QuadSums::add(dots[k], lower_four(codes), inputs);
-        dots[4 + k] = QuadSums::add(dots[4 + k], upper_four(codes), inputs);
+        dots[k] = add_quads(dots[k], lower_four(codes), inputs);
+        dots[4 + k] = add_quads(dots[4 + k], upper_four(codes), inputs);
       }
     }
     const __m256 centre = _mm256_set1_ps(-kCentre<Brick> * x.sums[part]);
     const bool excess = kExcess && x.excess_quad / kQuads == part;
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
-      __m256 centred = _mm256_fmadd_ps(QuadSums::total(dots[k]), scale, centre);
+      __m256 centred = _mm256_fmadd_ps(total_of(dots[k]), scale, centre);
       if (excess) {
         const __m256i codes = load_bytes(brick.codes[x.excess_quad] + 32 * (k % 4));
         const __m256i dot =
-            QuadSums::add(_mm256_setzero_si256(), k < 4 ? lower_four(codes) : upper_four(codes),
-                          four_inputs(x.excess));
-        centred = _mm256_fmadd_ps(QuadSums::total(dot), _mm256_set1_ps(x.excess_scale), centred);
+            add_quads(_mm256_setzero_si256(), k < 4 ? lower_four(codes) : upper_four(codes),
+                      four_inputs(x.excess));
+        centred = _mm256_fmadd_ps(total_of(dot), _mm256_set1_ps(x.excess_scale), centred);
       }
       const __m256 total = _mm256_loadu_ps(sums + 8 * k);
       _mm256_storeu_ps(sums + 8 * k, add_rows(brick, x, part, 8 * k, centred, total));

@@ -20,7 +20,9 @@ constexpr float kCentre<LineBrick> = 0;
 }  // namespace
 }  // namespace tda
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+#include "cpu/bricks_avx512.h"
+#elif defined(__AVX2__)
 #include "cpu/bricks_avx2.h"
 #else
 #include "cpu/bricks_portable.h"
