@@ -40,6 +40,7 @@ struct Vector {
   float* coarse_scales;  // int8 only: for the high plane alone
   int64_t count;         // groups
 
+  Vector() = default;
   Vector(const void* prepared, int64_t n)
       : pairs(static_cast<Pair*>(const_cast<void*>(prepared))),
         scales(reinterpret_cast<float*>(pairs + pairs_of(n))),
@@ -156,6 +157,14 @@ void prepare(const float* x, int64_t n, void* prepared) {
 
 // ---- several sequences ---------------------------------------------------------------------------
 
+/// Calls body(size, first) for blocks of kMost vectors, then of half as many, and so on; size is a
+/// constant.
+template <int kMost, class Body>
+[[gnu::always_inline]] inline void for_blocks(int64_t count, const Body& body, int64_t first = 0) {
+  for (; first + kMost <= count; first += kMost) body(Constant<kMost>(), first);
+  if constexpr (kMost > 1) for_blocks<kMost / 2>(count, body, first);
+}
+
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
 /// A group of a prepared x as 16-bit numbers, q or, with its residual, 256 q + residual: those that
@@ -192,12 +201,13 @@ inline void widen(const Vector<Row>& x, int64_t g, WideGroup& out) {
 /// enough. In blocks of 8, 4, 2 and 1 vectors: the same group of a block's vectors lies together.
 template <class Row>
 struct VectorsOf {
+  static constexpr int kMostAtOnce = 8;
   int64_t count, groups;
   std::unique_ptr<WideGroup[]> wide;
 
   VectorsOf(const Vectors& vectors, int64_t n)
       : count(vectors.count), groups(groups_of(n)), wide(new WideGroup[count * groups]) {
-    for_blocks([&](auto size, int64_t first) {
+    for_blocks<kMostAtOnce>(count, [&](auto size, int64_t first) {
       for (int64_t v = first; v < first + size.value; ++v) {
         const Vector<Row> x(vectors.x[v], n);
         for (int64_t g = 0; g < groups; ++g)
@@ -205,22 +215,18 @@ struct VectorsOf {
       }
     });
   }
-  /// Calls body(size, first vector); size is a constant.
-  template <class Body>
-  [[gnu::always_inline]] void for_blocks(const Body& body) const {
-    int64_t v = 0;
-    for (; v + 8 <= count; v += 8) body(Constant<8>(), v);
-    for (; v + 4 <= count; v += 4) body(Constant<4>(), v);
-    for (; v + 2 <= count; v += 2) body(Constant<2>(), v);
-    if (v < count) body(Constant<1>(), v);
-  }
 };
 
 #else
 
-/// The x of several sequences, prepared.
+/// The x of several sequences, prepared. With VNNI two share the unpacked codes of a row.
 template <class Row>
 struct VectorsOf {
+#if defined(__AVX512VNNI__)
+  static constexpr int kMostAtOnce = 2;
+#else
+  static constexpr int kMostAtOnce = 1;
+#endif
   int64_t count, n;
   const void* const* x;
 

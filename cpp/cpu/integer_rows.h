@@ -25,28 +25,43 @@ inline __m512i scales_of_lanes(int first = 0) {
   return _mm512_add_epi32(index, _mm512_set1_epi32(first));
 }
 
-/// Dot products of kCount rows (or of their high planes) with x, one partial sum per lane. The rows
-/// share each load of x; `ahead` prefetches meanwhile. The loop is bound by its instruction count,
-/// and takes a fifth longer if called instead of inlined. The order of lines within a block does
-/// not change the result: the last of four has an accumulator of its own, and the others keep their
-/// order.
-template <bool kExact, class Row, int kCount, class Ahead>
+/// The products of a row's codes, of lower and of upper nibbles, with a pair of groups of x, summed by
+/// lanes. q, start: as the pair has them
+template <bool kExact>
+[[gnu::always_inline]] inline Floats products_of(const __m512i (&codes)[2], const Pair& pair,
+                                                 __m512i q0, __m512i q1, __m512i start) {
+  __m512i integers = _mm512_dpbusd_epi32(start, codes[0], q0);
+  integers = _mm512_dpbusd_epi32(integers, codes[1], q1);
+  if (kExact && pair.has_residual) {
+    const __m512i shifted = _mm512_slli_epi32(integers, 8);
+    integers = _mm512_add_epi32(shifted, _mm512_load_si512(pair.residual_start));
+    for (int i = 0; i < 2; ++i)
+      integers = _mm512_dpbusd_epi32(integers, codes[i], _mm512_load_si512(pair.residual[i]));
+  }
+  return to_floats((Ints)integers);
+}
+
+/// lanes[v][r]: dot products of kCount rows (or of their high planes) with x[v], one partial sum per
+/// lane. Rows share each load of an x, and each x the unpacked codes of a row; `ahead` prefetches
+/// meanwhile. The loop is bound by its instruction count, and takes a fifth longer if called instead
+/// of inlined. The order of lines within a block does not change the result: the last of four has an
+/// accumulator of its own, and the others keep their order.
+template <bool kExact, class Row, int kCount, int kX, class Ahead>
 [[gnu::always_inline]] inline void multiply(const Row (&rows)[kCount], const Ahead& ahead,
-                                            const Vector<Row>& x, Floats (&lanes)[kCount]) {
+                                            const Vector<Row> (&x)[kX],
+                                            Floats (&lanes)[kX][kCount]) {
   constexpr int kOfPair = 2 * Row::kScales;                 // scales
   constexpr int kVectors = kBlockLines * kOfPair / kLanes;  // of scales: 1 or 2
-  const float* const x_scales = kExact ? x.scales : x.coarse_scales;
   float steps[kCount];  // read first, since they are at the rows' ends: saves 10% of the time
   for (int r = 0; r < kCount; ++r) steps[r] = rows[r].scales.step();
-  Floats sums[kCount][2] = {};
+  Floats sums[kX][kCount][2] = {};
 
-  // Adds pair p: load(address) gives a row's line, scale(r) the scales of its lanes in row r.
+  // Adds pair p: load(address) gives a row's line, scale(v, r) the scales of its lanes in row r.
   const auto add_pair = [&](int64_t p, int sum, const auto& ahead_here, const auto& load,
                             const auto& scale) __attribute__((always_inline)) {
-    const Pair& pair = x.pairs[p];
-    const bool has_residual = kExact && pair.has_residual;
-    const __m512i q[2] = {load_once(pair.q[0]), load_once(pair.q[1])};
-    const __m512i start = load_once(kExact ? pair.start : pair.coarse_start);
+    const Pair& one = x[0].pairs[p];
+    const __m512i q[2] = {load_once(one.q[0]), load_once(one.q[1])};
+    const __m512i start = load_once(kExact ? one.start : one.coarse_start);
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
       const __m512i high = load(rows[r].plane(0) + p * kPairBytes);
@@ -58,28 +73,32 @@ template <bool kExact, class Row, int kCount, class Ahead>
         codes[0] = merge(_mm512_slli_epi16(high, 4), low);
         codes[1] = merge(high, _mm512_srli_epi16(low, 4));
       }
-      __m512i integers = _mm512_dpbusd_epi32(start, codes[0], q[0]);
-      integers = _mm512_dpbusd_epi32(integers, codes[1], q[1]);
-      if (has_residual) {
-        const __m512i shifted = _mm512_slli_epi32(integers, 8);
-        integers = _mm512_add_epi32(shifted, _mm512_load_si512(pair.residual_start));
-        for (int i = 0; i < 2; ++i)
-          integers = _mm512_dpbusd_epi32(integers, codes[i], _mm512_load_si512(pair.residual[i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kX; ++v) {
+        const Pair& pair = x[v].pairs[p];
+        const Floats products =
+            v == 0 ? products_of<kExact>(codes, one, q[0], q[1], start)
+                   : products_of<kExact>(
+                         codes, pair, _mm512_load_si512(pair.q[0]), _mm512_load_si512(pair.q[1]),
+                         _mm512_load_si512(kExact ? pair.start : pair.coarse_start));
+        sums[v][r][sum] = multiply_add(scale(v, r), products, sums[v][r][sum]);
       }
-      sums[r][sum] = multiply_add(scale(r), to_floats((Ints)integers), sums[r][sum]);
     }
   };
   // Adds kBlockLines pairs from p on or, if not `all`, those that are left; the last may be half a
   // pair.
   const auto add_pairs = [&](int64_t p, bool all) __attribute__((always_inline)) {
     const auto& ahead_here = ahead.at_block(p / kBlockLines);
-    Floats scales[kCount][kVectors];
-    const auto load_scales = [&](int v) __attribute__((always_inline)) {
-      const int64_t s = p * kOfPair + v * kLanes;
-      const Floats of_x = load_as<Floats>(x_scales + s);
+    Floats scales[kX][kCount][kVectors];
+    const auto load_scales = [&](int i) __attribute__((always_inline)) {
+      const int64_t s = p * kOfPair + i * kLanes;
 #pragma GCC unroll 4
       for (int r = 0; r < kCount; ++r) {
-        scales[r][v] = rows[r].scales.from(s) * of_x;
+        const Floats of_row = rows[r].scales.from(s);
+#pragma GCC unroll 4
+        for (int v = 0; v < kX; ++v)
+          scales[v][r][i] =
+              of_row * load_as<Floats>((kExact ? x[v].scales : x[v].coarse_scales) + s);
         ahead.prefetch_scales(r, s);
       }
     };
@@ -88,7 +107,7 @@ template <bool kExact, class Row, int kCount, class Ahead>
 #pragma GCC unroll 4
     for (int i = 0; i < kBlockLines; ++i) {
       const int line = line_in_block(i, !all || Ahead::kInOrder), at = line * kOfPair;
-      const int64_t groups = x.count - 2 * (p + line);
+      const int64_t groups = x[0].count - 2 * (p + line);
       if (!all && groups <= 0) break;
       if (!all && at % kLanes == 0) load_scales(at / kLanes);
       __mmask64 there = groups > 1 ? ~0ull : 0xffffffffull;
@@ -97,15 +116,16 @@ template <bool kExact, class Row, int kCount, class Ahead>
       add_pair(
           p + line, line == kBlockLines - 1, ahead_here,
           [&](const std::uint8_t* from) { return _mm512_maskz_loadu_epi8(there, from); },
-          [&](int r) {
-            return (Floats)_mm512_permutexvar_ps(index, (__m512)scales[r][at / kLanes]);
+          [&](int v, int r) {
+            return (Floats)_mm512_permutexvar_ps(index, (__m512)scales[v][r][at / kLanes]);
           });
     }
   };
   int64_t p = 0;
-  for (; 2 * (p + kBlockLines) <= x.count; p += kBlockLines) add_pairs(p, true);
-  if (2 * p < x.count) add_pairs(p, false);
-  for (int r = 0; r < kCount; ++r) lanes[r] = steps[r] * (sums[r][0] + sums[r][1]);
+  for (; 2 * (p + kBlockLines) <= x[0].count; p += kBlockLines) add_pairs(p, true);
+  if (2 * p < x[0].count) add_pairs(p, false);
+  for (int v = 0; v < kX; ++v)
+    for (int r = 0; r < kCount; ++r) lanes[v][r] = steps[r] * (sums[v][r][0] + sums[v][r][1]);
 }
 
 #else
@@ -141,8 +161,9 @@ inline Floats spread(const float* all, int first) {
 /// Dot products of kCount rows (or of their high planes) with x, one partial sum per lane; `ahead`
 /// prefetches meanwhile.
 template <bool kExact, class Row, int kCount, class Ahead>
-inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector<Row>& x,
-                     Floats (&lanes)[kCount]) {
+inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector<Row> (&one)[1],
+                     Floats (&lanes)[1][kCount]) {
+  const Vector<Row>& x = one[0];
   constexpr int64_t kGroups = kLanes / Row::kScales;
   constexpr int kPerVector = 2 * kVectorBytes * Row::kScales / kGroup;  // scales
   Floats sums[kCount] = {};
@@ -186,7 +207,7 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
       }
     }
   }
-  for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step() * sums[r];
+  for (int r = 0; r < kCount; ++r) lanes[0][r] = rows[r].scales.step() * sums[r];
 }
 
 #endif
@@ -195,9 +216,9 @@ inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector
 template <bool kExact, class Row, int kCount, class Ahead, class Take>
 [[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kCount], const Ahead& ahead,
                                                  const Vector<Row>& x, const Take& take) {
-  Floats lanes[kCount];
-  multiply<kExact>(rows, ahead, x, lanes);
-  take(0, lanes);
+  Floats lanes[1][kCount];
+  multiply<kExact>(rows, ahead, {x}, lanes);
+  take(0, lanes[0]);
 }
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
@@ -253,14 +274,16 @@ template <bool kExact, class Row, int kRows, class Ahead, class Take>
                                                  const VectorsOf<Row>& x, const Take& take) {
   static_assert(kExact);
   Floats lanes[kRows][Vectors::kMost];
-  x.for_blocks([&](auto size, int64_t first) __attribute__((always_inline)) {
-    const WideGroup* const block = x.wide.get() + first * x.groups;
-    for (int r = 0; r < kRows; ++r)
-      if (first == 0)
-        multiply_wide<size.value>(rows[r], r, ahead, block, x.groups, lanes[r]);
-      else
-        multiply_wide<size.value>(rows[r], r, NothingAhead(), block, x.groups, lanes[r] + first);
-  });
+  for_blocks<VectorsOf<Row>::kMostAtOnce>(
+      x.count, [&](auto size, int64_t first) __attribute__((always_inline)) {
+        const WideGroup* const block = x.wide.get() + first * x.groups;
+        for (int r = 0; r < kRows; ++r)
+          if (first == 0)
+            multiply_wide<size.value>(rows[r], r, ahead, block, x.groups, lanes[r]);
+          else
+            multiply_wide<size.value>(rows[r], r, NothingAhead(), block, x.groups,
+                                      lanes[r] + first);
+      });
   for (int64_t v = 0; v < x.count; ++v) {
     Floats own[kRows];
     for (int r = 0; r < kRows; ++r) own[r] = lanes[r][v];
@@ -273,12 +296,17 @@ template <bool kExact, class Row, int kRows, class Ahead, class Take>
 template <bool kExact, class Row, int kCount, class Ahead, class Take>
 [[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kCount], const Ahead& ahead,
                                                  const VectorsOf<Row>& x, const Take& take) {
-  multiply_each<kExact>(rows, ahead, x[0], take);
-  for (int64_t v = 1; v < x.count; ++v) {
-    Floats lanes[kCount];
-    multiply<kExact>(rows, NothingAhead(), x[v], lanes);
-    take(v, lanes);
-  }
+  for_blocks<VectorsOf<Row>::kMostAtOnce>(
+      x.count, [&](auto size, int64_t first) __attribute__((always_inline)) {
+        Vector<Row> some[size.value];
+        Floats lanes[size.value][kCount];
+        for (int64_t v = 0; v < size.value; ++v) some[v] = x[first + v];
+        if (first == 0)
+          multiply<kExact>(rows, ahead, some, lanes);
+        else
+          multiply<kExact>(rows, NothingAhead(), some, lanes);
+        for (int64_t v = 0; v < size.value; ++v) take(first + v, lanes[v]);
+      });
 }
 
 #endif
@@ -343,10 +371,11 @@ void dot_ids(const Rows& w, const Batch& batch, const Vector<Row>& x, float* out
   Products products;
   for (int64_t i = 0; i < batch.count; i += 2) {
     const Row pair[2] = {Row(w, batch.id(i)), Row(w, batch.id(i + 1))};  // if odd, the last twice
-    Floats lanes[2];
-    multiply<true>(pair, RowsAhead<Row, 2>{{ahead(i), ahead(i + 1)}}, x, lanes);
-    products.lanes[i] = lanes[0];
-    products.lanes[i + 1] = lanes[1];
+    multiply_each<true>(pair, RowsAhead<Row, 2>{{ahead(i), ahead(i + 1)}}, x,
+                        [&](int64_t, const Floats* lanes) {
+                          products.lanes[i] = lanes[0];
+                          products.lanes[i + 1] = lanes[1];
+                        });
   }
   products.store_to(out, batch.count);
 }
