@@ -83,47 +83,58 @@ struct BrickScales {
         store(base[half] + r, step * halves(brick.minima + r));
       }
   }
+  void centre_rests(const float* rest_steps) {
+    for (auto& of_half : base)
+      for (int64_t r = 0; r < kStripRows; ++r) of_half[r] -= 8 * rest_steps[r];
+  }
 };
 
-/// The codes of 16 inputs as dwords, of which permutations heed the lower half of a byte.
 inline __m512i sixteen(const std::uint8_t* codes) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
 }
 
-/// Rounds high + rest, sums in f32. Codes are looked up among the 16 values that a row has for them.
-/// rests: null without
-inline void round_rows(const RowCodes& codes, const BrickScales& scales, const RowCodes* rests,
+/// Rounds high + rest, sums in f32. High codes, in the lower half of a byte, are looked up among the
+/// 16 values that a row has for them.
+template <bool kRests>
+inline void round_rows(const RowCodes& codes, const BrickScales& scales, const RowCodes& rests,
                        const float* rest_steps, Bf16Brick& out) {
   const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 centred = _mm512_sub_ps(levels, _mm512_set1_ps(8));
-  for (int64_t r = 0; r < kStripRows; ++r) {
-    const int64_t at = r % 32;
-    const int upper = r < 32 ? 0 : 4;
-    __m512 values[2];
+  const __m512i four_bits = _mm512_set1_epi32(15);
+  for (int64_t at = 0; at < kStripRows / 2; ++at) {
+    __m512 values[2][2];
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const __m512i code = _mm512_srli_epi32(sixteen(codes[at] + 16 * half), upper);
-      const __m512 of_codes = _mm512_fmadd_ps(levels, _mm512_set1_ps(scales.unit[half][r]),
-                                              _mm512_set1_ps(scales.base[half][r]));
-      values[half] = _mm512_permutexvar_ps(code, of_codes);
-      if (!rests) continue;
-      const __m512i rest = _mm512_srli_epi32(sixteen((*rests)[at] + 16 * half), upper);
-      const __m512 of_rests = _mm512_mul_ps(centred, _mm512_set1_ps(rest_steps[r]));
-      values[half] = _mm512_add_ps(values[half], _mm512_permutexvar_ps(rest, of_rests));
+      const __m512i code = sixteen(codes[at] + 16 * half), rest = sixteen(rests[at] + 16 * half);
+#pragma GCC unroll 2
+      for (int upper = 0; upper < 2; ++upper) {
+        const int64_t r = at + upper * kStripRows / 2;
+        const __m512 of_codes = _mm512_fmadd_ps(levels, _mm512_set1_ps(scales.unit[half][r]),
+                                                _mm512_set1_ps(scales.base[half][r]));
+        __m512& value = values[upper][half];
+        value = _mm512_permutexvar_ps(upper ? _mm512_srli_epi32(code, 4) : code, of_codes);
+        if (!kRests) continue;
+        const __m512i own = upper ? _mm512_srli_epi32(rest, 4) : _mm512_and_si512(rest, four_bits);
+        value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(own), _mm512_set1_ps(rest_steps[r]), value);
+      }
     }
-    _mm512_storeu_si512(out[r], (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
+#pragma GCC unroll 2
+    for (int upper = 0; upper < 2; ++upper)
+      _mm512_storeu_si512(out[at + upper * kStripRows / 2],
+                          (__m512i)_mm512_cvtne2ps_pbh(values[upper][1], values[upper][0]));
   }
 }
 
 template <class Brick>
 inline void expand_brick(const Bricks& w, int64_t strip, int64_t block, Bf16Brick& out) {
   const auto& brick = w.brick<Brick>(strip, block);
-  const BrickScales scales(brick, w.steps + strip * kStripRows);
-  RowCodes codes;
+  BrickScales scales(brick, w.steps + strip * kStripRows);
+  RowCodes codes, rests;
   codes_by_row(brick.codes, codes);
-  if (!w.has_rests()) return round_rows(codes, scales, nullptr, nullptr, out);
-  RowCodes rests;
+  if (!w.has_rests()) return round_rows<false>(codes, scales, codes, nullptr, out);
+  const float* const rest_steps = w.rest_steps + strip * kStripRows;
+  scales.centre_rests(rest_steps);
   rests_by_row(w, strip, block, rests);
-  round_rows(codes, scales, &rests, w.rest_steps + strip * kStripRows, out);
+  round_rows<true>(codes, scales, rests, rest_steps, out);
 }
 
 /// Blocks [first, first + count) of a strip, outliers included.
