@@ -83,18 +83,20 @@ struct BrickScales {
         store(base[half] + r, step * halves(brick.minima + r));
       }
   }
+  /// Takes off what rests of 4 bits have too much, as unsigned numbers.
   void centre_rests(const float* rest_steps) {
     for (auto& of_half : base)
       for (int64_t r = 0; r < kStripRows; ++r) of_half[r] -= 8 * rest_steps[r];
   }
 };
 
-inline __m512i sixteen(const std::uint8_t* codes) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+/// 16 bytes as dwords.
+inline __m512i sixteen(const std::uint8_t* bytes) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
 }
 
-/// Rounds high + rest, sums in f32. High codes, in the lower half of a byte, are looked up among the
-/// 16 values that a row has for them.
+/// Rounds high + rest, added in f32. Codes are looked up among the 16 weights that they stand for
+/// in their row and half; the permutation heeds the lower four bits of a dword.
 template <bool kRests>
 inline void round_rows(const RowCodes& codes, const BrickScales& scales, const RowCodes& rests,
                        const float* rest_steps, Bf16Brick& out) {
@@ -148,7 +150,7 @@ inline void expand(const Bricks& w, int64_t strip, int64_t first, int64_t count,
     const StripOutlier& outlier = w.outliers[strip * kStripOutliers + i];
     const int64_t block = outlier.input / kBlockInputs - first;
     if (outlier.value == 0 || block < 0 || block >= count) continue;
-    float weight;
+    float weight;  // of the whole, to round once
     dequantize_bricks(w, outlier.row, outlier.input, 1, &weight);
     out[block][outlier.row % kStripRows][outlier.input % kBlockInputs] = f32_to_bf16(weight);
   }

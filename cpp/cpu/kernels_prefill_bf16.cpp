@@ -1,5 +1,5 @@
-// Prefill kernels for bf16, bf16c and int8 rows and for bricks with AVX512-BF16 (VDPBF16PS): tokens and
-// dequantised integer weights are rounded to bf16, and products are summed in f32.
+// Prefill kernels for bricks and for bf16, bf16c and int8 rows with AVX512-BF16 (VDPBF16PS): tokens
+// and dequantised integer weights are rounded to bf16, and products are summed in f32.
 // kernels_prefill_integer.cpp and kernels_prefill.cpp are for other machines.
 //
 // Byte products (VPDPBUSD) would be twice as many per instruction, but quantising x accurately
