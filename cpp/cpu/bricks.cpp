@@ -267,14 +267,14 @@ void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer, const fl
   const LayerWeights& weights = model_->layers[layer];
   const Bricks gate_up = weights.gate_up.bricks(), down = weights.down.bricks();
   const std::int64_t width = state.layout.width, panels = state.layout.panels;
-  const std::int64_t x_stride = gate_up.cols * width, h_stride = down.cols * width;
+  const std::int64_t h_stride = down.cols * width;
+  const PreparedPanels b = prepare(state, state.layout, weights.gate_up, in);
   for_blocks(
       gate_up.rows, panels,
       [&](const Block& block, int thread) {
         const Panels out = {scratch(state, thread), kStripRows * width};
         const std::int64_t strip = block.row / kStripRows, neuron = strip * kBlockInputs;
-        kernels_.bricks->multiply(gate_up, strip, {in + block.panel * x_stride, x_stride}, out,
-                                  block.panels, false);
+        kernels_.multiply_bricks(gate_up, strip, b.from(block.panel), out, block.panels, false);
         const std::int64_t neurons = std::min(kBlockInputs, down.cols - neuron);
         for (std::int64_t p = 0; p < block.panels; ++p) {
           const float* const gate = out.data + p * out.stride;
@@ -284,18 +284,19 @@ void CpuBackend::ffn_bricks_panels(CpuState& state, std::int64_t layer, const fl
         }
       },
       kStripRows);
-  multiply_bricks_panels(state.layout, weights.down, state.hidden.data(), state.sum, true);
+  multiply_bricks_panels(state, state.layout, weights.down, state.hidden.data(), state.sum, true);
 }
 
-void CpuBackend::multiply_bricks_panels(const Layout& layout, const Matrix& matrix, const float* in,
-                                        float* out, bool add) const {
+void CpuBackend::multiply_bricks_panels(CpuState& state, const Layout& layout, const Matrix& matrix,
+                                        const float* in, float* out, bool add) const {
   const Bricks w = matrix.bricks();
-  const std::int64_t in_stride = w.cols * layout.width, out_stride = w.rows * layout.width;
+  const PreparedPanels b = prepare(state, layout, matrix, in);
+  const std::int64_t out_stride = w.rows * layout.width;
   for_blocks(
       w.rows, layout.panels,
       [&](const Block& block, int) {
-        kernels_.bricks->multiply(
-            w, block.row / kStripRows, {in + block.panel * in_stride, in_stride},
+        kernels_.multiply_bricks(
+            w, block.row / kStripRows, b.from(block.panel),
             {out + block.panel * out_stride + block.row * layout.width, out_stride}, block.panels,
             add);
       },

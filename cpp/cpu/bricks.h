@@ -66,10 +66,6 @@ struct BrickKernels {
   /// sums[r] += the rests of `count` inputs.
   void (*add_rests)(const Bricks& w, Span strips, const RestInputs* x, std::int64_t count,
                     float* sums);
-  /// Prefill: c = a strip of w times b, or += with `add`. b: [w.cols, P], c: [64, P]; past w.rows
-  /// nothing is written.
-  void (*multiply)(const Bricks& w, std::int64_t strip, ConstPanels b, Panels c, std::int64_t count,
-                   bool add);
 };
 
 }  // namespace tda

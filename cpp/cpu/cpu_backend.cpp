@@ -129,10 +129,10 @@ EachVector<const void*> CpuBackend::prepare_each(CpuState& state, std::int64_t t
   return each;
 }
 
-PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, WeightFormat format,
-                                   const float* x, std::int64_t n) const {
-  const PanelKernels& kernels = panels(format);
-  const std::int64_t stride = n * layout.width;
+PreparedPanels CpuBackend::prepare(CpuState& state, const Layout& layout, const Matrix& w,
+                                   const float* x) const {
+  const PanelKernels& kernels = panels(w.in_bricks() ? WeightFormat::bf16 : w.format);
+  const std::int64_t n = w.cols, stride = n * layout.width;
   if (!kernels.prepare) return ConstPanels{x, stride};
   const std::int64_t bytes = kernels.prepared_bytes(n);
   std::byte* prepared = state.prepared.reserve(Size(layout.panels) * bytes, "prepared panels");

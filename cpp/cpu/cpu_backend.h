@@ -203,9 +203,8 @@ class CpuBackend final : public Backend {
   /// RowKernels::prepare of each token's x: [T, n]; valid until the next call.
   EachVector<const void*> prepare_each(CpuState&, std::int64_t tokens, WeightFormat, const float* x,
                                        std::int64_t n) const;
-  /// PanelKernels::prepare of x: [layout.panels, n, P].
-  PreparedPanels prepare(CpuState&, const Layout&, WeightFormat, const float* x,
-                         std::int64_t n) const;
+  /// x as prefill kernels of w take it; valid until the next call. x: [layout.panels, w.cols, P]
+  PreparedPanels prepare(CpuState&, const Layout&, const Matrix& w, const float* x) const;
   float* scratch(const CpuState&, int thread) const;
   /// The keys or values of head `head`, [capacity, head_dim].
   std::byte* cache(const CpuState&, const Buffer<std::byte>&, std::int64_t layer,
@@ -297,8 +296,8 @@ class CpuBackend final : public Backend {
                                            const float* x, const EachVector<float>& thresholds,
                                            const EachVector<float*>& y, bool add) const;
   /// The same for several tokens and all rests. in: [panels, w.cols, P], out: [panels, w.rows, P]
-  void multiply_bricks_panels(const Layout&, const Matrix& w, const float* in, float* out,
-                              bool add) const;
+  void multiply_bricks_panels(CpuState&, const Layout&, const Matrix& w, const float* in,
+                              float* out, bool add) const;
   void ffn_bricks(CpuState&, std::int64_t layer, const float* in) const;
   void ffn_bricks_panels(CpuState&, std::int64_t layer, const float* in) const;
   /// Keeps the x of the tokens named by the step. x: [panels, n, P]

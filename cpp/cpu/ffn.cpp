@@ -313,7 +313,7 @@ void CpuBackend::ffn_panels(CpuState& state, std::int64_t layer, const float* in
   float* const gates =
       state.samples_gates() ? state.gates.reserve(Size(panels) * h_stride, "gates") : nullptr;
 
-  const PreparedPanels prepared = prepare(state, state.layout, weights.gate.format, in, n);
+  const PreparedPanels prepared = prepare(state, state.layout, weights.gate, in);
   for_blocks(neurons, panels, [&](const Block& block, int thread) {
     const PreparedPanels b = prepared.from(block.panel);
     const Panels h = {state.hidden.data() + block.panel * h_stride + block.row * width, h_stride};

@@ -60,6 +60,7 @@ const Kernels& kernels() {
                                 {f32_rows, bf16_rows, int8_rows, bf16c_rows},
                                 {f32_panels, bf16_panels, int8_panels, bf16c_panels},
                                 &bricks,
+                                multiply_bricks,
                                 {f32_cache, bf16_cache, int8_cache},
                                 {f32_cache_panels, bf16_cache_panels, int8_cache_panels},
                                 rms_norm,

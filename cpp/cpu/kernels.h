@@ -167,7 +167,8 @@ struct SoftmaxBlock {
   std::int64_t n;       // length of an output vector
 };
 
-/// Decode and prefill kernels of the formats in bricks.
+struct Bricks;
+/// Decode kernels of the formats in bricks.
 struct BrickKernels;
 
 struct Kernels {
@@ -176,6 +177,10 @@ struct Kernels {
   RowKernels rows[4];      // f32, bf16, int8, bf16c
   PanelKernels panels[4];  // f32, bf16, int8, bf16c
   const BrickKernels* bricks;
+  /// c = a strip of w times b, or += with `add`. b: [w.cols, P], prepared as for rows of bf16,
+  /// c: [64, P]; past w.rows nothing is written.
+  void (*multiply_bricks)(const Bricks& w, std::int64_t strip, PreparedPanels b, Panels c,
+                          std::int64_t count, bool add);
   CacheKernels caches[3];        // f32, bf16, int8
   PanelKernels cache_panels[3];  // f32, bf16, int8; without `prepare`
 

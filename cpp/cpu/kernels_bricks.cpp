@@ -137,7 +137,7 @@ void add_high(const Bricks& w, Span strips, Span blocks, const HighVectors& vect
 }  // namespace
 
 namespace TDA_ISA {
-const BrickKernels bricks = {prepare, choose, add_high, add_rests, multiply_bricks};
+const BrickKernels bricks = {prepare, choose, add_high, add_rests};
 }  // namespace TDA_ISA
 
 }  // namespace tda

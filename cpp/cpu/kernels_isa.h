@@ -27,8 +27,8 @@ extern const std::int64_t panel;
 extern const PanelKernels f32_panels, f32_cache_panels, bf16_cache_panels, int8_cache_panels;
 extern const PanelKernels bf16_panels, bf16c_panels;  // or kernels_prefill_bf16.cpp
 extern const PanelKernels int8_panels;                // or kernels_prefill_integer.cpp
-void multiply_bricks(const Bricks& w, std::int64_t strip, ConstPanels b, Panels c,
-                     std::int64_t count, bool add);
+void multiply_bricks(const Bricks& w, std::int64_t strip, PreparedPanels b, Panels c,
+                     std::int64_t count, bool add);  // or kernels_prefill_bf16.cpp
 void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
 void rms_norm_panel(const float* x, const float* weight, float eps, std::int64_t n, float* out);
 

@@ -90,10 +90,14 @@ inline void convert<Int8Cache>(const Rows& w, int64_t r, int64_t first, int64_t 
 
 inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
+inline ConstPanels f32_panels_of(PreparedPanels b) {
+  return {static_cast<const float*>(b.data), b.stride / 4};
+}
+
 template <class Format>
 void multiply(const Rows& w, int64_t rows, PreparedPanels prepared, Panels c, int64_t count,
               bool add) {
-  const ConstPanels b = {static_cast<const float*>(prepared.data), prepared.stride / 4};
+  const ConstPanels b = f32_panels_of(prepared);
   const int64_t n = w.n;
   constexpr int64_t kStride = kDepth + 16;  // a power of two would map all rows to the same sets
   alignas(64) float a[kBlockRows * kStride];
@@ -136,6 +140,8 @@ template <class Format>
 constexpr PanelKernels panel_kernels() {
   return {nullptr, nullptr, multiply<Format>, multiply_transposed<Format>, kBlockRows};
 }
+
+#if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp
 
 /// Inputs of a strip that are expanded at a time.
 constexpr int64_t kBrickDepth = 128;
@@ -198,6 +204,8 @@ inline void expand(const Bricks& w, int64_t strip, int64_t block, float* a) {
   if (w.has_rests()) add_rests(w, strip, block, a);
 }
 
+#endif
+
 inline Floats root(Floats v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -220,8 +228,10 @@ const PanelKernels bf16c_panels = panel_kernels<Bf16c>();
 const PanelKernels int8_panels = panel_kernels<Int8>();
 #endif
 
-void multiply_bricks(const Bricks& w, int64_t strip, ConstPanels b, Panels c, int64_t count,
-                     bool add) {
+#if !defined(__AVX512BF16__)  // kernels_prefill_bf16.cpp
+void multiply_bricks(const Bricks& w, int64_t strip, PreparedPanels prepared, Panels c,
+                     int64_t count, bool add) {
+  const ConstPanels b = f32_panels_of(prepared);
   alignas(64) float a[kBrickDepth * kStripRows + kTileRows];  // tiles read past the last row
   for (int64_t r = 0; r < kTileRows; ++r) a[kBrickDepth * kStripRows + r] = 0.0f;
   const int64_t rows = min(kStripRows, w.rows - strip * kStripRows);
@@ -240,6 +250,7 @@ void multiply_bricks(const Bricks& w, int64_t strip, ConstPanels b, Panels c, in
                 c.data + p * c.stride + r * kPanel, rows - r, add || k0 > 0);
   }
 }
+#endif
 
 void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {
   for (int half = 0; half < 2; ++half) {

@@ -1,10 +1,11 @@
-// Prefill kernels for bf16, bf16c and int8 rows with AVX512-BF16 (VDPBF16PS): tokens and
-// dequantised integer weights are rounded to bf16, and products are summed in f32.
+// Prefill kernels for bricks and for bf16, bf16c and int8 rows with AVX512-BF16 (VDPBF16PS): tokens
+// and dequantised integer weights are rounded to bf16, and products are summed in f32.
 // kernels_prefill_integer.cpp and kernels_prefill.cpp are for other machines.
 //
 // Byte products (VPDPBUSD) would be twice as many per instruction, but quantising x accurately
 // enough costs more time than they save (int8: 0.92 of this speed, and less accurate).
 #include "cpu/bf16c.h"
+#include "cpu/bricks_bf16.h"
 #include "cpu/dwords.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"
@@ -225,6 +226,27 @@ void multiply_transposed(const Rows& w, int64_t rows, int64_t first, int64_t col
   }
 }
 
+/// NextRows of a strip: its bricks and rests.
+class NextStrip {
+ public:
+  NextStrip(const Bricks& w, int64_t strip, int64_t steps)
+      : NextStrip(w, strip, steps,
+                  w.kind == BrickKind::lines ? sizeof(LineBrick) : sizeof(CentredBrick)) {}
+  void prefetch() {
+    bricks_.prefetch();
+    rests_.prefetch();
+  }
+
+ private:
+  NextStrip(const Bricks& w, int64_t strip, int64_t steps, int64_t bytes)
+      : bricks_(w.bricks + (w.by_block ? strip : strip * w.blocks) * bytes,
+                w.by_block ? w.strips * bytes : bytes, bytes, w.blocks, steps),
+        rests_(w.has_rests() ? w.rest(0) + 32 * strip : nullptr, w.rest_stride, kStripRows / 2,
+               w.has_rests() ? w.cols : 0, steps) {}
+
+  NextRows bricks_, rests_;
+};
+
 template <class Row>
 constexpr PanelKernels panel_kernels() {
   return {prepared_bytes, prepare, multiply<Row>, multiply_transposed<Row>, kGroup};
@@ -236,6 +258,29 @@ namespace TDA_ISA {
 const PanelKernels bf16_panels = panel_kernels<Bf16Row>();
 const PanelKernels bf16c_panels = panel_kernels<Bf16cPanelRow>();
 const PanelKernels int8_panels = panel_kernels<Int8Row>();
+
+void multiply_bricks(const Bricks& w, int64_t strip, PreparedPanels b, Panels c, int64_t count,
+                     bool add) {
+  constexpr int kRows = 8;       // of a tile; twelve would not divide a strip
+  constexpr int64_t kDepth = 8;  // blocks of a panel that stay in L1
+  static_assert(kStripRows % kRows == 0 && kBlockInputs == kStrip);
+  alignas(64) Bf16Brick a[kDepth];
+  const int64_t rows = min(kStripRows, w.rows - strip * kStripRows);
+  NextStrip next(w, strip + 1,
+                 (w.blocks + kDepth - 1) / kDepth * count * ((rows + kRows - 1) / kRows));
+  for (int64_t k0 = 0; k0 < w.blocks; k0 += kDepth) {
+    const int64_t depth = min(kDepth, w.blocks - k0);
+    expand(w, strip, k0, depth, a);
+    for (int64_t p = 0; p < count; ++p) {
+      const Strip* const panel = static_cast<const Strip*>(b.from(p).data) + k0;
+      for (int64_t r = 0; r < rows; r += kRows) {
+        next.prefetch();
+        tile<kRows, 2 * kStrip, 4, sizeof a[0]>(
+            a[0][r], panel, depth, c.data + p * c.stride + r * kPanel, rows - r, add || k0 > 0);
+      }
+    }
+  }
+}
 }  // namespace TDA_ISA
 
 }  // namespace tda

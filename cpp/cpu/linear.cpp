@@ -81,11 +81,11 @@ NextRead CpuBackend::first_read(const Matrix& w, int thread) const {
 template <class Next>
 void CpuBackend::multiply(CpuState& state, const Layout& layout, const Matrix& w, const float* in,
                           float* out, bool add, const Next& next) const {
-  if (w.in_bricks()) return multiply_bricks_panels(layout, w, in, out, add);
+  if (w.in_bricks()) return multiply_bricks_panels(state, layout, w, in, out, add);
   if (layout.width == 1)
     return multiply_each(state, layout.tokens, w, in, each_vector(out, layout.tokens, w.rows), add,
                          next);
-  const PreparedPanels b = prepare(state, layout, w.format, in, w.cols);
+  const PreparedPanels b = prepare(state, layout, w, in);
   const std::int64_t out_stride = w.rows * layout.width;
   for_blocks(w.rows, layout.panels, [&](const Block& block, int) {
     panels(w.format).multiply(
@@ -249,18 +249,17 @@ void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const M
                                   const float* in, float* out) const {
   const bool by_strip = w.in_bricks();
   const std::int64_t block_rows = by_strip ? kStripRows : kBlockRows;
-  const PreparedPanels b = by_strip ? PreparedPanels(ConstPanels{in, w.cols * layout.width})
-                                    : prepare(state, layout, w.format, in, w.cols);
+  const PreparedPanels b = prepare(state, layout, w, in);
   const Layout of_block = layout_of(kTaskTokens);
   const auto body = [&](const Block& block, int thread) {
     float* c = scratch(state, thread);
+    const Panels to = {c, block_rows * layout.width};
     if (by_strip)
-      kernels_.bricks->multiply(w.bricks(), block.row / kStripRows,
-                                {in + block.panel * w.cols * layout.width, w.cols * layout.width},
-                                {c, block_rows * layout.width}, block.panels, false);
+      kernels_.multiply_bricks(w.bricks(), block.row / kStripRows, b.from(block.panel), to,
+                               block.panels, false);
     else
-      panels(w.format).multiply(rows_of(w, block.row), block.rows, b.from(block.panel),
-                                {c, block_rows * layout.width}, block.panels, false);
+      panels(w.format).multiply(rows_of(w, block.row), block.rows, b.from(block.panel), to,
+                                block.panels, false);
     const std::int64_t first = block.panel * layout.width;
     const std::int64_t tokens = std::min(layout.tokens - first, block.panels * layout.width);
     for (std::int64_t t = 0; t < tokens; ++t) {

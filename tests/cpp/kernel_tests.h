@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "aligned.h"
+#include "base/half.h"
 #include "check.h"
 #include "cpu/isa.h"
 
@@ -30,6 +31,24 @@ inline AlignedBytes prepared(const tda::RowKernels& kernels, const std::vector<f
   AlignedBytes out(kernels.prepared_bytes(n));
   kernels.prepare(x.data(), n, out.data());
   return out;
+}
+
+/// Panels of vectors of n values as PanelKernels::prepare makes them: in `memory`, or b itself.
+inline tda::PreparedPanels prepared_panels(const tda::PanelKernels& kernels,
+                                           const std::vector<float>& b, std::int64_t n,
+                                           std::int64_t width, AlignedBytes& memory) {
+  const std::int64_t stride = n * width, count = std::ssize(b) / stride;
+  if (!kernels.prepare) return tda::ConstPanels{b.data(), stride};
+  const std::int64_t bytes = kernels.prepared_bytes(n);
+  memory.resize(count * bytes + 1, std::byte{7});
+  for (std::int64_t p = 0; p < count; ++p)
+    kernels.prepare(b.data() + p * stride, n, memory.data() + p * bytes);
+  CHECK(memory.back() == std::byte{7});
+  return {memory.data(), bytes};
+}
+
+inline double as_bf16(double v) {
+  return tda::bf16_to_f32(tda::f32_to_bf16(static_cast<float>(v)));
 }
 
 /// Sets TDA_CPU_ISA during its lifetime.

@@ -19,8 +19,8 @@ namespace {
 struct Shape {
   std::int64_t rows, cols;
 };
-constexpr Shape kShapes[] = {{1, 1},    {1, 160},  {63, 31},  {64, 32},   {64, 70},
-                             {100, 31}, {100, 70}, {200, 32}, {200, 160}, {2500, 70}};
+constexpr Shape kShapes[] = {{1, 1},    {1, 160},  {63, 31},   {64, 32},  {64, 70},  {100, 31},
+                             {100, 70}, {200, 32}, {200, 160}, {70, 300}, {2500, 70}};
 constexpr BrickKind kKinds[] = {BrickKind::graded, BrickKind::int4, BrickKind::lines};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -62,9 +62,9 @@ struct Encoded {
     for (int& scale : scales) scale = random_int(-127, 127);
     for (int& offset : offsets) offset = random_int(-127, 127);
     for (float& length : lengths) length = std::abs(length);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      steps[r] = static_cast<float>(random_int(1, 100)) / 1e4f;
-      rest_steps[r] = static_cast<float>(random_int(1, 100)) / 1e3f;
+    for (std::int64_t r = 0; r < rows; ++r) {  // of few bits, so that weights are exact in f32
+      steps[r] = static_cast<float>(random_int(1, 100)) / 8192;
+      rest_steps[r] = static_cast<float>(random_int(1, 100)) / 1024;
     }
     for (std::int64_t s = 0; s < strips; ++s)
       outliers[4 * s + s % 4] = {static_cast<std::int32_t>(std::min(rows - 1, 64 * s + 61)),
@@ -400,25 +400,34 @@ TEST(brick_prefill_matches_doubles) {
   for_all_matrices([](const Kernels& kernels, const Encoded& w) {
     const std::int64_t width = kernels.panel, rows = 64 * w.strips;
     const std::vector<float> b = random_floats(2 * w.cols * width);
+    AlignedBytes memory;
+    const PreparedPanels in =
+        prepared_panels(panel_kernels(kernels, WeightFormat::bf16), b, w.cols, width, memory);
     std::vector<float> c(2 * rows * width, 7);
     const auto multiply = [&](bool add) {
       for (std::int64_t s = 0; s < w.strips; ++s)
-        kernels.bricks->multiply(w.bricks(), s, {b.data(), w.cols * width},
-                                 {c.data() + 64 * s * width, rows * width}, 2, add);
+        kernels.multiply_bricks(w.bricks(), s, in, {c.data() + 64 * s * width, rows * width}, 2,
+                                add);
     };
     multiply(false);
     const std::vector<float> once = c;
     multiply(true);
+    // Operands rounded to bf16 each change a term by at most 1/256 of it.
+    const bool rounds = in.data != b.data();
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t lane = 0; lane < 2 * width; ++lane) {
         const std::int64_t panel = lane / width, at = (panel * rows + r) * width + lane % width;
-        double sum = 0, size = 0;
+        double exact = 0, sum = 0, terms = 0, size = 0;
         for (std::int64_t i = 0; i < w.cols && r < w.rows; ++i) {
-          const double x = b[(panel * w.cols + i) * width + lane % width];
-          sum += w.value(r, i) * x;
-          size += (std::abs(w.value(r, i)) + 1) * std::abs(x);
+          const float x = b[(panel * w.cols + i) * width + lane % width];
+          const double value = w.value(r, i);
+          exact += value * x;
+          sum += rounds ? as_bf16(value) * as_bf16(x) : value * x;
+          terms += std::abs(value * x);
+          size += (std::abs(value) + 1) * std::abs(x);
         }
         CHECK_NEAR(once[at], r < w.rows ? sum : 7, 2e-6 * size);
+        CHECK_NEAR(once[at], r < w.rows ? exact : 7, (rounds ? terms / 127 : 0) + 2e-6 * size);
         CHECK_NEAR(c[at], r < w.rows ? 2 * once[at] : 7, 2e-6 * size);
       }
   });

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <vector>
 
-#include "base/half.h"
 #include "check.h"
 #include "cpu/isa.h"
 #include "int8_rows.h"
@@ -31,13 +30,7 @@ struct TestPanels {
     return out;
   }
   PreparedPanels prepared(const PanelKernels& kernels, AlignedBytes& memory) const {
-    if (!kernels.prepare) return ConstPanels{values.data(), stride()};
-    const std::int64_t bytes = kernels.prepared_bytes(n);
-    memory.resize(count * bytes + 1, std::byte{7});
-    for (std::int64_t p = 0; p < count; ++p)
-      kernels.prepare(values.data() + p * stride(), n, memory.data() + p * bytes);
-    CHECK(memory.back() == std::byte{7});
-    return {memory.data(), bytes};
+    return prepared_panels(kernels, values, n, width, memory);
   }
 };
 
@@ -72,9 +65,6 @@ struct Expected {
   Expected(const std::vector<double>& w, const std::vector<float>& x, Operands operands) {
     const auto represented =
         operands == Operands::two_bytes ? as_two_bytes(x) : std::vector<double>(x.begin(), x.end());
-    const auto as_bf16 = [](double v) {
-      return double{bf16_to_f32(f32_to_bf16(static_cast<float>(v)))};
-    };
     for (std::size_t i = 0; i < x.size(); ++i) {
       exact += w[i] * x[i];
       value += operands == Operands::bf16 ? as_bf16(w[i]) * as_bf16(represented[i])
