@@ -147,6 +147,46 @@ template <int kCount, class Format, class Ahead>
       to[v][i] = multiply_add(by[v], Format::load_one(row.w[i]), to[v][i]);
 }
 
+/// y[v] += h[r][v] rows[r] for r = 0, 1, ..., v < kCount, as `add_row` does for one after the other.
+/// Rows share the loads and stores of y.
+template <int kRows, int kCount, class Format, class Ahead>
+[[gnu::always_inline]] inline void add_rows(const ArrayRow<Format> (&rows)[kRows],
+                                            const float* const (&h)[kRows], float* const* y,
+                                            const Ahead (&ahead)[kRows]) {
+  const int64_t n = rows[0].n;
+  float* to[kCount];  // copies, since the stores below might be to h and y for all compilers know
+  float by[kRows][kCount];
+#pragma GCC unroll 4
+  for (int v = 0; v < kCount; ++v) {
+    to[v] = y[v];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) by[r][v] = h[r][v];
+  }
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) prefetch(ahead[r], i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      Floats w[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) w[r] = load_lanes(rows[r].w + i + j * kLanes);
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) {
+        float* const out = to[v] + i + j * kLanes;
+        Floats sum = load_as<Floats>(out);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum = multiply_add(splat(by[r][v]), w[r], sum);
+        store(out, sum);
+      }
+    }
+  }
+  for (; i < n; ++i)
+    for (int v = 0; v < kCount; ++v)
+      for (int r = 0; r < kRows; ++r)
+        to[v][i] = multiply_add(by[r][v], Format::load_one(rows[r].w[i]), to[v][i]);
+}
+
 template <class Format>
 inline void load_row(const ArrayRow<Format>& row, float* out, int64_t stride) {
   for (int64_t i = 0; i < row.n; ++i) out[i * stride] = Format::load_one(row.w[i]);
@@ -218,6 +258,13 @@ template <int kCount, class Ahead>
       float& out = y[v][row.column(i)];
       out = multiply_add(h[v], row.value(i), out);
     }
+}
+
+template <int kRows, int kCount, class Ahead>
+[[gnu::always_inline]] inline void add_rows(const Bf16cRow (&rows)[kRows],
+                                            const float* const (&h)[kRows], float* const* y,
+                                            const Ahead (&ahead)[kRows]) {
+  for (int r = 0; r < kRows; ++r) add_row<kCount>(rows[r], h[r], y, ahead[r]);
 }
 
 inline void load_row(const Bf16cRow& row, float* out, int64_t stride) {

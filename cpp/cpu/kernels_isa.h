@@ -9,8 +9,11 @@
 namespace tda::TDA_DECODE_ISA {
 
 // kernels_decode.cpp
-extern const RowKernels f32_rows, bf16_rows, bf16c_rows;
+extern const RowKernels f32_rows, bf16_rows;
 extern const CacheKernels f32_cache, bf16_cache, int8_cache;
+
+// kernels_bf16c.cpp
+extern const RowKernels bf16c_rows;
 
 // kernels_int8.cpp
 extern const RowKernels int8_rows;
