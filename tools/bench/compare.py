@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tdaengine import Engine, __version__, measure_read_bandwidth
-from tdaengine.evaluate import parse_setting
+from tdaengine.options import parse_tda
 
 PACKAGES = ("transformers", "torch", "ctranslate2", "llama-cpp-python")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
@@ -68,7 +68,7 @@ class Task:
 
 def tdaengine_runner(task: Task, weights: str, setting: str | None) -> Measure:
     engine = Engine(task.folder, threads=task.threads, weights=weights)
-    prompt, tda = task.ids(), setting and parse_setting(setting)
+    prompt, tda = task.ids(), setting and parse_tda(setting)
 
     def measure() -> Measured:
         stats = engine.generate(prompt, max_new_tokens=task.new, ignore_eos=True, tda=tda).stats
