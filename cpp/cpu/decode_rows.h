@@ -79,16 +79,27 @@ void dot(const Rows& w, int64_t rows, const void* vector, float* y, bool add, Ne
   }
 }
 
+/// Calls body(vectors) for at most eight at a time: more would not fit L1, and each row would wait for
+/// L2. So a second eight reads the same rows again, from L2.
+template <class Body>
+inline void for_eights(const Vectors& all, const Body& body) {
+  for (int64_t v = 0; v < all.count; v += 8)
+    body(Vectors{min(8, all.count - v), all.x + v, all.y + v, all.h ? all.h + v : nullptr});
+}
+
 template <class Row>
-void dot_each(const Rows& w, int64_t rows, const Vectors& vectors, bool add) {
+void dot_each(const Rows& w, int64_t rows, const Vectors& all, bool add) {
   const int64_t far = rows_ahead<Row>(w.n);
-  for (int64_t r = 0; r < rows; ++r) {
-    const AheadInL2<Row> ahead = {Row(w, r + far)};
-    float results[Vectors::kMost];
-    dot_row(Row(w, r), vectors, ahead, results);
-    for (int64_t v = 0; v < vectors.count; ++v)
-      vectors.y[v][r] = results[v] + (add ? vectors.y[v][r] : 0.0f);
-  }
+  for (int64_t first = 0; first < rows; first += kBlockRows)
+    for_eights(all, [&](const Vectors& vectors) {
+      for (int64_t r = first; r < min(rows, first + kBlockRows); ++r) {
+        const AheadInL2<Row> ahead = {Row(w, r + far)};
+        float results[Vectors::kMost];
+        dot_row(Row(w, r), vectors, ahead, results);
+        for (int64_t v = 0; v < vectors.count; ++v)
+          vectors.y[v][r] = results[v] + (add ? vectors.y[v][r] : 0.0f);
+      }
+    });
 }
 
 /// All rows of some neurons in reading order: gates, ups, downs, then the next call's gates or what
@@ -159,11 +170,10 @@ inline void add_downs(const FusedRows<Row>& of, int64_t first, const Vectors& ve
   add(std::make_index_sequence<kRows>());
 }
 
+/// `ffn_fused` of vectors that fit L1.
 template <class Row>
-void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
-              const Vectors& vectors) {
-  const int64_t n = rows.gate.n, count = ids.count;
-  const FusedRows<Row> of(rows, ids);
+void ffn_some(const FusedRows<Row>& of, Activation activation, const Vectors& vectors) {
+  const int64_t n = of.rows.gate.n, count = of.ids.count;
   float products[Vectors::kMost];
   for (int64_t i = 0; i < count; ++i) {
     dot_row(of.row(i), vectors, of.ahead_in_l2(i), products);
@@ -179,6 +189,13 @@ void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& id
   int64_t i = 0;
   for (; i + kDownRows <= count; i += kDownRows) add_downs<kDownRows>(of, i, vectors);
   for (; i < count; ++i) add_downs<1>(of, i, vectors);
+}
+
+template <class Row>
+void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& ids,
+              const Vectors& vectors) {
+  const FusedRows<Row> of(rows, ids);
+  for_eights(vectors, [&](const Vectors& some) { ffn_some(of, activation, some); });
 }
 
 /// Reads the gate rows of all neurons, and their up rows unless the gate alone decides; then the

@@ -8,6 +8,7 @@ own; what is timed is decoding all but the first token of all of them.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import numpy as np
 
 from tdaengine import Engine, GenerateOptions
 from tdaengine.options import parse_tda
+
+KEPT = []  # callbacks that llama.cpp calls to the end
 
 
 def ours(engine: Engine, setting: str | None, prompt: int, new: int) -> Callable[[int], float]:
@@ -42,6 +45,11 @@ def ours(engine: Engine, setting: str | None, prompt: int, new: int) -> Callable
 def llama(path: str, threads: int, prompt: int, new: int, most: int) -> Callable[[int], float]:
     import llama_cpp
 
+    @llama_cpp.llama_log_callback
+    def silent(*_: object) -> None: ...
+
+    KEPT.append(silent)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
     llama_cpp.llama_backend_init()
     model_options = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(path.encode(), model_options)
