@@ -102,8 +102,7 @@ template <bool kExact, class Row, int kCount, int kX, class Ahead>
         ahead.prefetch_scales(r, s);
       }
     };
-    if (all) load_scales(0);
-    if (all && kVectors == 2) load_scales(1);
+    for (int i = 0; all && i < kVectors; ++i) load_scales(i);
 #pragma GCC unroll 4
     for (int i = 0; i < kBlockLines; ++i) {
       const int line = line_in_block(i, !all || Ahead::kInOrder), at = line * kOfPair;

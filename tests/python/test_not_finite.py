@@ -171,12 +171,13 @@ def test_tokens_out_of_a_window_do_not_sort_what_is_not_finite(tmp_path: Path, w
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][5] = 3e38
     save_file(tensors, folder / "model.safetensors")
-    tokens = [5, *[t for t in tiny.tokens("mistral_sliding") if t != 5][:60]]
+    others = [t for t in tiny.tokens("mistral_sliding") if t != 5]
+    tokens = [5, *(2 * others)[:100]]
     engine = Engine(folder, weights=weights, threads=1, device="cpu")
-    assert np.isfinite(engine.score(tokens, 55)).all()  # two windows of 16 later
+    assert np.isfinite(engine.score(tokens, 96)).all()  # windows and prefill's panels later
     with pytest.raises(Error, match="not finite"):
         engine.logits(tokens)
     settings = (TDA(scope="token", active=0.5), TDA(scope="token", error=0.1), TDA(active=0.5))
     for tda in (TDA(inputs=0.5),) if weights in ("graded", "int4") else settings:
         with pytest.raises(Error, match="finite"):
-            engine.score(tokens, 55, tda=tda)
+            engine.score(tokens, 96, tda=tda)
