@@ -1,6 +1,6 @@
 """Compares prefill and decode speed with peers, interleaved in one run, with the memory bandwidth.
 
-usage: compare.py MODEL_FOLDER [--weights bf16 --weights int8] [--tda error=0.1] [--gguf FILE]...
+usage: compare.py MODEL_FOLDER [--weights bf16 --weights graded,inputs=0.2] [--gguf FILE]...
 
 Peers are those installed of transformers, CTranslate2 and, with GGUF files (see make_gguf.py),
 llama.cpp. Each runner has its own process, which is suspended while others are measured, because
@@ -66,9 +66,9 @@ class Task:
         return (self.prompt + self.new / 2) * entry * element
 
 
-def tdaengine_runner(task: Task, weights: str, setting: str | None) -> Measure:
+def tdaengine_runner(task: Task, weights: str, setting: str) -> Measure:
     engine = Engine(task.folder, threads=task.threads, weights=weights)
-    prompt, tda = task.ids(), setting and parse_tda(setting)
+    prompt, tda = task.ids(), parse_tda(setting) if setting else None
 
     def measure() -> Measured:
         stats = engine.generate(prompt, max_new_tokens=task.new, ignore_eos=True, tda=tda).stats
@@ -246,11 +246,10 @@ def serve(pipe: Connection, make: Callable, arguments: tuple) -> None:
 def make_runners(args: argparse.Namespace, stack: ExitStack) -> list[Runner]:
     task = Task(args.model, args.prompt, args.new, args.threads)
     runners = []
-    for weights in args.weights:
-        for tda in (None, *args.tda):
-            name = f"tdaengine {weights}" + (f", {tda}" if tda else "")
-            kind = weights.removesuffix("c")  # bf16c holds bf16
-            runners.append((name, kind, tdaengine_runner, task, weights, tda))
+    for each in args.weights:
+        weights, _, setting = each.partition(",")
+        kind = weights.removesuffix("c")  # bf16c holds bf16
+        runners.append((f"tdaengine {each}", kind, tdaengine_runner, task, weights, setting))
     if "transformers" not in args.without:
         for weights in [w for w in args.weights if w in ("f32", "bf16")] or ["bf16"]:
             name = f"transformers {weights}"
@@ -320,8 +319,12 @@ def is_peer(ours: Runner, other: Runner) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="checkpoint folder")
-    parser.add_argument("--weights", action="append", help="as Engine's, default bf16; repeatable")
-    parser.add_argument("--tda", action="append", default=[], help="as error=0.1; repeatable")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        metavar="FORMAT[,SETTING]",
+        help="as Engine's, and of TDA, as graded,inputs=0.2; default bf16; repeatable",
+    )
     parser.add_argument("--gguf", action="append", default=[], metavar="FILE", help="repeatable")
     parser.add_argument(
         "--without", action="append", default=[], choices=("transformers", "ctranslate2")
