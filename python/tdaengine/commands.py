@@ -21,7 +21,7 @@ from .bench import bench
 from .bench import table as speeds
 from .contents import thresholds_file
 from .engine import Engine
-from .evaluate import DENSE, Run, evaluate, frontier, table
+from .evaluate import DENSE, Run, evaluate, frontier, lines_of, table
 from .files import MAX_DATA, check_output, read, read_json_object, read_texts
 from .grammar import Grammar
 from .hub import find
@@ -225,7 +225,7 @@ def _open_runs(
     args: argparse.Namespace,
 ) -> tuple[Engine, dict[str, list[str]], dict[str, TDA], dict[str, Run]]:
     """What evaluate compares: names by family, settings, runs of engines with other weights."""
-    families = {name: {name: tda} for name, tda in _settings(args).items()}
+    families = lines_of(_settings(args))
     _check_unique("--also", args.also)
     engine = open_engine(args)
     engines, others = {}, {}

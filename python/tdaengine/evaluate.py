@@ -29,6 +29,18 @@ Run = tuple[Engine, TDA | None]
 Rows = list[dict[str, Any]]  # one per text: its "text" (a digest) and the figures of every setting
 
 
+def lines_of(settings: Mapping[str, TDA]) -> dict[str, dict[str, TDA]]:
+    """Settings that differ in their last value alone make up a line of the picture."""
+    lines: dict[str, dict[str, TDA]] = {}
+    for name, tda in settings.items():
+        lines.setdefault(name.rpartition("=")[0] or name, {})[name] = tda
+    return {
+        f"{names[0]} to {names[-1].rpartition('=')[2]}" if len(names) > 1 else names[0]: line
+        for line in lines.values()
+        for names in [list(line)]
+    }
+
+
 def frontier(engine: Engine) -> dict[str, dict[str, TDA]]:
     """Families of settings from harmless to harmful, by name, that fit this engine. Masks are
     compact where they can be."""

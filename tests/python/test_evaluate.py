@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from tdaengine import TDA, Engine, OptionError, Thresholds, cli
-from tdaengine.evaluate import evaluate, frontier, summary
+from tdaengine.evaluate import evaluate, frontier, lines_of, summary
 from tdaengine.options import parse_tda
 
 TEXTS = [[(7 * i + 3 * t) % 90 + 1 for i in range(40)] for t in range(3)]
@@ -246,6 +246,17 @@ def test_errors_come_before_the_work(
         assert cli.main(command) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1) and message in err, arguments
+
+
+def test_settings_that_differ_in_one_value_are_a_line():
+    names = ["inputs=0.3", "error=0.1", "inputs=0.1", "recommended", "scope=token,active=0.3"]
+    lines = lines_of({name: TDA() for name in names})
+    assert {line: list(members) for line, members in lines.items()} == {
+        "inputs=0.3 to 0.1": ["inputs=0.3", "inputs=0.1"],
+        "error=0.1": ["error=0.1"],
+        "recommended": ["recommended"],
+        "scope=token,active=0.3": ["scope=token,active=0.3"],
+    }
 
 
 def test_a_picture_without_matplotlib(
