@@ -1,4 +1,5 @@
-// Decode kernels for bf16c rows.
+// Decode kernels for bf16c rows. In a source of their own, since beside others GCC 12 inlines less of
+// them, and a few sequences decode at a third of the speed.
 #include "cpu/decode_rows.h"
 #include "cpu/kernels_isa.h"
 
