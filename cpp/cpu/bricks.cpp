@@ -56,8 +56,8 @@ std::int64_t choose(const BrickKernels& kernels, const Bricks& w, const float* x
   return !w.has_rests() ? 0 : kernels.choose(x, w.rest_lengths, inputs, threshold, out);
 }
 
-/// Requests the rests of the first chosen inputs, while the high parts are read: add_rests itself
-/// requests each next ones while it works.
+/// Prefetches the rests of the first chosen inputs, while the high parts are read: add_rests itself
+/// prefetches each next ones while it works.
 void prefetch_rests(const Bricks& w, Span strips, const RestInputs* x, std::int64_t chosen) {
   const std::int64_t first = strips.first * kStripRows / 2, end = strips.end * kStripRows / 2;
   for (std::int64_t k = 0; k < std::min(chosen, kBlockInputs); ++k)

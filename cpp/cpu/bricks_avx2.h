@@ -21,10 +21,6 @@ inline __m256 halves(const std::uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
 
-/// How far ahead bricks are prefetched.
-template <class Brick>
-constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
-
 /// Adds two products of bytes to each of 16 sums: eight steps of codes up to 15 stay below 2^15.
 inline __m256i add_quads(__m256i sums, __m256i codes, __m256i q) {
   return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, q));
@@ -95,27 +91,18 @@ template <bool kExcess, class Brick>
 
 template <class Brick>
 void add_bricks(const Bricks& w, Span strips, Span blocks, const HighVectors& vectors) {
-  const auto* const end = reinterpret_cast<const char*>(
-      &w.brick<Brick>(strips.end - 1, blocks.end - 1));  // nothing is prefetched past it
-  const auto add = [&](int64_t s, int64_t b) __attribute__((always_inline)) {
-    const auto& brick = w.brick<Brick>(s, b);
-    const char* ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance<Brick>;
-    ahead = ahead < end ? ahead : end;
-    for (int64_t v = 0; v < vectors.count; ++v) {
-      const HighInputs& inputs = vectors.x[v][b - blocks.first];
-      float* const out = vectors.sums[v] + (s - strips.first) * kStripRows;
-      if (inputs.excess_quad < 0)
-        add_brick<false>(brick, inputs, out, ahead);
-      else
-        add_brick<true>(brick, inputs, out, ahead);
-    }
-  };
-  if (w.by_block)
-    for (int64_t b = blocks.first; b < blocks.end; ++b)
-      for (int64_t s = strips.first; s < strips.end; ++s) add(s, b);
-  else
-    for (int64_t s = strips.first; s < strips.end; ++s)
-      for (int64_t b = blocks.first; b < blocks.end; ++b) add(s, b);
+  for_bricks<Brick>(w, strips, blocks,
+                    [&](const Brick& brick, int64_t s, int64_t b, const char* ahead)
+                        __attribute__((always_inline)) {
+                          for (int64_t v = 0; v < vectors.count; ++v) {
+                            const HighInputs& inputs = vectors.x[v][b];
+                            float* const out = vectors.sums[v] + s * kStripRows;
+                            if (inputs.excess_quad < 0)
+                              add_brick<false>(brick, inputs, out, ahead);
+                            else
+                              add_brick<true>(brick, inputs, out, ahead);
+                          }
+                        });
 }
 
 // ---- rests ------------------------------------------------------------------------------------

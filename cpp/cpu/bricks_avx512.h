@@ -65,10 +65,6 @@ inline __m512 add_rows(const LineBrick& brick, const HighInputs& x, int, int k, 
                          total);
 }
 
-/// How far ahead bricks are prefetched.
-template <class Brick>
-constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
-
 /// Up to four vectors and the sums of their products with a brick's rows.
 struct SomeVectors {
   const HighInputs* x[4];
@@ -119,31 +115,22 @@ template <int kVectors, class Brick>
 
 template <class Brick>
 void add_bricks(const Bricks& w, Span strips, Span blocks, const HighVectors& vectors) {
-  const auto* const end = reinterpret_cast<const char*>(
-      &w.brick<Brick>(strips.end - 1, blocks.end - 1));  // nothing is prefetched past it
-  const auto add = [&](int64_t s, int64_t b) __attribute__((always_inline)) {
-    const auto& brick = w.brick<Brick>(s, b);
-    const char* ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance<Brick>;
-    ahead = ahead < end ? ahead : end;
-    for (int64_t first = 0; first < vectors.count; first += 4) {
-      SomeVectors some;
-      const int64_t count = min(4, vectors.count - first);
-      for (int64_t v = 0; v < count; ++v) {
-        some.x[v] = vectors.x[first + v] + (b - blocks.first);
-        some.sums[v] = vectors.sums[first + v] + (s - strips.first) * kStripRows;
-      }
-      if (count == 1) add_brick<1>(brick, some, ahead);
-      if (count == 2) add_brick<2>(brick, some, ahead);
-      if (count == 3) add_brick<3>(brick, some, ahead);
-      if (count == 4) add_brick<4>(brick, some, ahead);
-    }
-  };
-  if (w.by_block)
-    for (int64_t b = blocks.first; b < blocks.end; ++b)
-      for (int64_t s = strips.first; s < strips.end; ++s) add(s, b);
-  else
-    for (int64_t s = strips.first; s < strips.end; ++s)
-      for (int64_t b = blocks.first; b < blocks.end; ++b) add(s, b);
+  for_bricks<Brick>(w, strips, blocks,
+                    [&](const Brick& brick, int64_t s, int64_t b, const char* ahead)
+                        __attribute__((always_inline)) {
+                          for (int64_t first = 0; first < vectors.count; first += 4) {
+                            SomeVectors some;
+                            const int64_t count = min(4, vectors.count - first);
+                            for (int64_t v = 0; v < count; ++v) {
+                              some.x[v] = vectors.x[first + v] + b;
+                              some.sums[v] = vectors.sums[first + v] + s * kStripRows;
+                            }
+                            if (count == 1) add_brick<1>(brick, some, ahead);
+                            if (count == 2) add_brick<2>(brick, some, ahead);
+                            if (count == 3) add_brick<3>(brick, some, ahead);
+                            if (count == 4) add_brick<4>(brick, some, ahead);
+                          }
+                        });
 }
 
 // ---- rests ------------------------------------------------------------------------------------

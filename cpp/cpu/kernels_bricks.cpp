@@ -17,6 +17,30 @@ constexpr int kParts<LineBrick> = 1;
 template <>
 constexpr float kCentre<LineBrick> = 0;
 
+/// How far ahead bricks are prefetched.
+template <class Brick>
+constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
+
+/// Calls body(brick, s, b, ahead) for each in the order of memory: s, b: its strip and block among
+/// those given, ahead: what to prefetch meanwhile, never past the last brick.
+template <class Brick, class Body>
+[[gnu::always_inline]] inline void for_bricks(const Bricks& w, Span strips, Span blocks,
+                                              const Body& body) {
+  const auto* const end =
+      reinterpret_cast<const char*>(&w.brick<Brick>(strips.end - 1, blocks.end - 1));
+  const auto visit = [&](int64_t s, int64_t b) __attribute__((always_inline)) {
+    const auto& brick = w.brick<Brick>(s, b);
+    const char* const ahead = reinterpret_cast<const char*>(&brick) + kBrickDistance<Brick>;
+    body(brick, s - strips.first, b - blocks.first, ahead < end ? ahead : end);
+  };
+  if (w.by_block)
+    for (int64_t b = blocks.first; b < blocks.end; ++b)
+      for (int64_t s = strips.first; s < strips.end; ++s) visit(s, b);
+  else
+    for (int64_t s = strips.first; s < strips.end; ++s)
+      for (int64_t b = blocks.first; b < blocks.end; ++b) visit(s, b);
+}
+
 }  // namespace
 }  // namespace tda
 
