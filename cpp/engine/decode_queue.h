@@ -36,7 +36,7 @@ class DecodeQueue {
   };
 
   /// computing: held during a step. max_batch: the most sequences of one step, at least 1
-  DecodeQueue(const Backend& backend, ForkSafeMutex& computing, std::int64_t max_batch)
+  DecodeQueue(const Backend& backend, ForkSafeTurns& computing, std::int64_t max_batch)
       : backend_(backend), computing_(computing), max_batch_(max_batch) {
     batch_.reserve(max_batch);  // later nothing may fail that others wait for
   }
@@ -68,7 +68,7 @@ class DecodeQueue {
   static void wake(Request&, Status);
 
   const Backend& backend_;
-  ForkSafeMutex& computing_;
+  ForkSafeTurns& computing_;
   const std::int64_t max_batch_;
   std::vector<Request*> batch_;  // of the current step; of who holds computing_
 

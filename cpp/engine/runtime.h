@@ -48,7 +48,7 @@ class Runtime {
   std::vector<std::string> notices = model().notices;
   const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists
   mutable ForkSafeTurns prefilling;         // held during a prompt's step and while it waits for
-  mutable ForkSafeMutex computing;          // this one, held during any step
+  mutable ForkSafeTurns computing;          // this one, held during any step
   mutable DecodeQueue decoding;
 
  private:

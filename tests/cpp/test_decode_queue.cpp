@@ -17,7 +17,7 @@ TEST(threads_that_decode_at_the_same_time_compute_together) {
   std::vector<Plan> plans;
   for (int i = 0; i < 8; ++i) plans.push_back(random_plan(random, 101));
   for (const std::int64_t most : {1, 3, 16}) {
-    ForkSafeMutex computing;
+    ForkSafeTurns computing;
     DecodeQueue queue(*backend, computing, most);
     std::vector<Sequence> alone, together;
     std::vector<std::int64_t> sizes(plans.size());
@@ -48,7 +48,7 @@ TEST(steps_that_wait_are_computed_as_one) {
   std::mt19937 random(8);
   std::vector<Plan> plans;
   for (int i = 0; i < 5; ++i) plans.push_back(random_plan(random, 101));
-  ForkSafeMutex computing;
+  ForkSafeTurns computing;
   DecodeQueue queue(*backend, computing, 4);
   std::vector<Sequence> all;
   std::vector<std::int64_t> sizes(plans.size());
@@ -75,7 +75,7 @@ TEST(an_error_reaches_all_sequences_of_a_step) {
   const auto backend = make_cpu_backend(model.get(), 1);
   std::mt19937 random(7);
   const Plan plan = random_plan(random, 101);
-  ForkSafeMutex computing;
+  ForkSafeTurns computing;
   DecodeQueue queue(*backend, computing, 16);
   Sequence s(*backend, plan);
   DecodeQueue::Member member(queue);
