@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <span>
 #include <vector>
 
+#include "base/four.h"
 #include "base/half.h"
 #include "weights/model.h"
 
@@ -33,68 +33,88 @@ struct Scales {
   }
 };
 
-/// The scale nearest to zero that puts all values within the codes. Its sign assigns the larger
-/// side of the values to the 128 negative codes, the other to the 119 positive ones.
-float covering_scale(std::span<const float> values) {
-  float least = 0, largest = 0;
-  for (const float v : values) {
-    least = std::min(least, v);
-    largest = std::max(largest, v);
+/// The scale nearest to zero that puts 32 values within the codes. Its sign assigns the larger side
+/// of the values to the 128 negative codes, the other to the 119 positive ones.
+float covering_scale(const float* values) {
+  Four smallest{}, largest{};
+  for (std::int64_t i = 0; i < kInt8Group; i += 4) {
+    smallest = min(smallest, load_four(values + i));
+    largest = max(largest, load_four(values + i));
   }
-  const float up = std::max(least / kLeast, largest / kLargest);
-  const float down = std::max(largest / -kLeast, least / -kLargest);
+  const float least = least_of(smallest), most = most_of(largest);
+  const float up = std::max(least / kLeast, most / kLargest);
+  const float down = std::max(most / -kLeast, least / -kLargest);
   return up <= down ? up : -down;
+}
+
+/// Stores 32 values as nibbles, rounded half away from zero. size: of a code, not 0
+void store_codes(const float* values, float size, std::byte* high, std::byte* low) {
+  constexpr float kBelowHalf = 0x1.fffffep-2f;  // with 0.5 itself, the number below 0.5 would be 1
+  float codes[kInt8Group];
+  for (std::int64_t i = 0; i < kInt8Group; i += 4) {
+    const Four code = load_four(values + i) / size;
+    const Four away = code < 0 ? Four{} - kBelowHalf : Four{} + kBelowHalf;
+    store_four(codes + i, clamp(code + away, kLeast, kLargest));
+  }
+  const auto code = [&](std::int64_t i) { return static_cast<int>(codes[i]) + kOffset; };
+  for (std::int64_t i = 0; i < kInt8Group / 2; ++i) {
+    const int a = code(i), b = code(kInt8Group / 2 + i);
+    high[i] = static_cast<std::byte>(a >> 4 | (b & 0xf0));
+    low[i] = static_cast<std::byte>((a & 15) | (b & 15) << 4);
+  }
+}
+
+void load_codes(const std::byte* high, const std::byte* low, float size, float* values) {
+  for (std::int64_t i = 0; i < kInt8Group / 2; ++i) {
+    const int h = static_cast<int>(high[i]), l = static_cast<int>(low[i]);
+    values[i] = size * static_cast<float>((h & 15) * 16 + (l & 15) - kOffset);
+    values[kInt8Group / 2 + i] = size * static_cast<float>((h & 0xf0) + (l >> 4) - kOffset);
+  }
 }
 
 }  // namespace
 
 void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std::byte* low) {
-  const std::int64_t groups = groups_of(cols);
+  const std::int64_t count = groups_of(cols) * kInt8Scales;
   std::memset(high, 0, static_cast<std::size_t>(high_row_bytes(cols)));
   const Scales scales(high, cols, kInt8Scales);
-  const auto part_of = [&](std::int64_t first) {
-    first = std::min(first, cols);
-    return std::span(values + first, values + std::min(first + kInt8Group, cols));
+  float padded[kInt8Group];
+  const auto part = [&](std::int64_t p) -> const float* {
+    const std::int64_t first = std::min(p * kInt8Group, cols), own = cols - first;
+    if (own >= kInt8Group) return values + first;
+    std::fill(std::copy_n(values + first, own, padded), std::end(padded), 0.0f);
+    return padded;
   };
+  std::vector<float> wanted(count);
   // The minimum keeps a tiny row's step from underflowing to 0.
   float most = std::numeric_limits<float>::denorm_min() * kMostScale;
-  for (std::int64_t i = 0; i < cols; i += kInt8Group)
-    most = std::max(most, std::abs(covering_scale(part_of(i))));
+  for (std::int64_t p = 0; p < count; ++p) {
+    wanted[p] = covering_scale(part(p));
+    most = std::max(most, std::abs(wanted[p]));
+  }
   const float step = most / kMostScale;
   std::memcpy(scales.step, &step, 4);
-  for (std::int64_t g = 0; g < groups; ++g) {
-    int codes[kGroup];
-    for (std::int64_t part = 0; part < kInt8Scales; ++part) {
-      const std::span<const float> in = part_of(g * kGroup + part * kInt8Group);
-      const float wanted = covering_scale(in) / step;
-      const float away = std::copysign(std::ceil(std::abs(wanted)), wanted);
-      const int scale = std::clamp(static_cast<int>(away), -kMostScale, kMostScale);
-      scales.scales[g * kInt8Scales + part] = static_cast<std::byte>(scale);
-      const float size = scale != 0 ? step * static_cast<float>(scale) : 1;
-      for (std::size_t i = 0; i < kInt8Group; ++i) {
-        const long rounded = i < in.size() ? std::lround(in[i] / size) : 0;
-        codes[part * kInt8Group + static_cast<std::int64_t>(i)] =
-            static_cast<int>(std::clamp<long>(rounded, kLeast, kLargest)) + kOffset;
-      }
-    }
-    std::memset(low + g * kGroupBytes, 0, kGroupBytes);
-    for (std::int64_t i = 0; i < kGroup; ++i) {
-      const auto [byte, shift] = nibble_place(i, kInt8Group);
-      high[g * kGroupBytes + byte] |= static_cast<std::byte>(codes[i] >> 4 << shift);
-      low[g * kGroupBytes + byte] |= static_cast<std::byte>((codes[i] & 15) << shift);
-    }
+  for (std::int64_t p = 0; p < count; ++p) {
+    const float away = std::copysign(std::ceil(std::abs(wanted[p] / step)), wanted[p]);
+    const int scale = std::clamp(static_cast<int>(away), -kMostScale, kMostScale);
+    scales.scales[p] = static_cast<std::byte>(scale);
+    const float size = scale != 0 ? step * static_cast<float>(scale) : 1;
+    const std::int64_t at = p * kInt8Group / 2;
+    store_codes(part(p), size, high + at, low + at);
   }
 }
 
 void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t cols,
                      std::int64_t first, std::int64_t count, float* out) {
   const Scales scales(high, cols, kInt8Scales);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const auto [byte, shift] = nibble_place((first + i) % kGroup, kInt8Group);
-    const std::int64_t at = (first + i) / kGroup * kGroupBytes + byte;
-    const int code = (static_cast<int>(high[at]) >> shift & 15) * 16 +
-                     (static_cast<int>(low[at]) >> shift & 15) - kOffset;
-    out[i] = scales[(first + i) / kInt8Group] * static_cast<float>(code);
+  const std::int64_t end = first + count;
+  for (std::int64_t begin = first; begin < end;) {
+    const std::int64_t p = begin / kInt8Group, start = p * kInt8Group, at = start / 2;
+    const std::int64_t stop = std::min(end, start + kInt8Group);
+    float values[kInt8Group];
+    load_codes(high + at, low + at, scales[p], values);
+    out = std::copy(values + (begin - start), values + (stop - start), out);
+    begin = stop;
   }
 }
 

@@ -35,17 +35,6 @@ inline constexpr std::int64_t kGroup = 64;               // values
 inline constexpr std::int64_t kGroupBytes = kGroup / 2;  // in one plane
 inline constexpr std::int64_t kInt8Scales = 2;           // per group
 
-/// The byte that holds the nibble of value i of a group, and the nibble's shift in it. `part`: how
-/// many values share a scale.
-struct NibblePlace {
-  std::int64_t byte;
-  int shift;
-};
-constexpr NibblePlace nibble_place(std::int64_t i, std::int64_t part) {
-  const std::int64_t half = part / 2, in_part = i % part;
-  return {i / part * half + in_part % half, in_part < half ? 0 : 4};
-}
-
 constexpr std::int64_t groups_of(std::int64_t cols) { return (cols + kGroup - 1) / kGroup; }
 constexpr std::int64_t low_row_bytes(std::int64_t cols) { return groups_of(cols) * kGroupBytes; }
 constexpr std::int64_t high_row_bytes(std::int64_t cols) {
