@@ -48,6 +48,19 @@ inline Four nearest(Four v) {
   return (v + kShift) - kShift;
 }
 
+/// Stores 16 integers of 0 to 255 as bytes.
+inline void store_bytes(std::uint8_t* to, const Four (&v)[4]) {
+#ifdef __SSE2__
+  const auto eight = [](Four a, Four b) {
+    return _mm_packs_epi32(_mm_cvttps_epi32(a), _mm_cvttps_epi32(b));
+  };
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packus_epi16(eight(v[0], v[1]), eight(v[2], v[3])));
+#else
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<std::uint8_t>(v[i / 4][i % 4]);
+#endif
+}
+
 /// The sum of four(i) for i = 0, 4, ... below count, a multiple of 8, in an order that does not
 /// depend on the CPU.
 template <class Fours>

@@ -104,41 +104,41 @@ float error_of(const float* values, std::int64_t n, float step) {
   });
 }
 
-/// The scale of least squared error for 16 values in steps, or the one that least squares gives for
-/// its codes if that is better and clips no more; 0 if none is better than zeros.
-float choose_scale(const float* values, const ScalesTried& tried) {
-  constexpr float kMost = kMostCentredScale;
-  const float unit = largest_of(values, kScaleInputs) / -8;
-  float best = 0, least = 0;  // of zeros
-  for (std::int64_t i = 0; i < kScaleInputs; ++i) least += values[i] * values[i];
-  for (int k = 0; k < tried.count; k += 4) {
-    // Scales, not values, lie side by side: so their errors need no sums across.
-    const auto first = static_cast<float>(k);
-    const Four places = {first, first + 1, first + 2, first + 3};
-    const Four scales = clamp(nearest(unit * (tried.first + tried.step * places)), -kMost, kMost);
-    const Four inverses = scales == 0 ? Four{} : 1 / scales;
-    Four errors{};
-    for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-      const Four value = Four{} + values[i];
-      const Four missed = value - scales * codes_of(value, inverses);
-      errors += missed * missed;
-    }
-    for (int i = 0; i < 4; ++i) {
-      if (errors[i] >= least) continue;
-      least = errors[i];
-      best = scales[i];
-    }
-  }
-  if (best == 0) return 0;
-  const Four inverse = Four{} + 1 / best;
-  const auto code = [&](std::int64_t i) { return codes_of(load_four(values + i), inverse); };
-  const float products =
-      sum_of(kScaleInputs, [&](std::int64_t i) { return code(i) * load_four(values + i); });
-  const float squares = sum_of(kScaleInputs, [&](std::int64_t i) { return code(i) * code(i); });
-  const float fitted = clamp(nearest(Four{} + products / squares), -kMost, kMost)[0];
-  const bool reaches = std::abs(fitted) >= std::abs(tried.first * unit);
-  return reaches && fitted != best && error_of(values, kScaleInputs, fitted) < least ? fitted
-                                                                                     : best;
+constexpr std::int64_t kGroups = 4;
+
+/// The sums of four(i) for i < 16, added as sum_of does.
+template <class Fours>
+Four sums_of(const Fours& four) {
+  Four sums[8];
+  for (std::int64_t i = 0; i < 8; ++i) sums[i] = four(i) + four(8 + i);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+/// The scales of least squared error for four groups of 16 values in steps, or those that least
+/// squares gives for their codes where these are better and clip no more; 0 where none is better
+/// than zeros.
+Four choose_scales(const float* const (&groups)[kGroups], const ScalesTried& tried) {
+  Four values[kScaleInputs], codes[kScaleInputs];
+  for (std::int64_t i = 0; i < kScaleInputs; ++i)
+    values[i] = Four{groups[0][i], groups[1][i], groups[2][i], groups[3][i]};
+  const auto [best, least] = search_scales(values, tried, [](std::int64_t, Four v) { return v; });
+  const Four inverses = best == 0 ? Four{} : 1 / best;
+  for (std::int64_t i = 0; i < kScaleInputs; ++i) codes[i] = codes_of(values[i], inverses);
+  const Four products = sums_of([&](std::int64_t i) { return codes[i] * values[i]; });
+  const Four squares = sums_of([&](std::int64_t i) { return codes[i] * codes[i]; });
+  const Four fitted = clamp(nearest(products / (squares == 0 ? Four{} + 1 : squares)),
+                            -kMostCentredScale, kMostCentredScale);
+  const Four fitted_inverses = fitted == 0 ? Four{} : 1 / fitted;
+  const Four errors = sums_of([&](std::int64_t i) {
+    const Four missed = values[i] - fitted * codes_of(values[i], fitted_inverses);
+    return missed * missed;
+  });
+  const auto size = [](Four v) { return max(v, -v); };
+  // The least scale tried puts the largest value nearest to the end of the codes.
+  Four reach{};
+  for (const Four& v : values) reach = max(reach, size(v));
+  const auto reaches = size(fitted) >= tried.first * (reach / 8);
+  return (best != 0) & reaches & (errors < least) ? fitted : best;
 }
 
 /// The step of least squared error for the rests of a row whose largest scale is `largest`, judged
@@ -162,14 +162,13 @@ float choose_rest_step(const float* rests, std::int64_t blocks, float largest) {
 void encode(float* values, std::int64_t n, float step, std::uint8_t* codes) {
   const Four inverse = Four{} + (step != 0 ? 1 / step : 0);
   for (std::int64_t first = 0; first < n; first += kScaleInputs) {
-    float found[kScaleInputs];
+    Four found[kScaleInputs / 4];
     for (std::int64_t i = 0; i < kScaleInputs; i += 4) {
       const Four v = load_four(values + first + i), code = codes_of(v, inverse);
-      store_four(found + i, code + 8.0f);
+      found[i / 4] = code + 8.0f;
       store_four(values + first + i, v - step * code);
     }
-    for (std::int64_t i = 0; i < kScaleInputs; ++i)
-      codes[first + i] = static_cast<std::uint8_t>(static_cast<int>(found[i]));
+    store_bytes(codes + first, found);
   }
 }
 
@@ -182,17 +181,25 @@ void round_centred(const Bricks& target, std::int64_t row_id, float* row, std::u
   const float unit = power_of_2(most), in_units = 1 / unit, in_steps = unit / step;
   for (std::int64_t i = 0; i < n && most > 0; ++i) row[i] = row[i] * in_units * in_steps;
   float largest = 1;
-  for (std::int64_t b = 0; b < target.blocks; ++b) {
-    auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
-    std::uint8_t codes[kBlockInputs];
-    for (std::int64_t half = 0; half < 2; ++half) {
-      float* const values = row + b * kBlockInputs + half * kScaleInputs;
-      const float scale = choose_scale(values, target.has_rests() ? kWithRests : kAlone);
-      largest = std::max(largest, std::abs(scale));
-      brick.scales[half][r] = static_cast<std::int8_t>(scale);
-      encode(values, kScaleInputs, scale, codes + half * kScaleInputs);
+  constexpr std::int64_t kBlocks = kGroups / 2;
+  for (std::int64_t first = 0; first < target.blocks; first += kBlocks) {
+    const float* groups[kGroups];  // if there are fewer, the last block's again
+    for (std::int64_t g = 0; g < kGroups; ++g)
+      groups[g] =
+          row + std::min(first + g / 2, target.blocks - 1) * kBlockInputs + g % 2 * kScaleInputs;
+    const Four scales = choose_scales(groups, target.has_rests() ? kWithRests : kAlone);
+    for (std::int64_t b = first; b < std::min(first + kBlocks, target.blocks); ++b) {
+      auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
+      std::uint8_t codes[kBlockInputs];
+      for (std::int64_t half = 0; half < 2; ++half) {
+        const float scale = scales[2 * (b - first) + half];
+        largest = std::max(largest, std::abs(scale));
+        brick.scales[half][r] = static_cast<std::int8_t>(scale);
+        encode(row + b * kBlockInputs + half * kScaleInputs, kScaleInputs, scale,
+               codes + half * kScaleInputs);
+      }
+      set_codes(brick.codes, r, codes);
     }
-    set_codes(brick.codes, r, codes);
   }
   const_cast<float*>(target.steps)[row_id] = most > 0 ? step : 0;
   if (!target.has_rests()) return;

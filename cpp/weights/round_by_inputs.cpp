@@ -38,29 +38,11 @@ void add_missed(Lanes& wanted, const float* feedback, const Lanes* missed, std::
 /// The scales of least squared error, each square times the input's importance, for 16 values of
 /// each row; 0 if none is better than zeros.
 void choose_scales(const Lanes* values, const float* importance, Lanes& scales) {
-  constexpr float kMost = kMostCentredScale;
   for (std::int64_t r = 0; r < kStripRows; r += 4) {
-    Four low{}, high{}, least{}, best{};  // least: of zeros
-    for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-      const Four v = load_four(values[i] + r);
-      low = min(low, v);
-      high = max(high, v);
-      least += importance[i] * v * v;
-    }
-    const Four unit = (high >= -low ? high : low) / -8;
-    for (int k = 0; k < kAlone.count; ++k) {
-      const float share = kAlone.first + kAlone.step * static_cast<float>(k);
-      const Four scale = clamp(nearest(unit * share), -kMost, kMost);
-      const Four inverse = scale == 0 ? Four{} : 1 / scale;
-      Four error{};
-      for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-        const Four v = load_four(values[i] + r), missed = v - scale * codes_of(v, inverse);
-        error += importance[i] * missed * missed;
-      }
-      best = error < least ? scale : best;
-      least = min(error, least);
-    }
-    store_four(scales + r, best);
+    Four groups[kScaleInputs];
+    for (std::int64_t i = 0; i < kScaleInputs; ++i) groups[i] = load_four(values[i] + r);
+    const auto weighted = [=](std::int64_t i, Four v) { return importance[i] * v; };
+    store_four(scales + r, search_scales(groups, kAlone, weighted).scales);
   }
 }
 
