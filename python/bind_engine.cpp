@@ -80,7 +80,7 @@ auto value_of(const ClosableEngine& engine) {
 std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const std::string& device,
                                                const std::string& weights, const std::string& kv,
                                                int threads, std::int64_t max_context,
-                                               std::int64_t max_batch,
+                                               std::int64_t max_batch, std::int64_t cache_memory,
                                                std::shared_ptr<tda::PrefixCache> prefix_cache,
                                                PyProgress progress) {
   tda::EngineOptions options;
@@ -90,6 +90,7 @@ std::shared_ptr<const tda::Engine> open_engine(const std::string& path, const st
   options.threads = threads;
   options.max_context = max_context;
   options.max_batch = max_batch;
+  options.cache_memory = cache_memory;
   options.prefix_cache = std::move(prefix_cache);
   options.progress = reporting(std::move(progress));
   options.before_step = [main = main_thread()] {
@@ -106,14 +107,15 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
           "__init__",
           [](Engine* self, const std::string& path, const std::string& device,
              const std::string& weights, const std::string& kv, int threads,
-             std::int64_t max_context, std::int64_t max_batch,
+             std::int64_t max_context, std::int64_t max_batch, std::int64_t cache_memory,
              std::shared_ptr<tda::PrefixCache> prefix_cache, PyProgress progress) {
-            new (self) Engine(open_engine(path, device, weights, kv, threads, max_context,
-                                          max_batch, std::move(prefix_cache), std::move(progress)));
+            new (self)
+                Engine(open_engine(path, device, weights, kv, threads, max_context, max_batch,
+                                   cache_memory, std::move(prefix_cache), std::move(progress)));
           },
           "path"_a, "device"_a = "auto", "weights"_a = "auto", "kv"_a = "auto", "threads"_a = 0,
-          "max_context"_a = 0, "max_batch"_a = 0, "prefix_cache"_a.none() = nb::none(),
-          "progress"_a.none() = nb::none())
+          "max_context"_a = 0, "max_batch"_a = 0, "cache_memory"_a = 0,
+          "prefix_cache"_a.none() = nb::none(), "progress"_a.none() = nb::none())
       .def("close", &Engine::close,
            "Gives up the engine; a later use is an OptionError. The weights are freed when no "
            "stream\n"
@@ -133,7 +135,14 @@ void bind_opening(nb::class_<ClosableEngine>& engine) {
           "Format of the cached keys and values: \"f32\", \"bf16\" or \"int8\".")
       .def_prop_ro("kv_bytes_per_token", value_of<&tda::Engine::kv_bytes_per_token>,
                    "Of a token's keys and values in a KV cache. A generation's has room for its "
-                   "prompt and\nmax_new_tokens from its start to its end.")
+                   "prompt and\nmax_new_tokens from its first step to its end.")
+      .def_prop_ro(
+          "cache_memory",
+          [](const Engine& e) {
+            const std::int64_t limit = e.get()->cache_memory();
+            return limit ? std::optional(limit) : std::nullopt;
+          },
+          "The limit on the KV caches of what is computed, in bytes, or None.")
       .def_prop_ro("max_context", value_of<&tda::Engine::max_context>,
                    "How many tokens a prompt and what follows may have together.")
       .def_prop_ro("max_batch", value_of<&tda::Engine::max_batch>,

@@ -50,6 +50,7 @@ class HarmProbe {
       : half_((std::ssize(text) + 1) / 2),
         decoded_(text.subspan(half_, std::min(kDecodedTokens, std::ssize(text) - half_))),
         session_(runtime, std::ssize(text), 0) {
+    session_.open();
     session_.prefill(text.first(half_), FfnMode::dense, 0);
     dense_ = run();
   }

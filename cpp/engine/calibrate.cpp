@@ -198,6 +198,7 @@ Thresholds Engine::calibrate(std::span<const std::vector<Token>> texts,
   for (const std::vector<Token>& text : texts) {
     const auto length = std::min(static_cast<std::int64_t>(text.size()), options.max_tokens);
     Session::Impl session(runtime_, std::max<std::int64_t>(length, 1), options.sample_tokens);
+    session.open();
     session.prefill(Tokens(text).first(length), FfnMode::gather, 0);
     for (std::int64_t layer = 0; layer < layers; ++layer) {
       samples[layer].push_back({session.statistic(layer), session.samples(layer)});

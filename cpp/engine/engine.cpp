@@ -39,6 +39,10 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
     throw OptionError("max_context " + std::to_string(options.max_context) +
                       ": expected 0 (the checkpoint's own) or more");
   }
+  if (options.cache_memory < 0) {
+    throw OptionError("cache_memory " + std::to_string(options.cache_memory) +
+                      ": expected 0 (no limit) or more bytes");
+  }
   const Checkpoint checkpoint(folder);
   const auto model = load_model(checkpoint, options.weights, options.threads, options.progress);
   const bool cuda = device_of(options, model->format) == Device::cuda;
@@ -117,6 +121,7 @@ KvFormat Engine::kv() const { return runtime_->kv; }
 std::int64_t Engine::kv_bytes_per_token() const {
   return runtime_->backend->kv_bytes_per_token(runtime_->kv);
 }
+std::int64_t Engine::cache_memory() const { return runtime_->cache_memory.limit(); }
 std::int64_t Engine::max_context() const { return runtime_->max_context; }
 std::int64_t Engine::max_batch() const { return runtime_->max_batch; }
 const std::vector<std::string>& Engine::notices() const { return runtime_->notices; }
@@ -137,13 +142,14 @@ Generation Engine::start(Tokens prompt, const GenerateOptions& options,
                           " exceed max_context " + std::to_string(max_context()));
   }
   const std::int64_t capacity = std::ssize(prompt) + options.max_new_tokens;
+  runtime_->cache_memory.check(capacity, kv_bytes_per_token());
   if (options.prefix_cache) runtime_->serve(options.prefix_cache);
   const auto& cache = options.prefix_cache ? options.prefix_cache : runtime_->prefix_cache;
   std::unique_ptr<Generation::Impl> impl(
-      new Generation::Impl{.run = {runtime_, prompt, capacity, tda, cache},
+      new Generation::Impl{.run = Run(runtime_, prompt, capacity, tda, cache),
                            .sampler = {options, prompt},
                            .options = options});
-  impl->run.listen(impl->cancel.get_token());
+  impl->run->listen(impl->cancel.get_token());
   return Generation(std::move(impl));
 }
 
@@ -164,7 +170,9 @@ GenerationResult Engine::generate(Tokens prompt, const GenerateOptions& options,
 
 std::vector<float> Engine::logits(Tokens tokens) const {
   check_tokens(config(), tokens);
-  return Session::Impl(runtime_, std::ssize(tokens), 0).all_logits(tokens);
+  Session::Impl session(runtime_, std::ssize(tokens), 0);
+  session.open_when_it_fits();
+  return session.all_logits(tokens);
 }
 
 ScoreResult Engine::score(Tokens tokens, std::int64_t prompt_tokens,
@@ -220,7 +228,9 @@ std::vector<float> Engine::gate(std::int64_t layer) const {
 }
 
 Session Engine::session(std::int64_t capacity, std::int64_t sample_tokens) const {
-  return Session(std::make_unique<Session::Impl>(runtime_, capacity, sample_tokens));
+  auto impl = std::make_unique<Session::Impl>(runtime_, capacity, sample_tokens);
+  impl->open();
+  return Session(std::move(impl));
 }
 
 }  // namespace tda

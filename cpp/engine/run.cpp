@@ -50,10 +50,11 @@ Run::Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t cap
   if (!tda_.options) return;
   if (needs_samples(*tda_.options))
     session_.sample_tokens = tda_.options->inputs ? kInputSamples : kPromptSamples;
-  session_.state->estimate = tda_.options->estimate;
 }
 
 std::span<const float> Run::prefill() {
+  session_.open_when_it_fits();
+  if (tda_.options) session_.state->estimate = tda_.options->estimate;
   Stopwatch watch;
   // Masks are made of the statistic; thresholds need samples alone, a predictor needs nothing.
   const bool gather = tda_.options && tda_.options->scope == Scope::sequence &&

@@ -17,7 +17,8 @@ class Run {
   Run(std::shared_ptr<const Runtime> runtime, Tokens prompt, std::int64_t capacity,
       const std::optional<TdaOptions>& tda, std::shared_ptr<PrefixCache> cache = {});
 
-  /// Runs the prompt dense, then makes the masks. Returns the logits [V] of its last token.
+  /// Waits for memory, runs the prompt dense, then makes the masks. Returns the logits [V] of its
+  /// last token.
   std::span<const float> prefill();
   /// Decodes a token with the masks. Returns its logits [V].
   std::span<const float> decode(Token token);

@@ -9,6 +9,7 @@
 
 #include "backend/backend.h"
 #include "base/fork_safe.h"
+#include "engine/cache_memory.h"
 #include "engine/decode_queue.h"
 #include "engine/prefixes.h"
 
@@ -23,6 +24,7 @@ class Runtime {
         max_context(options.max_context ? options.max_context : config().max_position),
         max_batch(options.max_batch ? options.max_batch : this->backend->max_batch()),
         before_step(options.before_step),
+        cache_memory(options.cache_memory),
         calibration(calibration_of(std::filesystem::absolute(checkpoint))),
         decoding(*this->backend, computing, max_batch) {
     if (!options.prefix_cache) return;
@@ -44,6 +46,7 @@ class Runtime {
   const std::int64_t max_context;
   const std::int64_t max_batch;
   const std::function<void()> before_step;    // see EngineOptions; may be empty
+  mutable CacheMemory cache_memory;           // of the sessions that calls make for themselves
   std::shared_ptr<PrefixCache> prefix_cache;  // may be null
   std::vector<std::string> notices = model().notices;
   const std::filesystem::path calibration;  // the thresholds of TdaOptions::loss, if it exists

@@ -38,7 +38,16 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
   if (sample_tokens < 0) {
     throw OptionError("sample_tokens " + std::to_string(sample_tokens) + ": expected 0 or more");
   }
-  state = backend.new_state(capacity, runtime->kv);
+}
+
+void Session::Impl::open() { state = backend.new_state(capacity, runtime->kv); }
+
+void Session::Impl::open_when_it_fits() {
+  const std::int64_t token_bytes = backend.kv_bytes_per_token(runtime->kv);
+  runtime->cache_memory.check(capacity, token_bytes);
+  memory =
+      runtime->cache_memory.take((Size(capacity) * token_bytes).value(), [this] { before_step(); });
+  open();
 }
 
 void Session::Impl::check_room(std::int64_t tokens) const {

@@ -24,7 +24,13 @@ struct Cancelled {};
 
 struct Session::Impl {
   /// `sample_tokens` as in Engine::session. Throws ContextOverflow if capacity exceeds max_context.
+  /// There is no state before one of the next two.
   Impl(std::shared_ptr<const Runtime> runtime, std::int64_t capacity, std::int64_t sample_tokens);
+  /// Makes the state, of which EngineOptions::cache_memory knows nothing.
+  void open();
+  /// Makes it once there is memory for it. Throws OptionError if there never will be, and what
+  /// before_step() throws.
+  void open_when_it_fits();
 
   /// Logits [rows, V] of the last `rows` tokens; dense. Valid until the next call.
   std::span<const float> prefill(Tokens tokens, FfnMode mode, std::int64_t rows = 1);
@@ -57,6 +63,7 @@ struct Session::Impl {
 
   std::shared_ptr<const Runtime> runtime;
   const Backend& backend;
+  CacheMemory::Share memory;
   std::unique_ptr<State> state;
   std::int64_t capacity;
   std::int64_t sample_tokens;

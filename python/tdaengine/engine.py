@@ -27,8 +27,8 @@ from .contents import Contents
 from .grammar import Grammar, GrammarCompiler
 from .masks import AllowedTokens, Mask, MaskOfFunction
 from .options import GenerateKeywords, generate_options, options_of_each
-from .prefix_cache import PrefixCache, check_prefix_cache
-from .stream import Output, Stream
+from .prefix_cache import PrefixCache, check_prefix_cache, size
+from .stream import Output, Stream, whole
 from .tokenizer import Tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class Engine(_native.Engine):
     max_batch: the most sequences that are decoded together, default what the device can.
     prefix_cache: a PrefixCache, or how much memory one may take to keep beginnings of prompts, as
         "512 MiB"; default none. CPU; models with dynamic RoPE keep nothing.
+    cache_memory: the most that the KV caches of all generations, scores and logits under way may
+        take, as "2 GiB"; default no limit. What does not fit beside the others waits at its first
+        token, in the order of coming; what never fits is an OptionError. Sessions do not count.
     progress(done, total): of packing, in bytes of weights; those of an engine folder are packed.
     tda: used wherever a call gives none; `tda=False` in a call turns it off there.
     Raises CheckpointError, OptionError or DeviceError.
@@ -81,6 +84,7 @@ class Engine(_native.Engine):
         tda: TDA | None = None,
         progress: Callable[[int, int], None] | None = None,
         prefix_cache: PrefixCache | int | str | None = None,
+        cache_memory: int | str | None = None,
     ) -> None:
         self.path: Path = hub.find(model)
         self._contents = Contents.of(self.path)
@@ -94,6 +98,7 @@ class Engine(_native.Engine):
             max_context=check_count(max_context, "max_context"),
             max_batch=check_count(max_batch, "max_batch"),
             prefix_cache=check_prefix_cache(prefix_cache),
+            cache_memory=0 if cache_memory is None else size(cache_memory, "cache_memory"),
             progress=check_progress(progress),
         )
         warn_caller(self.notices, UserWarning)
@@ -301,8 +306,7 @@ class Engine(_native.Engine):
         options: the further fields of CalibrateOptions, scope="sequence" or "token"; bytes: instead
         of error, with scope "token", the share of FFN bytes to read; max_tokens=512 and
         sample_tokens=32 of each text; self_texts=16 texts of self_tokens=128 that the model writes
-        from seed=0 on. progress(done, total) counts texts, then
-        (for a budget of bytes) layers.
+        from seed=0 on. progress(done, total) counts texts, then (for a budget of bytes) layers.
         Raises OptionError.
         """
         if texts is not None:
@@ -331,10 +335,7 @@ class Engine(_native.Engine):
         options: GenerateOptions,
         mask: Mask | None,
     ) -> Output:
-        stream = self._stream(prompt, stop, tda, options, mask)
-        for _ in stream:
-            pass
-        return stream.output
+        return whole(self._stream(prompt, stop, tda, options, mask))
 
     def _stream(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -88,18 +90,27 @@ class Stream(Iterator[str]):
                     return piece
             raise StopIteration
 
+    def _next_or_none(self) -> str | None:
+        return next(self, None)
+
     async def __aiter__(self) -> AsyncIterator[str]:
-        """The same for `async for`: each piece is waited for in a thread of asyncio's. A task that
-        is cancelled while it waits cancels the stream."""
-        while True:
-            try:
-                piece = await asyncio.to_thread(next, self, None)
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-            if piece is None:
-                return
-            yield piece
+        """The same for `async for`: each piece is waited for in a thread. A task that is cancelled
+        while it waits cancels the stream."""
+        # Not asyncio's threads: all of them could wait for memory that one under way has, which
+        # then had no thread to go on in.
+        thread = ThreadPoolExecutor(1, "tdaengine-stream")
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        try:
+            while True:
+                piece = await loop.run_in_executor(thread, context.run, self._next_or_none)
+                if piece is None:
+                    return
+                yield piece
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            thread.shutdown(wait=False)
 
     def cancel(self) -> None:
         """Ends the stream, from any thread: after the token under way, or in the midst of a long
@@ -121,6 +132,7 @@ class Stream(Iterator[str]):
     def _next_token(self) -> int | None:
         """None at the end, which is also where a grammar ends."""
         if self._is_complete:
+            self._generation.cancel()  # which frees its memory
             self._finish_reason = "stop"
             return None
         try:
@@ -133,7 +145,6 @@ class Stream(Iterator[str]):
                 self._is_complete = not self._mask.take(token)
         except BaseException:
             self._generation.cancel()
-            self._generation.next()  # which ends it
             raise
         finally:
             self._finish_reason = self._generation.finish_reason
@@ -154,9 +165,17 @@ class Stream(Iterator[str]):
         else:
             piece = self._stop.push(self._text.push(token), self._text.hidden(token))
         if self._stop.is_found:
+            self._generation.cancel()
             self._finish_reason = "stop"
         self._is_done = token is None or self._stop.is_found
         return piece
+
+
+def whole(stream: Stream) -> Output:
+    """Once it has ended."""
+    for _ in stream:
+        pass
+    return stream.output
 
 
 class StopStrings:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from .checks import naming
-from .stream import Output, Stream
+from .stream import Output, Stream, whole
 
 
 def outputs(start: Callable[[int], Stream], count: int, at_once: int) -> list[Output]:
@@ -41,6 +41,4 @@ def _collect(running: dict[Future[Output], Stream]) -> None:
 
 def _output(stream: Stream, i: int) -> Output:
     with naming(f"prompt[{i}]"):
-        for _ in stream:
-            pass
-    return stream.output
+        return whole(stream)

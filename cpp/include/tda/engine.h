@@ -29,12 +29,16 @@ struct EngineOptions {
   int threads = 0;               // 0: as many as this process may run on, by affinity and CPU quota
   std::int64_t max_context = 0;  // in tokens; 0: the checkpoint's own
   std::int64_t max_batch = 0;    // the most sequences decoded together; 0: what the device can
+  /// The most bytes of the KV caches of all generations, scores and logits under way; 0: no limit.
+  /// One that does not fit beside the others waits at its first step, and so do all that come
+  /// behind it; see Engine.
+  std::int64_t cache_memory = 0;
   /// What keeps the beginnings of prompts; null: they are not kept. CPU, and not for models with
   /// dynamic RoPE, whose keys depend on the length of the whole text.
   std::shared_ptr<PrefixCache> prefix_cache = {};
   Progress progress = {};  // of packing, in bytes of weights; an engine folder needs none
-  /// Called before each step, a token or a few hundred of a prompt, by the thread that computes.
-  /// What it throws ends the call that computes.
+  /// Called before each step, a token or a few hundred of a prompt, by the thread that computes,
+  /// and again and again by one that waits. What it throws ends the call.
   std::function<void()> before_step = {};
 };
 
@@ -122,8 +126,10 @@ class Generation {
   ~Generation();
 
   /// The next token. Nothing after an end-of-text token (which is not returned; reason `stop`) or
-  /// after max_new_tokens (reason `length`). The first call runs the prompt. `allowed` may change
-  /// from call to call; throws OptionError if it is too short or leaves no token.
+  /// after max_new_tokens (reason `length`). The first call makes the KV cache, once there is
+  /// memory for it, and runs the prompt; the last token, the end, `cancel` and an exception free
+  /// it. `allowed` may change from call to call; throws OptionError if it is too short or leaves no
+  /// token.
   std::optional<Token> next(TokenMask allowed = {});
   /// Of the token that `next` gave last; empty unless GenerateOptions::logprobs is set.
   const Logprobs& logprobs() const;
@@ -158,6 +164,12 @@ struct ScoreResult {
 /// EngineOptions::max_batch, and each sequence gets what it gets alone, bit for bit. An engine works
 /// on in the child of a fork(), with threads started there; sessions that another thread was using
 /// at that moment do not.
+///
+/// With EngineOptions::cache_memory, what needs a KV cache takes its turn in the order of coming
+/// and has its whole cache from then to its end. A Session does not count, since its owner may hold
+/// it for ever, nor do those of `calibrate`. So whoever waits only waits for what computes, or for
+/// a Generation between two calls of `next`: a thread that goes on with several in turn needs room
+/// for all of them, or it waits for itself. In the child of a fork() all memory is free again.
 class Engine {
  public:
   /// checkpoint: a folder or GGUF file. Throws CheckpointError, OptionError or DeviceError.
@@ -172,8 +184,9 @@ class Engine {
   WeightFormat weights() const;
   KvFormat kv() const;
   /// Of a token's keys and values in a KV cache. A generation's has room for its prompt and
-  /// max_new_tokens from its start to its end.
+  /// max_new_tokens from its first step to its end.
   std::int64_t kv_bytes_per_token() const;
+  std::int64_t cache_memory() const;  // 0: no limit
   std::int64_t max_context() const;
   std::int64_t max_batch() const;
   /// What the user should know of the choices that options left to the engine; one sentence each.
@@ -184,7 +197,8 @@ class Engine {
   int threads() const;
   std::string device() const;  // e.g. "cpu (avx2)"
 
-  /// Starts a generation. Throws ContextOverflow if prompt and max_new_tokens exceed max_context.
+  /// Starts a generation. Throws ContextOverflow if prompt and max_new_tokens exceed max_context,
+  /// OptionError if their KV cache exceeds cache_memory.
   Generation start(Tokens prompt, const GenerateOptions& = {},
                    const std::optional<TdaOptions>& = {}) const;
 
