@@ -62,7 +62,6 @@ class Settings:
     rules: Rules
     parallel: int = 8
     queue: int = 64
-    cache_memory: float = float("inf")  # of the KV caches of all answers under way, in bytes
     cors: tuple[str, ...] = ()
 
 
@@ -72,13 +71,16 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.model = engine, settings.model
         self.started = int(time.time())
-        self.scheduler = Scheduler(settings.parallel, settings.queue, settings.cache_memory)
+        # The engine would keep to its limit alone, but not tell who waits, nor let those wait who
+        # have no thread yet. What has its place here finds its memory there.
+        cache_memory = engine.cache_memory or float("inf")
+        self.scheduler = Scheduler(settings.parallel, settings.queue, cache_memory)
         self.told = Told(engine.path, settings.model)
         self.metrics = Metrics(self.scheduler.gauges())
-        most_tokens = settings.cache_memory / engine.kv_bytes_per_token
+        most_tokens = cache_memory / engine.kv_bytes_per_token
         if most_tokens < 2:
             raise OptionError(
-                f"--cache-memory: found {settings.cache_memory} bytes, expected at least "
+                f"--cache-memory: found {cache_memory} bytes, expected at least "
                 f"{2 * engine.kv_bytes_per_token}, the KV cache of two tokens"
             )
         self._most_tokens = int(min(engine.max_context, most_tokens))  # of one answer

@@ -28,11 +28,11 @@ def serve(args: argparse.Namespace) -> None:
     """Until SIGTERM or Ctrl-C. Raises OptionError, CheckpointError or DeviceError before."""
     key = _api_key(args)
     _check_limits(args)
-    cache_memory = _cache_memory(args.cache_memory)
+    cache_memory = _cache_memory(args)
     with contextlib.closing(_bind(args.host, args.port)) as listener:
         set_up()
         address, port = listener.getsockname()[:2]
-        engine = open_engine(args)
+        engine = open_engine(args, cache_memory=cache_memory)
         is_loopback = address in ("127.0.0.1", "::1")
         settings = Settings(
             model=args.name or _name(args.model),
@@ -43,7 +43,6 @@ def serve(args: argparse.Namespace) -> None:
             ),
             parallel=args.parallel,
             queue=args.queue,
-            cache_memory=cache_memory,
             cors=tuple(args.cors),
         )
         app = make_app(Service(engine, settings), settings)
@@ -98,8 +97,8 @@ def _check_limits(args: argparse.Namespace) -> None:
             )
 
 
-def _cache_memory(given: str | None) -> float:
-    return float("inf") if given is None else size(given, "--cache-memory")
+def _cache_memory(args: argparse.Namespace) -> int | None:
+    return None if args.cache_memory is None else size(args.cache_memory, "--cache-memory")
 
 
 def _bind(host: str, port: int) -> socket.socket:
