@@ -13,13 +13,6 @@ inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256((const __m2
 inline __m256i lower_four(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline __m256i upper_four(__m256i v) { return lower_four(_mm256_srli_epi16(v, 4)); }
 inline __m256 floats_of(__m256i v) { return _mm256_cvtepi32_ps(v); }
-inline __m256 signed_bytes(const std::int8_t* p) {
-  return floats_of(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-
-inline __m256 halves(const std::uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-}
 
 /// Adds two products of bytes to each of 16 sums: eight steps of codes up to 15 stay below 2^15.
 inline __m256i add_quads(__m256i sums, __m256i codes, __m256i q) {
@@ -39,12 +32,13 @@ inline __m256i four_inputs(const std::int8_t* q) {
 /// total += the products of 8 rows, from `row` on, whose codes times q are `dots`. part: the inputs'
 inline __m256 add_rows(const CentredBrick& brick, const HighInputs&, int part, int row, __m256 dots,
                        __m256 total) {
-  return _mm256_fmadd_ps(signed_bytes(brick.scales[part] + row), dots, total);
+  return _mm256_fmadd_ps((__m256)signed_floats(brick.scales[part] + row), dots, total);
 }
 inline __m256 add_rows(const LineBrick& brick, const HighInputs& x, int, int row, __m256 dots,
                        __m256 total) {
-  total = _mm256_fmadd_ps(halves(brick.scales + row), dots, total);
-  return _mm256_fmadd_ps(halves(brick.minima + row), _mm256_set1_ps(x.sums[0] + x.sums[1]), total);
+  total = _mm256_fmadd_ps((__m256)half_floats(brick.scales + row), dots, total);
+  return _mm256_fmadd_ps((__m256)half_floats(brick.minima + row),
+                         _mm256_set1_ps(x.sums[0] + x.sums[1]), total);
 }
 
 /// sums: [64] += the brick's rows times x. Prefetches the brick at `ahead`.

@@ -55,14 +55,11 @@ inline __m512 add_rows(const CentredBrick& brick, const HighInputs&, int part, i
                        __m512 total) {
   return _mm512_fmadd_ps((__m512)signed_floats(brick.scales[part] + 16 * k), dots, total);
 }
-inline __m512 halves(const std::uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-}
 inline __m512 add_rows(const LineBrick& brick, const HighInputs& x, int, int k, __m512 dots,
                        __m512 total) {
-  total = _mm512_fmadd_ps(halves(brick.scales + 16 * k), dots, total);
-  return _mm512_fmadd_ps(halves(brick.minima + 16 * k), _mm512_set1_ps(x.sums[0] + x.sums[1]),
-                         total);
+  total = _mm512_fmadd_ps((__m512)half_floats(brick.scales + 16 * k), dots, total);
+  return _mm512_fmadd_ps((__m512)half_floats(brick.minima + 16 * k),
+                         _mm512_set1_ps(x.sums[0] + x.sums[1]), total);
 }
 
 /// Up to four vectors and the sums of their products with a brick's rows.

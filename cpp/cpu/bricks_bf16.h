@@ -73,14 +73,11 @@ struct BrickScales {
       }
   }
   BrickScales(const LineBrick& brick, const float* steps) {
-    const auto halves = [](const std::uint16_t* p) {
-      return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-    };
     for (int64_t r = 0; r < kStripRows; r += kLanes)
       for (int half = 0; half < 2; ++half) {
         const Floats step = load_as<Floats>(steps + r);
-        store(unit[half] + r, step * halves(brick.scales + r));
-        store(base[half] + r, step * halves(brick.minima + r));
+        store(unit[half] + r, step * half_floats(brick.scales + r));
+        store(base[half] + r, step * half_floats(brick.minima + r));
       }
   }
   /// Takes off what rests of 4 bits have too much, as unsigned numbers.

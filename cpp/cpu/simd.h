@@ -179,6 +179,17 @@ inline Floats signed_floats(const std::int8_t* p) {
 #endif
 }
 
+#if defined(__F16C__)
+/// kLanes numbers in f16 as floats.
+inline Floats half_floats(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+#endif
+
 // ---- element formats of arrays ------------------------------------------------------------------
 
 struct F32 {
