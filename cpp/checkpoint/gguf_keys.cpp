@@ -107,6 +107,19 @@ std::int64_t GgufKeys::integer_of_layers(const std::string& key, std::int64_t la
   return value[0].get<std::int64_t>();
 }
 
+std::int64_t GgufKeys::token(const std::string& key, const json& id, std::int64_t tokens) const {
+  const std::int64_t value = id.is_number_integer() ? id.get<std::int64_t>() : -1;
+  if (value < 0 || value >= tokens) fail(key, id, "0 to " + std::to_string(tokens - 1));
+  return value;
+}
+
+std::int64_t GgufKeys::special_token(const std::string& name, std::int64_t tokens,
+                                     std::int64_t absent) {
+  const std::string key = "tokenizer.ggml." + name + "_token_id";
+  const json id = find(key);
+  return id.is_null() ? absent : token(key, id, tokens);
+}
+
 void GgufKeys::expect(const std::string& key, const json& values, std::string_view condition) {
   json value = find(key);
   if (value.is_number_float()) value = shortest(value.get<double>());

@@ -39,6 +39,11 @@ class GgufKeys {
   std::int64_t integer_of_layers(const std::string& key, std::int64_t layers,
                                  std::optional<std::int64_t> absent = {});
 
+  /// `id`, which the key says, if there are so many tokens.
+  std::int64_t token(const std::string& key, const nlohmann::json& id, std::int64_t tokens) const;
+  /// That of "tokenizer.ggml.`name`_token_id", or `absent`.
+  std::int64_t special_token(const std::string& name, std::int64_t tokens, std::int64_t absent);
+
   /// Throws for any other value than these. condition: for the message, such as "with yarn"
   void expect(const std::string& key, const nlohmann::json& values,
               std::string_view condition = "");

@@ -66,19 +66,12 @@ std::vector<std::int64_t> ends_by_name(const json& tokens, const std::string& ar
 }  // namespace
 
 json generation_ids(GgufKeys& keys, std::int64_t vocabulary) {
-  const auto checked = [&](const std::string& key, const json& id) {
-    const bool fits = id.is_number_unsigned() || (id.is_number_integer() && id >= 0);
-    if (!fits || id >= vocabulary) keys.fail(key, id, "0 to " + std::to_string(vocabulary - 1));
-    return id.get<std::int64_t>();
-  };
   const json tokens = keys.find("tokenizer.ggml.tokens");
   // What SentencePiece files without these ids mean, as far as the vocabulary has them.
   const bool sentencepiece = keys.text("tokenizer.ggml.model", "") == "llama";
-  const auto id_of = [&](const std::string& name, std::int64_t usual) -> std::int64_t {
-    const std::string key = "tokenizer.ggml." + name + "_token_id";
-    const json id = keys.find(key);
-    if (!id.is_null()) return checked(key, id);
-    return sentencepiece && usual < std::ssize(tokens) ? usual : -1;
+  const auto id_of = [&](const std::string& name, std::int64_t usual) {
+    const bool has_usual = sentencepiece && usual < std::ssize(tokens);
+    return keys.special_token(name, vocabulary, has_usual ? usual : -1);
   };
   json result = json::object(), ends = json::array();
   if (const std::int64_t bos = id_of("bos", 1); bos >= 0) result["bos_token_id"] = bos;
@@ -91,7 +84,7 @@ json generation_ids(GgufKeys& keys, std::int64_t vocabulary) {
   const std::string several = "tokenizer.ggml.eos_token_ids";
   const json listed = keys.find(several);
   if (!listed.is_null() && !listed.is_array()) keys.fail(several, listed, "an array of token ids");
-  for (const json& id : listed) add(checked(several, id));
+  for (const json& id : listed) add(keys.token(several, id, vocabulary));
   for (const std::int64_t id : ends_by_name(tokens, keys.architecture())) add(id);
   if (!ends.empty()) result["eos_token_id"] = ends.size() == 1 ? ends[0] : ends;
   return result;

@@ -117,7 +117,7 @@ struct Vocabulary {
     add_bos = keys.flag("tokenizer.ggml.add_bos_token", sentencepiece || llama3);
     add_eos = keys.flag("tokenizer.ggml.add_eos_token", false);
     for (const Role& role : roles)
-      if (const auto id = id_of(role)) ids[role.name] = *id;
+      if (const std::int64_t id = id_of(role); id >= 0) ids[role.name] = id;
     correct_types(generation);
   }
 
@@ -130,17 +130,10 @@ struct Vocabulary {
   std::map<std::string, std::int64_t> ids;  // by roles' names
 
  private:
-  std::optional<std::int64_t> id_of(const Role& role) {
-    const std::string key = "tokenizer.ggml." + std::string(role.key) + "_token_id";
-    const json found = keys_.find(key);
-    const std::int64_t count = std::ssize(tokens);
-    if (found.is_null()) {
-      if (!sentencepiece || role.usual < 0 || role.usual >= count) return std::nullopt;
-      return role.usual;
-    }
-    const std::int64_t id = keys_.integer(key);
-    if (id < 0 || id >= count) keys_.fail(key, found, "0 to " + std::to_string(count - 1));
-    return id;
+  /// -1 if there is none.
+  std::int64_t id_of(const Role& role) {
+    const bool has_usual = sentencepiece && role.usual < std::ssize(tokens);
+    return keys_.special_token(role.key, std::ssize(tokens), has_usual ? role.usual : -1);
   }
 
   /// Of tokens that the file has as text though they are none: they would be cut into pieces in a

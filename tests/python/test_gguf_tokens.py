@@ -154,6 +154,7 @@ def test_empty_tokens_match_nothing(tmp_path: Path):
     [
         ({"tokenizer.ggml.eos_token_ids": [999]}, ["eos_token_ids", "999"]),
         ({"tokenizer.ggml.eot_token_id": 999}, ["eot_token_id", "999"]),
+        ({"tokenizer.ggml.eot_token_id": ("uint64", 2**64 - 1)}, ["eot_token_id", "1844"]),
         ({"tokenizer.ggml.suppress_tokens": [1]}, ["suppress_tokens"]),
         (SENTENCEPIECE | {"tokenizer.ggml.scores": [math.nan] * 8}, ["scores", "NaN"]),
         (SENTENCEPIECE | {"tokenizer.ggml.precompiled_charsmap": [300]}, ["charsmap", "300"]),
