@@ -65,6 +65,7 @@ static Attention arguments(CudaState& state, const Inputs& inputs, const ModelCo
   a.window = static_cast<int>(config.sliding_window[layer]);
   a.eps = static_cast<float>(config.rms_norm_eps);
   a.scale = config.attention_scale();
+  a.cap = config.score_cap;
   return a;
 }
 

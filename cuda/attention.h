@@ -18,7 +18,7 @@ struct Attention {
   unsigned* counters;      // [T, head groups] zeros
   float* out;              // [T, heads n]
   int heads, kv_heads, n, capacity, window;
-  float eps, scale;
+  float eps, scale, cap;  // cap: of scores, 0: none
 };
 
 inline constexpr int kAttendThreads = 256, kAttendWarps = kAttendThreads / 32;
@@ -198,9 +198,9 @@ struct OnlineSoftmax {
   }
 
   /// Adds a key unless it is not `valid`; all lanes of a warp must call this together, because they
-  /// meet in shuffles. q: [Heads, pitch] shared
+  /// meet in shuffles. q: [Heads, pitch] shared; cap: of scores, 0: none
   __device__ __forceinline__ void add(const KeyValue<C, Chunks>& key, bool valid, const float* q,
-                                      int pitch) {
+                                      int pitch, float cap) {
     float scores[Heads] = {};
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
@@ -219,6 +219,7 @@ struct OnlineSoftmax {
       for (int mask = kKeyLanes / 2; mask > 0; mask /= 2)
         scores[h] += __shfl_xor_sync(kAll, scores[h], mask);
       if (!valid) continue;
+      if (cap > 0) scores[h] = soft_cap(scores[h], cap);
       const float larger = fmaxf(maxima[h], scores[h]);
       const float keep = expf(maxima[h] - larger), weight = expf(scores[h] - larger);
       maxima[h] = larger;
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend_kernel(Attention a) 
     if (key == fresh) next.load(a, work.base + key, pitch);
     const KeyValue<C, Chunks> now = next;
     prefetch(key + kStreams);
-    softmax.add(now, key < work.to, shared.q, pitch);
+    softmax.add(now, key < work.to, shared.q, pitch, a.cap);
   }
   softmax.store_merged(shared.parts + warp * Heads * shared.part_size, pitch);
   __syncthreads();

@@ -132,6 +132,10 @@ struct Chunk<bf16> {
 
 __device__ inline float value_of(float v) { return v; }
 __device__ inline float value_of(bf16 v) { return __uint_as_float(unsigned{v} << 16); }
+
+/// cap tanh(x / cap); NaN of what is not finite, or the cap would hide it.
+__device__ inline float soft_cap(float x, float cap) { return cap * tanhf(x / cap) + (x - x); }
+
 __device__ inline void store(float v, float* p) { *p = v; }
 /// Rounds to nearest, ties to even, as base/half.h does.
 __device__ inline void store(float v, bf16* p) {

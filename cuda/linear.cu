@@ -122,6 +122,9 @@ void CudaBackend::make_logits(CudaState& state, std::int64_t rows) const {
   const float* x = state.x.data() + (state.tokens() - rows) * model_->config.hidden_size;
   multiply(state, model_->head, head_.data() ? head_ : embedding_, x, rows, &final_norm_, {},
            state.logits.data(), false);
+  if (const float cap = model_->config.logit_cap; cap > 0)
+    launch(stream_, {blocks_of(size, kThreads), 1, 1}, kThreads, 0, cap_kernel, state.logits.data(),
+           size, cap);
   if (rows == 1) state.head_bytes += model_->head.bytes();
 }
 

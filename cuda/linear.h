@@ -166,6 +166,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach) linear_kernel(Linear a)
   }
 }
 
+/// Soft-capping; a thread per logit. logits: [n]
+static __global__ void cap_kernel(float* logits, std::int64_t n, float cap) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) logits[i] = soft_cap(logits[i], cap);
+}
+
 inline constexpr int kHeadBlock = 4 * kThreads;  // logits per block of argmax_kernel
 
 /// The largest of some logits.

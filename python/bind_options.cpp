@@ -362,6 +362,8 @@ void bind_config(nb::module_& m) {
       .def_ro("embedding_scale", &ModelConfig::embedding_scale)
       .def_ro("residual_scale", &ModelConfig::residual_scale)
       .def_ro("logit_scale", &ModelConfig::logit_scale)
+      .def_ro("score_cap", &ModelConfig::score_cap)
+      .def_ro("logit_cap", &ModelConfig::logit_cap)
       .def_prop_ro("attention_scale", &ModelConfig::attention_scale)
       .def_ro("sliding_window", &ModelConfig::sliding_window)
       .def_ro("bos_token", &ModelConfig::bos_token)

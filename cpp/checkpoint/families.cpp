@@ -118,17 +118,16 @@ void read_qwen3(const Object& config, ModelConfig& model) {
   model.qk_norm = true;
 }
 
-/// Norms whose weights are stored less 1, before and behind attention and feed-forward; embeddings
-/// times sqrt(H); layers with a sliding window, which have a RoPE of their own, and without.
-void read_gemma3(const Object& config, ModelConfig& model) {
+/// What Gemma 2 and 3 share: norms whose weights are stored less 1, before and behind attention and
+/// feed-forward; embeddings times sqrt(H); layers with a sliding window and, in every `period`th
+/// place, without.
+void read_gemma(const Object& config, ModelConfig& model, std::int64_t period) {
   model.activation = read_activation(config, "hidden_activation", "gelu_pytorch_tanh");
-  for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping"})
-    if (config.has(key)) config.fail(key, "null: soft-capping is not supported");
   if (config.has("use_bidirectional_attention") &&
       config.flag("use_bidirectional_attention", false))
     config.fail("use_bidirectional_attention", "false: every token attends to earlier ones");
   read_biases(config, model);
-  model.qk_norm = model.post_norms = true;
+  model.post_norms = true;
   model.norm_offset = 1;
   model.embedding_scale = std::sqrt(static_cast<float>(model.hidden_size));
   // transformers rounds the factor to the type of the embeddings.
@@ -136,13 +135,31 @@ void read_gemma3(const Object& config, ModelConfig& model) {
   model.score_scale =
       static_cast<float>(1 / std::sqrt(read_factor(config, "query_pre_attn_scalar", 256)));
 
-  const std::int64_t period = config.integer("sliding_window_pattern", 1, max_window).value_or(6);
   std::vector<bool> sliding = layers_of(model, true);
   for (std::int64_t i = period - 1; i < model.num_layers; i += period) sliding[i] = false;
   const std::int64_t window = read_window(config, 4096);
   if (window == 0 && !config.has("layer_types"))
     config.fail("sliding_window", "an integer from 1 to " + std::to_string(max_window));
   model.sliding_window = read_layer_types(config, window, sliding);
+}
+
+/// Soft-capping of scores and of logits.
+void read_gemma2(const Object& config, ModelConfig& model) {
+  read_gemma(config, model, 2);
+  const auto cap = [&](const char* key, double absent) {
+    return config.is_null(key) ? 0.0f : static_cast<float>(read_factor(config, key, absent));
+  };
+  model.score_cap = cap("attn_logit_softcapping", 50);
+  model.logit_cap = cap("final_logit_softcapping", 30);
+  model.rope = read_rope(config, 10000, model);
+}
+
+/// Norms of each head of q and k; a RoPE of their own for layers with a sliding window.
+void read_gemma3(const Object& config, ModelConfig& model) {
+  for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping"})
+    if (config.has(key)) config.fail(key, "null: soft-capping is not supported for gemma3_text");
+  read_gemma(config, model, config.integer("sliding_window_pattern", 1, max_window).value_or(6));
+  model.qk_norm = true;
   const RopesByLayer ropes = read_ropes_by_layer(config, 1e6, 1e4, model);
   model.rope = ropes.full;
   model.other_rope = ropes.sliding;
@@ -210,6 +227,8 @@ constexpr Family families[] = {
     {"mistral", "MistralForCausalLM", 32000, 4096, 14336, 32, 32, 8, 0, 131072, 1, 2, read_mistral},
     {"qwen2", "Qwen2ForCausalLM", 151936, 4096, 22016, 32, 32, 32, 0, 32768, {}, {}, read_qwen2},
     {"qwen3", "Qwen3ForCausalLM", 151936, 4096, 22016, 32, 32, 32, 128, 32768, {}, {}, read_qwen3},
+    {"gemma2", "Gemma2ForCausalLM", 256000, 2304, 9216, 26, 8, 4, 256, 8192, 2, 1, read_gemma2,
+     1e-6, true},
     {"gemma3_text", "Gemma3ForCausalLM", 262208, 2304, 9216, 26, 8, 4, 256, 131072, 2, 1,
      read_gemma3, 1e-6, true},
     {"olmo2", "Olmo2ForCausalLM", 50304, 4096, 11008, 32, 32, 0, 0, 2048, {}, 50279, read_olmo2,

@@ -26,8 +26,6 @@ const std::vector<std::pair<const char*, json>>& features_off() {
       {"@.attention.clamp_kqv", json::array({0})},
       {"@.attention.max_alibi_bias", json::array({0})},
       {"@.attention.temperature_scale", json::array({0})},
-      {"@.attn_logit_softcapping", json::array({0})},
-      {"@.final_logit_softcapping", json::array({0})},
       {"@.logit_scale", json::array({0, 1})},
       {"@.residual_scale", json::array({0, 1})},
       {"@.embedding_scale", json::array({0, 1})},
@@ -44,9 +42,19 @@ const std::vector<std::pair<const char*, json>>& features_off() {
   return off;
 }
 
-constexpr std::int64_t kGemmaPeriod = 6;  // of layers, the last of which has no sliding window
-// Whose attention scale is that of hidden / heads instead of the head's size.
-constexpr std::int64_t kGemma27bLayers = 62;
+struct Gemma {
+  const char *architecture, *model_type, *class_name;
+  std::int64_t window;  // of a file that does not say
+  std::int64_t period;  // of layers, the last of which has no sliding window
+  /// Of the model whose attention scale is that of hidden / heads instead of the head's size.
+  std::int64_t layers_of_27b;
+};
+constexpr Gemma gemmas[] = {
+    {"gemma2", "gemma2", "Gemma2ForCausalLM", 4096, 2, 46},
+    {"gemma3", "gemma3_text", "Gemma3ForCausalLM", 0, 6, 62},
+};
+constexpr const char* kScoreCap = "@.attn_logit_softcapping";
+constexpr const char* kLogitCap = "@.final_logit_softcapping";
 
 /// rope_scaling with the parameters that give these divisors of the rotary frequencies.
 json llama3_scaling(const TensorView& tensor, std::int64_t head_dim, double theta) {
@@ -124,11 +132,11 @@ void check_attention_scale(GgufKeys& keys, std::int64_t head_dim) {
               "1 / sqrt(" + std::to_string(head_dim) + ") = " + std::to_string(usual));
 }
 
-/// config.json of Gemma 3, from what it has in common with other models.
-json gemma_config(GgufKeys& keys, json config) {
+/// config.json of Gemma 2 or 3, from what it has in common with other models.
+json gemma_config(GgufKeys& keys, const Gemma& gemma, json config) {
   const std::int64_t layers = config["num_hidden_layers"], heads = config["num_attention_heads"];
-  const std::int64_t window = keys.integer("@.attention.sliding_window", 0);
-  const std::int64_t period = keys.integer("@.attention.sliding_window_pattern", kGemmaPeriod);
+  const std::int64_t window = keys.integer("@.attention.sliding_window", gemma.window);
+  const std::int64_t period = keys.integer("@.attention.sliding_window_pattern", gemma.period);
   if (window < 0) keys.fail("@.attention.sliding_window", window, "0 or more");
   if (period < 0) keys.fail("@.attention.sliding_window_pattern", period, "0 or more");
   if (layers < 1 || layers > kMostLayers)
@@ -138,16 +146,22 @@ json gemma_config(GgufKeys& keys, json config) {
     const bool slides = window > 0 && (period == 0 || i % period != 0);
     types.push_back(slides ? "sliding_attention" : "full_attention");
   }
-  config["architectures"] = {"Gemma3ForCausalLM"};
-  config["model_type"] = "gemma3_text";
+  config["architectures"] = {gemma.class_name};
+  config["model_type"] = gemma.model_type;
   config.erase("hidden_act");
   config["hidden_activation"] = "gelu_pytorch_tanh";
-  config["query_pre_attn_scalar"] = layers == kGemma27bLayers
+  config["query_pre_attn_scalar"] = layers == gemma.layers_of_27b
                                         ? json(config["hidden_size"].get<std::int64_t>() / heads)
                                         : config["head_dim"];
-  config["rope_local_base_freq"] = keys.number("@.rope.freq_base_swa", 10000);
   config["sliding_window"] = window > 0 ? json(window) : json();
   config["layer_types"] = types;
+  if (keys.architecture() == "gemma2") {
+    config["attn_logit_softcapping"] = keys.number(kScoreCap, 50);
+    config["final_logit_softcapping"] = keys.number(kLogitCap, 30);
+    keys.expect("@.rope.freq_base_swa", json::array({config["rope_theta"]}));
+  } else {
+    config["rope_local_base_freq"] = keys.number("@.rope.freq_base_swa", 10000);
+  }
   return config;
 }
 
@@ -155,6 +169,8 @@ json gemma_config(GgufKeys& keys, json config) {
 
 json gguf_config(GgufKeys& keys, const TensorMap& stored) {
   for (const auto& [key, values] : features_off()) keys.expect(key, values);
+  if (keys.architecture() != "gemma2")
+    for (const char* const cap : {kScoreCap, kLogitCap}) keys.expect(cap, json::array({0}));
   const std::int64_t layers = keys.integer("@.block_count");
   const std::int64_t hidden = keys.integer("@.embedding_length");
   const std::int64_t heads = keys.integer_of_layers("@.attention.head_count", layers);
@@ -189,7 +205,9 @@ json gguf_config(GgufKeys& keys, const TensorMap& stored) {
   const json scaling = rope_scaling(keys, stored, config);
   if (!scaling.is_null()) config["rope_scaling"] = scaling;
 
-  if (keys.architecture() == "gemma3") return gemma_config(keys, std::move(config));
+  for (const Gemma& gemma : gemmas)
+    if (keys.architecture() == gemma.architecture)
+      return gemma_config(keys, gemma, std::move(config));
   keys.expect("@.rope.freq_base_swa", json::array({base}));
   keys.expect("@.attention.sliding_window_pattern", json::array({0, 1}));
   const bool biased = stored.contains("blk.0.attn_q.bias");

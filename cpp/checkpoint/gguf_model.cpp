@@ -12,7 +12,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr const char* gguf_architectures[] = {"llama", "qwen2", "qwen3", "gemma3"};
+constexpr const char* gguf_architectures[] = {"llama", "qwen2", "qwen3", "gemma2", "gemma3"};
 
 /// Keys without an effect on the logits of these architectures.
 constexpr const char* without_effect[] = {
@@ -61,7 +61,7 @@ class Renaming {
   Renaming(const GgufKeys& keys, const ModelConfig& config, TensorMap stored)
       : file_(keys.file()),
         llama_(keys.architecture() == "llama"),
-        gemma_(keys.architecture() == "gemma3"),
+        gemma_(keys.architecture().starts_with("gemma")),
         config_(config),
         stored_(std::move(stored)) {}
 

@@ -55,7 +55,7 @@ std::vector<std::int64_t> ends_by_name(const json& tokens, const std::string& ar
   const auto id_of = [&](std::string_view name) -> std::int64_t& {
     return ids[std::ranges::find(end_names, name) - end_names];
   };
-  if (architecture == "gemma3") id_of("</s>") = -1;  // there a tag of HTML
+  if (architecture.starts_with("gemma")) id_of("</s>") = -1;  // there a tag of HTML
   for (const auto& [one, other] : part_ends)
     if (id_of(one) >= 0 && id_of(other) >= 0) id_of("<|end|>") = -1;
   std::vector<std::int64_t> result;

@@ -159,10 +159,16 @@ void weighted_sums(const typename Format::T* v, int64_t keys, int64_t n, const f
 
 template <class Format, int kCount>
 void attend_queries(const void* k, const void* v, int64_t keys, int64_t n, const float* q,
-                    float scale, float* partial) {
+                    ScoreScale by, float* partial) {
   using T = typename Format::T;
   float scores[kCount * kScoreStride] = {};
   dot_keys<Format, kCount>(static_cast<const T*>(k), static_cast<const T*>(v), keys, n, q, scores);
+  if (by.cap > 0) {
+    for (int j = 0; j < kCount; ++j)
+      for (int64_t i = j * kScoreStride; i < j * kScoreStride + keys; i += kLanes)
+        store(scores + i, soft_cap(by.scale * load_as<Floats>(scores + i), by.cap));
+    by.scale = 1;
+  }
   for (int j = 0; j < kCount; ++j) {
     float* s = scores + j * kScoreStride;
     for (int64_t i = keys; i < keys + kLanes; ++i) s[i] = -__builtin_inff();
@@ -173,11 +179,11 @@ void attend_queries(const void* k, const void* v, int64_t keys, int64_t n, const
       largest = maxima[lane] > largest ? maxima[lane] : largest;
     Floats total = {};
     for (int64_t i = 0; i < keys; i += kLanes) {
-      const Floats weights = exp(scale * (load_as<Floats>(s + i) - largest));
+      const Floats weights = exp(by.scale * (load_as<Floats>(s + i) - largest));
       total += weights;
       store(s + i, weights);
     }
-    partial[j * (2 + n)] = scale * largest;
+    partial[j * (2 + n)] = by.scale * largest;
     partial[j * (2 + n) + 1] = sum(total);
   }
   weighted_sums<Format, kCount>(static_cast<const T*>(v), keys, n, scores, partial + 2, 2 + n);
@@ -185,13 +191,13 @@ void attend_queries(const void* k, const void* v, int64_t keys, int64_t n, const
 
 template <class Format>
 void attend(const void* k, const void* v, int64_t keys, int64_t n, const float* q, int64_t queries,
-            float scale, float* partial) {
+            ScoreScale by, float* partial) {
   for (int64_t some; queries > 0; queries -= some, q += some * n, partial += some * (2 + n)) {
     some = min(queries, kQueries);
     const auto kernel = some == 3   ? attend_queries<Format, 3>
                         : some == 2 ? attend_queries<Format, 2>
                                     : attend_queries<Format, 1>;
-    kernel(k, v, keys, n, q, scale, partial);
+    kernel(k, v, keys, n, q, by, partial);
   }
 }
 

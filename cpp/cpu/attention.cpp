@@ -122,7 +122,7 @@ void CpuBackend::attend_decode(CpuState& state, std::int64_t layer) const {
   const std::int64_t window = config.sliding_window[layer];
   const std::int64_t chunk_size = group * (2 + n);  // floats in partials
   const std::int64_t qkv_size = config.q_size() + 2 * config.kv_size();
-  const float scale = config.attention_scale();
+  const ScoreScale scale = score_scale();
   const std::int64_t tokens = state.layout.tokens;
 
   std::array<Chunks, Vectors::kMost> all;
@@ -175,7 +175,7 @@ void CpuBackend::attend_panel(CpuState& state, std::int64_t layer, std::int64_t 
   const std::int64_t group = config.num_heads / config.num_kv_heads, n = config.head_dim;
   const std::int64_t width = state.layout.width, head_size = n * width;
   const std::int64_t first_head = kv_head * group;
-  const float scale = config.attention_scale();
+  const ScoreScale scale = score_scale();
 
   const std::int64_t query = state.step.position + panel * width;  // position of the first one
   const std::int64_t end =

@@ -246,6 +246,8 @@ class CpuBackend final : public Backend {
   void logits_each(CpuState&, const float* in) const;
   /// One token's logits as Step::head asks: estimates, exact for the likely. in: [H], out: [V]
   void estimated_logits(CpuState&, const float* in, float* out) const;
+  /// What ModelConfig::logit_cap says. logits: [n]
+  void cap(float* logits, std::int64_t n) const;
   void add_bias(const Layout&, std::span<const float> bias, float* out) const;
   /// Prefill: calls body(Block, thread) for all tasks of a matrix times `panels` panels.
   template <class Body>
@@ -253,6 +255,9 @@ class CpuBackend final : public Backend {
                   std::int64_t block_rows = kBlockRows) const;
 
   // attention.cpp
+  ScoreScale score_scale() const {
+    return {model_->config.attention_scale(), model_->config.score_cap};
+  }
   std::int64_t attention_scratch() const;
   void append(CpuState&, std::int64_t layer) const;
   void attend_decode(CpuState&, std::int64_t layer) const;

@@ -38,6 +38,11 @@ void gated(Activation activation, const float* gate, const float* up, float* h, 
   }
 }
 
+void soft_cap(float cap, float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_part(x + i, soft_cap(load_part<F32>(x + i, n - i), cap), n - i);
+}
+
 std::uint64_t read(const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
   Words total[4] = {};
@@ -67,6 +72,7 @@ const Kernels& kernels() {
                                 rms_norm_panel,
                                 rotate,
                                 gated,
+                                soft_cap,
                                 softmax,
                                 read};
   return table;

@@ -131,15 +131,19 @@ struct RowKernels {
                    float* y) = nullptr;
 };
 
+/// What is made of q k before softmax: s = scale q k or, if `cap` is not 0, cap tanh(s / cap).
+struct ScoreScale {
+  float scale, cap;
+};
+
 /// Kernels for keys and values in one format.
 struct CacheKernels {
   /// row[i] = in[i * stride], i < n
   void (*store)(const float* in, std::int64_t stride, std::int64_t n, void* row);
   /// Attention of `queries` heads over one chunk of keys. q: [queries, n]. partial: [queries, 2 + n],
-  /// of each query the largest score m, sum_i e^(s_i - m) and sum_i e^(s_i - m) v[i], where
-  /// s = scale k q.
+  /// of each query the largest score m, sum_i e^(s_i - m) and sum_i e^(s_i - m) v[i].
   void (*attend)(const void* k, const void* v, std::int64_t keys, std::int64_t n, const float* q,
-                 std::int64_t queries, float scale, float* partial);
+                 std::int64_t queries, ScoreScale, float* partial);
 };
 
 /// Matrix products of rows (weights, keys or values) and `count` panels.
@@ -193,10 +197,12 @@ struct Kernels {
   void (*rotate)(float* x, const float* cos, const float* sin, std::int64_t n);
   /// h[i] = act(gate[i]) * up[i]; h may be gate
   void (*gated)(Activation, const float* gate, const float* up, float* h, std::int64_t n);
-  /// One step of online softmax: updates the maximum m: [P], replaces the scores s: [keys, P] by
-  /// e^(scale s - m), rescales the sum l: [P] and the output o: [n, P] to the new maximum, and adds
+  /// x[i] = cap tanh(x[i] / cap); NaN for what is not finite
+  void (*soft_cap)(float cap, float* x, std::int64_t n);
+  /// One step of online softmax: updates the maximum m: [P], replaces q k, s: [keys, P], by
+  /// e^(score - m), rescales the sum l: [P] and the output o: [n, P] to the new maximum, and adds
   /// s to l.
-  void (*softmax)(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
+  void (*softmax)(const SoftmaxBlock&, ScoreScale, float* s, float* m, float* l, float* o);
   /// Reads `bytes` bytes, a multiple of 1024. The result depends on each of them.
   std::uint64_t (*read)(const void* data, std::int64_t bytes);
 };

@@ -32,7 +32,7 @@ extern const PanelKernels bf16_panels, bf16c_panels;  // or kernels_prefill_bf16
 extern const PanelKernels int8_panels;                // or kernels_prefill_integer.cpp
 void multiply_bricks(const Bricks& w, std::int64_t strip, PreparedPanels b, Panels c,
                      std::int64_t count, bool add);  // or kernels_prefill_bf16.cpp
-void softmax(const SoftmaxBlock&, float scale, float* s, float* m, float* l, float* o);
+void softmax(const SoftmaxBlock&, ScoreScale, float* s, float* m, float* l, float* o);
 void rms_norm_panel(const float* x, const float* weight, float eps, std::int64_t n, float* out);
 
 }  // namespace tda::TDA_ISA

@@ -252,14 +252,15 @@ void multiply_bricks(const Bricks& w, int64_t strip, PreparedPanels prepared, Pa
 }
 #endif
 
-void softmax(const SoftmaxBlock& block, float scale, float* s, float* m, float* l, float* o) {
+void softmax(const SoftmaxBlock& block, ScoreScale by, float* s, float* m, float* l, float* o) {
   for (int half = 0; half < 2; ++half) {
     float* scores = s + half * kLanes;
     float* out = o + half * kLanes;
     const Floats previous = load_as<Floats>(m + half * kLanes);
     Floats largest = previous;
     for (int64_t i = 0; i < block.keys; ++i) {
-      Floats score = scale * load_as<Floats>(scores + i * kPanel);
+      Floats score = by.scale * load_as<Floats>(scores + i * kPanel);
+      if (by.cap > 0) score = soft_cap(score, by.cap);
       const int64_t position = block.first + i;
       if (position > half * kLanes || position <= (half + 1) * kLanes - 1 - block.window)
         for (int lane = 0; lane < kLanes; ++lane) {

@@ -185,6 +185,7 @@ std::span<const float> CpuBackend::logits(State& s, std::int64_t count) const {
     multiply(state, wanted, head, in, out, false, kUnknown);
     state.head_bytes += head.bytes();
   }
+  cap(out, size.value());
   return {out, static_cast<std::size_t>(size.value())};
 }
 
@@ -211,6 +212,24 @@ void CpuBackend::logits_each(CpuState& state, const float* in) const {
     multiply_each(state, tokens, head, in, out, false, kUnknown);
     for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).head_bytes += head.bytes();
   }
+  for (std::int64_t t = 0; t < tokens; ++t) cap(out[t], head.rows);
+}
+
+void CpuBackend::cap(float* logits, std::int64_t n) const {
+  const float most = model_->config.logit_cap;
+  if (most == 0) return;
+  pool_.run((n + kEstimateRows - 1) / kEstimateRows, [&](std::int64_t task, int) {
+    const std::int64_t first = task * kEstimateRows;
+    kernels_.soft_cap(most, logits + first, std::min(kEstimateRows, n - first));
+  });
+}
+
+/// The logit, before soft-capping, of tokens that are `share` times as likely as one of `logit`.
+/// -infinity: all tokens are.
+static float as_likely(float logit, float share, float cap) {
+  if (cap == 0) return logit + std::log(share);
+  const float capped = std::tanh(logit / cap) + std::log(share) / cap;
+  return capped > -1 ? std::min(logit, cap * std::atanh(capped)) : -INFINITY;
 }
 
 /// TDA of the head: all logits are estimated from the high plane, then the likely ones are computed
@@ -229,7 +248,8 @@ void CpuBackend::estimated_logits(CpuState& state, const float* in, float* out) 
     largest[task] =
         kernels.dot_high_plane(rows_of(head, first), end_of(task) - first, x, out + first);
   });
-  const float least = *std::max_element(largest.begin(), largest.end()) + std::log(state.step.head);
+  const float least = as_likely(*std::max_element(largest.begin(), largest.end()), state.step.head,
+                                model_->config.logit_cap);
   std::int32_t* const ids = state.likely.reserve(head.rows, "the likely tokens");
   std::atomic<std::int64_t> exact = 0;
   pool_.run(tasks, [&](std::int64_t task, int) {

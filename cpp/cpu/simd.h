@@ -291,6 +291,20 @@ inline Floats erfc_positive(Floats z) {
   return p * t * exp(-z * z);
 }
 
+/// cap tanh(x / cap), with a relative error about 1e-7; tanh by Cephes' tanhf. What is not finite
+/// becomes NaN, or a cap would hide it.
+inline Floats soft_cap(Floats x, float cap) {
+  const Floats u = x / cap, size = u < 0.0f ? -u : u, square = u * u;
+  Floats p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Floats tail = 1.0f - 2.0f / (exp(2.0f * size) + 1.0f);
+  const Floats tanh = size < 0.625f ? p * square * u + u : u < 0.0f ? -tail : tail;
+  return cap * tanh + (x - x);
+}
+
 inline Floats activate(Activation activation, Floats x) {
   switch (activation) {
     case Activation::relu:  // -infinity becomes NaN, so that it reaches the logits

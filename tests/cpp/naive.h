@@ -67,6 +67,8 @@ struct Session {
     return in;
   }
 
+  static double capped(double v, double cap) { return cap > 0 ? cap * std::tanh(v / cap) : v; }
+
   double threshold(std::int64_t layer, tda::Product of) const {
     return step.ffn == FfnMode::sparse ? inputs[layer].of[static_cast<int>(of)] : 0;
   }
@@ -192,7 +194,7 @@ struct Session {
           double score = 0;
           for (std::int64_t i = 0; i < c.head_dim; ++i)
             score += queries[t][q + i] * keys[layer][p][kv_at + i];
-          weights.push_back(std::exp(score * c.attention_scale()));
+          weights.push_back(std::exp(capped(score * c.attention_scale(), c.score_cap)));
           total += weights.back();
         }
         for (std::int64_t p = first; p <= last; ++p)
@@ -261,7 +263,9 @@ struct Session {
   Vector logits(std::int64_t t, bool alone = true) const {
     const Vector in = norm(x[t].data(), model->final_norm);
     const double least = step.ffn == FfnMode::sparse ? step.head_inputs : 0;
-    return product(model->head, alone ? in : rounded(in), least);
+    Vector out = product(model->head, alone ? in : rounded(in), least);
+    for (double& v : out) v = capped(v, model->config.logit_cap);
+    return out;
   }
 };
 

@@ -58,6 +58,16 @@ inline void like_gemma3(ModelConfig& c) {
   c.activation = tda::Activation::gelu_tanh;
 }
 
+/// What Gemma 2 has instead: caps, small enough to matter.
+inline void like_gemma2(ModelConfig& c) {
+  c.post_norms = true;
+  c.embedding_scale = c.embedding_scale_bf16 = 1.5f;
+  c.sliding_window = {4, 0};
+  c.score_cap = 0.7f;
+  c.logit_cap = 1.3f;
+  c.activation = tda::Activation::gelu_tanh;
+}
+
 /// What OLMo 2 has in place of Llama's norms.
 inline void like_olmo2(ModelConfig& c) {
   c.pre_norms = false;

@@ -52,6 +52,16 @@ TEST(config_knows_what_sets_families_apart) {
     CHECK(gemma.sliding_window[i] == (i % 6 == 5 ? 0 : 4096));
     CHECK(gemma.uses_other_rope[i] == (i % 6 != 5));
   }
+  const tda::ModelConfig gemma2 = config_of({{"model_type", "gemma2"}});
+  CHECK(gemma2.vocab_size == 256000 && gemma2.max_position == 8192 && gemma2.post_norms);
+  CHECK(gemma2.norm_offset == 1 && gemma2.tied_embeddings && !gemma2.qk_norm && !gemma2.other_rope);
+  CHECK(gemma2.score_cap == 50 && gemma2.logit_cap == 30 && gemma2.rope.theta == 1e4);
+  CHECK(gemma2.attention_scale() == 0.0625 && gemma.score_cap == 0 && gemma.logit_cap == 0);
+  for (std::size_t i = 0; i < 26; ++i) CHECK(gemma2.sliding_window[i] == (i % 2 == 1 ? 0 : 4096));
+  const tda::ModelConfig uncapped = config_of({{"model_type", "gemma2"},
+                                               {"attn_logit_softcapping", nullptr},
+                                               {"final_logit_softcapping", 8}});
+  CHECK(uncapped.score_cap == 0 && uncapped.logit_cap == 8);
   const tda::ModelConfig small =
       config_of({{"model_type", "gemma3_text"}, {"hidden_size", 640}, {"num_hidden_layers", 1}});
   CHECK(small.embedding_scale == std::sqrt(640.0f) && small.embedding_scale_bf16 == 25.25f);
@@ -105,7 +115,10 @@ TEST(config_refuses_what_a_family_cannot_run) {
        {{"rope_scaling", {{"type", "linear"}, {"factor", 8}}}},
        "rope_scaling is an object, expected no scaling"},
       {"phi3", {{"rope_scaling", {{"type", "longrope"}}}}, "rope_scaling.type is \"longrope\""},
-      {"gemma2", json::object(), "model_type is \"gemma2\", expected \"llama\""},
+      {"gemma2", {{"attn_logit_softcapping", 0}}, "attn_logit_softcapping is 0, expected a number"},
+      {"gemma2", {{"final_logit_softcapping", "no"}}, "final_logit_softcapping is \"no\""},
+      {"gemma2", {{"use_bidirectional_attention", true}}, "use_bidirectional_attention is"},
+      {"gemma", json::object(), "model_type is \"gemma\", expected \"llama\""},
       {"mixtral", json::object(), "model_type is \"mixtral\""},
   };
   for (const Case& c : cases) {

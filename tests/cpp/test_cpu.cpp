@@ -17,7 +17,7 @@
 #include "naive.h"
 
 using namespace tda;
-using naive::like_gemma3, naive::like_granite, naive::like_olmo2;
+using naive::like_gemma2, naive::like_gemma3, naive::like_granite, naive::like_olmo2;
 using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
 using naive::run;
 
@@ -157,6 +157,7 @@ std::deque<Case> cases() {
   rope.config.rope.factor = 2;
   rope.config.rope.original_max_position = 16;
   rope.config.rope.attention_factor = 1.2;
+  like_gemma2(add("soft-capping").config);
   like_gemma3(add("norms behind, a second rope").config);
   like_olmo2(add("norms behind alone, of all heads").config);
   like_granite(add("residual scale, a layer without rope").config);

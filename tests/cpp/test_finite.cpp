@@ -191,7 +191,8 @@ TEST(keys_and_values_that_are_not_finite) {
             for (const std::int64_t queries : {1, 2, 3}) {
               const std::vector<float> q = random_floats(queries * n);
               std::vector<float> partial(queries * (2 + n));
-              kernels->caches[format].attend(k.data(), v.data(), kKeys, n, q.data(), queries, 0.5f,
+              kernels->caches[format].attend(k.data(), v.data(), kKeys, n, q.data(), queries,
+                                             {0.5f, queries % 2 == 0 ? 0.0f : 1.5f},
                                              partial.data());
               for (std::int64_t j = 0; j < queries; ++j) {
                 const std::span<const float> part = std::span(partial).subspan(j * (2 + n), 2 + n);
@@ -199,6 +200,16 @@ TEST(keys_and_values_that_are_not_finite) {
               }
             }
           }
+}
+
+TEST(soft_caps_hide_nothing) {
+  for (const Kernels* kernels : available_kernels())
+    for (const float bad : kBad) {
+      std::vector<float> logits = random_floats(21);
+      logits[13] = bad;
+      kernels->soft_cap(30, logits.data(), std::ssize(logits));
+      for (std::size_t i = 0; i < logits.size(); ++i) CHECK(std::isfinite(logits[i]) == (i != 13));
+    }
 }
 
 TEST(sizes_beyond_bf16_are_not_hidden_in_keys) {

@@ -184,11 +184,12 @@ TEST(attend_matches_doubles) {
     for (const std::int64_t n : {10, 64, 80})
       for (const std::int64_t keys : {1, 5, 127, 128})
         for (const std::int64_t queries : {1, 2, 3, 7}) {
+          const float cap = queries % 2 == 0 ? 0.0f : 1.5f;
           const Stored k(weights_like(format), keys, n), v(weights_like(format), keys, n);
           const auto q = random_floats(queries * n);
           std::vector<float> partial(queries * (2 + n) + 1, 3);
           cache_kernels(kernels, format)
-              .attend(k.stored.data(), v.stored.data(), keys, n, q.data(), queries, 0.5f,
+              .attend(k.stored.data(), v.stored.data(), keys, n, q.data(), queries, {0.5f, cap},
                       partial.data());
           for (std::int64_t j = 0; j < queries; ++j) {
             const float* part = partial.data() + j * (2 + n);
@@ -197,6 +198,7 @@ TEST(attend_matches_doubles) {
             for (std::int64_t i = 0; i < keys; ++i) {
               for (std::int64_t e = 0; e < n; ++e)
                 scores[i] += 0.5 * k.values[i * n + e] * q[j * n + e];
+              if (cap > 0) scores[i] = cap * std::tanh(scores[i] / cap);
               const double weight = std::exp(scores[i] - part[0]);
               total += weight;
               for (std::int64_t e = 0; e < n; ++e) out[e] += weight * v.values[i * n + e];
@@ -208,6 +210,23 @@ TEST(attend_matches_doubles) {
           CHECK(partial.back() == 3);
         }
   });
+}
+
+TEST(soft_cap_matches_doubles) {
+  for (const Kernels* kernels : available_kernels())
+    for (const double cap : {0.5, 30.0, 50.0}) {
+      std::vector<float> x;
+      for (double size = 1e-6; size < 1e4; size *= 1.01)
+        for (const double sign : {-1, 1}) x.push_back(static_cast<float>(sign * size));
+      std::vector<float> capped = x;
+      capped.push_back(3);
+      kernels->soft_cap(static_cast<float>(cap), capped.data(), std::ssize(x));
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        const double expected = cap * std::tanh(x[i] / cap);
+        CHECK_NEAR(capped[i] / expected, 1, 3e-7);
+      }
+      CHECK(capped.back() == 3);
+    }
 }
 
 TEST(int8_cache_rounds_and_attends_like_doubles) {
@@ -239,7 +258,7 @@ TEST(int8_cache_rounds_and_attends_like_doubles) {
         const auto q = random_floats(queries * n);
         std::vector<float> partial(queries * (2 + n) + 1, 3);
         cache_kernels(*kernels, KvFormat::int8)
-            .attend(k.data(), v.data(), keys, n, q.data(), queries, 0.5f, partial.data());
+            .attend(k.data(), v.data(), keys, n, q.data(), queries, {0.5f, 0}, partial.data());
         for (std::int64_t j = 0; j < queries; ++j) {
           const float* part = partial.data() + j * (2 + n);
           naive::Vector out(n);

@@ -24,7 +24,7 @@ std::vector<float> prefill(const Backend& backend, State& state, Tokens tokens,
 
 ModelConfig config_of(bool gemma) {
   ModelConfig config = wide_config();
-  if (gemma) naive::like_gemma3(config);
+  if (gemma) naive::like_gemma3(config), config.score_cap = 0.7f;
   return config;
 }
 

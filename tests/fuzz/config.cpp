@@ -21,6 +21,8 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     for (const float factor : {model.embedding_scale, model.embedding_scale_bf16, model.logit_scale,
                                model.residual_scale, model.attention_scale()})
       fuzz::require(std::isfinite(factor) && factor > 0, "a factor", std::to_string(factor));
+    for (const float cap : {model.score_cap, model.logit_cap})
+      fuzz::require(std::isfinite(cap) && cap >= 0, "a cap", std::to_string(cap));
     const tda::Ropes ropes(model);
     fuzz::require(model.uses_other_rope.empty() ||
                       (ropes.count() == 2 && std::ssize(model.uses_other_rope) == model.num_layers),

@@ -56,7 +56,9 @@ def test_info_counts_the_tokens(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert plain["calibration_tokens"] is None and "rounded by" not in describe(plain)
 
 
-@pytest.mark.parametrize("variant", ["llama_tied", "llama_bias", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize(
+    "variant", ["llama_tied", "llama_bias", "qwen3", "gemma2", "gemma3", "phi3"]
+)
 def test_every_kind_of_layer(tmp_path: Path, variant: str):
     """Texts of ids alone, beyond the model's context."""
     source = tiny.write(tmp_path / "source", variant)

@@ -42,7 +42,8 @@ def run(capsys):
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4", "bf16c", "graded"])
 @pytest.mark.parametrize(
-    "variant", ["llama_tied", "llama_bias", "llama_odd", "qwen3", "gemma3", "granite", "phi3"]
+    "variant",
+    ["llama_tied", "llama_bias", "llama_odd", "qwen3", "gemma2", "gemma3", "granite", "phi3"],
 )
 def test_the_same_bits(tmp_path: Path, variant: str, weights: str):
     source = tiny.write(tmp_path / "source", variant)

@@ -74,11 +74,19 @@ GEMMA = {
 }
 
 
-def test_gguf_of_gemma(tmp_path: Path):
+GEMMA2 = {
+    "gemma2.attention.sliding_window": 12,
+    "gemma2.attn_logit_softcapping": 2.0,
+    "gemma2.final_logit_softcapping": 5.0,
+}
+
+
+@pytest.mark.parametrize(("variant", "keys"), [("gemma2", GEMMA2), ("gemma3", GEMMA)])
+def test_gguf_of_gemma(tmp_path: Path, variant: str, keys: dict):
     """Norms have 1 added, which rounds; the scale of scores follows from the size of a head."""
-    config = config_of("gemma3") | {"query_pre_attn_scalar": 16}
+    config = config_of(variant) | {"query_pre_attn_scalar": 16}
     weights = tiny.make_weights(config, seed=1)
-    source = tiny_gguf.write(tmp_path / "model.gguf", config, weights, metadata=GEMMA)
+    source = tiny_gguf.write(tmp_path / "model.gguf", config, weights, metadata=keys)
     convert(source, tmp_path / "out")
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert made.keys() == weights.keys()
@@ -88,7 +96,7 @@ def test_gguf_of_gemma(tmp_path: Path):
     original.mkdir()
     (original / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v}))
     tiny.write_safetensors(original / "model.safetensors", weights, "F32")
-    tokens = tiny.tokens("gemma3")
+    tokens = tiny.tokens(variant)
     logits = Engine(original).logits(tokens)
     assert np.abs(Engine(tmp_path / "out").logits(tokens) - logits).max() < 1e-5
 
@@ -109,6 +117,18 @@ def test_gguf_windows_of_gemma(tmp_path: Path, change: dict, expected: list[bool
     assert types == [f"{'sliding' if slides else 'full'}_attention" for slides in expected]
     windows = [12 * slides for slides in expected]
     assert Engine(tmp_path / "out").config.sliding_window == windows
+
+
+def test_gguf_of_gemma2_without_keys(tmp_path: Path):
+    """As in llama.cpp, which knows the published models; 27B has a scale of its own."""
+    convert(write_gguf(tmp_path, "gemma2"), tmp_path / "out")
+    config = Engine(tmp_path / "out").config
+    assert (config.score_cap, config.logit_cap) == (50, 30)
+    assert config.sliding_window == [4096, 0, 4096] and config.attention_scale == 0.25
+    of_27b = config_of("gemma2") | {"num_hidden_layers": 46}
+    weights = tiny.make_weights(of_27b, seed=1)
+    source = tiny_gguf.write(tmp_path / "27b.gguf", of_27b, weights)
+    assert Engine(source).config.attention_scale == pytest.approx(12**-0.5)
 
 
 @pytest.mark.parametrize(

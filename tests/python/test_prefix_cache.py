@@ -27,6 +27,7 @@ MIXES = {  # of variant, weights, kv: settings
     ("llama", "int8", "int8"): [*OF_NEURONS, TDA(scope="token", active=0.3, coarse=0.5, head=1e-3)],
     ("llama", "graded", "auto"): OF_INPUTS,
     ("llama", "int4", "auto"): OF_INPUTS,
+    ("gemma2", "int8", "int8"): [False, TDA(scope="token", active=0.3, coarse=0.5, head=1e-3)],
     ("gemma3", "bf16", "auto"): OF_NEURONS,
     ("qwen2_sliding", "int8", "auto"): OF_NEURONS,
     ("phi3_sliding", "bf16", "auto"): OF_NEURONS,

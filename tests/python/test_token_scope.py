@@ -131,6 +131,19 @@ def test_unlikely_tokens_get_estimates(int8: Engine, options: dict):
     assert 0.01 < np.abs(estimates - dense).mean() < 0.5
 
 
+def test_likely_tokens_of_capped_logits(tmp_path: Path):
+    """Of these, near the cap of 5, many are about as likely as the first."""
+    engine = Engine(tiny.write(tmp_path / "gemma2", "gemma2"), weights="int8", threads=2)
+    dense = decoded(engine, None)
+    assert 4.5 < np.abs(dense).max() <= 5
+    assert (decoded(engine, TDA(scope="token", active=1.0, head=1e-30)) == dense).all()
+    found = decoded(engine, TDA(scope="token", active=1.0, head=0.2))
+    assert np.abs(found).max() <= 5 and 0.01 < np.abs(found - dense).mean() < 0.5
+    above = dense - dense.max(axis=1, keepdims=True) - np.log(0.2)
+    assert (found == dense)[above > 0.5].all() and (above > 0.5).sum() > 2 * len(dense)
+    assert (found == dense)[above < -0.5].mean() < 0.02
+
+
 def test_what_the_head_reads_is_counted(int8: Engine):
     tda = TDA(scope="token", active=1.0)
     all_of_it = stats_of(int8, tda)

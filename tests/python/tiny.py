@@ -38,6 +38,19 @@ BASE = {
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 12,
+    "tie_word_embeddings": True,
+    "attn_logit_softcapping": 2.0,  # caps that change much
+    "final_logit_softcapping": 5.0,
+}
 GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
@@ -130,6 +143,24 @@ VARIANTS = {
         }
     ),
     "qwen3": Variant(QWEN3),
+    "gemma2": Variant(GEMMA2),
+    "gemma2_layer_types": Variant(
+        {
+            **GEMMA2,
+            "attention_bias": True,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2],
+            "attn_logit_softcapping": None,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0},
+            "rope_theta": None,
+        },
+        storage="BF16",
+    ),
+    "gemma2_defaults": Variant(
+        {
+            **{k: v for k, v in GEMMA2.items() if not k.endswith("softcapping")},
+            "query_pre_attn_scalar": 5,  # scores large enough for the default cap to matter
+        }
+    ),
     "gemma3": Variant(  # as transformers 4 writes it
         {
             **GEMMA3,
@@ -203,8 +234,9 @@ def make_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     head_dim = config.get("head_dim", hidden // heads)
     family = config["model_type"]
     qkv_bias = family == "qwen2" or config.get("attention_bias", False)
-    pre_norms, post_norms = family != "olmo2", family in ("gemma3_text", "olmo2")
-    offset = 0 if family == "gemma3_text" else 1  # Gemma stores weights of norms less 1
+    gemma = family in ("gemma2", "gemma3_text")
+    pre_norms, post_norms = family != "olmo2", gemma or family == "olmo2"
+    offset = 0 if gemma else 1  # Gemma stores weights of norms less 1
     result = {}
 
     def matrix(name: str, rows: int, cols: int, gain: float) -> None:

@@ -25,6 +25,7 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMAS = ("gemma2", "gemma3")
 GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -79,7 +80,7 @@ def write(
         if arch == "llama" and (match := re.search(r"self_attn\.([qk])_proj", name)):
             which = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
             array = in_pairs(array, config[which])
-        if arch == "gemma3" and array.ndim == 1:
+        if arch in GEMMAS and array.ndim == 1:
             array = array + np.float32(1)
         kind = quantized if array.ndim == 2 else GGMLQuantizationType.F32
         kind = (kinds or {}).get(name, kind)
@@ -97,7 +98,7 @@ def write(
 
 def gguf_name(name: str, arch: str = "llama") -> str:
     stem, kind = name.rsplit(".", 1)
-    names = NAMES | (GEMMA_NAMES if arch == "gemma3" else {})
+    names = NAMES | (GEMMA_NAMES if arch in GEMMAS else {})
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", stem)
     return f"blk.{match[1]}.{names[match[2]]}.{kind}" if match else f"{names[stem]}.{kind}"
 

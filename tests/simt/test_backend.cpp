@@ -8,7 +8,7 @@
 #include "simt_backend.h"
 
 using namespace tda;
-using naive::like_gemma3, naive::like_granite, naive::like_olmo2;
+using naive::like_gemma2, naive::like_gemma3, naive::like_granite, naive::like_olmo2;
 using naive::RandomModel, naive::random_tokens, naive::small_config, naive::step_of;
 
 namespace {
@@ -65,6 +65,7 @@ std::deque<Case> cases() {
   split.config.num_heads = 8;
   split.config.num_kv_heads = 2;
   split.steps = {140, 1, 1};
+  like_gemma2(add("soft-capping").config);
   like_gemma3(add("norms behind, a second rope").config);
   like_olmo2(add("norms behind alone, of all heads").config);
   like_granite(add("residual scale, a layer without rope").config);

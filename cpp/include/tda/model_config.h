@@ -58,6 +58,8 @@ struct ModelConfig {
   float residual_scale = 1;           // of what attention and feed-forward add (Granite)
   float logit_scale = 1;              // of the logits (Granite)
   std::optional<float> score_scale;   // of q k before softmax; 1 / sqrt(head_dim) without
+  float score_cap = 0;                // soft-capping c tanh(s / c) of scores, behind their scale
+  float logit_cap = 0;                // the same of logits (Gemma 2); 0: none
   /// Per layer: how many of the latest positions a token sees, including its own; 0: all.
   std::vector<std::int64_t> sliding_window;
   std::optional<Token> bos_token;
