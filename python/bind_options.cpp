@@ -44,6 +44,8 @@ const char* to_string(tda::RopeConfig::Scaling scaling) {
       return "llama3";
     case Scaling::yarn:
       return "yarn";
+    case Scaling::longrope:
+      return "longrope";
   }
   return nullptr;
 }

@@ -49,10 +49,14 @@ def decode_logits(model, tokens: list[int], prompt_tokens: int) -> np.ndarray:
     """Logits [T - P, V] of the tokens after the prompt, decoded one by one with a cache."""
     past = model(torch.tensor([tokens[:prompt_tokens]]), use_cache=True).past_key_values
     rows = []
-    for token in tokens[prompt_tokens:]:
-        out = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+    for position in range(prompt_tokens, len(tokens)):
+        begin = position
+        if position == tiny.longrope_switch(model.config):  # as in generate() of Phi-3
+            past, begin = None, 0
+        step = torch.tensor([tokens[begin : position + 1]])
+        out = model(step, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        rows.append(out.logits[0, 0].numpy())
+        rows.append(out.logits[0, -1].numpy())
     return np.stack(rows)
 
 

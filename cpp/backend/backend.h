@@ -46,7 +46,8 @@ class State;
 struct Step {
   Tokens tokens;              // [T]
   std::int64_t position = 0;  // of tokens[0]; keys and values of earlier ones are in the cache
-  /// The length of the whole sequence, of which this step may be a part; dynamic RoPE scales by it.
+  /// The length of the whole sequence, of which this step may be a part; dynamic RoPE and longrope
+  /// go by it.
   std::int64_t sequence_length = 0;
   FfnMode ffn = FfnMode::dense;
   /// Ascending indices of tokens to add to the state's samples; ignored in a sparse step.

@@ -58,6 +58,11 @@ YarnRamp yarn_ramp(const RopeConfig& rope, double dim) {
   return {low, low == high ? high + 0.001 : high};
 }
 
+bool depends(const RopeConfig& rope) {
+  return rope.scaling == RopeConfig::Scaling::dynamic ||
+         rope.scaling == RopeConfig::Scaling::longrope;
+}
+
 }  // namespace
 
 std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_dim,
@@ -85,6 +90,11 @@ std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_di
       case Scaling::llama3:
         frequency = llama3_frequency(rope, frequency);
         break;
+      case Scaling::longrope: {
+        const bool is_long = sequence_length > rope.original_max_position;
+        frequency = 1.0f / ((is_long ? rope.long_factor : rope.short_factor)[i] * power);
+        break;
+      }
       case Scaling::yarn: {
         const float kept = 1.0f - ramp.share(i);
         frequency = 1.0f / (factor * power) * (1.0f - kept) + frequency * kept;
@@ -104,15 +114,20 @@ Ropes::Ropes(const ModelConfig& config)
 }
 
 bool Ropes::depend_on_length() const {
-  return std::ranges::any_of(
-      ropes_, [](const Rope& rope) { return rope.config.scaling == RopeConfig::Scaling::dynamic; });
+  return std::ranges::any_of(ropes_, [](const Rope& rope) { return depends(rope.config); });
+}
+
+bool Ropes::share_keys(std::int64_t length, std::int64_t other) const {
+  return std::ranges::none_of(ropes_, [&](const Rope& rope) {
+    const std::int64_t most = rope.config.original_max_position;
+    return rope.config.scaling == RopeConfig::Scaling::longrope &&
+           (length > most) != (other > most);
+  });
 }
 
 std::vector<float> Ropes::frequencies(std::int64_t rope, std::int64_t sequence_length) const {
   const auto& [config, kept] = ropes_[rope];
-  return config.scaling == RopeConfig::Scaling::dynamic
-             ? rope_frequencies(config, head_dim_, sequence_length)
-             : kept;
+  return depends(config) ? rope_frequencies(config, head_dim_, sequence_length) : kept;
 }
 
 }  // namespace tda

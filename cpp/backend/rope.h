@@ -9,7 +9,7 @@
 namespace tda {
 
 /// Radians per position of each rotated pair, [head_dim / 2]. Every step is in float32, as in the
-/// code that checkpoints were trained with. Only Scaling::dynamic uses `sequence_length`.
+/// code that checkpoints were trained with. Only dynamic and longrope use `sequence_length`.
 std::vector<float> rope_frequencies(const RopeConfig& rope, std::int64_t head_dim,
                                     std::int64_t sequence_length);
 
@@ -25,6 +25,10 @@ class Ropes {
   }
   /// Whether keys depend on how long the whole text is.
   bool depend_on_length() const;
+  /// Whether keys of a text of one length serve one of the other, too. Those of longrope do on one
+  /// side of its original length; those of dynamic RoPE are kept as the text grows, as in
+  /// transformers.
+  bool share_keys(std::int64_t length, std::int64_t other) const;
   const RopeConfig& config(std::int64_t rope) const { return ropes_[rope].config; }
   /// rope_frequencies(), kept where they do not depend on the length.
   std::vector<float> frequencies(std::int64_t rope, std::int64_t sequence_length) const;
@@ -32,7 +36,7 @@ class Ropes {
  private:
   struct Rope {
     RopeConfig config;
-    std::vector<float> frequencies;  // of a sequence of any length; not of a dynamic RoPE
+    std::vector<float> frequencies;  // of a sequence of any length, unless they depend on it
   };
   std::int64_t head_dim_;
   std::vector<Rope> ropes_;

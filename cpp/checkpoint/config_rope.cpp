@@ -40,6 +40,36 @@ void read_llama3(const Object& rope, RopeConfig& result) {
     rope.fail("high_freq_factor", "more than low_freq_factor");
 }
 
+/// [head_dim / 2] Within what leaves the frequencies finite in f32.
+std::vector<float> longrope_factors(const Object& rope, const char* key, std::int64_t head_dim) {
+  const std::string expected =
+      "an array of " + std::to_string(head_dim / 2) + " numbers from 0.001 to 1000000";
+  if (!rope.has(key) || !rope.find(key)->is_array() || std::ssize(*rope.find(key)) != head_dim / 2)
+    rope.fail(key, expected);
+  std::vector<float> factors;
+  for (const nlohmann::json& factor : *rope.find(key)) {
+    if (!factor.is_number() || !(factor >= 1e-3 && factor <= 1e6))
+      rope.fail(key, expected + ", not " + describe(factor));
+    factors.push_back(factor.get<float>());
+  }
+  return factors;
+}
+
+/// The factor on cos and sin is the file's, or else that of Phi-3.
+void read_longrope(const Object& rope, const ModelConfig& model, RopeConfig& result) {
+  const auto original = static_cast<double>(result.original_max_position);
+  result.short_factor = longrope_factors(rope, "short_factor", model.head_dim);
+  result.long_factor = longrope_factors(rope, "long_factor", model.head_dim);
+  result.factor =
+      rope.number("factor", 0).value_or(static_cast<double>(model.max_position) / original);
+  if (result.factor > 1 && original < 2) rope.fail("original_max_position_embeddings", "2 or more");
+  const double inferred =
+      result.factor <= 1 ? 1 : std::sqrt(1 + std::log(result.factor) / std::log(original));
+  result.attention_factor = rope.number("attention_factor", 0).value_or(inferred);
+  if (!(result.attention_factor <= 1e6))
+    rope.fail("attention_factor", "a number above 0, at most 1000000");
+}
+
 /// `theta`: the base, unless the parameters name one.
 RopeConfig read_parameters(const Object& config, const Object& rope, double theta,
                            const ModelConfig& model) {
@@ -53,7 +83,8 @@ RopeConfig read_parameters(const Object& config, const Object& rope, double thet
   result.theta = rope.number("rope_theta", 1).value_or(theta);
   const char* type_key = rope.has("rope_type") ? "rope_type" : "type";
   const std::string type = rope.text(type_key).value_or("default");
-  if (type == "llama3" || type == "yarn") {
+  const bool is_longrope = type == "longrope" || type == "su";  // the old name
+  if (type == "llama3" || type == "yarn" || is_longrope) {
     const Object& owner = config.has("original_max_position_embeddings") ? config : rope;
     if (owner.has("original_max_position_embeddings"))
       result.original_max_position =
@@ -74,8 +105,11 @@ RopeConfig read_parameters(const Object& config, const Object& rope, double thet
   } else if (type == "yarn") {
     result.scaling = RopeConfig::Scaling::yarn;
     read_yarn(rope, max_position, result);
+  } else if (is_longrope) {
+    result.scaling = RopeConfig::Scaling::longrope;
+    read_longrope(rope, model, result);
   } else if (type != "default") {
-    rope.fail(type_key, "default, linear, dynamic, llama3 or yarn");
+    rope.fail(type_key, "default, linear, dynamic, llama3, yarn or longrope");
   }
   // Outside this range the frequencies would not be finite in f32.
   if (!(result.factor >= 1e-3 && result.factor <= 1e6))

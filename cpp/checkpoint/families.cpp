@@ -188,9 +188,13 @@ void read_granite(const Object& config, ModelConfig& model) {
 /// Fused matrices.
 void read_phi3(const Object& config, ModelConfig& model) {
   read_usual(config, model);
-  if (model.rope.scaling != RopeConfig::Scaling::none)
+  const bool is_longrope = model.rope.scaling == RopeConfig::Scaling::longrope;
+  if (model.rope.scaling != RopeConfig::Scaling::none && !is_longrope)
     config.fail(config.has("rope_scaling") ? "rope_scaling" : "rope_parameters",
-                "no scaling of RoPE: that of phi3 (longrope) is not supported");
+                "longrope or no scaling of RoPE");
+  // Elsewhere it may be one of RoPE's parameters.
+  if (is_longrope && !config.has("original_max_position_embeddings"))
+    config.fail("original_max_position_embeddings", "an integer");
   model.fused_matrices = true;
   model.sliding_window = read_layer_types(config, read_window(config, 0), layers_of(model, true));
 }

@@ -66,7 +66,7 @@ std::shared_ptr<const Runtime> open_runtime(const std::filesystem::path& folder,
 std::string Runtime::keeps_no_prefixes() const {
   if (backend->cut_multiple() == 0) return "on " + backend->name();
   if (Ropes(config()).depend_on_length())
-    return "of a model with dynamic RoPE, whose keys depend on the length of the whole text";
+    return "of a model with dynamic RoPE or longrope, whose keys depend on the text's length";
   return "";
 }
 

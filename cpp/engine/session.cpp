@@ -5,7 +5,6 @@
 #include "backend/logits.h"
 #include "base/size.h"
 #include "engine/session_impl.h"
-#include "model/forward.h"
 #include "sparsity/predictor.h"
 
 namespace tda {
@@ -27,6 +26,7 @@ Session::Impl::Impl(std::shared_ptr<const Runtime> shared, std::int64_t capacity
       capacity(capacity),
       sample_tokens(sample_tokens),
       member(runtime->decoding),
+      ropes_(runtime->config()),
       prefill_reads_(runtime->config().num_layers) {
   if (capacity < 1) {
     throw OptionError("capacity " + std::to_string(capacity) + ": expected at least 1 token");
@@ -57,51 +57,6 @@ void Session::Impl::check_room(std::int64_t tokens) const {
                         std::to_string(capacity));
 }
 
-void Session::Impl::before_step() const {
-  if (stop.stop_requested()) throw Cancelled();
-  if (runtime->before_step) runtime->before_step();
-}
-
-/// Runs tokens in steps of at most the backend's largest. Returns the logits of the last `rows`
-/// tokens, or appends those of every token to `all`; throws Error if they are not finite. After an
-/// error the session is where it was: what the cache holds beyond `position` is overwritten.
-std::span<const float> Session::Impl::run(Step step, std::int64_t rows, std::vector<float>* all) {
-  const Tokens tokens = step.tokens;
-  const std::span<const std::int64_t> samples = step.samples;
-  check_room(std::ssize(tokens));
-  step.sequence_length = position + std::ssize(tokens);
-  std::span<const float> logits;
-  std::int64_t next = position;
-  // Behind a kept prefix steps end where they would without it.
-  const std::int64_t origin = position == resumed_ ? 0 : position;
-  for (std::size_t done = 0; done < tokens.size();) {
-    const std::int64_t room = backend.max_step() - (next - origin) % backend.max_step();
-    const std::size_t count = std::min(tokens.size() - done, static_cast<std::size_t>(room));
-    step.tokens = tokens.subspan(done, count);
-    step.position = next;
-    std::vector<std::int64_t> sampled;
-    for (const std::int64_t i : samples) {
-      const std::int64_t t = i - static_cast<std::int64_t>(done);
-      if (t >= 0 && t < static_cast<std::int64_t>(count)) sampled.push_back(t);
-    }
-    step.samples = sampled;
-    done += count;
-    before_step();
-    const std::lock_guard turn(runtime->prefilling);
-    runtime->decoding.let_through();
-    const std::lock_guard lock(runtime->computing);
-    const std::int64_t last_rows = done == tokens.size() ? rows : 0;
-    logits = forward(backend, *state, step, all ? std::ssize(step.tokens) : last_rows);
-    check_finite(logits);
-    if (all) all->insert(all->end(), logits.begin(), logits.end());
-    next += static_cast<std::int64_t>(count);
-    if (records_statistics && next == (std::ssize(statistics) + 1) * backend.max_step())
-      statistics.push_back(statistic_of_layers());
-  }
-  position = next;
-  return logits;
-}
-
 std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::int64_t rows) {
   const ModelConfig& config = runtime->config();
   check_tokens(config, tokens);
@@ -120,16 +75,21 @@ std::span<const float> Session::Impl::prefill(Tokens tokens, FfnMode mode, std::
   step.tokens = tokens;
   step.ffn = mode;
   step.samples = sampled;
+  std::span<const float> logits;
+  uncounted([&] { logits = run(step, rows); });
+  return logits;
+}
+
+void Session::Impl::uncounted(const std::function<void()>& work) {
   const std::int64_t head_before = backend.head_bytes(*state);
   const std::int64_t attention_before = backend.attention_bytes(*state);
   const std::vector<FfnReads> decoded = reads();
-  const std::span<const float> logits = run(step, rows);
+  work();
   prefill_head_bytes_ += backend.head_bytes(*state) - head_before;
   prefill_attention_bytes_ += backend.attention_bytes(*state) - attention_before;
   const std::lock_guard lock(runtime->computing);
-  for (std::int64_t l = 0; l < config.num_layers; ++l)  // keeps reads() unchanged
-    prefill_reads_[l] = backend.ffn_reads(*state, l) - decoded[l];
-  return logits;
+  for (std::size_t l = 0; l < decoded.size(); ++l)
+    prefill_reads_[l] = backend.ffn_reads(*state, static_cast<std::int64_t>(l)) - decoded[l];
 }
 
 std::vector<float> Session::Impl::all_logits(Tokens tokens) {
@@ -160,10 +120,13 @@ Token Session::Impl::decode_and_draw(Token token, double temperature, double u) 
 
 std::span<const float> Session::Impl::decode(Token token) {
   const Step step = next_step(token);
+  renew_keys(step.sequence_length);
   before_step();
   const std::span<const float> logits =
       runtime->decoding.decode(member, *state, step, batch_sizes_);
   check_finite(logits);
+  cached_.resize(static_cast<std::size_t>(position));
+  cached_.push_back(token);
   ++position;
   count_decoded(token);
   return logits;
@@ -200,6 +163,7 @@ void Session::Impl::resume(const PrefixUse& use, bool gather) {
   const Prefix& prefix = *use.prefix;
   backend.set_key_value_rows(*state, prefix.rows, std::ssize(prefix.tokens), use.length);
   position = resumed_ = use.length;
+  turned_for_ = use.length;
   const std::int64_t known =
       std::min(use.common / backend.max_step(), std::ssize(prefix.statistics));
   statistics.assign(prefix.statistics.begin(), prefix.statistics.begin() + known);

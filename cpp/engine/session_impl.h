@@ -4,13 +4,16 @@
 #include <tda/engine.h>
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stop_token>
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/rope.h"
 #include "engine/in_use.h"
 #include "engine/prefixes.h"
 #include "engine/runtime.h"
@@ -81,6 +84,10 @@ struct Session::Impl {
   void count_decoded(const Token& token);
   void check_room(std::int64_t tokens) const;
   std::span<const float> run(Step step, std::int64_t rows, std::vector<float>* all = nullptr);
+  std::span<const float> run_steps(Step step, std::int64_t rows, std::vector<float>* all);
+  void renew_keys(std::int64_t length);
+  /// What `work` reads is none of decoding's.
+  void uncounted(const std::function<void()>& work);
   void apply_sequence(const TdaOptions& options);
   void apply_token(const TdaOptions& options);
   void apply_inputs(const TdaOptions& options);
@@ -95,6 +102,9 @@ struct Session::Impl {
   void refresh();
   Statistic statistic_of_layers() const;
 
+  Ropes ropes_;
+  std::vector<Token> cached_;                // [position]
+  std::optional<std::int64_t> turned_for_;   // the length of the text that all keys are of
   std::int64_t resumed_ = 0;                 // tokens of a kept prefix
   std::vector<float> thresholds_;            // [L]; empty if masks are made by active_
   std::shared_ptr<const Thresholds> prior_;  // whose prior masks are made with; may be null

@@ -63,7 +63,7 @@ class Engine(_native.Engine):
     max_context: in tokens, default the checkpoint's own.
     max_batch: the most sequences that are decoded together, default what the device can.
     prefix_cache: a PrefixCache, or how much memory one may take to keep beginnings of prompts, as
-        "512 MiB"; default none. CPU; models with dynamic RoPE keep nothing.
+        "512 MiB"; default none. CPU; models with dynamic RoPE or longrope keep nothing.
     cache_memory: the most that the KV caches of all generations, scores and logits under way may
         take, as "2 GiB"; default no limit. What does not fit beside the others waits at its first
         token, in the order of coming; what never fits is an OptionError. Sessions do not count.

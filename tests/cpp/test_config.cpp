@@ -113,8 +113,9 @@ TEST(config_refuses_what_a_family_cannot_run) {
       {"smollm3", {{"use_sliding_window", true}}, "use_sliding_window is true"},
       {"phi3",
        {{"rope_scaling", {{"type", "linear"}, {"factor", 8}}}},
-       "rope_scaling is an object, expected no scaling"},
-      {"phi3", {{"rope_scaling", {{"type", "longrope"}}}}, "rope_scaling.type is \"longrope\""},
+       "rope_scaling is an object, expected longrope or no"},
+      {"phi3", {{"rope_scaling", {{"type", "longrope"}}}}, "rope_scaling.short_factor is missing"},
+      {"phi3", {{"rope_scaling", {{"type", "linear"}, {"factor", 2}}}}, "expected longrope or no"},
       {"gemma2", {{"attn_logit_softcapping", 0}}, "attn_logit_softcapping is 0, expected a number"},
       {"gemma2", {{"final_logit_softcapping", "no"}}, "final_logit_softcapping is \"no\""},
       {"gemma2", {{"use_bidirectional_attention", true}}, "use_bidirectional_attention is"},
@@ -202,6 +203,36 @@ TEST(config_reads_yarn) {
   CHECK(!yarn({{"factor", 4}, {"truncate", false}}).truncate);
 }
 
+TEST(config_reads_longrope) {
+  const auto longrope = [](json changes, const char* type = "longrope") {
+    const json given = {{"rope_type", type},
+                        {"short_factor", {1, 1.5, 2, 2, 2, 2}},
+                        {"long_factor", {2, 3, 4, 5, 6, 7.5}},
+                        {"original_max_position_embeddings", 16}};
+    return config_of(updated(tiny, {{"rope_scaling", updated(given, changes)}})).rope;
+  };
+  for (const char* const type : {"longrope", "su"}) {
+    const auto plain = longrope(json::object(), type);
+    CHECK(plain.scaling == tda::RopeConfig::Scaling::longrope && plain.factor == 4);
+    CHECK(plain.original_max_position == 16 && plain.short_factor[1] == 1.5f);
+    CHECK(plain.long_factor.size() == 6 && plain.long_factor[5] == 7.5f);
+    CHECK_NEAR(plain.attention_factor, std::sqrt(1 + std::log(4.0) / std::log(16.0)), 1e-15);
+  }
+  CHECK(longrope({{"factor", 0.5}}).attention_factor == 1);
+  CHECK_NEAR(longrope({{"factor", 8}}).attention_factor, std::sqrt(1.75), 1e-15);
+  CHECK(longrope({{"attention_factor", 1.19}}).attention_factor == 1.19);
+  const std::pair<json, const char*> wrong[] = {
+      {{{"short_factor", nullptr}}, "short_factor is null, expected an array of 6 numbers"},
+      {{{"long_factor", {1, 2, 3}}}, "long_factor is an array, expected an array of 6 numbers"},
+      {{{"long_factor", {1, 2, 3, 4, 5, "6"}}}, "from 0.001 to 1000000, not \"6\""},
+      {{{"short_factor", {0, 2, 3, 4, 5, 6}}}, "from 0.001 to 1000000, not 0"},
+      {{{"original_max_position_embeddings", 1}}, "expected 2 or more"},
+      {{{"attention_factor", 1e9}}, "attention_factor is 1000000000.0, expected"},
+  };
+  for (const auto& [changes, message] : wrong)
+    CHECK_THROWS(longrope(changes), CheckpointError, message);
+}
+
 TEST(config_reads_sliding_windows) {
   using Windows = std::vector<std::int64_t>;
   const auto windows = [](const char* type, const json& changes) {
@@ -256,8 +287,8 @@ TEST(config_refuses_what_it_cannot_run) {
       {{{"rope_scaling", 3}}, "rope_scaling is 3, expected an object"},
       {{{"rope_parameters", {{"full_attention", {{"rope_theta", 1e4}}}}}},
        "rope_parameters.\"full_attention\" is an object"},
-      {scaling({{"type", "longrope"}}),
-       "rope_scaling.type is \"longrope\", expected default, linear, dynamic, llama3 or yarn"},
+      {scaling({{"type", "ntk"}}),
+       "rope_scaling.type is \"ntk\", expected default, linear, dynamic, llama3, yarn or longrope"},
       {scaling({{"type", "linear"}}), "rope_scaling.factor is missing"},
       {scaling({{"type", "linear"}, {"factor", -1}}), "rope_scaling.factor is -1"},
       {scaling({{"type", "linear"}, {"factor", 1e-40}}), "factor is 1e-40, expected a number from"},

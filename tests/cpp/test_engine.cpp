@@ -586,6 +586,44 @@ TEST(an_interrupted_refresh_is_made_up_for) {
   CHECK(last_logits(true) == last_logits(false));
 }
 
+TEST(interrupted_new_keys_are_made_up_for) {
+  const TinyCheckpoint checkpoint;
+  nlohmann::json config;
+  std::ifstream(checkpoint.folder() / "config.json") >> config;
+  config["rope_scaling"] = {{"rope_type", "longrope"},
+                            {"original_max_position_embeddings", 300},
+                            {"short_factor", {1, 1.2, 1.5}},
+                            {"long_factor", {2, 5, 9}}};
+  config["max_position_embeddings"] = 500;
+  std::ofstream(checkpoint.folder() / "config.json") << config;
+  tda::EngineOptions options;
+  int left = 1000;
+  options.before_step = [&] {
+    if (left-- == 0) throw tda::Error("enough");
+  };
+  const tda::Engine engine(checkpoint.folder(), options);
+  std::vector<tda::Token> text(310);
+  for (std::size_t i = 0; i < text.size(); ++i) text[i] = static_cast<tda::Token>(i * 7 % 61);
+  const auto rest = std::span(text).subspan(295);
+  // As many tokens on the short side, then on the long one.
+  const auto short_side = engine.logits(std::span(text).first(297)),
+             long_side = engine.logits(text);
+  for (const int steps : {0, 1}) {  // 295 tokens are two steps
+    tda::Session session = engine.session(310);
+    session.prefill(std::span(text).first(295));
+    left = steps;
+    CHECK_THROWS(session.prefill(rest), tda::Error, "enough");
+    left = 1000;
+    CHECK(session.position() == 295);
+    const auto behind = session.prefill(rest.first(2));
+    for (std::size_t i = 0; i < behind.size(); ++i)
+      CHECK_NEAR(behind[i], short_side[short_side.size() - behind.size() + i], 1e-4);
+    const auto last = session.prefill(rest.subspan(2));
+    for (std::size_t i = 0; i < last.size(); ++i)
+      CHECK_NEAR(last[i], long_side[long_side.size() - last.size() + i], 1e-4);
+  }
+}
+
 TEST(threads_share_an_engine_step_by_step) {
   const TinyCheckpoint checkpoint;
   const tda::Engine engine(checkpoint.folder(), {.threads = 2});

@@ -57,6 +57,18 @@ TEST(rope_frequencies_match_transformers) {
   check(rope, 1,
         {1.f, 0.25693506f, 0.0625f, 0.0138349654f, 0.00249999994f, 0.000790569466f, 0.000250000012f,
          7.90569466e-05f});
+  RopeConfig longrope;
+  longrope.scaling = Scaling::longrope;
+  longrope.original_max_position = 512;
+  longrope.short_factor = {1, 1, 1, 2, 2, 2, 2, 2};
+  longrope.long_factor = {1, 2, 4, 4, 4, 4, 4, 8};
+  for (const std::int64_t length : {1, 512})
+    check(longrope, length,
+          {1.f, 0.316227764f, 0.100000001f, 0.0158113893f, 0.00499999989f, 0.00158113893f,
+           0.000500000024f, 0.000158113893f});
+  check(longrope, 513,
+        {1.f, 0.158113882f, 0.0250000004f, 0.00790569466f, 0.00249999994f, 0.000790569466f,
+         0.000250000012f, 3.95284733e-05f});
   rope.truncate = false;
   rope.beta_fast = 16;
   rope.beta_slow = 2;

@@ -67,9 +67,13 @@ def test_decode(pair: tuple[PreTrainedModel, Engine]):
     out = model(torch.tensor([tokens[:PROMPT]]), use_cache=True)
     found, expected = session.prefill(tokens[:PROMPT]), out.logits[0, -1].numpy()
     assert np.abs(found - expected).max() <= TOLERANCE
-    for token in tokens[PROMPT:]:
-        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
-        found, expected = session.decode(token), out.logits[0, 0].numpy()
+    for position in range(PROMPT, LENGTH):
+        past, begin = out.past_key_values, position
+        if position == tiny.longrope_switch(model.config):  # as in generate() of Phi-3
+            past, begin = None, 0
+        step = torch.tensor([tokens[begin : position + 1]])
+        out = model(step, past_key_values=past, use_cache=True)
+        found, expected = session.decode(tokens[position]), out.logits[0, -1].numpy()
         assert np.abs(found - expected).max() <= TOLERANCE
 
 

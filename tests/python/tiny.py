@@ -10,6 +10,7 @@ import json
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,10 @@ GRANITE = {
     "residual_multiplier": 0.6,
     "attention_multiplier": 0.2,
     "logits_scaling": 1.6,
+}
+LONGROPE = {  # factors far apart, so that those of the wrong side show
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0],
+    "long_factor": [1.5, 2.5, 4.0, 6.0, 8.0, 9.5],
 }
 PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
 SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0}
@@ -188,6 +193,29 @@ VARIANTS = {
     "granite_tied": Variant({**GRANITE, "attention_bias": True, "tie_word_embeddings": True}),
     "phi3": Variant(PHI3),
     "phi3_sliding": Variant({**PHI3, "sliding_window": 16}, storage="BF16"),
+    "phi3_longrope": Variant(
+        {
+            **PHI3,
+            "original_max_position_embeddings": ORIGINAL,
+            "rope_scaling": {"type": "longrope", **LONGROPE},
+        }
+    ),
+    "phi3_longrope_parameters": Variant(  # as transformers 5 writes it
+        {
+            **PHI3,
+            "original_max_position_embeddings": ORIGINAL,
+            "sliding_window": 24,
+            "rope_theta": None,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                **LONGROPE,
+                "rope_theta": 500.0,
+                "factor": 3.0,
+                "attention_factor": 1.2,
+                "original_max_position_embeddings": ORIGINAL,
+            },
+        }
+    ),
     "smollm3": Variant({**SMOLLM3, "num_hidden_layers": 5, "rope_theta": None}),
     "smollm3_listed": Variant({**SMOLLM3, "no_rope_layers": [0, 1]}),
 }
@@ -218,6 +246,13 @@ def write(folder: Path, name: str) -> Path:
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def longrope_switch(config: Any) -> int | None:
+    """How many tokens a text has before its keys are computed anew, by transformers' config."""
+    rope = config.rope_parameters or {}
+    longrope = rope.get("rope_type") == "longrope"
+    return rope["original_max_position_embeddings"] if longrope else None
 
 
 def tokens(name: str, length: int = LENGTH) -> list[int]:

@@ -34,7 +34,7 @@ struct EngineOptions {
   /// behind it; see Engine.
   std::int64_t cache_memory = 0;
   /// What keeps the beginnings of prompts; null: they are not kept. CPU, and not for models with
-  /// dynamic RoPE, whose keys depend on the length of the whole text.
+  /// dynamic RoPE or longrope, whose keys depend on the length of the whole text.
   std::shared_ptr<PrefixCache> prefix_cache = {};
   Progress progress = {};  // of packing, in bytes of weights; an engine folder needs none
   /// Called before each step, a token or a few hundred of a prompt, by the thread that computes,

@@ -15,7 +15,7 @@ enum class Activation { silu, gelu, gelu_tanh, relu };
 
 /// Rotary position embedding (Su et al., arXiv 2104.09864) and its context extensions.
 struct RopeConfig {
-  enum class Scaling { none, linear, dynamic, llama3, yarn };
+  enum class Scaling { none, linear, dynamic, llama3, yarn, longrope };
   Scaling scaling = Scaling::none;
   double theta = 10000.0;
   double factor = 1.0;                     // of all scalings except `none`
@@ -24,9 +24,12 @@ struct RopeConfig {
   double beta_fast = 32.0;                 // yarn (Peng et al., arXiv 2309.00071)
   double beta_slow = 1.0;                  // yarn
   bool truncate = true;                    // yarn: round the ramp's ends to whole dimensions
-  double attention_factor = 1.0;           // yarn: multiplies cos and sin
-  std::int64_t original_max_position = 0;  // dynamic, llama3, yarn
-  bool off = false;                        // no rotation at all
+  double attention_factor = 1.0;           // yarn, longrope: multiplies cos and sin
+  std::int64_t original_max_position = 0;  // dynamic, llama3, yarn, longrope
+  /// longrope (Ding et al., arXiv 2402.13753): what wavelengths are multiplied by, [head_dim / 2],
+  /// in texts of up to original_max_position tokens, and in longer ones.
+  std::vector<float> short_factor, long_factor;
+  bool off = false;  // no rotation at all
 };
 
 struct ModelConfig {
