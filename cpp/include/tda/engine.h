@@ -249,6 +249,9 @@ class Session {
   std::int64_t position() const;  // tokens in the cache
   std::int64_t capacity() const;
 
+  // Where a text outgrows the original length of a model with longrope, or goes back below it, the
+  // call that does so first computes the keys of all its tokens anew.
+
   /// Appends tokens, dense, adds them to the prompt statistic; logits of the last one, [V].
   std::vector<float> prefill(Tokens tokens);
   /// Appends one token through the masks; its logits, [V].
