@@ -39,29 +39,25 @@ BASE = {
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
-GEMMA2 = {
+GEMMA = {
+    "head_dim": 16,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 12,
+    "tie_word_embeddings": True,
+}
+GEMMA2 = GEMMA | {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
     "num_hidden_layers": 3,
-    "head_dim": 16,
-    "hidden_act": None,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 20,
-    "sliding_window": 12,
-    "tie_word_embeddings": True,
     "attn_logit_softcapping": 2.0,  # caps that change much
     "final_logit_softcapping": 5.0,
 }
-GEMMA3 = {
+GEMMA3 = GEMMA | {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
     "num_hidden_layers": 4,
-    "head_dim": 16,
-    "hidden_act": None,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 20,
-    "sliding_window": 12,
-    "tie_word_embeddings": True,
 }
 OLMO2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
 GRANITE = {
