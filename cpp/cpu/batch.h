@@ -132,6 +132,23 @@ struct Batch {
   }
 };
 
+/// Prefetches a part of all lines that `ahead` knows for each of `count` vectors.
+template <class Ahead>
+class Shares {
+ public:
+  Shares(const Ahead& ahead, int64_t lines, int64_t count)
+      : ahead_(ahead), lines_(lines), each_(lines / count + 1) {}
+  void prefetch_next() {
+    const int64_t end = min(lines_, next_ + each_);
+    ahead_.prefetch_lines(next_, end);
+    next_ = end;
+  }
+
+ private:
+  const Ahead& ahead_;
+  int64_t lines_, each_, next_ = 0;
+};
+
 /// Prefetches scattered rows while kCount others are processed.
 template <class Row, int kCount>
 struct RowsAhead {
@@ -145,6 +162,14 @@ struct RowsAhead {
     prefetch_l2(rows[row].scales.scales + scale);
   }
   const RowsAhead& at_block(int64_t) const { return *this; }
+  int64_t lines(int64_t pairs) const { return 2 * kCount * pairs; }
+  void prefetch_lines(int64_t first, int64_t end) const {
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t row = i / 2 % kCount, at = i / (2 * kCount);
+      prefetch(i % 2, row, at * kLineBytes);
+      if (at == 0) prefetch_scales(row, 0);
+    }
+  }
 };
 
 /// For rows that are in the cache.
@@ -224,6 +249,13 @@ struct StreamsAhead {
     prefetch_line(plane, kCount * byte + row * kLineBytes);
   }
   void prefetch_scales(int64_t, int64_t) const {}
+  int64_t lines(int64_t) const { return kStep * (far.step[0] + far.step[1]) / kLineBytes; }
+  void prefetch_lines(int64_t first, int64_t end) const {
+    const int64_t of_first = kStep * far.step[0] / kLineBytes;
+    for (int64_t i = first; i < min(end, of_first); ++i) prefetch_line(0, i * kLineBytes);
+    for (int64_t i = max(first, of_first); i < end; ++i)
+      prefetch_line(1, (i - of_first) * kLineBytes);
+  }
   /// The streams from which the pairs of a block prefetch. Each block starts with its share of the
   /// lines of scales, in address order; all of them at the row's end take 3% longer.
   StreamsAhead at_block(int64_t block) const {

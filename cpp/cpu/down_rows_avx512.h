@@ -71,17 +71,11 @@ struct QuantizedMultipliers {
   }
 };
 
-/// p: two groups' integers, one per scale. Each lane of vector i of the interleaved rows gets that
-/// of its own values.
-template <int kScales>
-inline __m512i lanes_of_scales(const int32_t* p, int i) {
+/// p: two groups' integers, one per scale. Each lane of the interleaved rows gets that of its values.
+inline __m512i lanes_of_scales(const int32_t* p) {
   const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  if constexpr (kScales == 2)
-    return _mm512_permutexvar_epi32(lanes,
-                                    _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
-  const __m512i index = _mm512_add_epi32(_mm512_add_epi32(lanes, lanes), _mm512_set1_epi32(i / 2));
-  return _mm512_permutexvar_epi32(index,
-                                  _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
+  return _mm512_permutexvar_epi32(lanes,
+                                  _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
 }
 
 /// y[32 i] ... y[32 i + 15] += step * the four vectors' 128-bit lanes i, i < lanes.
@@ -182,7 +176,7 @@ struct DownBatch {
 };
 
 /// Sums of two groups' products, by byte of the multipliers, of codes in lower and in upper nibbles.
-template <int kScales, int kBytes>
+template <int kBytes>
 struct DownSums {
   __m512i lowers[kBytes][4], uppers[kBytes][4];
 
@@ -193,18 +187,17 @@ struct DownSums {
     for (int byte = 0; byte < kBytes; ++byte) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
-        lowers[byte][i] = uppers[byte][i] =
-            lanes_of_scales<kScales>(multipliers.start[byte] + at, i);
+        lowers[byte][i] = uppers[byte][i] = lanes_of_scales(multipliers.start[byte] + at);
     }
   }
   template <class Multipliers>
   [[gnu::always_inline]] void add(const Multipliers& multipliers, int64_t q, int64_t at,
                                   const __m512i (&lower)[4], const __m512i (&upper)[4]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 2
-      for (int byte = 0; byte < kBytes; ++byte) {
-        const __m512i multiplier = lanes_of_scales<kScales>(multipliers.quads[byte][q] + at, i);
+    for (int byte = 0; byte < kBytes; ++byte) {
+      const __m512i multiplier = lanes_of_scales(multipliers.quads[byte][q] + at);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
         lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], lower[i], multiplier);
         uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], upper[i], multiplier);
       }
@@ -218,16 +211,10 @@ struct DownSums {
         lowers[0][i] = _mm512_add_epi32(_mm512_slli_epi32(lowers[0][i], 8), lowers[kBytes - 1][i]);
         uppers[0][i] = _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
       }
+    // A 128-bit lane: 16 values of a scale in the lower nibbles and the next 16 in the upper.
     const auto &l = lowers[0], &u = uppers[0];
-    // A 128-bit lane: of 2 scales, 16 values in the lower nibbles and the next 16 in the upper; of
-    // 4, 8 values of each of two scales.
-    if (kScales == 2) {
-      add_lanes(l[0], l[1], l[2], l[3], step, 2 * groups, y);
-      add_lanes(u[0], u[1], u[2], u[3], step, 2 * groups, y + 16);
-    } else {
-      add_lanes(l[0], l[1], u[0], u[1], step, 2 * groups, y);
-      add_lanes(l[2], l[3], u[2], u[3], step, 2 * groups, y + 16);
-    }
+    add_lanes(l[0], l[1], l[2], l[3], step, 2 * groups, y);
+    add_lanes(u[0], u[1], u[2], u[3], step, 2 * groups, y + 16);
   }
 };
 
@@ -249,7 +236,7 @@ inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const
     down.for_lines(g0, Ahead::kInOrder,
                    [&](int64_t g, int64_t left) __attribute__((always_inline)) {
                      const int64_t at = (g - g0) * kScales;
-                     DownSums<kScales, Down::kBytes> sums(multipliers, at);
+                     DownSums<Down::kBytes> sums(multipliers, at);
                      for (int64_t q = 0; 4 * q < down.count; ++q) {
                        __m512i lower[4], upper[4];
                        down.unpack(q, g, left, ahead, lower, upper);
@@ -272,16 +259,21 @@ inline void add_down_batch_each(const Rows& w, const Batch& batch, Ahead ahead,
   float steps[Vectors::kMost];
   typename Down::Multipliers multipliers[Vectors::kMost];
   for (int64_t v = 0; v < vectors.count; ++v) steps[v] = down.relative(h[v], relative[v]);
+  const int64_t share = 2 * kRows / vectors.count + 1;  // of the prefetches
   for (int64_t g0 = 0; g0 < down.groups; g0 += Down::kGroups) {
     for (int64_t v = 0; v < vectors.count; ++v) down.quantize(g0, relative[v], multipliers[v]);
     for (int64_t r = 0; r < kRows; ++r) ahead.prefetch_scales(r, g0 * kScales);
     down.for_lines(g0, Ahead::kInOrder, [&](int64_t g, int64_t left) {
       const int64_t at = (g - g0) * kScales;
       __m512i lower[kQuads][4], upper[kQuads][4];
+      NothingAhead nothing;
       for (int64_t q = 0; 4 * q < down.count; ++q)
-        down.unpack(q, g, left, ahead, lower[q], upper[q]);
+        down.unpack(q, g, left, nothing, lower[q], upper[q]);
+      int64_t line = 0;
       for (int64_t v = 0; v < vectors.count; ++v) {
-        DownSums<kScales, Down::kBytes> sums(multipliers[v], at);
+        for (const int64_t end = min(2 * kRows, line + share); line < end; ++line)
+          ahead.prefetch(line % 2, line / 2, g * kGroupBytes);
+        DownSums<Down::kBytes> sums(multipliers[v], at);
         for (int64_t q = 0; 4 * q < down.count; ++q)
           sums.add(multipliers[v], q, at, lower[q], upper[q]);
         sums.finish(steps[v], left, vectors.y[v] + g * kGroup);

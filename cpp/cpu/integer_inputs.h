@@ -35,6 +35,8 @@ struct alignas(64) Pair {
 /// A prepared x: pairs, then their scales, padded with zeros to whole vectors.
 template <class Row>
 struct Vector {
+  static constexpr int kRows = 2;  // that reuse each load of x
+  static constexpr bool kSeveral = false;
   Pair* pairs;
   float* scales;
   float* coarse_scales;  // int8 only: for the high plane alone
@@ -201,7 +203,8 @@ inline void widen(const Vector<Row>& x, int64_t g, WideGroup& out) {
 /// enough. In blocks of 8, 4, 2 and 1 vectors: the same group of a block's vectors lies together.
 template <class Row>
 struct VectorsOf {
-  static constexpr int kMostAtOnce = 8;
+  static constexpr int kRows = 2, kMostAtOnce = 8;
+  static constexpr bool kSeveral = true;
   int64_t count, groups;
   std::unique_ptr<WideGroup[]> wide;
 
@@ -217,23 +220,40 @@ struct VectorsOf {
   }
 };
 
+/// Calls body(x) with the prepared x of several sequences.
+template <class Row, class Body>
+void with_vectors(const Vectors& vectors, int64_t n, const Body& body) {
+  body(VectorsOf<Row>(vectors, n));
+}
+
 #else
 
-/// The x of several sequences, prepared. With VNNI two share the unpacked codes of a row.
-template <class Row>
+/// The x of several sequences, prepared.
+template <class Row, int kRowsTogether>
 struct VectorsOf {
-#if defined(__AVX512VNNI__)
-  static constexpr int kMostAtOnce = 2;
-#else
-  static constexpr int kMostAtOnce = 1;
-#endif
-  int64_t count, n;
-  const void* const* x;
+  static constexpr int kRows = kRowsTogether;
+  static constexpr bool kSeveral = true;
+  int64_t count;
+  Vector<Row> of[Vectors::kMost];
 
-  VectorsOf(const Vectors& vectors, int64_t length)
-      : count(vectors.count), n(length), x(vectors.x) {}
-  Vector<Row> operator[](int64_t v) const { return {x[v], n}; }
+  VectorsOf(const Vectors& vectors, int64_t n) : count(vectors.count) {
+    for (int64_t v = 0; v < count; ++v) of[v] = Vector<Row>(vectors.x[v], n);
+  }
 };
+template <class Row>
+using FewVectors = VectorsOf<Row, 2>;
+template <class Row>
+using ManyVectors = VectorsOf<Row, 4>;
+
+/// Calls body(x) with the prepared x of several sequences.
+template <class Row, class Body>
+void with_vectors(const Vectors& vectors, int64_t n, const Body& body) {
+#if defined(__AVX512VNNI__)
+  constexpr int64_t kFew = 4;
+  if (vectors.count > kFew) return body(ManyVectors<Row>(vectors, n));
+#endif
+  body(FewVectors<Row>(vectors, n));
+}
 
 #endif
 

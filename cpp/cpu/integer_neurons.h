@@ -10,15 +10,15 @@
 namespace tda {
 namespace {
 
-/// h of a batch of neurons, of each x. Two neurons per iteration reuse each load of x, except for
-/// contiguous int8 rows with both planes: there two are 2% to 6% slower from memory, though 6% faster
-/// from the cache. Not inlined, since GCC would keep constants of other loops in registers needed
-/// here. x: a Vector or VectorsOf
+/// h of a batch of neurons, of each x. Two neurons per iteration reuse each load of x, except of a
+/// single x with contiguous rows and both planes: there two are 2% to 6% slower from memory, though
+/// 6% faster from the cache. Not inlined, since GCC would keep constants of other loops in registers needed
+/// here. x: a Vector, or those of several
 template <bool kExact, bool kStream, class Row, class X>
 [[gnu::noinline]] void gate_up(const NeuronRows& rows, Activation activation, const Batch& batch,
                                const X& x, float* const* h) {
-  constexpr int kNeurons = kExact && kStream ? 1 : 2;
-  constexpr bool kEach = std::is_same_v<X, VectorsOf<Row>>;
+  constexpr int kNeurons = kExact && kStream ? X::kRows / 2 : 2;
+  constexpr bool kEach = X::kSeveral;
   const NextNeurons& next = batch.next;
   const int64_t pairs_of_groups = (groups_of(rows.gate.n) + 1) / 2;
   const Row gates(rows.gate, 0), ups(rows.up, 0);
@@ -30,11 +30,9 @@ template <bool kExact, bool kStream, class Row, class X>
       pairs[2 * j + 1] = ups.after(rows.up, batch.id(i + j));
     }
     multiply_each<kExact>(pairs, ahead, x,
-                          [&](int64_t v, const Floats* lanes) __attribute__((always_inline)) {
-                            for (int j = 0; j < kNeurons; ++j) {
-                              gated[v].gates.lanes[i + j] = lanes[2 * j];
-                              gated[v].ups.lanes[i + j] = lanes[2 * j + 1];
-                            }
+                          [&](int64_t v, int r, Floats lanes) __attribute__((always_inline)) {
+                            Products& of = r % 2 == 0 ? gated[v].gates : gated[v].ups;
+                            of.lanes[i + r / 2] = lanes;
                           });
   };
   if constexpr (kStream) {
@@ -128,16 +126,17 @@ void add_down_each(const Rows& down, const NeuronIds& ids, const NextNeurons& ne
 template <class Row>
 void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& all,
               const Vectors& vectors) {
-  const VectorsOf<Row> x(vectors, rows.gate.n);
   const NextNeurons downs = {&rows.down, nullptr, all.data, all.count};
   const NextNeurons gates = {&rows.gate, &rows.up, all.data + all.count, all.more, true,
                              true,       all.next};
-  float* h[Vectors::kMost];
-  for (int64_t i = 0; i < all.count; i += kBatch) {
-    for (int64_t v = 0; v < x.count; ++v) h[v] = vectors.h[v] + i;
-    gate_up<true, Row>(rows, activation, Batch(all.data, all.count, i, downs), x, h);
-  }
-  for (int64_t v = 0; v < x.count; ++v) clear(vectors.y[v], rows.gate.n);
+  with_vectors<Row>(vectors, rows.gate.n, [&](const auto& x) {
+    float* h[Vectors::kMost];
+    for (int64_t i = 0; i < all.count; i += kBatch) {
+      for (int64_t v = 0; v < vectors.count; ++v) h[v] = vectors.h[v] + i;
+      gate_up<true, Row>(rows, activation, Batch(all.data, all.count, i, downs), x, h);
+    }
+  });
+  for (int64_t v = 0; v < vectors.count; ++v) clear(vectors.y[v], rows.gate.n);
   const bool large = down_batch(rows.down.stride) == kLargeDownBatch;
   (large ? add_down_each<Row, kLargeDownBatch>
          : add_down_each<Row, kSmallDownBatch>)(rows.down, all, gates, vectors);

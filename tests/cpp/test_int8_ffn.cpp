@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -119,6 +120,37 @@ TEST(int8_ffn_fused_matches_doubles) {
         expected.check(y);
         CHECK(h[count] == 3 && y[layer.groups()] == 3);
       }
+    }
+  });
+}
+
+TEST(int8_ffn_of_several_equals_ffn_fused) {
+  constexpr std::int64_t kMost = Vectors::kMost;
+  for_all_kernels([](const Kernels& all) {
+    const RowKernels& kernels = row_kernels(all, WeightFormat::int8);
+    for (const std::int64_t n : {45, 576, 2112}) {
+      const Layer layer(n);
+      std::vector<std::int32_t> every(Layer::kNeurons);
+      std::iota(every.begin(), every.end(), 0);
+      for (const auto& ids : {every, layer.ids})
+        for (const std::int64_t count : {1, 2, 3, 5, 8, 16}) {
+          const NeuronIds some = {ids.data(), std::ssize(ids)};
+          std::vector<AlignedBytes> x;
+          std::vector<std::vector<float>> h(kMost, std::vector<float>(some.count + 1, 3));
+          std::vector<std::vector<float>> y(kMost, std::vector<float>(layer.groups() + 1, 3));
+          auto h_alone = h, y_alone = y;
+          const void* inputs[kMost];
+          float *hs[kMost], *ys[kMost];
+          for (std::int64_t v = 0; v < count; ++v) {
+            x.push_back(prepared(kernels, random_floats(n, 0.1f)));
+            inputs[v] = x[v].data(), hs[v] = h[v].data(), ys[v] = y[v].data();
+            kernels.ffn_fused(layer.rows(), Activation::silu, some, inputs[v], h_alone[v].data(),
+                              y_alone[v].data());
+          }
+          kernels.ffn_each(layer.rows(), Activation::silu, some, {count, inputs, ys, hs});
+          CHECK(h == h_alone);
+          CHECK(y == y_alone);
+        }
     }
   });
 }

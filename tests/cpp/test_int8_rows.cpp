@@ -149,6 +149,34 @@ TEST(int8_keeps_the_residual_beside_outliers) {
   });
 }
 
+TEST(int8_dot_of_several_equals_dot) {
+  for_all_kernels([](const Kernels& all) {
+    const RowKernels& kernels = row_kernels(all, WeightFormat::int8);
+    for (const std::int64_t n : {1, 64, 130, 576, 2112, 4224}) {
+      const std::int64_t rows = 37;
+      const Stored w(rows, n);
+      std::vector<AlignedBytes> x;
+      std::vector<std::vector<float>> y(Vectors::kMost, std::vector<float>(rows + 1, 3));
+      auto alone = y;
+      std::vector<const void*> inputs;
+      std::vector<float*> outputs;
+      for (std::int64_t v = 0; v < Vectors::kMost; ++v) {
+        x.push_back(prepared(kernels, v % 3 == 1 ? with_outliers(n) : random_floats(n)));
+        inputs.push_back(x[v].data());
+        outputs.push_back(y[v].data());
+      }
+      for (const bool add : {false, true})
+        for (const std::int64_t count : {1, 2, 3, 4, 5, 8, 15, 16}) {
+          const Vectors vectors = {count, inputs.data(), outputs.data()};
+          kernels.dot_each(w.rows(), rows, vectors, add);
+          for (std::int64_t v = 0; v < count; ++v)
+            kernels.dot(w.rows(), rows, x[v].data(), alone[v].data(), add, {});
+          CHECK(y == alone);
+        }
+    }
+  });
+}
+
 TEST(int8_dot_high_plane_matches_doubles) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : kLengths)

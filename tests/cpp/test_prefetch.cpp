@@ -163,6 +163,37 @@ TEST(every_line_is_prefetched_twice) {
   }
 }
 
+TEST(every_line_is_prefetched_in_shares) {
+  for (const int64_t n : {64, 576, 2048})
+    for (const int64_t vectors : {1, 3, 5, 16}) {
+      forget();
+      const Layer<Int8Row> layer(n);
+      const Rows& gate = layer.rows.gate;
+      const Streams own = {{reinterpret_cast<const std::uint8_t*>(gate.data),
+                            reinterpret_cast<const std::uint8_t*>(gate.low)},
+                           {gate.stride, gate.low_stride}};
+      const int64_t ahead = 16;
+      prefetch_along<false, 4, 2>({own, kNeurons, own}, kNeurons - ahead, ahead, layer.pairs(),
+                                  [&](int64_t, const auto& streams) {
+                                    Shares shares(streams, streams.lines(layer.pairs()), vectors);
+                                    for (int64_t v = 0; v < vectors; ++v) shares.prefetch_next();
+                                  });
+      constexpr int kL2 = 2;
+      CHECK(covered(kL2, gate.data + ahead * gate.stride, (kNeurons - ahead) * gate.stride));
+      CHECK(covered(kL2, gate.low + ahead * gate.low_stride, (kNeurons - ahead) * gate.low_stride));
+
+      forget();  // rows that do not lie side by side
+      const Int8Row rows[2] = {Int8Row(gate, 3), Int8Row(gate, 90)};
+      const RowsAhead<Int8Row, 2> scattered{{rows[0], rows[1]}};
+      Shares shares(scattered, scattered.lines(layer.pairs()), vectors);
+      for (int64_t v = 0; v < vectors; ++v) shares.prefetch_next();
+      for (const int64_t row : {3, 90}) {
+        CHECK(covered(kL2, gate.data + row * gate.stride, low_row_bytes(n)));
+        CHECK(covered(kL2, gate.low + row * gate.low_stride, low_row_bytes(n)));
+      }
+    }
+}
+
 TEST(an_unknown_next_read_costs_no_lines) {
   forget();
   const Layer<Int8Row> layer(576);
