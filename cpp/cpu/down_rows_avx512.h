@@ -10,73 +10,74 @@ namespace {
 /// relative to the batch's largest |h * row's step|. VPDPBUSD multiplies bytes, so each byte is
 /// kept apart, the highest first, those of four rows in one int32.
 template <int kOffset, int kBytes, int kRows>
-struct QuantizedMultipliers {
-  static constexpr int kQuads = kRows / 4, kBlockScales = 32;
-  alignas(64) int32_t quads[kBytes][kQuads][kBlockScales];
-  /// Where accumulators start: -kOffset * the sum of the rows' multipliers.
-  alignas(64) int32_t start[kBytes][kBlockScales];
+class QuantizedMultipliers {
+ public:
+  static constexpr int kBlockScales = 32;
 
   /// parts: h * row's step relative to the largest, in 1/32768. scales: of each row; those from
   /// `first` on are used, `left` of them are there.
   void quantize(const std::int8_t* const* scales, int64_t first, const std::int16_t* parts,
                 int64_t rows, int64_t left) {
     const auto some = static_cast<__mmask32>(left >= kBlockScales ? ~0u : (1u << left) - 1);
-    __m512i sums[kBytes] = {};  // 16 bits each
+    __m512i sums[kBytes][2] = {};
     for (int64_t q = 0; 4 * q < rows; ++q) {
-      __m256i bytes[kBytes][4];
+      __m512i products[4];  // 16 bits each
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const __m512i part = _mm512_set1_epi16(parts[4 * q + i]);
-        const __m512i words =
+        const __m512i scale =
             _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, scales[4 * q + i] + first));
-        if (kBytes == 1) {
-          const __m512i product = _mm512_mulhrs_epi16(words, part);
-          sums[0] = _mm512_add_epi16(sums[0], product);
-          bytes[0][i] = _mm512_cvtepi16_epi8(product);
-        } else {
-          const __m512i fine = _mm512_mulhrs_epi16(_mm512_slli_epi16(words, 8), part);
-          const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(fine, _mm512_set1_epi16(128)), 8);
-          const __m512i low = _mm512_sub_epi16(fine, _mm512_slli_epi16(high, 8));
-          sums[0] = _mm512_add_epi16(sums[0], high);
-          sums[kBytes - 1] = _mm512_add_epi16(sums[kBytes - 1], low);
-          bytes[0][i] = _mm512_cvtepi16_epi8(high);
-          bytes[kBytes - 1][i] = _mm512_cvtepi16_epi8(low);
+        products[i] = _mm512_mulhrs_epi16(kBytes == 1 ? scale : _mm512_slli_epi16(scale, 8),
+                                          _mm512_set1_epi16(parts[4 * q + i]));
+      }
+#pragma GCC unroll 2
+      for (int byte = 0; byte < kBytes; ++byte) {
+        const bool is_high = kBytes == 2 && byte == 0;
+        const __m512i a = join(products[0], products[1], is_high);
+        const __m512i b = join(products[2], products[3], is_high);
+        const __m512i fours[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          _mm512_store_si512(quads_[byte][q][i], fours[i]);
+          sums[byte][i] = _mm512_dpbusd_epi32(sums[byte][i], _mm512_set1_epi8(1), fours[i]);
         }
       }
-      for (int byte = 0; byte < kBytes; ++byte) interleave(bytes[byte], quads[byte][q]);
     }
     for (int byte = 0; byte < kBytes; ++byte)
-      for (int i = 0; i < 2; ++i) {
-        const __m256i half =
-            i == 0 ? _mm512_castsi512_si256(sums[byte]) : _mm512_extracti64x4_epi64(sums[byte], 1);
-        _mm512_store_si512(start[byte] + 16 * i, _mm512_mullo_epi32(_mm512_cvtepi16_epi32(half),
-                                                                    _mm512_set1_epi32(-kOffset)));
-      }
+      for (int i = 0; i < 2; ++i)
+        _mm512_store_si512(start_[byte][i],
+                           _mm512_mullo_epi32(sums[byte][i], _mm512_set1_epi32(-kOffset)));
   }
+
+  // For the interleaved rows of two groups, whose first scale is `at`: to each lane that of its values.
+  __m512i of_quad(int64_t q, int byte, int64_t at) const { return lanes(quads_[byte][q], at); }
+  /// Where accumulators start: -kOffset * the sum of the rows' multipliers.
+  __m512i start(int byte, int64_t at) const { return lanes(start_[byte], at); }
 
  private:
-  /// out[i] = byte i of each of the four vectors.
-  static void interleave(const __m256i (&bytes)[4], int32_t* out) {
-    const __m256i a = _mm256_unpacklo_epi8(bytes[0], bytes[1]);
-    const __m256i b = _mm256_unpackhi_epi8(bytes[0], bytes[1]);
-    const __m256i c = _mm256_unpacklo_epi8(bytes[2], bytes[3]);
-    const __m256i d = _mm256_unpackhi_epi8(bytes[2], bytes[3]);
-    const __m256i fours[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c),
-                              _mm256_unpacklo_epi16(b, d), _mm256_unpackhi_epi16(b, d)};
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      _mm_store_si128((__m128i*)(out + 4 * i), _mm256_castsi256_si128(fours[i]));
-      _mm_store_si128((__m128i*)(out + 16 + 4 * i), _mm256_extracti128_si256(fours[i], 1));
-    }
+  /// Integers of all scales: four, the four after the next four, and so on, as unpacking leaves them.
+  using Scales = int32_t[2][kBlockScales / 2];
+  alignas(64) Scales quads_[kBytes][kRows / 4];
+  alignas(64) Scales start_[kBytes];
+
+  /// The low bytes of two rows' products side by side, or their high bytes, to which the products are
+  /// rounded.
+  static __m512i join(__m512i even, __m512i odd, bool is_high) {
+    if (!is_high) return merge_bytes(_mm512_slli_epi16(odd, 8), even);
+    const __m512i half = _mm512_set1_epi16(128);
+    return merge_bytes(_mm512_add_epi16(odd, half),
+                       _mm512_srli_epi16(_mm512_add_epi16(even, half), 8));
+  }
+  /// The upper bytes of one and the lower bytes of the other.
+  static __m512i merge_bytes(__m512i upper, __m512i lower) {
+    const __m512i mask = _mm512_set1_epi16(static_cast<short>(0xff00));
+    return _mm512_ternarylogic_epi64(upper, mask, lower, 0xe2);
+  }
+  static __m512i lanes(const Scales& scales, int64_t at) {
+    const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const auto* const four = reinterpret_cast<const __m128i*>(scales[at / 4 % 2] + at / 8 * 4);
+    return _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(_mm_load_si128(four)));
   }
 };
-
-/// p: two groups' integers, one per scale. Each lane of the interleaved rows gets that of its values.
-inline __m512i lanes_of_scales(const int32_t* p) {
-  const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_epi32(lanes,
-                                  _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
-}
 
 /// y[32 i] ... y[32 i + 15] += step * the four vectors' 128-bit lanes i, i < lanes.
 inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step, int64_t lanes,
@@ -186,8 +187,7 @@ struct DownSums {
 #pragma GCC unroll 2
     for (int byte = 0; byte < kBytes; ++byte) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        lowers[byte][i] = uppers[byte][i] = lanes_of_scales(multipliers.start[byte] + at);
+      for (int i = 0; i < 4; ++i) lowers[byte][i] = uppers[byte][i] = multipliers.start(byte, at);
     }
   }
   template <class Multipliers>
@@ -195,7 +195,7 @@ struct DownSums {
                                   const __m512i (&lower)[4], const __m512i (&upper)[4]) {
 #pragma GCC unroll 2
     for (int byte = 0; byte < kBytes; ++byte) {
-      const __m512i multiplier = lanes_of_scales(multipliers.quads[byte][q] + at);
+      const __m512i multiplier = multipliers.of_quad(q, byte, at);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], lower[i], multiplier);
