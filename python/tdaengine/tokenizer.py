@@ -371,6 +371,11 @@ class _SentencePieceTokenizer(Tokenizer):
     def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         return [*self._bos, *ids, *self._eos] if add_special_tokens else ids
 
+    @cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        ids = self._encode("a", False)
+        return ids, self._model.decode(ids)
+
     def piece(self, token: int) -> str:
         known = token < self._size
         return str(self._model.id_to_piece(token)) if known else self._spelled.get(token, "")

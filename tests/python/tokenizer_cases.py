@@ -124,6 +124,7 @@ AROUND = {
     "add_bos_token, another": {"add_bos_token": True, "bos_token": "</s>"},
     "legacy": {"legacy": True},
     "not legacy": {"legacy": False},
+    "no prefix space": {"add_prefix_space": False},
 }
 CLASSES = ("PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast")
 
