@@ -132,7 +132,8 @@ struct Batch {
   }
 };
 
-/// Prefetches a part of all lines that `ahead` knows for each of `count` vectors.
+/// Prefetches a part of the lines that `ahead` knows with each of `count` vectors, so that memory is
+/// busy all the time.
 template <class Ahead>
 class Shares {
  public:
@@ -162,6 +163,7 @@ struct RowsAhead {
     prefetch_l2(rows[row].scales.scales + scale);
   }
   const RowsAhead& at_block(int64_t) const { return *this; }
+  /// Lines of rows of so many pairs of groups; prefetch_lines() counts through them.
   int64_t lines(int64_t pairs) const { return 2 * kCount * pairs; }
   void prefetch_lines(int64_t first, int64_t end) const {
     for (int64_t i = first; i < end; ++i) {
@@ -249,6 +251,7 @@ struct StreamsAhead {
     prefetch_line(plane, kCount * byte + row * kLineBytes);
   }
   void prefetch_scales(int64_t, int64_t) const {}
+  /// Lines of kStep rows; prefetch_lines() counts through them.
   int64_t lines(int64_t) const { return kStep * (far.step[0] + far.step[1]) / kLineBytes; }
   void prefetch_lines(int64_t first, int64_t end) const {
     const int64_t of_first = kStep * far.step[0] / kLineBytes;

@@ -12,8 +12,8 @@ namespace {
 
 /// h of a batch of neurons, of each x. Two neurons per iteration reuse each load of x, except of a
 /// single x with contiguous rows and both planes: there two are 2% to 6% slower from memory, though
-/// 6% faster from the cache. Not inlined, since GCC would keep constants of other loops in registers needed
-/// here. x: a Vector, or those of several
+/// 6% faster from the cache. Not inlined, since GCC would keep constants of other loops in registers
+/// needed here. x: a Vector, or those of several
 template <bool kExact, bool kStream, class Row, class X>
 [[gnu::noinline]] void gate_up(const NeuronRows& rows, Activation activation, const Batch& batch,
                                const X& x, float* const* h) {
