@@ -34,11 +34,11 @@ inline Floats spread(const float* all, int first) {
 #endif
 }
 
-/// Calls take(0, r, lanes) with the dot product of row r (or of its high plane) and x, one partial
-/// sum per lane, for kCount rows; `ahead` prefetches meanwhile.
-template <bool kExact, class Row, int kCount, class Ahead, class Take>
-[[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kCount], const Ahead& ahead,
-                                                 const Vector<Row>& x, const Take& take) {
+/// lanes[r]: the dot product of row r (or of its high plane) and x, one partial sum per lane; `ahead`
+/// prefetches meanwhile.
+template <bool kExact, class Row, int kCount, class Ahead>
+inline void multiply(const Row (&rows)[kCount], const Ahead& ahead, const Vector<Row>& x,
+                     Floats (&lanes)[kCount]) {
   constexpr int64_t kGroups = kLanes / Row::kScales;
   constexpr int kPerVector = 2 * kVectorBytes * Row::kScales / kGroup;  // scales
   Floats sums[kCount] = {};
@@ -82,7 +82,16 @@ template <bool kExact, class Row, int kCount, class Ahead, class Take>
       }
     }
   }
-  for (int r = 0; r < kCount; ++r) take(0, r, rows[r].scales.step() * sums[r]);
+  for (int r = 0; r < kCount; ++r) lanes[r] = rows[r].scales.step() * sums[r];
+}
+
+/// Calls take(0, r, lanes) with those of each row.
+template <bool kExact, class Row, int kCount, class Ahead, class Take>
+[[gnu::always_inline]] inline void multiply_each(const Row (&rows)[kCount], const Ahead& ahead,
+                                                 const Vector<Row>& x, const Take& take) {
+  Floats lanes[kCount];
+  multiply<kExact>(rows, ahead, x, lanes);
+  for (int r = 0; r < kCount; ++r) take(0, r, lanes[r]);
 }
 
 // ---- several sequences ---------------------------------------------------------------------------
