@@ -2,13 +2,41 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <cstdlib>
+#include <string_view>
 
-#include "base/four.h"
 #include "base/half.h"
+#include "weights/brick_loops.h"
 #include "weights/brick_places.h"
 
 namespace tda {
+
+namespace portable {
+extern const BrickLoops brick_loops;
+}
+namespace avx2 {
+extern const BrickLoops brick_loops;
+}
+
+// The build defines TDA_HAS_avx2 if it has loops for it.
+std::vector<const BrickLoops*> available_brick_loops() {
+  std::vector<const BrickLoops*> found = {&portable::brick_loops};
+#ifdef TDA_HAS_avx2
+  if (__builtin_cpu_supports("avx2")) found.push_back(&avx2::brick_loops);
+#endif
+  return found;
+}
+
+const BrickLoops& brick_loops() {
+  static const BrickLoops& chosen = [] -> const BrickLoops& {
+    const char* const forced = std::getenv("TDA_CPU_ISA");
+    const auto found = available_brick_loops();
+    return forced && std::string_view(forced) == found.front()->name ? *found.front()
+                                                                     : *found.back();
+  }();
+  return chosen;
+}
+
 namespace {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -61,33 +89,23 @@ std::int64_t Bricks::bytes() const { return Parts(*this).end; }
 std::int64_t Bricks::high_bytes() const { return Parts(*this).rests; }
 
 void measure_rests(const Bricks& target, std::int64_t first, std::int64_t end) {
-  constexpr std::int64_t kHalf = kStripRows / 2;
   // In units of the largest step: squares of very large or small ones are no floats.
   const float* const steps = target.rest_steps;
   const float unit = *std::max_element(steps, steps + target.strips * kStripRows);
-  std::vector<double> squares(end - first);
-  for (std::int64_t s = 0; s < target.strips && unit > 0; ++s) {
-    float weights[kStripRows];  // of the squares of codes, by their place
-    for (std::int64_t r = 0; r < kStripRows; ++r) {
-      const float step = steps[s * kStripRows + r] / unit;
-      weights[rest_place(r).byte + (rest_place(r).shift ? kHalf : 0)] = step * step;
-    }
-    for (std::int64_t i = first; i < end; ++i) {
-      const std::uint8_t* const run = target.rest(i) + s * kHalf;
-      float rests[kStripRows];
-      for (std::int64_t k = 0; k < kHalf; ++k) {
-        rests[k] = static_cast<float>((run[k] & 15) - 8);
-        rests[kHalf + k] = static_cast<float>((run[k] >> 4) - 8);
-      }
-      squares[i - first] += sum_of(kStripRows, [&](std::int64_t k) {
-        const Four rest = load_four(rests + k);
-        return load_four(weights + k) * rest * rest;
-      });
-    }
+  for (std::int64_t b = first; b < end; ++b) {
+    double squares[kBlockInputs] = {};
+    if (unit > 0) brick_loops().add_rest_squares(target, b, unit, squares);
+    for (std::int64_t i = 0; i < kBlockInputs; ++i)
+      const_cast<float*>(target.rest_lengths)[b * kBlockInputs + i] =
+          static_cast<float>(unit * std::sqrt(squares[i]));
   }
-  for (std::int64_t i = first; i < end; ++i)
-    const_cast<float*>(target.rest_lengths)[i] =
-        static_cast<float>(unit * std::sqrt(squares[i - first]));
+}
+
+void measure_columns(const Bricks& source, std::int64_t block, float* lengths) {
+  double squares[kBlockInputs] = {};
+  brick_loops().add_squares(source, block, squares);
+  for (std::int64_t i = 0; i < kBlockInputs; ++i)
+    lengths[i] = static_cast<float>(std::sqrt(squares[i]));
 }
 
 void dequantize_bricks(const Bricks& source, std::int64_t row, std::int64_t first,

@@ -116,14 +116,17 @@ struct LineGroup {
   std::uint8_t codes[kBlockInputs];
   float scale, minimum;
 };
-/// Stores a row of lines as it is given, but for the rounding of scales and minima to f16: by at
-/// most 2^-11 of themselves, or 2^-40 of the row's largest of them. groups: [blocks]
-void store_lines(const Bricks& target, std::int64_t row, const LineGroup* groups);
+/// Stores a strip of lines as it is given, but for the rounding of scales and minima to f16: by at
+/// most 2^-11 of themselves, or 2^-40 of the row's largest of them. groups: [64][blocks]; those of
+/// rows of zeros lose their codes.
+void store_lines(const Bricks& target, std::int64_t strip, LineGroup* groups);
 /// Whether 32 values are 16 levels of a line, but for rounding to 16 bits. False for constants.
 bool on_a_line(const float* values);
 
-/// Fills rest_lengths of the inputs [first, end), when all strips are quantised.
+/// Fills rest_lengths of the inputs of blocks [first, end), when all strips are quantised.
 void measure_rests(const Bricks& target, std::int64_t first, std::int64_t end);
+/// The length of each of a block's 32 columns.
+void measure_columns(const Bricks& source, std::int64_t block, float* lengths);
 
 /// Values [first, first + count) of a row, without the rests if `high_only`.
 void dequantize_bricks(const Bricks& source, std::int64_t row, std::int64_t first,

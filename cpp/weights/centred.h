@@ -15,11 +15,12 @@ inline constexpr int kMostCentredScale = 127;
 inline constexpr float kLargestInSteps = 8 * kMostCentredScale / 1.1f;
 
 /// Of a row whose largest value is `most`. The minimum keeps a tiny row's from underflowing to 0.
-inline float step_of_row(float most) {
+[[maybe_unused]] static inline float step_of_row(float most) {
   return std::max(most / kLargestInSteps, std::numeric_limits<float>::denorm_min());
 }
 
-inline Four codes_of(Four values, Four inverse_step) {  // -8 ... 7
+template <class V>
+static inline V codes_of(V values, V inverse_step) {  // -8 ... 7
   return nearest(clamp(values * inverse_step, -8, 7));
 }
 
@@ -31,30 +32,31 @@ struct ScalesTried {
 };
 inline constexpr ScalesTried kAlone = {0.7f, 0.02f, 24}, kWithRests = {0.86f, 0.07f, 4};
 
+template <class V>
 struct FoundScales {
-  Four scales, errors;
+  V scales, errors;
 };
-/// The scales of least squared error for 16 values of four groups each, [i] holding value i of all
-/// four; 0 where none is better than zeros. Four groups at once, because one alone is a chain of
-/// operations that wait for each other. weighted(i, v): v times the weight of i's squares
-template <class Weighted>
-[[gnu::always_inline]] inline FoundScales search_scales(const Four (&values)[kScaleInputs],
-                                                        const ScalesTried& tried,
-                                                        const Weighted& weighted) {
-  Four smallest{}, largest{}, best{}, least{};  // least: first of zeros
+/// The scales of least squared error for 16 values of some groups each, [i] holding value i of all
+/// of them; 0 where none is better than zeros. Several groups at once, because one alone is a chain
+/// of operations that wait for each other. weighted(i, v): v times the weight of i's squares
+template <class V, class Weighted>
+[[gnu::always_inline]] static inline FoundScales<V> search_scales(const V (&values)[kScaleInputs],
+                                                                  const ScalesTried& tried,
+                                                                  const Weighted& weighted) {
+  V smallest{}, largest{}, best{}, least{};  // least: first of zeros
   for (std::int64_t i = 0; i < kScaleInputs; ++i) {
     smallest = min(smallest, values[i]);
     largest = max(largest, values[i]);
     least += weighted(i, values[i]) * values[i];
   }
-  const Four unit = (largest >= -smallest ? largest : smallest) / -8;
+  const V unit = (largest >= -smallest ? largest : smallest) / -8;
   for (int k = 0; k < tried.count; ++k) {
     const float share = tried.first + tried.step * static_cast<float>(k);
-    const Four scales = clamp(nearest(unit * share), -kMostCentredScale, kMostCentredScale);
-    const Four inverses = scales == 0 ? Four{} : 1 / scales;
-    Four errors{};
+    const V scales = clamp(nearest(unit * share), -kMostCentredScale, kMostCentredScale);
+    const V inverses = scales == 0 ? V{} : 1 / scales;
+    V errors{};
     for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-      const Four missed = values[i] - scales * codes_of(values[i], inverses);
+      const V missed = values[i] - scales * codes_of(values[i], inverses);
       errors += weighted(i, missed) * missed;
     }
     best = errors < least ? scales : best;

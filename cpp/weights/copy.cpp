@@ -180,16 +180,16 @@ void each_row(const BrickCopy& copy, std::int64_t strip, const Body& body) {
 /// Stores rows that have 4 bits in the file, with the codes that they have there.
 void copy_lines(const BrickCopy& copy, std::int64_t strip) {
   const Bricks target = copy.target.bricks();
-  std::vector<LineGroup> groups(target.blocks);
+  std::vector<LineGroup> groups(kStripRows * target.blocks);
   each_row(copy, strip, [&](std::int64_t r, const TensorView& tensor, const std::byte* data) {
     for (std::int64_t b = 0; b < target.blocks; ++b) {
-      LineGroup& group = groups[b];
+      LineGroup& group = groups[r * target.blocks + b];
       four_bit_groups(tensor.dtype, data, b, group.codes, group.scale, group.minimum);
       if (!std::isfinite(group.scale) || !std::isfinite(group.minimum))
         throw not_finite(tensor, copy.target.format);
     }
-    store_lines(target, strip * kStripRows + r, groups.data());
   });
+  store_lines(target, strip, groups.data());
 }
 
 void copy_strip(const BrickCopy& copy, std::int64_t strip, const InputFactor* inputs) {
@@ -209,19 +209,14 @@ void copy_strip(const BrickCopy& copy, std::int64_t strip, const InputFactor* in
   quantize_bricks(target, strip, values.data(), inputs);
 }
 
-void measure_columns(const BrickCopy& copy, std::int64_t first, std::int64_t end) {
+void measure_block(const BrickCopy& copy, std::int64_t block) {
   const Bricks target = copy.target.bricks();
-  if (target.has_rests()) measure_rests(target, first, end);
+  if (target.has_rests()) measure_rests(target, block, block + 1);
   if (!copy.lengths) return;
-  std::vector<double> squares(end - first);
-  std::vector<float> row(end - first);
-  const std::int64_t count = std::min(end, target.cols) - first;
-  for (std::int64_t r = 0; r < target.rows; ++r) {
-    dequantize_bricks(target, r, first, count, row.data());
-    for (std::int64_t i = 0; i < count; ++i) squares[i] += static_cast<double>(row[i]) * row[i];
-  }
-  for (std::int64_t i = 0; i < count; ++i)
-    copy.lengths[first + i] = static_cast<float>(std::sqrt(squares[i]));
+  float lengths[kBlockInputs];
+  measure_columns(target, block, lengths);
+  const std::int64_t first = block * kBlockInputs;
+  std::copy_n(lengths, std::min(kBlockInputs, target.cols - first), copy.lengths + first);
 }
 
 /// Runs body(begin, end) over [0, n) in parts of `step` on the pool. Calls report(end) from time to
@@ -289,10 +284,8 @@ void run_copies(const std::vector<Copy>& copies, const std::vector<BrickCopy>& b
     };
     in_parts(pool, copy.target.bytes(), kPartBytes, clear, [](std::int64_t) {});
     in_parts(pool, target.strips, 1, strips, report);
-    const auto columns = [&](std::int64_t begin, std::int64_t end) {
-      measure_columns(copy, begin, end);
-    };
-    in_parts(pool, target.blocks * kBlockInputs, kBlockInputs, columns, [](std::int64_t) {});
+    const auto block = [&](std::int64_t b, std::int64_t) { measure_block(copy, b); };
+    in_parts(pool, target.blocks, 1, block, [](std::int64_t) {});
     done += copy.target.bytes();
   }
   Buffer<std::byte> whole;  // the source of a transposed copy

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "base/half.h"
-#include "weights/brick_places.h"
+#include "weights/brick_loops.h"
 #include "weights/centred.h"
 
 namespace tda {
@@ -95,130 +95,53 @@ float power_of_2(float size) {
 
 // ---- centred bricks -----------------------------------------------------------------------------
 
-/// The squared error of values[0 ... n) as codes of this step; n is a multiple of 8.
-float error_of(const float* values, std::int64_t n, float step) {
-  const Four inverse = Four{} + 1 / step;
-  return sum_of(n, [=](std::int64_t i) {
-    const Four v = load_four(values + i), missed = v - step * codes_of(v, inverse);
-    return missed * missed;
-  });
-}
+/// Codes of a strip's rows, and scales if they are centred.
+struct StripCodes {
+  std::int64_t blocks;
+  std::vector<std::int8_t> scales;         // [64][blocks * 2]
+  std::vector<std::uint8_t> codes, rests;  // [64][blocks * 32]
 
-constexpr std::int64_t kGroups = 4;
+  explicit StripCodes(const Bricks& target)
+      : blocks(target.blocks),
+        scales(kStripRows * blocks * 2),
+        codes(kStripRows * blocks * kBlockInputs),
+        rests(target.has_rests() ? codes.size() : 0) {}
 
-/// The sums of four(i) for i < 16, added as sum_of does.
-template <class Fours>
-Four sums_of(const Fours& four) {
-  Four sums[8];
-  for (std::int64_t i = 0; i < 8; ++i) sums[i] = four(i) + four(8 + i);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
-/// The scales of least squared error for four groups of 16 values in steps, or those that least
-/// squares gives for their codes where these are better and clip no more; 0 where none is better
-/// than zeros.
-Four choose_scales(const float* const (&groups)[kGroups], const ScalesTried& tried) {
-  Four values[kScaleInputs], codes[kScaleInputs];
-  for (std::int64_t i = 0; i < kScaleInputs; ++i)
-    values[i] = Four{groups[0][i], groups[1][i], groups[2][i], groups[3][i]};
-  const auto [best, least] = search_scales(values, tried, [](std::int64_t, Four v) { return v; });
-  const Four inverses = best == 0 ? Four{} : 1 / best;
-  for (std::int64_t i = 0; i < kScaleInputs; ++i) codes[i] = codes_of(values[i], inverses);
-  const Four products = sums_of([&](std::int64_t i) { return codes[i] * values[i]; });
-  const Four squares = sums_of([&](std::int64_t i) { return codes[i] * codes[i]; });
-  const Four fitted = clamp(nearest(products / (squares == 0 ? Four{} + 1 : squares)),
-                            -kMostCentredScale, kMostCentredScale);
-  const Four fitted_inverses = fitted == 0 ? Four{} : 1 / fitted;
-  const Four errors = sums_of([&](std::int64_t i) {
-    const Four missed = values[i] - fitted * codes_of(values[i], fitted_inverses);
-    return missed * missed;
-  });
-  const auto size = [](Four v) { return max(v, -v); };
-  // The least scale tried puts the largest value nearest to the end of the codes.
-  Four reach{};
-  for (const Four& v : values) reach = max(reach, size(v));
-  const auto reaches = size(fitted) >= tried.first * (reach / 8);
-  return (best != 0) & reaches & (errors < least) ? fitted : best;
-}
-
-/// The step of least squared error for the rests of a row whose largest scale is `largest`, judged
-/// by 32 of its blocks.
-float choose_rest_step(const float* rests, std::int64_t blocks, float largest) {
-  const std::int64_t every = std::max<std::int64_t>(1, blocks / 32);
-  float best = 0, least = std::numeric_limits<float>::infinity();
-  for (int k = 4; k <= 12; ++k) {
-    const float step = largest / 160 * static_cast<float>(k);
-    float error = 0;
-    for (std::int64_t b = 0; b < blocks; b += every)
-      error += error_of(rests + b * kBlockInputs, kBlockInputs, step);
-    if (error >= least) continue;
-    least = error;
-    best = step;
+  CentredRow row(std::int64_t r) {
+    const std::int64_t at = r * blocks * kBlockInputs;
+    return {scales.data() + r * blocks * 2, codes.data() + at,
+            rests.empty() ? nullptr : rests.data() + at};
   }
-  return best;
-}
+};
 
-/// The codes, 0 to 15 for -8 to 7, of n values, a multiple of 16, which become what these miss.
-void encode(float* values, std::int64_t n, float step, std::uint8_t* codes) {
-  const Four inverse = Four{} + (step != 0 ? 1 / step : 0);
-  for (std::int64_t first = 0; first < n; first += kScaleInputs) {
-    Four found[kScaleInputs / 4];
-    for (std::int64_t i = 0; i < kScaleInputs; i += 4) {
-      const Four v = load_four(values + first + i), code = codes_of(v, inverse);
-      found[i / 4] = code + 8.0f;
-      store_four(values + first + i, v - step * code);
-    }
-    store_bytes(codes + first, found);
-  }
-}
-
-/// rests: [blocks * 32] codes, if the target has rests.
-void round_centred(const Bricks& target, std::int64_t row_id, float* row, std::uint8_t* rests) {
+void round_centred(const Bricks& target, std::int64_t row_id, float* row, const CentredRow& to) {
   const std::int64_t n = target.blocks * kBlockInputs;
-  const std::int64_t strip = row_id / kStripRows, r = row_id % kStripRows;
   const float most = std::abs(largest_of(row, n));
   const float step = step_of_row(most);
   const float unit = power_of_2(most), in_units = 1 / unit, in_steps = unit / step;
   for (std::int64_t i = 0; i < n && most > 0; ++i) row[i] = row[i] * in_units * in_steps;
-  float largest = 1;
-  constexpr std::int64_t kBlocks = kGroups / 2;
-  for (std::int64_t first = 0; first < target.blocks; first += kBlocks) {
-    const float* groups[kGroups];  // if there are fewer, the last block's again
-    for (std::int64_t g = 0; g < kGroups; ++g)
-      groups[g] =
-          row + std::min(first + g / 2, target.blocks - 1) * kBlockInputs + g % 2 * kScaleInputs;
-    const Four scales = choose_scales(groups, target.has_rests() ? kWithRests : kAlone);
-    for (std::int64_t b = first; b < std::min(first + kBlocks, target.blocks); ++b) {
-      auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
-      std::uint8_t codes[kBlockInputs];
-      for (std::int64_t half = 0; half < 2; ++half) {
-        const float scale = scales[2 * (b - first) + half];
-        largest = std::max(largest, std::abs(scale));
-        brick.scales[half][r] = static_cast<std::int8_t>(scale);
-        encode(row + b * kBlockInputs + half * kScaleInputs, kScaleInputs, scale,
-               codes + half * kScaleInputs);
-      }
-      set_codes(brick.codes, r, codes);
-    }
-  }
+  const float rest_step = brick_loops().round_centred(row, target.blocks, to);
   const_cast<float*>(target.steps)[row_id] = most > 0 ? step : 0;
-  if (!target.has_rests()) return;
-  const float rest_step = choose_rest_step(row, target.blocks, largest);
-  const_cast<float*>(target.rest_steps)[row_id] = most > 0 ? step * rest_step : 0;
-  encode(row, n, rest_step, rests);
+  if (target.has_rests())
+    const_cast<float*>(target.rest_steps)[row_id] = most > 0 ? step * rest_step : 0;
 }
 
-/// Puts the rests of a strip, codes [64][blocks * 32], in the order of inputs.
-void store_rests(const Bricks& target, std::int64_t strip, const std::uint8_t* codes) {
-  const std::int64_t n = target.blocks * kBlockInputs, half = kStripRows / 2;
-  for (std::int64_t first = 0; first < n; first += kBlockInputs) {
-    std::uint8_t runs[kBlockInputs][kStripRows / 2];
-    for (std::int64_t r = 0; r < half; ++r)
-      for (std::int64_t i = 0; i < kBlockInputs; ++i)
-        runs[i][rest_place(r).byte] = static_cast<std::uint8_t>(
-            codes[r * n + first + i] | codes[(half + r) * n + first + i] << 4);
-    for (std::int64_t i = 0; i < kBlockInputs; ++i)
-      std::memcpy(const_cast<std::uint8_t*>(target.rest(first + i)) + half * strip, runs[i], half);
+/// Rounds a strip to centred bricks. These are written one after the other: a row's codes lie too
+/// far apart for the caches.
+void round_centred(const Bricks& target, std::int64_t strip, float* values) {
+  const BrickLoops& loops = brick_loops();
+  const std::int64_t n = target.blocks * kBlockInputs;
+  StripCodes codes(target);
+  for (std::int64_t r = 0; r < kStripRows; ++r)
+    round_centred(target, strip * kStripRows + r, values + r * n, codes.row(r));
+  for (std::int64_t b = 0; b < target.blocks; ++b) {
+    auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
+    for (std::int64_t half = 0; half < 2; ++half)
+      for (std::int64_t r = 0; r < kStripRows; ++r)
+        brick.scales[half][r] = codes.row(r).scales[2 * b + half];
+    loops.store_codes(codes.codes.data() + b * kBlockInputs, n, brick.codes);
+    if (target.has_rests())
+      loops.store_rests(codes.rests.data() + b * kBlockInputs, n, target, strip, b);
   }
 }
 
@@ -302,7 +225,8 @@ Line choose_line(const float* values) {
   return again.encode(values) < least ? again : best;
 }
 
-void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
+/// groups: [blocks], zeros
+void round_lines(const Bricks& target, float* row, LineGroup* groups) {
   const std::int64_t n = target.blocks * kBlockInputs;
   // Inputs that pad are zeros, whatever their weights: the group's others again, which leave its
   // line as it is, where zeros might lie off it.
@@ -311,13 +235,12 @@ void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
   // In units near the largest value: squares of very large or small ones are no floats.
   const float unit = power_of_2(std::abs(largest_of(row, n)));
   for (std::int64_t i = 0; i < n && unit > 0; ++i) row[i] *= 1 / unit;
-  std::vector<LineGroup> groups(target.blocks);
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     const Line line = choose_line(row + b * kBlockInputs);
     groups[b] = {.codes = {}, .scale = line.scale, .minimum = line.minimum};
   }
   // The codes are those nearest with the scales and minima as they are stored.
-  const float step = step_of(groups.data(), target.blocks);
+  const float step = step_of(groups, target.blocks);
   const auto stored = [&](float v) { return step * f16_to_f32(f32_to_f16(v / step)); };
   for (std::int64_t b = 0; b < target.blocks && step > 0; ++b) {
     Line line = {.scale = stored(groups[b].scale), .minimum = stored(groups[b].minimum)};
@@ -326,7 +249,6 @@ void round_lines(const Bricks& target, std::int64_t row_id, float* row) {
     groups[b].minimum = unit * line.minimum;
     std::copy_n(line.codes, kBlockInputs, groups[b].codes);
   }
-  store_lines(target, row_id, groups.data());
 }
 
 }  // namespace
@@ -343,29 +265,36 @@ void quantize_bricks(const Bricks& target, std::int64_t strip, float* values,
       float* const row = values + (outlier.row - strip * kStripRows) * n;
       row[outlier.input] = row[outlier.input ^ 1];
     }
-  std::vector<std::uint8_t> rests(target.has_rests() ? kStripRows * n : 0);
-  if (inputs) round_by_inputs(target, strip, values, *inputs);
-  for (std::int64_t r = 0; r < kStripRows && !inputs; ++r) {
-    const std::int64_t row = strip * kStripRows + r;
-    if (target.kind == BrickKind::lines)
-      round_lines(target, row, values + r * n);
-    else
-      round_centred(target, row, values + r * n, rests.data() + (rests.empty() ? 0 : r * n));
+  if (target.kind == BrickKind::lines) {
+    std::vector<LineGroup> groups(kStripRows * target.blocks);
+    for (std::int64_t r = 0; r < kStripRows; ++r)
+      round_lines(target, values + r * n, groups.data() + r * target.blocks);
+    store_lines(target, strip, groups.data());
+  } else if (inputs) {
+    round_by_inputs(target, strip, values, *inputs);
+  } else {
+    round_centred(target, strip, values);
   }
-  if (target.has_rests()) store_rests(target, strip, rests.data());
   correct_outliers(target, strip);
 }
 
-void store_lines(const Bricks& target, std::int64_t row, const LineGroup* groups) {
-  const std::int64_t strip = row / kStripRows, r = row % kStripRows;
-  const float step = step_of(groups, target.blocks);
-  const_cast<float*>(target.steps)[row] = step;
-  if (step == 0) return;
+void store_lines(const Bricks& target, std::int64_t strip, LineGroup* groups) {
+  float* const steps = const_cast<float*>(target.steps) + strip * kStripRows;
+  for (std::int64_t r = 0; r < kStripRows; ++r) {
+    const std::span row(groups + r * target.blocks, target.blocks);
+    steps[r] = step_of(row.data(), target.blocks);
+    if (steps[r] == 0) std::ranges::fill(row, LineGroup{});  // codes of nothing but zeros
+  }
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     auto& brick = const_cast<LineBrick&>(target.brick<LineBrick>(strip, b));
-    brick.scales[r] = f32_to_f16(groups[b].scale / step);
-    brick.minima[r] = f32_to_f16(groups[b].minimum / step);
-    set_codes(brick.codes, r, groups[b].codes);
+    for (std::int64_t r = 0; r < kStripRows; ++r) {
+      const LineGroup& group = groups[r * target.blocks + b];
+      const float step = steps[r] > 0 ? steps[r] : 1;
+      brick.scales[r] = f32_to_f16(group.scale / step);
+      brick.minima[r] = f32_to_f16(group.minimum / step);
+    }
+    const auto stride = target.blocks * static_cast<std::int64_t>(sizeof(LineGroup));
+    brick_loops().store_codes(groups[b].codes, stride, brick.codes);
   }
 }
 

@@ -32,6 +32,6 @@ struct StoredBricks {
         std::copy_n(values.data() + r * cols, cols, strip.data() + (r - 64 * s) * stride);
       tda::quantize_bricks(w, s, strip.data(), inputs);
     }
-    if (w.has_rests()) tda::measure_rests(w, 0, stride);
+    if (w.has_rests()) tda::measure_rests(w, 0, w.blocks);
   }
 };

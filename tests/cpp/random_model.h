@@ -223,7 +223,7 @@ class RandomModel {
           outlier;
       tda::quantize_bricks(to, s, strip.data());
     }
-    if (to.has_rests()) tda::measure_rests(to, 0, stride);
+    if (to.has_rests()) tda::measure_rests(to, 0, to.blocks);
   }
 
   /// Gives each of these neurons' down rows an outlier, which is stored apart.

@@ -113,27 +113,30 @@ TEST(lines_store_what_they_are_given) {
   const std::int64_t cols = 96;
   Stored s(65, cols);
   std::mt19937 random(9);
-  std::vector<std::vector<LineGroup>> rows;
+  std::vector<LineGroup> strips(128 * 3);
   for (std::int64_t r = 0; r < 65; ++r) {
-    std::vector<LineGroup> groups(3);
+    const std::span groups(strips.data() + r * 3, 3);
     for (LineGroup& group : groups) {
       for (std::uint8_t& code : group.codes) code = random() % 16;
       group.scale = std::ldexp(static_cast<float>(random() % 63) * -0.37f, -int(random() % 20));
       group.minimum = std::ldexp(static_cast<float>(random() % 63) * 0.51f, -int(random() % 20));
     }
-    if (r == 7) groups = std::vector<LineGroup>(3);  // all 0
-    if (r == 8)                                      // f16 as they are
+    if (r == 7) std::ranges::fill(groups, LineGroup{});  // all 0
+    if (r == 9)                                          // all 0, but for the codes
+      for (LineGroup& group : groups) group.scale = group.minimum = 0;
+    if (r == 8)  // f16 as they are
       for (LineGroup& group : groups) {
         group.scale = f16_to_f32(f32_to_f16(group.scale));
         group.minimum = f16_to_f32(f32_to_f16(group.minimum));
       }
-    store_lines(s.w, r, groups.data());
-    rows.push_back(groups);
   }
+  std::vector<LineGroup> given = strips;
+  for (std::int64_t strip = 0; strip < 2; ++strip)
+    store_lines(s.w, strip, given.data() + strip * 64 * 3);
   const std::vector<float> found = s.values();
   for (std::int64_t r = 0; r < 65; ++r)
     for (std::int64_t i = 0; i < cols; ++i) {
-      const LineGroup& group = rows[r][i / 32];
+      const LineGroup& group = strips[r * 3 + i / 32];
       const double scaled = double{group.scale} * group.codes[i % 32];
       const double bound = r == 8 ? 1e-7 : std::exp2(-11) + 1e-7;
       CHECK_NEAR(found[r * cols + i], scaled + group.minimum,
