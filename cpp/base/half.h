@@ -41,11 +41,11 @@ namespace tda {
   const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
   const float size = std::bit_cast<float>(bits & 0x7fffffffu);
   // Below the least normal f16, adding 0.5 leaves multiples of 2^-24 in the low bits.
-  if (size < 6.103515625e-5f)
-    return sign | static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(size + 0.5f) & 0x7fffu);
+  const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(size + 0.5f) & 0x7fffu;
   const std::uint32_t exact = (bits & 0x7fffffffu) - (112u << 23);
   const std::uint32_t rounded = (exact + 0xfff + (exact >> 13 & 1)) >> 13;
-  return sign | static_cast<std::uint16_t>(rounded < 0x7c00u ? rounded : 0x7c00u);
+  const std::uint32_t normal = rounded < 0x7c00u ? rounded : 0x7c00u;
+  return sign | static_cast<std::uint16_t>(size < 6.103515625e-5f ? subnormal : normal);
 }
 
 }  // namespace tda

@@ -79,6 +79,7 @@ struct ScaleAndMinimum {
 };
 
 // Each of these expands one block. Sums and products are those of the package gguf, in its order.
+// __restrict: bytes might be parts of the floats, which would keep compilers from vectorising.
 
 void expand_q4_0(const std::byte* block, float* out) {
   const float d = half_at(block);
@@ -137,28 +138,29 @@ void expand_q3_k(const std::byte* block, float* out) {
   });
 }
 
-void expand_q4_k(const std::byte* block, float* out) {
-  for (int pair = 0; pair < 4; ++pair) {
-    const ScaleAndMinimum groups[2] = {{block, 2 * pair}, {block, 2 * pair + 1}};
-    each_nibble<32>(block + 16 + 32 * pair, [&](int i, int code) {
-      const ScaleAndMinimum& group = groups[i / 32];
-      out[64 * pair + i] = group.scale * static_cast<float>(code) - group.minimum;
-    });
+void expand_q4_k(const std::byte* __restrict block, float* __restrict out) {
+  for (int g = 0; g < 8; ++g, out += 32) {
+    const auto [scale, minimum] = ScaleAndMinimum(block, g);
+    const std::byte* const codes = block + 16 + g / 2 * 32;
+    const int shift = g % 2 * 4;
+    for (int i = 0; i < 32; ++i)
+      out[i] = scale * static_cast<float>(at(codes, i) >> shift & 15) - minimum;
   }
 }
 
-void expand_q5_k(const std::byte* block, float* out) {
-  for (int pair = 0; pair < 4; ++pair) {
-    const ScaleAndMinimum groups[2] = {{block, 2 * pair}, {block, 2 * pair + 1}};
-    each_nibble<32>(block + 48 + 32 * pair, [&](int i, int code) {
-      const ScaleAndMinimum& group = groups[i / 32];
-      const int high = at(block + 16, i % 32) >> (2 * pair + i / 32) & 1;
-      out[64 * pair + i] = group.scale * static_cast<float>(code | high << 4) - group.minimum;
-    });
+void expand_q5_k(const std::byte* __restrict block, float* __restrict out) {
+  for (int g = 0; g < 8; ++g, out += 32) {
+    const auto [scale, minimum] = ScaleAndMinimum(block, g);
+    const std::byte *const low = block + 48 + g / 2 * 32, *const high = block + 16;
+    const int shift = g % 2 * 4;
+    for (int i = 0; i < 32; ++i) {
+      const int code = (at(low, i) >> shift & 15) | (at(high, i) >> g & 1) << 4;
+      out[i] = scale * static_cast<float>(code) - minimum;
+    }
   }
 }
 
-void expand_q6_k(const std::byte* block, float* out) {
+void expand_q6_k(const std::byte* __restrict block, float* __restrict out) {
   const float d = half_at(block + 208);
   for (int g = 0; g < 16; ++g, out += 16) {  // groups of 16 values
     const int part = g / 2 % 4;

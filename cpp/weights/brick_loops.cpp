@@ -216,9 +216,11 @@ void dequantize(const Bricks& source, std::int64_t strip, std::int64_t block,
         values[r][i] = step * (scale * static_cast<float>(codes[i] >> shift & 15) + minimum);
       continue;
     }
-    for (std::int64_t i = 0; i < kBlockInputs; ++i)
-      values[r][i] = step * static_cast<float>(centred->scales[i / kScaleInputs][r] *
-                                               ((codes[i] >> shift & 15) - 8));
+    for (std::int64_t first = 0; first < kBlockInputs; first += kScaleInputs) {
+      const int scale = centred->scales[first / kScaleInputs][r];
+      for (std::int64_t i = first; i < first + kScaleInputs; ++i)
+        values[r][i] = step * static_cast<float>(scale * ((codes[i] >> shift & 15) - 8));
+    }
     if (!source.has_rests()) continue;
     const float rest_step = source.rest_steps[strip * kStripRows + r];
     for (std::int64_t i = 0; i < kBlockInputs; ++i)

@@ -136,9 +136,11 @@ void round_centred(const Bricks& target, std::int64_t strip, float* values) {
     round_centred(target, strip * kStripRows + r, values + r * n, codes.row(r));
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
-    for (std::int64_t half = 0; half < 2; ++half)
-      for (std::int64_t r = 0; r < kStripRows; ++r)
-        brick.scales[half][r] = codes.row(r).scales[2 * b + half];
+    const std::int8_t* const scales = codes.scales.data() + 2 * b;
+    for (std::int64_t r = 0; r < kStripRows; ++r) {
+      brick.scales[0][r] = scales[2 * r * target.blocks];
+      brick.scales[1][r] = scales[2 * r * target.blocks + 1];
+    }
     loops.store_codes(codes.codes.data() + b * kBlockInputs, n, brick.codes);
     if (target.has_rests())
       loops.store_rests(codes.rests.data() + b * kBlockInputs, n, target, strip, b);
@@ -287,11 +289,16 @@ void store_lines(const Bricks& target, std::int64_t strip, LineGroup* groups) {
   }
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     auto& brick = const_cast<LineBrick&>(target.brick<LineBrick>(strip, b));
+    float scales[kStripRows], minima[kStripRows];
     for (std::int64_t r = 0; r < kStripRows; ++r) {
       const LineGroup& group = groups[r * target.blocks + b];
       const float step = steps[r] > 0 ? steps[r] : 1;
-      brick.scales[r] = f32_to_f16(group.scale / step);
-      brick.minima[r] = f32_to_f16(group.minimum / step);
+      scales[r] = group.scale / step;
+      minima[r] = group.minimum / step;
+    }
+    for (std::int64_t r = 0; r < kStripRows; ++r) {
+      brick.scales[r] = f32_to_f16(scales[r]);
+      brick.minima[r] = f32_to_f16(minima[r]);
     }
     const auto stride = target.blocks * static_cast<std::int64_t>(sizeof(LineGroup));
     brick_loops().store_codes(groups[b].codes, stride, brick.codes);
