@@ -62,29 +62,50 @@ V choose_scales(const float* groups, const ScalesTried& tried) {
   V reach{};
   for (const V& v : values) reach = max(reach, size(v));
   const auto reaches = size(fitted) >= tried.first * (reach / 8);
-  return (best != 0) & reaches & (errors < least) ? fitted : best;
+  return ((best != 0) & reaches & (errors < least)) ? fitted : best;
 }
 
-/// The squared error of a block as codes of this step.
-float error_of(const float* values, float step) {
-  const V inverse = V{} + 1 / step;
-  return sum_of(kBlockInputs, [=](std::int64_t i) {
-    const V v = load<V>(values + i), missed = v - step * codes_of(v, inverse);
-    return missed * missed;
-  });
+/// The squares of what a vector of values misses as codes of this step.
+V squares_missed(V values, float step, float inverse) {
+  const V missed = values - step * codes_of(values, V{} + inverse);
+  return missed * missed;
+}
+
+constexpr int kRestSteps = 9;
+
+/// Adds the squared errors of a block as codes of each step.
+void add_errors(const float* values, const float (&steps)[kRestSteps],
+                float (&errors)[kRestSteps]) {
+  int k = 0;
+#ifdef __AVX2__
+  for (; k + 4 <= kRestSteps; k += 4) {  // four steps, which share the sums of lanes
+    V sums[4] = {};
+    for (std::int64_t i = 0; i < kBlockInputs; i += kLanes)
+      for (int j = 0; j < 4; ++j)
+        sums[j] += squares_missed(load<V>(values + i), steps[k + j], 1 / steps[k + j]);
+    // Neighbours, and neighbours of these: as sum_of does.
+    const V halves =
+        _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
+    const Four found = _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1);
+    store_four(errors + k, load_four(errors + k) + found);
+  }
+#endif
+  for (; k < kRestSteps; ++k)
+    errors[k] += sum_of(kBlockInputs, [&](std::int64_t i) {
+      return squares_missed(load<V>(values + i), steps[k], 1 / steps[k]);
+    });
 }
 
 /// The step of least squared error for the rests of a row whose largest scale is `largest`, judged
 /// by 32 of its blocks.
 float choose_rest_step(const float* rests, std::int64_t blocks, float largest) {
-  constexpr int kTried = 9;
-  float steps[kTried], errors[kTried] = {};
-  for (int k = 0; k < kTried; ++k) steps[k] = largest / 160 * static_cast<float>(4 + k);
+  float steps[kRestSteps], errors[kRestSteps] = {};
+  for (int k = 0; k < kRestSteps; ++k) steps[k] = largest / 160 * static_cast<float>(4 + k);
   const std::int64_t every = std::max<std::int64_t>(1, blocks / 32);
   for (std::int64_t b = 0; b < blocks; b += every)
-    for (int k = 0; k < kTried; ++k) errors[k] += error_of(rests + b * kBlockInputs, steps[k]);
+    add_errors(rests + b * kBlockInputs, steps, errors);
   float best = 0, least = std::numeric_limits<float>::infinity();
-  for (int k = 0; k < kTried; ++k) {
+  for (int k = 0; k < kRestSteps; ++k) {
     if (errors[k] >= least) continue;
     least = errors[k];
     best = steps[k];
@@ -106,25 +127,28 @@ void encode(float* values, std::int64_t n, float step, std::uint8_t* codes) {
   }
 }
 
-float round_centred(float* row, std::int64_t blocks, const CentredRow& to) {
+float round_centred(float* row, std::int64_t blocks, float unit, float step, const CentredRow& to) {
+  const float in_units = 1 / unit, in_steps = unit / step;
   float largest = 1;
   for (std::int64_t first = 0; first < 2 * blocks; first += kLanes) {
     const std::int64_t count = std::min(kLanes, 2 * blocks - first);
     float* const groups = row + first * kScaleInputs;
+    for (std::int64_t i = 0; i < count * kScaleInputs; ++i)
+      groups[i] = groups[i] * in_units * in_steps;
     float last[kLanes * kScaleInputs] = {};
     if (count < kLanes) std::copy_n(groups, count * kScaleInputs, last);
     const V scales = choose_scales(count < kLanes ? last : groups, to.rests ? kWithRests : kAlone);
     for (std::int64_t g = 0; g < count; ++g) {
       largest = std::max(largest, std::max(scales[g], -scales[g]));
-      to.scales[first + g] = static_cast<std::int8_t>(scales[g]);
+      to.scales[(first + g) * kStripRows] = static_cast<std::int8_t>(scales[g]);
       encode(groups + g * kScaleInputs, kScaleInputs, scales[g],
              to.codes + (first + g) * kScaleInputs);
     }
   }
   if (!to.rests) return 0;
-  const float step = choose_rest_step(row, blocks, largest);
-  encode(row, blocks * kBlockInputs, step, to.rests);
-  return step;
+  const float rest_step = choose_rest_step(row, blocks, largest);
+  encode(row, blocks * kBlockInputs, rest_step, to.rests);
+  return rest_step;
 }
 
 // ---- where codes lie ----------------------------------------------------------------------------
@@ -216,11 +240,10 @@ void dequantize(const Bricks& source, std::int64_t strip, std::int64_t block,
         values[r][i] = step * (scale * static_cast<float>(codes[i] >> shift & 15) + minimum);
       continue;
     }
-    for (std::int64_t first = 0; first < kBlockInputs; first += kScaleInputs) {
-      const int scale = centred->scales[first / kScaleInputs][r];
-      for (std::int64_t i = first; i < first + kScaleInputs; ++i)
-        values[r][i] = step * static_cast<float>(scale * ((codes[i] >> shift & 15) - 8));
-    }
+    const float low = centred->scales[0][r], high = centred->scales[1][r];
+    for (std::int64_t i = 0; i < kBlockInputs; ++i)  // scales times codes are exact
+      values[r][i] = step * ((i < kScaleInputs ? low : high) *
+                             static_cast<float>((codes[i] >> shift & 15) - 8));
     if (!source.has_rests()) continue;
     const float rest_step = source.rest_steps[strip * kStripRows + r];
     for (std::int64_t i = 0; i < kBlockInputs; ++i)

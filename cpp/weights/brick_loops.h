@@ -11,16 +11,18 @@ namespace tda {
 
 /// Where the codes of a row go, 0 to 15 for -8 to 7.
 struct CentredRow {
-  std::int8_t* scales;  // [blocks * 2]
+  std::int8_t* scales;  // [blocks * 2], 64 apart
   std::uint8_t* codes;  // [blocks * 32]
   std::uint8_t* rests;  // [blocks * 32]; null without rests
 };
 
 struct BrickLoops {
   const char* name;
-  /// Rounds a row of values in steps, which become what codes and rests miss of them. Returns the
+  /// Rounds a row, which becomes what codes and rests miss of it in steps. Values are brought to
+  /// steps by way of units, a power of 2 near the largest, whose inverses are floats. Returns the
   /// step of the rests in steps.
-  float (*round_centred)(float* row, std::int64_t blocks, const CentredRow& to);
+  float (*round_centred)(float* row, std::int64_t blocks, float unit, float step,
+                         const CentredRow& to);
   /// Puts a block's codes, of 64 rows `stride` bytes apart, into a brick or the rests.
   void (*store_codes)(const std::uint8_t* codes, std::int64_t stride, BrickCodes& to);
   void (*store_rests)(const std::uint8_t* codes, std::int64_t stride, const Bricks& to,

@@ -28,7 +28,7 @@ std::vector<const BrickLoops*> available_brick_loops() {
 }
 
 const BrickLoops& brick_loops() {
-  static const BrickLoops& chosen = [] -> const BrickLoops& {
+  static const BrickLoops& chosen = []() -> const BrickLoops& {
     const char* const forced = std::getenv("TDA_CPU_ISA");
     const auto found = available_brick_loops();
     return forced && std::string_view(forced) == found.front()->name ? *found.front()

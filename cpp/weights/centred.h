@@ -50,17 +50,23 @@ template <class V, class Weighted>
     least += weighted(i, values[i]) * values[i];
   }
   const V unit = (largest >= -smallest ? largest : smallest) / -8;
-  for (int k = 0; k < tried.count; ++k) {
-    const float share = tried.first + tried.step * static_cast<float>(k);
-    const V scales = clamp(nearest(unit * share), -kMostCentredScale, kMostCentredScale);
-    const V inverses = scales == 0 ? V{} : 1 / scales;
-    V errors{};
-    for (std::int64_t i = 0; i < kScaleInputs; ++i) {
-      const V missed = values[i] - scales * codes_of(values[i], inverses);
-      errors += weighted(i, missed) * missed;
+  constexpr int kTogether = 2;
+  for (int first = 0; first < tried.count; first += kTogether) {
+    V scales[kTogether], inverses[kTogether], errors[kTogether] = {};
+    for (int k = 0; k < kTogether; ++k) {
+      const float share = tried.first + tried.step * static_cast<float>(first + k);
+      scales[k] = clamp(nearest(unit * share), -kMostCentredScale, kMostCentredScale);
+      inverses[k] = scales[k] == 0 ? V{} : 1 / scales[k];
     }
-    best = errors < least ? scales : best;
-    least = min(errors, least);
+    for (std::int64_t i = 0; i < kScaleInputs; ++i)
+      for (int k = 0; k < kTogether; ++k) {
+        const V missed = values[i] - scales[k] * codes_of(values[i], inverses[k]);
+        errors[k] += weighted(i, missed) * missed;
+      }
+    for (int k = 0; k < kTogether; ++k) {
+      best = errors[k] < least ? scales[k] : best;
+      least = min(errors[k], least);
+    }
   }
   return {best, least};
 }

@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "base/buffer.h"
-#include "base/four.h"
 #include "base/half.h"
 #include "checkpoint/ggml_types.h"
 
@@ -36,6 +35,17 @@ Outlier take_outlier(float* values, std::int64_t cols) {
   return {0, 0.0f};
 }
 
+/// Sets the top bit for NaN and infinity, whose exponents of all ones carry into it.
+std::uint32_t overflow_of(float value) {
+  return (std::bit_cast<std::uint32_t>(value) & 0x7fffffffu) + 0x00800000u;
+}
+
+bool all_finite(const float* values, std::int64_t count) {
+  std::uint32_t overflow = 0;
+  for (std::int64_t i = 0; i < count; ++i) overflow |= overflow_of(values[i]);
+  return (overflow & 0x80000000u) == 0;
+}
+
 enum class Stored { ok, not_finite, not_compressible };
 
 /// Stores a row in the target's format. Overwrites `values`.
@@ -44,16 +54,13 @@ Stored store_row(const Matrix& target, std::int64_t row, float* values) {
     const_cast<Outlier&>(target.outliers[row]) = take_outlier(values, target.cols);
   auto* const data = const_cast<std::byte*>(target.row(row));
   const std::int64_t cols = target.cols;
-  std::uint32_t overflow = 0;  // an exponent of all ones (NaN, infinity) carries into the top bit
-  const auto check = [&](float value) {
-    overflow |= (std::bit_cast<std::uint32_t>(value) & 0x7fffffffu) + 0x00800000u;
-  };
+  std::uint32_t overflow = 0;
   const bool as_bf16 = target.format == WeightFormat::bf16 || target.format == WeightFormat::bf16c;
   std::vector<std::uint16_t> halves(target.format == WeightFormat::bf16c ? cols : 0);
   auto* const rounded = halves.empty() ? reinterpret_cast<std::uint16_t*>(data) : halves.data();
   for (std::int64_t i = 0; i < cols; ++i) {
     if (as_bf16) rounded[i] = f32_to_bf16(values[i]);
-    check(as_bf16 ? bf16_to_f32(rounded[i]) : values[i]);
+    overflow |= overflow_of(as_bf16 ? bf16_to_f32(rounded[i]) : values[i]);
   }
   if ((overflow & 0x80000000u) != 0) return Stored::not_finite;
   switch (target.format) {
@@ -202,9 +209,7 @@ void copy_strip(const BrickCopy& copy, std::int64_t strip, const InputFactor* in
   each_row(copy, strip, [&](std::int64_t r, const TensorView& tensor, const std::byte* data) {
     float* const row = values.data() + r * stride;
     dequantize(tensor.dtype, data, target.cols, row);
-    // Zeros, or a NaN where a value is not finite. Behind the row are zeros.
-    if (sum_of(stride, [&](std::int64_t i) { return load_four(row + i) * 0; }) != 0)
-      throw not_finite(tensor, copy.target.format);
+    if (!all_finite(row, target.cols)) throw not_finite(tensor, copy.target.format);
   });
   quantize_bricks(target, strip, values.data(), inputs);
 }

@@ -24,17 +24,16 @@ float largest_of(const float* values, std::int64_t n) {
   return most_of(most) >= -least_of(least) ? most_of(most) : least_of(least);
 }
 
-/// Whether the largest of 32 values may be more than `ratio` times the next. If it is, the largest
-/// square is more than half of the sum of all; squares that overflow tell nothing.
+/// Whether the largest of 32 values may be more than `ratio` times the next: whether it is so for
+/// two halves of them.
 bool may_hold_outlier(const float* values, float ratio) {
-  Four most{};
-  const float sum = sum_of(kBlockInputs, [&](std::int64_t i) {
-    const Four v = load_four(values + i), square = v * v;
-    most = max(most, square);
-    return square;
-  });
-  const float others = static_cast<float>(kBlockInputs - 1) / (ratio * ratio);
-  return !(sum > 1.01f * (1 + others) * most_of(most));
+  Four sizes{};
+  for (std::int64_t i = 0; i < kBlockInputs; i += 4) {
+    const Four v = load_four(values + i);
+    sizes = max(sizes, max(v, -v));
+  }
+  const float a = std::max(sizes[0], sizes[1]), b = std::max(sizes[2], sizes[3]);
+  return std::max(a, b) > ratio * std::min(a, b);
 }
 
 /// Takes the strip's outliers out of `values`: the largest values that are more than kRatio times
@@ -98,7 +97,7 @@ float power_of_2(float size) {
 /// Codes of a strip's rows, and scales if they are centred.
 struct StripCodes {
   std::int64_t blocks;
-  std::vector<std::int8_t> scales;         // [64][blocks * 2]
+  std::vector<std::int8_t> scales;         // [blocks * 2][64]
   std::vector<std::uint8_t> codes, rests;  // [64][blocks * 32]
 
   explicit StripCodes(const Bricks& target)
@@ -109,18 +108,15 @@ struct StripCodes {
 
   CentredRow row(std::int64_t r) {
     const std::int64_t at = r * blocks * kBlockInputs;
-    return {scales.data() + r * blocks * 2, codes.data() + at,
-            rests.empty() ? nullptr : rests.data() + at};
+    return {scales.data() + r, codes.data() + at, rests.empty() ? nullptr : rests.data() + at};
   }
 };
 
 void round_centred(const Bricks& target, std::int64_t row_id, float* row, const CentredRow& to) {
   const std::int64_t n = target.blocks * kBlockInputs;
   const float most = std::abs(largest_of(row, n));
-  const float step = step_of_row(most);
-  const float unit = power_of_2(most), in_units = 1 / unit, in_steps = unit / step;
-  for (std::int64_t i = 0; i < n && most > 0; ++i) row[i] = row[i] * in_units * in_steps;
-  const float rest_step = brick_loops().round_centred(row, target.blocks, to);
+  const float step = most > 0 ? step_of_row(most) : 1, unit = most > 0 ? power_of_2(most) : 1;
+  const float rest_step = brick_loops().round_centred(row, target.blocks, unit, step, to);
   const_cast<float*>(target.steps)[row_id] = most > 0 ? step : 0;
   if (target.has_rests())
     const_cast<float*>(target.rest_steps)[row_id] = most > 0 ? step * rest_step : 0;
@@ -136,11 +132,7 @@ void round_centred(const Bricks& target, std::int64_t strip, float* values) {
     round_centred(target, strip * kStripRows + r, values + r * n, codes.row(r));
   for (std::int64_t b = 0; b < target.blocks; ++b) {
     auto& brick = const_cast<CentredBrick&>(target.brick<CentredBrick>(strip, b));
-    const std::int8_t* const scales = codes.scales.data() + 2 * b;
-    for (std::int64_t r = 0; r < kStripRows; ++r) {
-      brick.scales[0][r] = scales[2 * r * target.blocks];
-      brick.scales[1][r] = scales[2 * r * target.blocks + 1];
-    }
+    std::memcpy(brick.scales, codes.scales.data() + 2 * b * kStripRows, sizeof brick.scales);
     loops.store_codes(codes.codes.data() + b * kBlockInputs, n, brick.codes);
     if (target.has_rests())
       loops.store_rests(codes.rests.data() + b * kBlockInputs, n, target, strip, b);
