@@ -255,8 +255,8 @@ void Checkpoint::refuse_unused(const std::set<std::string_view>& used) const {
 }
 
 bool Checkpoint::has_four_bits() const {
-  return std::ranges::any_of(
-      tensors_, [](const auto& tensor) { return tda::has_four_bits(tensor.second.dtype); });
+  return std::ranges::any_of(tensors_,
+                             [](const auto& tensor) { return tensor.second.has_four_bits(); });
 }
 
 WeightFormat Checkpoint::natural_format() const {
@@ -269,7 +269,7 @@ WeightFormat Checkpoint::natural_format() const {
     if (!name.starts_with("model.layers.")) continue;
     const std::int64_t size = view.shape[0] * view.shape[1];
     weights += size;
-    if (tda::has_four_bits(view.dtype)) of_four_bits += size;
+    if (view.has_four_bits()) of_four_bits += size;
   }
   if (of_four_bits > 0 && 2 * of_four_bits >= weights) return WeightFormat::int4;
   return quantised ? WeightFormat::int8 : full ? WeightFormat::f32 : WeightFormat::bf16;

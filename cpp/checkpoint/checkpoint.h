@@ -35,11 +35,15 @@ struct TensorView {
   std::shared_ptr<const File> file;
   /// If not null, the data is made from this instead, and `file` is where its codes are.
   std::shared_ptr<const QuantizedMatrix> quantized;
+  /// If not null, the same with columns in the order that `quantized` there has: with 4 bits.
+  std::shared_ptr<const TensorView> sorted;
   /// If not 0, each of so many heads has its rows in the file in rotary pairs, (0, h), (1, h + 1) and
   /// so on with h half of the head, instead of in order.
   std::int64_t rotary_heads = 0;
   float added = 0;  // to every value of the file: dequantize() gives so much more than meant
 
+  /// Whether the values have 4 bits, if need be sorted; see tda::has_four_bits.
+  bool has_four_bits() const { return sorted || tda::has_four_bits(dtype); }
   /// Bytes [first, first + count) of the data. Throws CheckpointError.
   void read(std::int64_t first, std::int64_t count, void* out) const;
   /// Rows [first, first + count) in order; a vector is one row. dequantize() gives their values.
@@ -114,7 +118,7 @@ class Checkpoint {
   const TensorView& tensor(std::string_view name, std::vector<std::int64_t> expected_shape) const;
   /// Throws CheckpointError if there are further tensors that would change results.
   void refuse_unused(const std::set<std::string_view>& used) const;
-  /// Whether any matrix has 4 bits, see tda::has_four_bits.
+  /// Whether any matrix has 4 bits.
   bool has_four_bits() const;
   /// What WeightFormat::automatic means here, by the matrices' types: int4 if half of the layers'
   /// weights or more have 4 bits, int8 if any matrix is quantised otherwise, f32 if any is f32, else

@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
@@ -61,11 +62,15 @@ class QuantizedMatrix {
     std::optional<TensorView> zeros;
     bool zeros_less_one;
     std::vector<std::int32_t> group_of;  // [cols], below `groups`
+    std::vector<std::int32_t> order;     // [cols] the input of each column; empty: its own number
   };
   explicit QuantizedMatrix(Parts parts);
 
   /// `lines` if every 32 inputs share a scale and have 4 bits, else f32.
   DType dtype() const { return dtype_; }
+  std::span<const std::int32_t> order() const { return parts_.order; }
+  /// The same with the inputs of a group side by side, if every 32 then are `lines`; else null.
+  std::shared_ptr<const QuantizedMatrix> sorted() const;
   std::int64_t row_bytes() const { return stored_bytes(dtype_, parts_.cols); }
   /// Bytes [first, first + count) of the rows as dtype(). Throws CheckpointError.
   void read(std::int64_t first, std::int64_t count, std::byte* out) const;

@@ -31,15 +31,22 @@ class QuantizedLayer {
     view.shape = {parts_.rows, parts_.cols};
     view.dtype_name = parts_.bits == 4 ? "int4" : "int8";
     view.file = parts_.codes.file;
-    const auto made = std::make_shared<const QuantizedMatrix>(std::move(parts_));
-    view.dtype = made->dtype();
-    view.bytes = view.shape[0] * made->row_bytes();
-    view.quantized = made;
+    view = made_from(std::make_shared<const QuantizedMatrix>(std::move(parts_)), view);
+    if (view.dtype == DType::f32)
+      if (auto sorted = view.quantized->sorted())
+        view.sorted = std::make_shared<const TensorView>(made_from(std::move(sorted), view));
     const auto [there, added] = tensors_.emplace(view.name, view);
     if (!added) fail(there->second, "is there beside its parts", "one of the two");
   }
 
  private:
+  static TensorView made_from(std::shared_ptr<const QuantizedMatrix> matrix, TensorView view) {
+    view.dtype = matrix->dtype();
+    view.bytes = view.shape[0] * matrix->row_bytes();
+    view.quantized = std::move(matrix);
+    return view;
+  }
+
   [[noreturn]] static void fail(const TensorView& view, const std::string& found,
                                 const std::string& expected) {
     throw CheckpointError(view.file->name() + ": tensor " + describe(view.name) + " " + found +

@@ -1,6 +1,7 @@
 // The weights of a quantised layer, row by row out of its parts.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "checkpoint/quantization.h"
@@ -82,6 +83,16 @@ QuantizedMatrix::QuantizedMatrix(Parts parts) : parts_(std::move(parts)), dtype_
     if (parts_.group_of[i] != parts_.group_of[i / block * block]) dtype_ = DType::f32;
 }
 
+std::shared_ptr<const QuantizedMatrix> QuantizedMatrix::sorted() const {
+  Parts parts = parts_;
+  parts.order.resize(parts.cols);
+  std::iota(parts.order.begin(), parts.order.end(), 0);
+  std::ranges::stable_sort(parts.order, {}, [&](std::int32_t i) { return parts_.group_of[i]; });
+  std::ranges::sort(parts.group_of);
+  auto result = std::make_shared<const QuantizedMatrix>(std::move(parts));
+  return result->dtype() == DType::lines ? result : nullptr;
+}
+
 std::shared_ptr<const QuantizedMatrix::Contents> QuantizedMatrix::contents() const {
   const std::lock_guard lock(mutex_);
   if (auto kept = contents_.lock()) return kept;
@@ -117,18 +128,22 @@ void QuantizedMatrix::read(std::int64_t first, std::int64_t count, std::byte* ou
   const std::shared_ptr<const Contents> kept = contents();
   const bool inputs_first = parts_.form == Form::gptq || parts_.form == Form::awq;
   const std::int64_t size = row_bytes(), cols = parts_.cols, end = first + count;
-  std::vector<std::uint8_t> codes(kPanel * cols);
+  const std::int64_t last = (end + size - 1) / size;
+  std::vector<std::uint8_t> codes(std::min(kPanel, last - first / size) * cols);
   std::vector<std::byte> made(size);
-  for (std::int64_t begin = first / size; begin * size < end; begin += kPanel) {
-    const std::int64_t rows = std::min(kPanel, (end + size - 1) / size - begin);
+  const auto input_of = [&](std::int64_t col) {
+    return parts_.order.empty() ? col : parts_.order[col];
+  };
+  for (std::int64_t begin = first / size; begin < last; begin += kPanel) {
+    const std::int64_t rows = std::min(kPanel, last - begin);
     if (inputs_first) {
       for (std::int64_t i = 0; i < cols; ++i)
         for (std::int64_t r = 0; r < rows; ++r)
-          codes[r * cols + i] = static_cast<std::uint8_t>(kept->codes.at(i, begin + r));
+          codes[r * cols + i] = static_cast<std::uint8_t>(kept->codes.at(input_of(i), begin + r));
     } else {
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t i = 0; i < cols; ++i)
-          codes[r * cols + i] = static_cast<std::uint8_t>(kept->codes.at(begin + r, i));
+          codes[r * cols + i] = static_cast<std::uint8_t>(kept->codes.at(begin + r, input_of(i)));
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       make_row(*kept, begin + r, codes.data() + r * cols, made.data());

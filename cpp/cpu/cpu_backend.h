@@ -88,6 +88,7 @@ struct CpuState final : State {
   Layout layout;
   Buffer<float> x;               // [panels, H, P] the residual stream
   Buffer<float> normed;          // [panels, H, P]
+  Buffer<float> ordered;         // see CpuBackend::in_order
   Buffer<float> branch;          // [panels, H, P] see CpuBackend::begin_branch
   float* sum = nullptr;          // what attention or feed-forward adds to: x, or branch
   Buffer<float> qkv;             // [panels, q_size + 2 kv_size, P]
@@ -220,6 +221,8 @@ class CpuBackend final : public Backend {
   void norm(const Layout&, const float* in, std::span<const float> weight, float* out) const;
   /// The input of attention or feed-forward: rmsnorm(x), or x itself without a norm before it.
   const float* normed(CpuState&, std::span<const float> weight) const;
+  /// x in the order of w's columns; valid until the next call. x: [panels, w.cols, P]
+  const float* in_order(CpuState&, const Matrix& w, const float* x) const;
   /// Sets state.sum to x or, where what is added to x must be normed or scaled before, to zeros;
   /// end_branch then does that. weight: of the norm behind, may be empty
   void begin_branch(CpuState&, std::span<const float> weight) const;

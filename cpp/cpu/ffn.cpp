@@ -39,10 +39,11 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
     sample_inputs(state, in, model_->config.hidden_size,
                   state.layers[layer].input_samples[static_cast<int>(Product::gate_up)]);
   if (in_bricks()) {
+    const float* const ordered = in_order(state, weights.gate_up, in);
     if (state.layout.width == 1)
-      ffn_bricks(state, layer, in);
+      ffn_bricks(state, layer, ordered);
     else
-      ffn_bricks_panels(state, layer, in);
+      ffn_bricks_panels(state, layer, ordered);
   } else if (state.layout.width == 1) {
     ffn_decode(state, layer, in);
   } else if (mode == FfnMode::sparse) {

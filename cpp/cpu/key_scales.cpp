@@ -20,7 +20,7 @@ std::vector<float> channel_sizes(const ModelConfig& config, const LayerWeights& 
     read_row(weights.qkv, row, 0, config.hidden_size, values.data());
     double squares = 0;
     for (std::int64_t i = 0; i < config.hidden_size; ++i) {
-      const double v = double{values[i]} * weights.attention_norm[i];
+      const double v = double{values[i]} * weights.attention_norm[weights.qkv.input_of(i)];
       squares += v * v;
     }
     sizes[c] = std::abs(weights.qkv_bias[row]) + 3 * static_cast<float>(std::sqrt(squares));

@@ -54,6 +54,20 @@ const float* CpuBackend::normed(CpuState& state, std::span<const float> weight) 
   return state.normed.data();
 }
 
+const float* CpuBackend::in_order(CpuState& state, const Matrix& w, const float* x) const {
+  if (w.input_order.empty()) return x;
+  const std::int64_t width = state.layout.width, size = w.cols * width;
+  float* const ordered = state.ordered.reserve(Size(state.layout.panels) * size, "ordered inputs");
+  pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
+    const float* const from = x + panel * size;
+    float* const to = ordered + panel * size;
+    for (std::int64_t i = 0; i < w.cols; ++i)
+      for (std::int64_t lane = 0; lane < width; ++lane)
+        to[i * width + lane] = from[w.input_order[i] * width + lane];
+  });
+  return ordered;
+}
+
 void CpuBackend::begin_branch(CpuState& state, std::span<const float> weight) const {
   state.sum = state.x.data();
   if (weight.empty() && model_->config.residual_scale == 1) return;
@@ -129,6 +143,7 @@ void CpuBackend::project(CpuState& state, std::int64_t layer, Product product, c
   CpuState::Layer& own = state.layers[layer];
   const int i = static_cast<int>(product);
   sample_inputs(state, in, w.cols, own.input_samples[i]);
+  in = in_order(state, w, in);
   if (state.layout.width > 1) return multiply(state, state.layout, w, in, out, add, next);
   const std::int64_t tokens = state.layout.tokens;
   const auto bytes = multiply_bricks(state, tokens, w, in, input_thresholds(state, layer, product),

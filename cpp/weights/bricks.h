@@ -61,6 +61,7 @@ static_assert(sizeof(LineBrick) == 1280);
 /// bricks.
 enum class BrickKind { graded, int4, lines };
 inline constexpr const char* kBrickKinds[] = {"graded", "int4", "lines"};  // in engine folders
+inline constexpr const char* kOrderedLines = "ordered lines";  // lines with Matrix::input_order
 
 /// A weight so much larger than its neighbours that they would lose their codes to it. It is stored
 /// apart and counts as 0 in its brick. value 0: there is none.

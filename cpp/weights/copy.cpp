@@ -156,7 +156,8 @@ RowSource source_of(const BrickCopy& copy, std::int64_t row) {
   if (copy.in_turn) {
     const std::int64_t turn = row / kTurn, i = turn % sources;
     const std::int64_t at = turn / sources * kTurn + row % kTurn;
-    return {at < copy.rows[i] ? copy.sources[i] : nullptr, at};
+    if (at >= copy.rows[i]) return {nullptr, at};
+    return {copy.sources[i], copy.row_order.empty() ? at : copy.row_order[at]};
   }
   for (std::int64_t i = 0; i < sources; row -= copy.rows[i++])
     if (row < copy.rows[i]) return {copy.sources[i], row};

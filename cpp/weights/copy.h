@@ -4,6 +4,7 @@
 #include <tda/types.h>
 
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "base/thread_pool.h"
@@ -33,6 +34,7 @@ struct BrickCopy {
   Matrix target;                   // in the arena
   bool in_turn;                    // 32 rows of each source in turn, else one after the other
   float* lengths;  // [cols] where to put the L2 norms of the columns; null: not wanted
+  std::span<const std::int32_t> row_order = {};  // of rows in turn: where each source has them
 };
 
 /// What a matrix in bricks is rounded by; null: by its values alone.

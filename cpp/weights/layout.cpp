@@ -4,11 +4,38 @@
 
 #include <algorithm>
 
+#include "checkpoint/quantization.h"
+
 namespace tda {
 namespace {
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) {
   return (value + unit - 1) / unit * unit;
+}
+
+/// Rows [first, first + count).
+TensorView part_of(TensorView view, std::int64_t first, std::int64_t count) {
+  const std::int64_t row_bytes = view.bytes / view.shape.front();
+  view.shape.front() = count;
+  view.begin += first * row_bytes;
+  view.bytes = count * row_bytes;
+  if (view.sorted)
+    view.sorted = std::make_shared<const TensorView>(part_of(*view.sorted, first, count));
+  return view;
+}
+
+std::span<const std::int32_t> order_of(const TensorView& view) {
+  return view.quantized ? view.quantized->order() : std::span<const std::int32_t>();
+}
+
+/// Replaces tensors by their sorted ones, if all have the same order, which their x then gets.
+void sort_alike(std::vector<const TensorView*>& sources) {
+  const auto alike = [&](const TensorView* source) {
+    return source->sorted &&
+           std::ranges::equal(order_of(*source->sorted), order_of(*sources.front()->sorted));
+  };
+  if (std::ranges::all_of(sources, alike))
+    for (const TensorView*& source : sources) source = source->sorted.get();
 }
 
 }  // namespace
@@ -63,13 +90,7 @@ void Layout::allocate_records(std::initializer_list<Plane> planes, std::int64_t 
 
 const TensorView& Layout::find(const Source& source, std::int64_t rows, std::int64_t cols) {
   const TensorView& whole = checkpoint_.tensor(source.name, {source.all ? source.all : rows, cols});
-  if (!source.all) return whole;
-  const std::int64_t row_bytes = whole.bytes / source.all;
-  TensorView& part = parts_.emplace_back(whole);
-  part.shape.front() = rows;
-  part.begin += source.first * row_bytes;
-  part.bytes = rows * row_bytes;
-  return part;
+  return source.all ? parts_.emplace_back(part_of(whole, source.first, rows)) : whole;
 }
 
 Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
@@ -79,7 +100,10 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
   BrickCopy copy{{}, rows, {}, in_turn, lengths};
   for (std::size_t i = 0; i < sources.size() && !checkpoint_.packed(); ++i)
     copy.sources.push_back(&find(sources[i], rows[i], cols));
-  if (format == WeightFormat::int4) result.kind = int4_kind(copy.sources);
+  if (format == WeightFormat::int4) {
+    sort_alike(copy.sources);
+    result.kind = int4_kind(copy.sources);
+  }
   Size size = 0;
   for (std::int64_t n : rows) {
     result.rows += in_turn ? round_up(n, kStripRows / 2) : n;
@@ -87,6 +111,9 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
   }
   result.by_block = by_block;
   result.data = size.too_large() ? allocate(size, 2) : allocate(1, result.bytes());
+  // That by block is down: its inputs are neurons, and the rows of gate and up have their order.
+  if (format == WeightFormat::int4 && !by_block)
+    result.input_order = input_order(checkpoint_.packed() ? nullptr : copy.sources.front(), cols);
   if (checkpoint_.packed()) return result;
   copy.target = result;
   if (memory_) brick_copies_.push_back(std::move(copy));
@@ -98,12 +125,24 @@ Matrix Layout::bricks(WeightFormat format, const std::vector<Source>& sources,
 BrickKind Layout::int4_kind(const std::vector<const TensorView*>& sources) {
   const std::size_t i = kinds_++;
   if (checkpoint_.packed()) {
-    const auto known = std::ranges::find(kBrickKinds, checkpoint_.packed()->matrices[i]);
+    const std::string& name = checkpoint_.packed()->matrices[i];
+    const auto known = std::ranges::find(kBrickKinds, name == kOrderedLines ? "lines" : name);
     return static_cast<BrickKind>(known - std::begin(kBrickKinds));
   }
   const auto had_four = [](const TensorView* tensor) { return had_four_bits(*tensor); };
   if (std::ranges::all_of(sources, had_four)) return BrickKind::lines;
   return checkpoint_.has_four_bits() ? BrickKind::graded : BrickKind::int4;
+}
+
+/// Of the latest int4 matrix. source: any of its tensors; null if packed
+std::span<const std::int32_t> Layout::input_order(const TensorView* source, std::int64_t cols) {
+  const auto order = source ? order_of(*source) : std::span<const std::int32_t>();
+  const bool ordered =
+      source ? !order.empty() : checkpoint_.packed()->matrices[kinds_ - 1] == kOrderedLines;
+  if (!ordered) return {};
+  auto* const data = reinterpret_cast<std::int32_t*>(allocate(cols, 4));
+  if (source && data) std::ranges::copy(order, data);
+  return {data, data ? static_cast<std::size_t>(cols) : 0};
 }
 
 /// Whether int4 keeps the 4 bits of the embedding: of one that is no head, which TDA reads by input.
@@ -218,6 +257,8 @@ LayerWeights Layout::layer(const std::string& prefix) {
   if (in_bricks(format_)) {
     w.gate_up = bricks(format_, {gate, up}, {neurons, neurons}, hidden, true);
     w.down = bricks(format_, {down}, {hidden}, neurons, false, true, lengths);
+    if (memory_ && !checkpoint_.packed())
+      brick_copies_.end()[-2].row_order = order_of(*brick_copies_.back().sources.front());
   } else {
     allocate_neurons(w, neurons, hidden);
     fill(w.gate, gate);

@@ -57,6 +57,7 @@ class Layout {
                 const std::vector<std::int64_t>& rows, std::int64_t cols, bool in_turn = false,
                 bool by_block = false, float* lengths = nullptr);
   BrickKind int4_kind(const std::vector<const TensorView*>& sources);
+  std::span<const std::int32_t> input_order(const TensorView* source, std::int64_t cols);
   bool has_lines(const char* embedding);
   void fill(const Matrix& target, const Source& source);
   void fill_transposed(const Matrix& target, const std::string& name, float* row_lengths);

@@ -77,6 +77,19 @@ void check_bricks(const Matrix& matrix, const std::string& file, const std::stri
   }
 }
 
+/// Checks that every input is there once, because kernels read x by it.
+void check_order(const Matrix& matrix, const std::string& file, const std::string& where) {
+  std::vector<bool> seen(matrix.input_order.size());
+  for (const std::int32_t input : matrix.input_order) {
+    const bool exists = input >= 0 && input < matrix.cols;
+    if (!exists || seen[input])
+      throw CheckpointError(file + ": " + where + "order of inputs has " + std::to_string(input) +
+                            (exists ? " twice" : "") + ", expected 0 to " +
+                            std::to_string(matrix.cols - 1) + " once each: the file is damaged");
+    seen[input] = true;
+  }
+}
+
 void check_vectors(const Model& model, const std::string& file) {
   const auto check = [&](const std::string& what, std::span<const float> values) {
     const auto bad = std::ranges::find_if_not(values, [](float v) { return std::isfinite(v); });
@@ -97,7 +110,10 @@ void check_vectors(const Model& model, const std::string& file) {
     check(layer + "norm before the feed-forward network", w.ffn_norm);
     check(layer + "norm behind the feed-forward network", w.ffn_post_norm);
     check(layer + "lengths of the down rows", w.down_lengths);
-    for (const Matrix* m : w.in_bricks()) check_bricks(*m, file, layer, check);
+    for (const Matrix* m : w.in_bricks()) {
+      check_bricks(*m, file, layer, check);
+      check_order(*m, file, layer);
+    }
     for (const std::int32_t j : w.outlier_neurons)
       check(layer + "outlier of neuron " + std::to_string(j), {&w.down.outliers[j].value, 1});
   }
@@ -117,10 +133,14 @@ void check_kinds(const PackedWeights& packed, const ModelConfig& config) {
   const std::int64_t expected = packed.format == WeightFormat::int4 ? 1 + 4 * config.num_layers : 0;
   if (found != expected)
     fail(" has " + std::to_string(found) + " names, expected " + std::to_string(expected));
-  for (std::int64_t i = 0; i < found; ++i)
-    if (std::ranges::find(kBrickKinds, packed.matrices[i]) == std::end(kBrickKinds))
+  for (std::int64_t i = 0; i < found; ++i) {
+    const bool may_be_ordered = i % 4 != 0;  // not the embedding, nor down
+    if (std::ranges::find(kBrickKinds, packed.matrices[i]) == std::end(kBrickKinds) &&
+        !(may_be_ordered && packed.matrices[i] == kOrderedLines))
       fail("[" + std::to_string(i) + "] is \"" + packed.matrices[i] +
-           "\", expected \"graded\", \"int4\" or \"lines\"");
+           "\", expected \"graded\", \"int4\" or \"lines\"" +
+           (may_be_ordered ? " or \"ordered lines\"" : ""));
+  }
 }
 
 /// Uses the file's pages in place: processes share them, and each is read at its first use. Checked

@@ -44,7 +44,13 @@ struct Matrix {
   // graded and int4 only: what their bricks are, and in which order
   BrickKind kind = BrickKind::graded;
   bool by_block = false;
+  // [cols] the input of each column; empty: its own number. So that inputs that share a scale are
+  // neighbours; in bricks only.
+  std::span<const std::int32_t> input_order = {};
 
+  std::int64_t input_of(std::int64_t column) const {
+    return input_order.empty() ? column : input_order[column];
+  }
   std::int64_t row_bytes() const {  // of data
     switch (format) {
       case WeightFormat::f32:
@@ -93,7 +99,8 @@ struct LayerWeights {
   // Neuron-major: row j of each of the three is all that neuron j needs. In int8, rows read together
   // are interleaved: the high planes of gate and up, their low planes, and both planes of down.
   Matrix gate, up, down;  // [F, H]; down is W_down transposed
-  // In bricks: gate and up are one matrix of 32 rows of each in turn, and down is W_down.
+  // In bricks: gate and up are one matrix of 32 rows of each in turn, and down is W_down. Neurons are
+  // in the order that down has best, so it has no input_order.
   Matrix gate_up;                             // [2 F, H], F rounded up to 32
   std::span<const float> down_lengths;        // [F] ||W_down[:,j]||_2
   std::vector<std::int32_t> outlier_neurons;  // those whose down row has an outlier, ascending

@@ -37,7 +37,8 @@ void describe_weights(const Model& model, std::int64_t calibration_tokens, json&
     kinds = {kBrickKinds[static_cast<int>(model.embedding.kind)]};
     for (const LayerWeights& layer : model.layers)
       for (const Matrix* matrix : layer.in_bricks())
-        kinds.push_back(kBrickKinds[static_cast<int>(matrix->kind)]);
+        kinds.push_back(matrix->input_order.empty() ? kBrickKinds[static_cast<int>(matrix->kind)]
+                                                    : kOrderedLines);
   }
   // The checkpoint may say that its head is the embedding and hold another one, which counts.
   if (!model.config.tied_embeddings && config.contains("tie_word_embeddings"))

@@ -8,6 +8,7 @@
 #include "base/half.h"
 #include "brick_tests.h"
 #include "check.h"
+#include "cpu/key_scales.h"
 #include "kernel_tests.h"
 
 using namespace tda;
@@ -168,6 +169,36 @@ TEST(lines_zeros_and_constants_are_kept) {
   for (std::int64_t i = 0; i < 64; ++i) values[5 * 64 + i] = 0.375f;
   const std::vector<float> found = Stored(64, values).values();
   CHECK(found == values);
+}
+
+TEST(key_scales_take_each_input_times_its_own_norm) {
+  ModelConfig config;
+  config.hidden_size = 64;
+  config.num_heads = config.num_kv_heads = 1;
+  config.head_dim = 16;
+  const std::int64_t rows = config.q_size() + 2 * config.kv_size(), cols = config.hidden_size;
+  std::vector<float> norm(cols), bias(rows);
+  std::vector<std::int32_t> order(cols);
+  for (std::int64_t i = 0; i < cols; ++i) {
+    order[i] = static_cast<std::int32_t>((i + cols / 2) % cols);
+    norm[i] = i < cols / 2 ? 100.0f : 1.0f;  // so that another order is another power of two
+  }
+  std::vector<float> values = random_floats(rows * cols, 1), ordered(rows * cols);
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t i = 0; i < cols; ++i) {
+      if (i < cols / 2 && r % 2 == 0) values[r * cols + i] *= 1e-3f;
+      ordered[r * cols + i] = values[r * cols + order[i]];
+    }
+  const auto scales = [&](const std::vector<float>& of, std::span<const std::int32_t> input_order) {
+    LayerWeights weights;
+    weights.attention_norm = norm;
+    weights.qkv_bias = bias;
+    weights.qkv = {WeightFormat::f32, rows, cols, reinterpret_cast<const std::byte*>(of.data())};
+    weights.qkv.input_order = input_order;
+    return key_scales(config, weights).keys;
+  };
+  CHECK(scales(ordered, order) == scales(values, {}));
+  CHECK(scales(ordered, {}) != scales(values, {}));
 }
 
 int main() { return run_tests(); }

@@ -215,15 +215,15 @@ TEST(damaged_weights_are_refused) {
 
 /// Otherwise fuzzing never gets past the first check. To renew: tests/fuzz/make_corpus.py.
 TEST(the_fuzz_corpus_has_engine_folders_of_this_layout) {
-  for (const char* format : {"f32", "bf16", "int8", "int4", "bf16c", "graded"}) {
+  for (const char* name : {"f32", "bf16", "int8", "int4", "bf16c", "graded", "ordered"}) {
     const std::string seed =
-        read(fs::path(TDA_CORPUS) / "folder" / ("packed_" + std::string(format)));
+        read(fs::path(TDA_CORPUS) / "folder" / ("packed_" + std::string(name)));
     const std::size_t zero = seed.find('\0');
     const Folder folder;
     folder.write("config.json", seed.substr(0, zero));
     folder.write("model.safetensors", seed.substr(zero + 1));
     const tda::Engine engine(folder.path, {.threads = 1});
-    CHECK(tda::name_of(engine.weights()) == format);
+    CHECK(tda::name_of(engine.weights()) == (name == std::string("ordered") ? "int4" : name));
     CHECK(std::isfinite(engine.logits(std::vector<tda::Token>{1})[0]));
   }
 }
@@ -353,6 +353,16 @@ TEST(kinds_of_int4_matrices_are_checked) {
   refuses(std::vector<std::string>(10, "int4"), "tdaengine.matrices has 10 names, expected 9");
   refuses(std::vector<std::string>(9, "int5"),
           "matrices[0] is \"int5\", expected \"graded\", \"int4\" or \"lines\"");
+  for (const std::size_t i : {0, 4, 8}) {  // the embedding, and down
+    std::vector<std::string> ordered = kinds;
+    ordered[i] = "ordered lines";
+    refuses(ordered, "] is \"ordered lines\", expected \"graded\", \"int4\" or \"lines\"");
+  }
+  for (const std::size_t i : {1, 2, 3}) {
+    std::vector<std::string> unknown = kinds;
+    unknown[i] = "ordered";
+    refuses(unknown, "or \"lines\" or \"ordered lines\"");
+  }
   refuses(std::vector<std::string>(9, "lines"), " bytes, expected ");
   kinds[0] = "lines";
   refuses(kinds, " bytes, expected ");

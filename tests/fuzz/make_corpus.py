@@ -328,6 +328,14 @@ def prefixes(prompts: list[tuple[int, str, int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
+def write_packed(name: str, source: str, packed: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _native.pack_checkpoint(source, folder, packed, None)
+        config, arena = (Path(folder, name) for name in ("config.json", "model.safetensors"))
+        content = json.dumps(json.loads(config.read_text())).encode()
+        write("folder", "packed_" + name, content + b"\0" + arena.read_bytes())
+
+
 def main() -> None:
     write_ggufs()
     write("tokenizer", "byte_level", byte_level())
@@ -374,14 +382,15 @@ def main() -> None:
             tiny_quantized.write(Path(folder, name), name, config=small)
             config, data = (Path(folder, name, f) for f in ("config.json", "model.safetensors"))
             write("folder", "quantized_" + name, config.read_bytes() + b"\0" + data.read_bytes())
-    for packed in "f32", "bf16", "int8", "int4", "bf16c", "graded":
-        with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
-            Path(source, "config.json").write_text(json.dumps(LLAMA))
-            Path(source, "model.safetensors").write_bytes(weights(LLAMA, "F32"))
-            _native.pack_checkpoint(source, folder, packed, None)
-            config, arena = (Path(folder, name) for name in ("config.json", "model.safetensors"))
-            content = json.dumps(json.loads(config.read_text())).encode()
-            write("folder", "packed_" + packed, content + b"\0" + arena.read_bytes())
+    with tempfile.TemporaryDirectory() as source:
+        Path(source, "config.json").write_text(json.dumps(LLAMA))
+        Path(source, "model.safetensors").write_bytes(weights(LLAMA, "F32"))
+        for packed in "f32", "bf16", "int8", "int4", "bf16c", "graded":
+            write_packed(packed, source, packed)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        tiny_quantized.write(source, "gptq_ordered", config=small | {"hidden_size": 64})
+        write_packed("ordered", str(source), "int4")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tdaengine.convert import convert
 from tdaengine.info import describe, info
 
 TOKENS = tiny.tokens("llama")
-KEEPS = [name for name, kind in KINDS.items() if kind.bits == 4 and not kind.ordered]
+KEEPS = [name for name, kind in KINDS.items() if kind.bits == 4 and kind.group % 32 == 0]
 
 
 def write_plain(folder: Path, weights: dict[str, np.ndarray], config: dict = CONFIG) -> Path:
@@ -71,7 +71,9 @@ def test_auto_keeps_four_bits(tmp_path: Path, name: str):
     def error(engine: Engine) -> float:
         return np.linalg.norm(engine.logits(TOKENS) - expected) / np.linalg.norm(expected)
 
-    assert error(engine) <= error(Engine(tmp_path / name, weights="int8")) < 0.05
+    eight = error(Engine(tmp_path / name, weights="int8"))
+    assert max(error(engine), eight) < 0.05
+    assert KINDS[name].apart or error(engine) <= eight
     convert(tmp_path / name, tmp_path / "packed", weights="auto")
     packed = Engine(tmp_path / "packed")
     assert packed.weights == engine.weights
@@ -141,7 +143,7 @@ def test_convert_to_a_plain_folder(tmp_path: Path, name: str):
     assert Engine(tmp_path / "bf16").weights == "bf16"
 
 
-@pytest.mark.parametrize("kind", ["gptq_32", "awq_64", "bytes_rows"])
+@pytest.mark.parametrize("kind", ["gptq_32", "gptq_ordered", "awq_64", "bytes_rows"])
 @pytest.mark.parametrize("family", ["phi3", "qwen2", "gemma3", "llama_bias"])
 def test_families(tmp_path: Path, family: str, kind: str):
     """Biases stay, layers of several matrices are taken apart."""

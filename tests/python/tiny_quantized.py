@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 CONFIG = tiny.BASE | {"hidden_size": 128, "intermediate_size": 256}
 Tensors = dict[str, np.ndarray]
+# Layers with the inputs of another one: GPTQ finds the same order for both.
+SHARES = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,14 @@ def awq(layer: Codes) -> Tensors:
     }
 
 
-def packed(layer: Codes, zeros: bool = False) -> Tensors:
+def packed(layer: Codes, zeros: bool = False, ordered: bool = False) -> Tensors:
     tensors = {
         "weight_packed": pack(layer.codes, 1, layer.bits),
         "weight_scale": layer.scales,
         "weight_shape": np.array(layer.codes.shape, np.int64),
     }
-    return tensors | ({"weight_zero_point": pack(layer.zeros, 0, layer.bits)} if zeros else {})
+    tensors |= {"weight_zero_point": pack(layer.zeros, 0, layer.bits)} if zeros else {}
+    return tensors | ({"weight_g_idx": layer.group_of} if ordered else {})
 
 
 def in_bytes(layer: Codes, zeros: bool = False, one: bool = False) -> Tensors:
@@ -143,15 +146,23 @@ class Kind:
     group: int
     zeros: bool
     ordered: bool = False  # groups of inputs that are not neighbours
+    apart: bool = False  # other ones in every layer
     one_scale: bool = False
     dtype: str = "f2"
 
 
-def _gptq(bits: int, group: int, zeros: bool, ordered: bool = False, **more: object) -> Kind:
+def _gptq(
+    bits: int,
+    group: int,
+    zeros: bool,
+    ordered: bool = False,
+    apart: bool = False,
+    **more: object,
+) -> Kind:
     config = {"quant_method": "gptq", "bits": bits, "group_size": group or -1}
     config |= {"sym": not zeros, "desc_act": ordered, "damp_percent": 0.01, **more}
     version = 2 if more.get("checkpoint_format") == "gptq_v2" else 1
-    return Kind(config, lambda c: gptq(c, version), bits, group, zeros, ordered)
+    return Kind(config, lambda c: gptq(c, version), bits, group, zeros, ordered, apart)
 
 
 def _awq(group: int) -> Kind:
@@ -160,9 +171,11 @@ def _awq(group: int) -> Kind:
     return Kind(config, awq, 4, group, True)
 
 
-def _packed(bits: int, group: int, zeros: bool, dtype: str = "f2") -> Kind:
+def _packed(bits: int, group: int, zeros: bool, ordered: bool = False, dtype: str = "f2") -> Kind:
     config = scheme(bits, group, not zeros, "pack-quantized")
-    return Kind(config, lambda c: packed(c, zeros), bits, group, zeros, dtype=dtype)
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group" if ordered else None
+    make = lambda c: packed(c, zeros, ordered)  # noqa: E731
+    return Kind(config, make, bits, group, zeros, ordered, dtype=dtype)
 
 
 def _bytes(group: int, zeros: bool, form: str = "int-quantized") -> Kind:
@@ -177,13 +190,21 @@ KINDS = {
     "gptq_rows": _gptq(4, 0, True),
     "gptq_v2": _gptq(4, 32, True, checkpoint_format="gptq_v2"),
     "gptq_ordered": _gptq(4, 32, True, ordered=True),
+    "gptq_ordered_64": _gptq(4, 64, False, ordered=True),
+    "gptq_ordered_128": _gptq(4, 128, True, ordered=True, checkpoint_format="gptq_v2"),
+    "gptq_ordered_48": _gptq(4, 48, True, ordered=True),
+    "gptq_apart": _gptq(4, 32, True, ordered=True, apart=True),
     "gptq_8": _gptq(8, 64, True),
+    "gptq_8_ordered": _gptq(8, 64, True, ordered=True),
     "awq_32": _awq(32),
     "awq_64": _awq(64),
     "awq_128": _awq(128),
     "awq_rows": _awq(0),
     "packed_32": _packed(4, 32, False),
     "packed_zeros": _packed(4, 128, True),
+    "packed_ordered": _packed(4, 32, False, ordered=True),
+    "packed_ordered_64": _packed(4, 64, True, ordered=True),
+    "packed_ordered_128": _packed(4, 128, False, ordered=True),
     "packed_rows": _packed(4, 0, False, dtype="f4"),
     "packed_8": _packed(8, 0, False),
     "bytes_rows": _bytes(0, False),
@@ -209,6 +230,7 @@ def write(
     weights: dict[str, np.ndarray] = tiny.make_weights(config, seed=len(name))
     tensors: Tensors = {}
     random = np.random.RandomState(1)
+    orders: dict[str, np.ndarray] = {}  # of inputs
     for key, values in list(weights.items()):
         layer = key.removesuffix(".weight")
         if not layer.endswith("_proj"):
@@ -216,7 +238,11 @@ def write(
             continue
         if kind.one_scale:
             values = values / np.abs(values).max(1, keepdims=True) * 0.25  # the same in each row
-        order = random.permutation(values.shape[1]) if kind.ordered else None
+        before, _, own = layer.rpartition(".")
+        inputs = layer if kind.apart else f"{before}.{SHARES.get(own, own)}"
+        if kind.ordered and inputs not in orders:
+            orders[inputs] = random.permutation(values.shape[1])
+        order = orders.get(inputs)
         codes = quantize(values, kind.bits, kind.group, kind.zeros, order, dtype or kind.dtype)
         weights[key] = codes.weights()
         tensors |= {f"{layer}.{part}": v for part, v in kind.pack(codes).items()}
