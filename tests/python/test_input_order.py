@@ -24,6 +24,7 @@ ORDERED = [
     if kind.ordered and not kind.apart and kind.bits == 4 and kind.group % 32 == 0
 ]
 PROMPT = 40
+LARGE = CONFIG | {"hidden_size": 256}  # two groups of 128
 # Two heads of two groups each, so that their inputs can mix.
 WIDE = CONFIG | {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -48,9 +49,9 @@ def test_kinds():
 def test_four_bits_are_kept(tmp_path: Path, name: str):
     """In a prompt and by single tokens. Another rounding to 4 bits would be 0.3 away, another order
     of inputs further."""
-    weights = tiny_quantized.write(tmp_path / name, name)
+    weights = tiny_quantized.write(tmp_path / name, name, config=LARGE)
     engine = Engine(tmp_path / name)
-    expected = Reference(write_plain(tmp_path / "plain", weights)).forward(TOKENS)
+    expected = Reference(write_plain(tmp_path / "plain", weights, LARGE)).forward(TOKENS)
     assert engine.weights == "int4"
     found = engine.logits(TOKENS)
     assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
@@ -60,8 +61,8 @@ def test_four_bits_are_kept(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", ORDERED)
 def test_bits_per_weight_are_those_of_neighbours(tmp_path: Path, name: str):
-    tiny_quantized.write(tmp_path / name, name)
-    tiny_quantized.write(tmp_path / "neighbours", f"gptq_{KINDS[name].group}")
+    tiny_quantized.write(tmp_path / name, name, config=LARGE)
+    tiny_quantized.write(tmp_path / "neighbours", f"gptq_{KINDS[name].group}", config=LARGE)
     found, expected = (formats(Engine(tmp_path / f)) for f in (name, "neighbours"))
     assert found == expected
     layers = ("q, k, v", "attention output", "gate, up", "down")
