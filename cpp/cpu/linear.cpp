@@ -61,9 +61,13 @@ const float* CpuBackend::in_order(CpuState& state, const Matrix& w, const float*
   pool_.run(state.layout.panels, [&](std::int64_t panel, int) {
     const float* const from = x + panel * size;
     float* const to = ordered + panel * size;
-    for (std::int64_t i = 0; i < w.cols; ++i)
-      for (std::int64_t lane = 0; lane < width; ++lane)
-        to[i * width + lane] = from[w.input_order[i] * width + lane];
+    for (std::int64_t i = 0; i < w.cols; ++i) {
+      const float* const of_input = from + w.input_order[i] * width;
+      if (width == 1)
+        to[i] = *of_input;
+      else
+        std::copy_n(of_input, width, to + i * width);
+    }
   });
   return ordered;
 }
