@@ -239,14 +239,13 @@ void CudaBackend::begin(State& s, const Step& step) const {
 
 // ---- TDA ----------------------------------------------------------------------------------------
 
-void CudaBackend::set_thresholds(State& s, std::int64_t layer,
-                                 const TokenThresholds& thresholds) const {
+void CudaBackend::set_threshold(State& s, std::int64_t layer, float threshold) const {
   CudaState& state = CudaState::of(s);
-  check_thresholds(layer, thresholds);
-  copy(stream_, state.thresholds.data() + layer, &thresholds.exact, 1);
+  check_threshold(layer, threshold);
+  copy(stream_, state.thresholds.data() + layer, &threshold, 1);
   stream_.wait();
   count_reads(state);
-  state.layers[layer].thresholds = thresholds;
+  state.layers[layer].threshold = threshold;
   state.graphs[1].reset();  // the choice of kernels depends on the thresholds
 }
 

@@ -40,7 +40,7 @@ struct CudaState final : State {
     std::int64_t active = 0;   // neurons in the mask
     double tokens = 0;         // in the statistic
     std::int64_t sampled = 0;  // tokens in the samples
-    TokenThresholds thresholds;
+    float threshold = 0;       // of estimates; 0: all neurons of the mask
     FfnReads reads;
   };
   enum class Recording { none, recording, replaying };
@@ -117,7 +117,7 @@ class CudaBackend final : public Backend {
   void mask_top_share(State&, double active) const override;
   void set_mask(State&, std::int64_t layer, std::vector<std::int32_t> neurons) const override;
   std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
-  void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
+  void set_threshold(State&, std::int64_t layer, float threshold) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
   std::int64_t head_bytes(const State&) const override;
 

@@ -55,11 +55,10 @@ void CudaBackend::ffn(State& s, std::int64_t layer) const {
 void CudaBackend::ffn_one(CudaState& state, std::int64_t layer, std::int64_t token) const {
   const ModelConfig& config = model_->config;
   const DeviceLayer& weights = layers_[layer];
-  const TokenThresholds& thresholds = state.layers[layer].thresholds;
   const bool sparse = state.step.ffn == FfnMode::sparse;
-  const Select select = !sparse || thresholds.exact <= 0 ? Select::all
-                        : by_gate(state.estimate)        ? Select::gate
-                                                         : Select::contribution;
+  const Select select = !sparse || state.layers[layer].threshold <= 0 ? Select::all
+                        : by_gate(state.estimate)                     ? Select::gate
+                                                                      : Select::contribution;
   const std::int64_t hidden = config.hidden_size, neurons = config.intermediate_size;
   Neurons a = {};
   a.gate = weights.gate.data();

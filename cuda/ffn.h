@@ -20,7 +20,7 @@ __device__ inline float activate(Activation activation, float x) {
   }
 }
 
-/// What a neuron is selected by for one token, see TokenThresholds.
+/// What a neuron is selected by for one token, see Backend::set_threshold.
 enum class Select { all, contribution, gate };
 
 /// One token's FFN over some neurons: those of an ascending list, or all.

@@ -64,8 +64,6 @@ void bind_thresholds(nb::module_& m) {
       .field("error", &Thresholds::error, "The error that was asked for; 0 if bytes were.")
       .field("bytes", &Thresholds::bytes, "The share of FFN bytes that was asked for, or 0.")
       .field("values", &Thresholds::values, "The thresholds, one per layer.")
-      .field("coarse", &Thresholds::coarse,
-             "The second, lower ones (scope \"token\", int8), or none.")
       .field("reached", &Thresholds::reached,
              "Per layer the error, or share of bytes, on the calibration text.")
       .field("inputs", &Thresholds::inputs,
@@ -244,10 +242,8 @@ void bind_tda(nb::module_& m) {
       m, "TDA",
       "Threshold-based dynamic activation: which feed-forward neurons decoding skips.\n\n"
       "TDA() is the recommended setting for the model and weights at hand: with graded and int4\n"
-      "weights TDA(inputs=0.2), with int8 weights TDA(scope=\"token\", active=0.35, coarse=0.5,\n"
-      "head=1e-5), else dense, since nothing is faster there at little loss. Output.stats.tda "
-      "says\n"
-      "what was used.\n\n"
+      "weights TDA(inputs=0.2), else dense, since nothing is faster there at little loss.\n"
+      "Output.stats.tda says what was used.\n\n"
       "TDA(loss=0.02), with graded or int4 weights, is the cheapest that cost at most 2% "
       "perplexity on\n"
       "the text that the model was calibrated on.\n"
@@ -278,16 +274,11 @@ void bind_tda(nb::module_& m) {
       .field("thresholds", &TdaOptions::thresholds,
              "Thresholds, from Engine.calibrate or Thresholds.load; for scope \"sequence\" also\n"
              "together with active, which then says how many neurons stay.")
-      .field("coarse", &TdaOptions::coarse,
-             "Scope \"token\" with int8 weights and active: a further share kept at 4 bits.")
       .field("refresh", &TdaOptions::refresh,
              "Scope \"sequence\": renew the mask every so many generated tokens; 0: never.")
       .field("compact", &TdaOptions::compact,
              "Scope \"sequence\", CPU: copy the mask's rows to one place, to be read as fast as\n"
              "dense ones; takes their memory once more.")
-      .field("head", &TdaOptions::head,
-             "int8 weights: the output head is read at 4 bits, and at 8 for tokens that\n"
-             "then look at least `head` times as likely as the likeliest; 0: all of it at 8.")
       .field(
           "predictor", &TdaOptions::predictor,
           "Predictor, trained beforehand, that chooses each token's neurons (CPU, weights other\n"
@@ -295,12 +286,9 @@ void bind_tda(nb::module_& m) {
       .field("experts", &TdaOptions::experts, "Of a predictor of experts: how many a token uses.")
       .from_keywords(
           "def __init__(self, *, scope: str | None = None, error: float | None = None, active: "
-          "float "
-          "| None = None, thresholds: Thresholds | None = None, coarse: float = 0.0, refresh: int "
-          "= "
-          "0, estimate: str = 'contribution', compact: bool = False, head: float = 0.0, inputs: "
-          "float | None = None, loss: float | None = None, predictor: Predictor | None = None, "
-          "experts: int = 0) -> None");
+          "float | None = None, thresholds: Thresholds | None = None, refresh: int = 0, estimate: "
+          "str = 'contribution', compact: bool = False, inputs: float | None = None, loss: float "
+          "| None = None, predictor: Predictor | None = None, experts: int = 0) -> None");
   bind_comparators(tda);
 }
 

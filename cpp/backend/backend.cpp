@@ -47,15 +47,10 @@ void Backend::check_mask(std::int64_t layer, std::span<const std::int32_t> neuro
                         ", expected strictly ascending ids from 0 to " + std::to_string(size - 1));
 }
 
-void Backend::check_thresholds(std::int64_t layer, const TokenThresholds& thresholds) const {
-  const auto [exact, coarse] = thresholds;
-  const std::string where = "thresholds of layer " + std::to_string(layer) + ": exact " +
-                            std::to_string(exact) + ", coarse " + std::to_string(coarse);
-  if (!(coarse >= 0 && exact >= coarse))
-    throw OptionError(where + ", expected 0 <= coarse <= exact");
-  if (exact > coarse && !model().layers[layer].gate.low)
-    throw OptionError(where +
-                      " with weights of one plane, expected the same: no neuron can be coarse");
+void Backend::check_threshold(std::int64_t layer, float threshold) const {
+  if (!(threshold >= 0))
+    throw OptionError("threshold of layer " + std::to_string(layer) + ": found " +
+                      std::to_string(threshold) + ", expected 0 or more");
 }
 
 }  // namespace tda

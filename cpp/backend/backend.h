@@ -32,7 +32,7 @@ struct InputThresholds {
 
 /// What sparse and dense decode steps have read so far.
 struct FfnReads {
-  std::int64_t exact = 0, coarse = 0;  // neurons
+  std::int64_t exact = 0, coarse = 0;  // neurons; coarse: at 4 bits, of graded weights
   std::int64_t bytes = 0;              // of weights
 
   FfnReads operator-(const FfnReads& o) const {
@@ -52,10 +52,6 @@ struct Step {
   FfnMode ffn = FfnMode::dense;
   /// Ascending indices of tokens to add to the state's samples; ignored in a sparse step.
   std::span<const std::int64_t> samples = {};
-  /// For a step of one token with int8 weights: logits are estimated from the head's high plane,
-  /// and computed exactly for tokens estimated to be at least `head` times as likely as the most
-  /// likely one. 0: all are exact.
-  float head = 0;
   /// For a sparse step with graded weights: the threshold of the head's inputs.
   float head_inputs = 0;
   /// For a sparse step on the CPU: chooses each token's neurons instead of the mask, by so many of
@@ -76,11 +72,10 @@ class State {
   /// Whether the current step's samples are of act(gate).
   bool samples_gates() const { return !step.samples.empty() && by_gate(estimate); }
   /// Adds what was read for `considered` neurons of a layer, see selected_bytes.
-  void add_reads(FfnReads& reads, const Matrix& gate, std::int64_t considered, std::int64_t exact,
-                 std::int64_t coarse = 0) const {
-    reads.exact += exact;
-    reads.coarse += coarse;
-    reads.bytes += selected_bytes(estimate, gate, considered, exact, coarse);
+  void add_reads(FfnReads& reads, const Matrix& gate, std::int64_t considered,
+                 std::int64_t selected) const {
+    reads.exact += selected;
+    reads.bytes += selected_bytes(estimate, gate, considered, selected);
   }
 
   Estimate estimate = Estimate::contribution;  // what neurons are judged by; set before all steps
@@ -180,8 +175,9 @@ class Backend {
   /// Copies the rows of all masks to contiguous memory of the state; rows of a mask that is set
   /// later are read in place. Changes no result. Throws DeviceError if memory is short.
   virtual void compact_masks(State&) const {}
-  /// Throws OptionError for thresholds that contradict each other or the weight format.
-  virtual void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const = 0;
+  /// Tokens use the neurons of the mask whose estimates reach it; 0: all. Throws OptionError if it is
+  /// below 0.
+  virtual void set_threshold(State&, std::int64_t layer, float threshold) const = 0;
   /// |x[i]| * ||rest[:, i]|| of a product's inputs, of the tokens named by Step::samples,
   /// [tokens, inputs]; graded weights only. Without a layer: of the head's inputs.
   virtual std::vector<float> input_contributions(const State&, std::int64_t /*layer*/,
@@ -198,9 +194,9 @@ class Backend {
   virtual std::int64_t head_bytes(const State&) const = 0;
 
  protected:
-  /// The checks of set_mask and set_thresholds; throw OptionError.
+  /// The checks of set_mask and set_threshold; throw OptionError.
   void check_mask(std::int64_t layer, std::span<const std::int32_t> neurons) const;
-  void check_thresholds(std::int64_t layer, const TokenThresholds&) const;
+  void check_threshold(std::int64_t layer, float threshold) const;
 };
 
 /// threads: 0 means all cores this process may use. Throws OptionError.

@@ -68,7 +68,7 @@ struct PackedWeights {
   static constexpr const char* kKey = "tdaengine";  // in config.json
   static constexpr const char* kTensor = "arena";
   static constexpr std::int64_t kLayout =
-      7;  // increment when layout.cpp or a weight format changes any byte
+      8;  // increment when layout.cpp or a weight format changes any byte
   static constexpr std::int64_t kAlignment = 4096;  // of the data in the file: a page
   WeightFormat format = WeightFormat::automatic;    // anything but automatic
   std::string fingerprint;                          // of the checkpoint they were made from

@@ -199,14 +199,13 @@ void CpuBackend::attend_panel(CpuState& state, std::int64_t layer, std::int64_t 
   for (std::int64_t key = begin; key < end; key += kBlockKeys) {
     const std::int64_t keys = std::min(kBlockKeys, end - key);
     const std::int64_t offset = key * cache_row_bytes(state);
-    panels(state.kv).multiply({cache(state, state.keys, layer, kv_head) + offset, nullptr, n}, keys,
-                              q, scores, group, false);
+    panels(state.kv).multiply({cache(state, state.keys, layer, kv_head) + offset, n}, keys, q,
+                              scores, group, false);
     for (std::int64_t g = 0; g < group; ++g)
       kernels_.softmax({keys, key - query, window, n}, scale, scores.data + g * scores.stride,
                        maxima + g * width, sums + g * width, out.data + g * out.stride);
-    panels(state.kv).multiply_transposed(
-        {cache(state, state.values, layer, kv_head) + offset, nullptr, n}, keys, 0, n,
-        {scores.data, scores.stride}, out, group);
+    panels(state.kv).multiply_transposed({cache(state, state.values, layer, kv_head) + offset, n},
+                                         keys, 0, n, {scores.data, scores.stride}, out, group);
   }
   for (std::int64_t g = 0; g < group; ++g)
     for (std::int64_t i = 0; i < n; ++i)

@@ -306,10 +306,9 @@ std::vector<std::int32_t> CpuBackend::mask(const State& state, std::int64_t laye
   return CpuState::of(state).layers[layer].mask;
 }
 
-void CpuBackend::set_thresholds(State& state, std::int64_t layer,
-                                const TokenThresholds& thresholds) const {
-  check_thresholds(layer, thresholds);
-  CpuState::of(state).layers[layer].thresholds = thresholds;
+void CpuBackend::set_threshold(State& state, std::int64_t layer, float threshold) const {
+  check_threshold(layer, threshold);
+  CpuState::of(state).layers[layer].threshold = threshold;
 }
 
 FfnReads CpuBackend::ffn_reads(const State& state, std::int64_t layer) const {

@@ -42,7 +42,7 @@ struct Layout {
 
 /// The matrix's rows from `first` on, for kernels.
 inline Rows rows_of(const Matrix& w, std::int64_t first = 0) {
-  return {w.row(first), w.low_row(first), w.cols, w.stride(), w.low_stride()};
+  return {w.row(first), w.cols, w.stride()};
 }
 
 /// A layer's feed-forward rows, for kernels.
@@ -67,7 +67,7 @@ struct CpuState final : State {
     std::vector<double> sums;        // [F] the statistic
     double tokens = 0;               // gathered in `sums`
     std::vector<float> samples;      // [tokens, F]
-    TokenThresholds thresholds;
+    float threshold = 0;             // of estimates; 0: all neurons of the mask
     InputThresholds inputs;
     // [tokens, inputs] x of the product gate_up and, with bricks, of the others, but of down,
     // whose inputs are `samples`
@@ -180,7 +180,7 @@ class CpuBackend final : public Backend {
   std::vector<std::int32_t> mask(const State&, std::int64_t layer) const override;
   bool can_compact() const override { return true; }
   void compact_masks(State&) const override;
-  void set_thresholds(State&, std::int64_t layer, const TokenThresholds&) const override;
+  void set_threshold(State&, std::int64_t layer, float threshold) const override;
   FfnReads ffn_reads(const State&, std::int64_t layer) const override;
   std::int64_t head_bytes(const State&) const override;
   std::int64_t attention_bytes(const State&) const override;
@@ -247,8 +247,6 @@ class CpuBackend final : public Backend {
                         float* out) const;
   /// The logits of a batch, or of a step of one token.
   void logits_each(CpuState&, const float* in) const;
-  /// One token's logits as Step::head asks: estimates, exact for the likely. in: [H], out: [V]
-  void estimated_logits(CpuState&, const float* in, float* out) const;
   /// What ModelConfig::logit_cap says. logits: [n]
   void cap(float* logits, std::int64_t n) const;
   void add_bias(const Layout&, std::span<const float> bias, float* out) const;

@@ -202,9 +202,8 @@ void ffn_each(const NeuronRows& rows, Activation activation, const NeuronIds& id
 /// other rows of those selected. Adds in the order of `ffn_fused`, so thresholds of 0 give the same
 /// result.
 template <class Row>
-SelectedCounts ffn_selected(const NeuronRows& rows, Activation activation,
-                            const Selection& selection, const NeuronIds& ids, const void* vector,
-                            float* h, float* y) {
+int64_t ffn_selected(const NeuronRows& rows, Activation activation, const Selection& selection,
+                     const NeuronIds& ids, const void* vector, float* h, float* y) {
   const auto* x = static_cast<const float*>(vector);
   const int64_t n = rows.gate.n, count = ids.count;
   const auto row = [&](const Rows& matrix, int64_t i) {
@@ -220,19 +219,19 @@ SelectedCounts ffn_selected(const NeuronRows& rows, Activation activation,
   if (!selection.by_gate)
     for (int64_t i = 0; i < count; ++i) up(i);
   for (int64_t i = 0; i < groups_of(n) * kGroup; ++i) y[i] = 0.0f;
-  SelectedCounts counts;
+  int64_t selected = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float estimate = selection.by_gate ? __builtin_fabsf(h[i])
                                              : __builtin_fabsf(h[i]) * selection.lengths[ids[i]];
-    if (estimate < selection.exact) {  // NaN compares false: kept, it reaches the logits
+    if (estimate < selection.threshold) {  // NaN compares false: kept, it reaches the logits
       h[i] = 0.0f;
       continue;
     }
-    ++counts.exact;
+    ++selected;
     if (selection.by_gate) up(i);
     add_row(row(rows.down, i), h[i], y, ahead(rows.down, i));
   }
-  return counts;
+  return selected;
 }
 
 template <class Row>

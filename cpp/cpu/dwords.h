@@ -58,30 +58,23 @@ class NextRows {
   int64_t due_ = 0;  // in units of 1 / steps_ row
 };
 
-/// NextRows of a format: all planes of whole rows, or of one group of their columns.
+/// NextRows of a format: whole rows, or one group of their columns.
 template <class Row>
 class NextRowsOf {
  public:
   NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps)
-      : high_(Row(w, first).plane(0), Row::stride(w), Row::bytes(w.n), rows, steps),
-        low_(Row(w, first).plane(1), w.low_stride, Row::bytes_of(w.n), rows, steps),
+      : codes_(Row(w, first).group(0), Row::stride(w), Row::bytes(w.n), rows, steps),
         scales_(nullptr, 0, 0, 0, steps) {}
   NextRowsOf(const Rows& w, int64_t first, int64_t rows, int64_t steps, int64_t group)
-      : high_(of(Row(w, first).plane(0), group), Row::stride(w), kBytes, rows, steps),
-        low_(of(Row(w, first).plane(1), group), w.low_stride, kBytes, rows, steps),
+      : codes_(Row(w, first).group(group), Row::stride(w), Row::kGroupBytes, rows, steps),
         scales_(Row(w, first).scales_at(group), Row::stride(w), Row::kScales, rows, steps) {}
   void prefetch() {
-    high_.prefetch();
-    if (Row::kPlanes) low_.prefetch();
+    codes_.prefetch();
     if (Row::kScales > 0) scales_.prefetch();
   }
 
  private:
-  static constexpr int64_t kBytes = Row::bytes_of(kGroup);
-  static const void* of(const void* plane, int64_t group) {
-    return static_cast<const std::byte*>(plane) + group * kBytes;
-  }
-  NextRows high_, low_, scales_;
+  NextRows codes_, scales_;
 };
 
 }  // namespace

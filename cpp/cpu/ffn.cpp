@@ -59,26 +59,21 @@ void CpuBackend::ffn(State& s, std::int64_t layer) const {
 
 namespace {
 
-/// Planes that are interleaved in memory: each neuron has `stride` bytes that hold a row of each.
+/// Matrices whose rows take turns in memory: each neuron has `stride` bytes that hold a row of each.
 struct Record {
   std::int64_t stride;
-  std::vector<const std::byte**> planes;  // their first rows
+  std::vector<const std::byte**> matrices;  // their first rows
 };
 
-/// Groups the planes of the three matrices by how they are interleaved.
 std::vector<Record> records_of(NeuronRows& rows) {
-  std::vector<Record> planes, records;
+  std::vector<Record> records;
   for (Rows* r : {&rows.gate, &rows.up, &rows.down}) {
-    planes.push_back({r->stride, {&r->data}});
-    if (r->low) planes.push_back({r->low_stride, {&r->low}});
-  }
-  std::sort(planes.begin(), planes.end(),
-            [](const Record& a, const Record& b) { return *a.planes[0] < *b.planes[0]; });
-  for (const Record& plane : planes) {
-    if (!records.empty() && *plane.planes[0] < *records.back().planes[0] + records.back().stride)
-      records.back().planes.push_back(plane.planes[0]);
+    const bool in_turn = !records.empty() && r->data > *records.back().matrices[0] &&
+                         r->data < *records.back().matrices[0] + records.back().stride;
+    if (in_turn)
+      records.back().matrices.push_back(&r->data);
     else
-      records.push_back(plane);
+      records.push_back({r->stride, {&r->data}});
   }
   return records;
 }
@@ -101,14 +96,14 @@ void CpuBackend::compact_masks(State& s) const {
     const std::int64_t count = std::ssize(mask);
     NeuronRows rows = rows_of(model_->layers[l]);
     for (const Record& record : records_of(rows)) {
-      const std::byte* const from = *record.planes[0];
+      const std::byte* const from = *record.matrices[0];
       const std::int64_t stride = record.stride;
       pool_.run((count + kBlockRows - 1) / kBlockRows, [&](std::int64_t block, int) {
         for (std::int64_t i = block * kBlockRows; i < std::min(count, (block + 1) * kBlockRows);
              ++i)
           std::memcpy(to + i * stride, from + mask[i] * stride, stride);
       });
-      for (const std::byte** plane : record.planes) *plane = to + (*plane - from);
+      for (const std::byte** data : record.matrices) *data = to + (*data - from);
       to += (count * stride + 63) / 64 * 64;
     }
     state.layers[l].copy = rows;
@@ -162,7 +157,7 @@ struct Neurons {
   bool select, copied;
   const void* x;
   float *h, *partials;
-  std::atomic<std::int64_t> exact = 0, coarse = 0;
+  std::atomic<std::int64_t> used = 0;
 
   /// Whether it takes all rows, in place: such tokens read them together.
   bool dense(std::span<const std::int32_t> all) const {
@@ -189,9 +184,8 @@ void CpuBackend::plan_neurons(CpuState& state, std::int64_t layer, std::span<con
     const bool sparse = token.sequence.step.ffn == FfnMode::sparse;
     Neurons& its = each[t];
     its.tasks = tasks_of(std::ssize(token.neurons));
-    its.selection = {own.thresholds.exact, own.thresholds.coarse, by_gate(token.sequence.estimate),
-                     weights.down_lengths.data()};
-    its.select = sparse && own.thresholds.exact > 0;
+    its.selection = {own.threshold, by_gate(token.sequence.estimate), weights.down_lengths.data()};
+    its.select = sparse && own.threshold > 0;
     its.copied = own.copy && sparse && !its.select;
     its.rows = its.copied ? *own.copy : rows_of(weights);
     its.ids = its.copied ? all_neurons_.data() : token.neurons.data();
@@ -236,13 +230,11 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
                              last ? next(thread) : NextRead()};
       float* const sums = its.partials + task * stride;
       if (its.select) {
-        const SelectedCounts counts = kernels.ffn_selected(its.rows, activation, its.selection, ids,
-                                                           its.x, its.h + first, sums);
-        its.exact += counts.exact;
-        its.coarse += counts.coarse;
+        its.used += kernels.ffn_selected(its.rows, activation, its.selection, ids, its.x,
+                                         its.h + first, sums);
         continue;
       }
-      its.exact += end - first;
+      its.used += end - first;
       if (dense < 2 || !its.dense(all_neurons_)) {
         kernels.ffn_fused(its.rows, activation, ids, its.x, its.h + first, sums);
         continue;
@@ -257,8 +249,7 @@ void CpuBackend::ffn_neurons(CpuState& state, std::int64_t layer,
   for (std::int64_t t = 0; t < count; ++t) {
     CpuState& own = tokens[t].sequence;
     if (state.layout.width == 1 && own.step.ffn != FfnMode::gather)
-      own.add_reads(own.layers[layer].reads, weights.gate, each[t].tasks.items, each[t].exact,
-                    each[t].coarse);
+      own.add_reads(own.layers[layer].reads, weights.gate, each[t].tasks.items, each[t].used);
   }
 
   add_partials(tokens, each, most_tasks);

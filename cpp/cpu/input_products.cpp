@@ -27,7 +27,7 @@ void InputProducts::add(ThreadPool& pool, std::span<const float> x) {
     }
   });
   const PanelKernels& kernels = panel_kernels(kernels_, WeightFormat::f32);
-  const Rows rows = {reinterpret_cast<const std::byte*>(x.data()), nullptr, inputs_, 4 * inputs_};
+  const Rows rows = {reinterpret_cast<const std::byte*>(x.data()), inputs_, 4 * inputs_};
   const std::int64_t block = kernels.block_columns, blocks = (inputs_ + block - 1) / block;
   const std::int64_t groups = (panels_ + kPanels - 1) / kPanels;
   pool.run(blocks * groups, [&](std::int64_t task, int) {

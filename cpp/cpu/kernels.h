@@ -45,12 +45,11 @@ struct PreparedPanels {
 };
 
 /// Weight rows of n values each, from some row on. For int8 and bf16c `stride` is the number of
-/// bytes from row to row, for int8's low plane `low_stride`; rows of f32 and bf16 are contiguous.
+/// bytes from row to row; rows of f32 and bf16 are contiguous.
 struct Rows {
   const std::byte* data;
-  const std::byte* low;
   std::int64_t n;
-  std::int64_t stride = 0, low_stride = 0;
+  std::int64_t stride = 0;
 };
 
 /// A layer's feed-forward rows: row j of the three is neuron j.
@@ -58,13 +57,13 @@ struct NeuronRows {
   Rows gate, up, down;
 };
 
-/// What this thread reads after a kernel call, per plane: the kernel prefetches its beginning while
-/// it works on its last rows. Null if unknown.
+/// What this thread reads after a kernel call: the kernel prefetches its beginning while it works on
+/// its last rows. Null if unknown.
 struct NextRead {
-  const std::byte *data = nullptr, *low = nullptr;
+  const std::byte* data = nullptr;
 
   NextRead() = default;
-  NextRead(const Rows& rows) : data(rows.data), low(rows.low) {}
+  NextRead(const Rows& rows) : data(rows.data) {}
 };
 
 /// Neurons of one kernel call. Another `more` ids follow them in `data`, whose rows a later call is
@@ -77,17 +76,11 @@ struct NeuronIds {
   std::int32_t operator[](std::int64_t i) const { return data[i]; }
 };
 
-/// Which neurons a token uses. Those whose estimated contribution |h[j]| * lengths[j] is at least
-/// `exact` are computed from all planes, those of at least `coarse` from the high planes alone, and
-/// the others are skipped. Formats with one plane need coarse == exact.
+/// Which neurons a token uses: those whose contribution |h[j]| * lengths[j] reaches the threshold.
 struct Selection {
-  float exact = 0, coarse = 0;
+  float threshold = 0;
   bool by_gate = false;            // compare |act(gate)| alone: the estimate of CATS
   const float* lengths = nullptr;  // [F] ||down[j]||
-};
-
-struct SelectedCounts {
-  std::int64_t exact = 0, coarse = 0;
 };
 
 /// Vectors of several sequences that meet the same rows.
@@ -118,17 +111,10 @@ struct RowKernels {
   /// vector alone, bit for bit.
   void (*dot_each)(const Rows& w, std::int64_t rows, const Vectors&, bool add);
   void (*ffn_each)(const NeuronRows&, Activation, const NeuronIds& ids, const Vectors&);
-  /// The same for those of the neurons that are selected; h is 0 for the others. With thresholds of
-  /// 0 the result is that of `ffn_fused`, bit for bit.
-  SelectedCounts (*ffn_selected)(const NeuronRows&, Activation, const Selection&,
-                                 const NeuronIds& ids, const void* x, float* h, float* y);
-
-  // The rest is null for formats with one plane.
-  /// y[r] = high plane of w[r]·x, r < rows. Returns the largest.
-  float (*dot_high_plane)(const Rows& w, std::int64_t rows, const void* x, float* y) = nullptr;
-  /// y[i] = w[i]·x, i in ids, bit for bit as `dot`. ids: ascending
-  void (*dot_rows)(const Rows& w, const std::int32_t* ids, std::int64_t count, const void* x,
-                   float* y) = nullptr;
+  /// The same for those of the neurons that are selected; h is 0 for the others. Returns how many.
+  /// With a threshold of 0 the result is that of `ffn_fused`, bit for bit.
+  std::int64_t (*ffn_selected)(const NeuronRows&, Activation, const Selection&,
+                               const NeuronIds& ids, const void* x, float* h, float* y);
 };
 
 /// What is made of q k before softmax: s = scale q k or, if `cap` is not 0, cap tanh(s / cap).

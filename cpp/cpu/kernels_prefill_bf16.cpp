@@ -41,16 +41,15 @@ inline __mmask32 first_lanes(int64_t count) {
 /// The interface of Int8Row, for bf16.
 struct Bf16Row {
   static constexpr int kScales = 0;
-  static constexpr bool kPlanes = false;
+  static constexpr int64_t kGroupBytes = 2 * kGroup;
   static constexpr int64_t bytes(int64_t n) { return 2 * n; }
-  static constexpr int64_t bytes_of(int64_t columns) { return 2 * columns; }
   static int64_t stride(const Rows& w) { return 2 * w.n; }
   const std::uint16_t* row;
   int64_t n;
 
   Bf16Row(const Rows& w, int64_t r)
       : row(reinterpret_cast<const std::uint16_t*>(w.data) + r * w.n), n(w.n) {}
-  const void* plane(int) const { return row; }
+  const void* group(int64_t i) const { return row + i * kGroup; }
   const void* scales_at(int64_t) const { return nullptr; }
   void bf16(int64_t group, __m512i out[2]) const {
     for (int64_t i = 0, first = group * kGroup; i < 2; ++i, first += kStrip)
@@ -60,14 +59,10 @@ struct Bf16Row {
 
 struct Bf16cPanelRow : Bf16cRow {
   static constexpr int kScales = 1;  // stands for the row's head
-  static constexpr bool kPlanes = false;
-  static constexpr int64_t bytes_of(int64_t columns) {
-    return groups_of(columns) * kBf16cGroupBytes;
-  }
+  static constexpr int64_t kGroupBytes = kBf16cGroupBytes;
   static int64_t stride(const Rows& w) { return w.stride; }
 
   using Bf16cRow::Bf16cRow;
-  const void* plane(int) const { return group(0); }
   const void* scales_at(int64_t) const { return row; }
   void bf16(int64_t i, __m512i out[2]) const {
     interleave(i, out);

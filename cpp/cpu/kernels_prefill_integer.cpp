@@ -3,9 +3,9 @@
 //
 // Activations are quantised with one scale for each scale of the weights (parts of 16 would
 // cost a third of the speed and gain 0.1% perplexity), to two bytes, x = scale (256 q + residual),
-// since 8 bits alone would cost as much perplexity as the int8 weights do. A dword of four consecutive values of a row is broadcast to all lanes and
-// multiplied with the same four of each token. int8 codes are 16 high + low, which is offset by
-// 136, so accumulators start at -136 sum(q).
+// since 8 bits alone would cost as much perplexity as the int8 weights do. A dword of four consecutive
+// values of a row is broadcast to all lanes and multiplied with the same four of each token. Codes
+// keep their offset, so accumulators start at -kOffset sum(q).
 #include "cpu/dwords.h"
 #include "cpu/int8.h"
 #include "cpu/kernels_isa.h"

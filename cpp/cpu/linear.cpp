@@ -9,14 +9,14 @@
 namespace tda {
 namespace {
 
-/// Decode: rows of the head per task of estimated_logits.
-constexpr std::int64_t kEstimateRows = 1024;
+/// Logits per task of soft-capping.
+constexpr std::int64_t kCapped = 1024;
 
 /// Decode: the split of a matrix into tasks, the same number for each thread: large enough to hide
 /// the overhead of a task, small enough for idle threads to help.
 Tasks tasks_of(const Matrix& w, int threads) {
   constexpr std::int64_t kLeastBytes = 65536, kMostBytes = 262144;
-  const std::int64_t bytes = w.rows * (w.row_bytes() + w.low_row_bytes()) / threads;
+  const std::int64_t bytes = w.rows * w.row_bytes() / threads;
   const std::int64_t most = std::max<std::int64_t>(4, bytes / kMostBytes);
   return {w.rows, threads * std::clamp<std::int64_t>(bytes / kLeastBytes, 2, most)};
 }
@@ -213,20 +213,15 @@ void CpuBackend::logits_each(CpuState& state, const float* in) const {
   const std::int64_t tokens = state.layout.tokens;
   EachVector<float*> out = {};
   EachVector<float> thresholds = {};
-  bool estimate = false;
   for (std::int64_t t = 0; t < tokens; ++t) {
     CpuState& own = state.sequence(t);
     out[t] = own.all_logits.reserve(head.rows, "the logits");
     own.logits = {out[t], static_cast<std::size_t>(head.rows)};
     thresholds[t] = own.step.ffn == FfnMode::sparse ? own.step.head_inputs : 0.0f;
-    estimate |= own.step.head > 0;
   }
   if (head.in_bricks()) {
     const auto bytes = multiply_bricks(state, tokens, head, in, thresholds, out, false);
     for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).head_bytes += bytes[t];
-  } else if (estimate) {
-    for (std::int64_t t = 0; t < tokens; ++t)
-      estimated_logits(state.sequence(t), in + t * head.cols, out[t]);
   } else {
     multiply_each(state, tokens, head, in, out, false, kUnknown);
     for (std::int64_t t = 0; t < tokens; ++t) state.sequence(t).head_bytes += head.bytes();
@@ -237,51 +232,10 @@ void CpuBackend::logits_each(CpuState& state, const float* in) const {
 void CpuBackend::cap(float* logits, std::int64_t n) const {
   const float most = model_->config.logit_cap;
   if (most == 0) return;
-  pool_.run((n + kEstimateRows - 1) / kEstimateRows, [&](std::int64_t task, int) {
-    const std::int64_t first = task * kEstimateRows;
-    kernels_.soft_cap(most, logits + first, std::min(kEstimateRows, n - first));
+  pool_.run((n + kCapped - 1) / kCapped, [&](std::int64_t task, int) {
+    const std::int64_t first = task * kCapped;
+    kernels_.soft_cap(most, logits + first, std::min(kCapped, n - first));
   });
-}
-
-/// The logit, before soft-capping, of tokens that are `share` times as likely as one of `logit`.
-/// -infinity: all tokens are.
-static float as_likely(float logit, float share, float cap) {
-  if (cap == 0) return logit + std::log(share);
-  const float capped = std::tanh(logit / cap) + std::log(share) / cap;
-  return capped > -1 ? std::min(logit, cap * std::atanh(capped)) : -INFINITY;
-}
-
-/// TDA of the head: all logits are estimated from the high plane, then the likely ones are computed
-/// exactly.
-void CpuBackend::estimated_logits(CpuState& state, const float* in, float* out) const {
-  const Matrix& head = model_->head;
-  const RowKernels& kernels = rows(head.format);
-  const void* x = prepare_each(state, 1, head.format, in, head.cols)[0];
-  const std::int64_t tasks = (head.rows + kEstimateRows - 1) / kEstimateRows;
-  const auto end_of = [&](std::int64_t task) {
-    return std::min(head.rows, (task + 1) * kEstimateRows);
-  };
-  std::vector<float> largest(tasks);
-  pool_.run(tasks, [&](std::int64_t task, int) {
-    const std::int64_t first = task * kEstimateRows;
-    largest[task] =
-        kernels.dot_high_plane(rows_of(head, first), end_of(task) - first, x, out + first);
-  });
-  const float least = as_likely(*std::max_element(largest.begin(), largest.end()), state.step.head,
-                                model_->config.logit_cap);
-  std::int32_t* const ids = state.likely.reserve(head.rows, "the likely tokens");
-  std::atomic<std::int64_t> exact = 0;
-  pool_.run(tasks, [&](std::int64_t task, int) {
-    std::int32_t* const likely = ids + task * kEstimateRows;
-    std::int64_t count = 0;
-    for (std::int64_t i = task * kEstimateRows; i < end_of(task); ++i) {
-      likely[count] = static_cast<std::int32_t>(i);
-      count += !(out[i] < least);  // NaN compares false: likely
-    }
-    kernels.dot_rows(rows_of(head), likely, count, x, out);
-    exact += count;
-  });
-  state.head_bytes += head.rows * head.row_bytes() + exact * head.low_row_bytes();
 }
 
 void CpuBackend::multiply_to_rows(CpuState& state, const Layout& layout, const Matrix& w,

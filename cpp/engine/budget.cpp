@@ -14,7 +14,6 @@ namespace {
 constexpr std::int64_t kTexts = 4;           // on which harm is measured
 constexpr std::int64_t kDecodedTokens = 32;  // of each, after its first half
 constexpr double kProbe = 0.3;               // share of neurons kept while a layer is probed
-constexpr float kNever = std::numeric_limits<float>::infinity();
 
 /// Natural logarithms of softmax(logits).
 std::vector<float> log_softmax(std::span<const float> logits) {
@@ -57,11 +56,11 @@ class HarmProbe {
 
   std::int64_t tokens() const { return std::ssize(decoded_); }
 
-  /// KL divergence from dense, summed over the tokens, with one layer under thresholds.
-  double harm(std::int64_t layer, const TokenThresholds& thresholds) {
-    session_.backend.set_thresholds(*session_.state, layer, thresholds);
+  /// KL divergence from dense, summed over the tokens, with one layer under a threshold.
+  double harm(std::int64_t layer, float threshold) {
+    session_.backend.set_threshold(*session_.state, layer, threshold);
     const std::vector<std::vector<float>> changed = run();
-    session_.backend.set_thresholds(*session_.state, layer, {});
+    session_.backend.set_threshold(*session_.state, layer, 0);
     double sum = 0;
     for (std::size_t t = 0; t < dense_.size(); ++t) sum += divergence(dense_[t], changed[t]);
     return sum;
@@ -82,10 +81,10 @@ class HarmProbe {
   std::vector<std::vector<float>> dense_;
 };
 
-std::vector<LayerHarm> measure_harm(const std::shared_ptr<const Runtime>& runtime,
-                                    std::span<const std::vector<Token>> texts,
-                                    const std::vector<std::vector<float>>& contributions,
-                                    const Progress& progress) {
+std::vector<double> measure_harm(const std::shared_ptr<const Runtime>& runtime,
+                                 std::span<const std::vector<Token>> texts,
+                                 const std::vector<std::vector<float>>& contributions,
+                                 const Progress& progress) {
   const ModelConfig& config = runtime->config();
   std::vector<HarmProbe> probes;
   double tokens = 0;
@@ -96,64 +95,46 @@ std::vector<LayerHarm> measure_harm(const std::shared_ptr<const Runtime>& runtim
   }
   if (probes.empty()) throw OptionError("texts: found none of two tokens or more");
 
-  std::vector<LayerHarm> result(config.num_layers);
+  std::vector<double> result(config.num_layers);
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::vector<float>& sizes = contributions[layer];
     const double sampled = static_cast<double>(sizes.size()) / config.intermediate_size;
-    // Mean harm over all texts of a squared change of 1 per token.
-    const auto harm_of = [&](const TokenThresholds& thresholds, double squares) {
-      double sum = 0;
-      for (HarmProbe& probe : probes) sum += probe.harm(layer, thresholds);
-      // The minimum is below what can be measured: a layer without effect is cut first.
-      return std::max(sum / tokens, 1e-12) / std::max(squares / sampled, 1e-30);
-    };
     std::vector<float> sorted = sizes;
-    const float threshold = thresholds_of_shares(sorted, kProbe, 0).exact;
-    result[layer].dropped = harm_of({threshold, threshold}, squares_below(sizes, threshold));
-    if (runtime->model().layers[layer].gate.low)
-      result[layer].coarse = harm_of({kNever, 0}, squares_below(sizes, kNever));
+    const float threshold = threshold_of_share(sorted, kProbe);
+    double sum = 0;
+    for (HarmProbe& probe : probes) sum += probe.harm(layer, threshold);
+    // Mean harm over all texts of a squared change of 1 per token. The minimum is below what can be
+    // measured: a layer without effect is cut first.
+    result[layer] =
+        std::max(sum / tokens, 1e-12) / std::max(squares_below(sizes, threshold) / sampled, 1e-30);
     if (progress) progress(layer + 1, config.num_layers);
   }
   return result;
 }
 
-Spent spend(const Model& model, const std::vector<LayerHarm>& harm,
-            const std::vector<std::vector<float>>& contributions, double bytes) {
-  const auto layers = static_cast<std::int64_t>(model.layers.size());
+Spent spend(const std::vector<double>& harm, const std::vector<std::vector<float>>& contributions,
+            double bytes) {
   const auto at = [&](double lambda) {
     Spent spent;
-    for (std::int64_t layer = 0; layer < layers; ++layer) {
-      const Matrix& row = model.layers[layer].gate;
-      const auto high = static_cast<double>(row.row_bytes());
-      const auto low = static_cast<double>(row.low_row_bytes());
-      const auto [dropped, coarse] = harm[layer];
-      const auto threshold = [&](double cost, double saved) {
-        return saved > 0 ? static_cast<float>(std::sqrt(lambda * cost / saved)) : kNever;
-      };
-      TokenThresholds t;
-      // Where 4 bits become worth their bytes, and where 8 bits do. If the second is not above the
-      // first (or there are no planes), 4 bits are never the best choice.
-      t.coarse = threshold(high, dropped - coarse);
-      t.exact = low > 0 ? threshold(3 * low, coarse) : t.coarse;
-      if (t.exact <= t.coarse) t.exact = t.coarse = threshold(high + 3 * low, dropped);
+    for (std::size_t layer = 0; layer < harm.size(); ++layer) {
+      const auto threshold = static_cast<float>(std::sqrt(lambda / harm[layer]));
       const std::vector<float>& sizes = contributions[layer];
-      double read = 0;
-      for (const float size : sizes)
-        read += size >= t.exact ? high + 3 * low : size >= t.coarse ? high : 0;
-      spent.thresholds.push_back(t);
-      spent.bytes.push_back((read / static_cast<double>(sizes.size()) + 2 * high) /
-                            (3 * (high + low)));
+      const auto read = std::ranges::count_if(sizes, [&](float size) { return size >= threshold; });
+      spent.thresholds.push_back(threshold);
+      // Gate and up rows of all, and down rows.
+      const auto downs = static_cast<double>(read) / static_cast<double>(sizes.size());
+      spent.bytes.push_back((2 + downs) / 3);
     }
     return spent;
   };
   const auto mean = [&](const Spent& spent) {
     return std::accumulate(spent.bytes.begin(), spent.bytes.end(), 0.0) /
-           static_cast<double>(layers);
+           static_cast<double>(spent.bytes.size());
   };
   double low = 1e-30, high = 1e30;  // lambda: the first reads everything, the second nothing
   if (mean(at(high)) > bytes) {
     throw OptionError("bytes " + text_of(bytes) + ": expected at least " + text_of(mean(at(high))) +
-                      ", which the estimates alone read");
+                      ", which gate and up rows alone read");
   }
   for (int i = 0; i < 200 && high / low > 1 + 1e-9; ++i) {
     const double middle = std::sqrt(low) * std::sqrt(high);

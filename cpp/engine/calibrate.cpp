@@ -122,14 +122,11 @@ void token_thresholds(const std::shared_ptr<const Runtime>& runtime,
     });
     return;
   }
-  const Spent spent = spend(model, measure_harm(runtime, texts, contributions, progress),
-                            contributions, *options.bytes);
+  const Spent spent =
+      spend(measure_harm(runtime, texts, contributions, progress), contributions, *options.bytes);
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     // JSON has no infinity; the largest float is as unreachable.
-    const auto finite = [](float v) { return std::min(v, std::numeric_limits<float>::max()); };
-    result.values[layer] = finite(spent.thresholds[layer].exact);
-    if (model.layers[layer].gate.low)
-      result.coarse.push_back(finite(spent.thresholds[layer].coarse));
+    result.values[layer] = std::min(spent.thresholds[layer], std::numeric_limits<float>::max());
     result.reached[layer] = static_cast<float>(spent.bytes[layer]);
   }
 }

@@ -141,7 +141,6 @@ Step Session::Impl::next_step(const Token& token) {
   step.position = position;
   step.sequence_length = position + 1;
   step.ffn = decode_mode;
-  step.head = head_;
   step.head_inputs = head_inputs_;
   step.predictor = predictor_ ? predictor_->weights.get() : nullptr;
   step.predicted = predicted_;

@@ -95,8 +95,8 @@ struct Session::Impl {
   void check_statistic() const;
   void check(const TdaOptions& options) const;
   void check_thresholds(const Thresholds& file, std::optional<Scope> scope) const;
-  void mask_none();                                                    // all neurons are active
-  void set_token_thresholds(std::span<const TokenThresholds> chosen);  // [L]
+  void mask_none();                                          // all neurons are active
+  void set_token_thresholds(std::span<const float> chosen);  // [L]
   void mask_from_statistic();
   void mask_with_prior();
   void refresh();
@@ -116,8 +116,7 @@ struct Session::Impl {
   std::int64_t refresh_bytes_ = 0;
   std::shared_ptr<const Predictor> predictor_;  // of decoded tokens, may be null
   std::int64_t predicted_ = 0;                  // Step::predicted of theirs
-  float head_ = 0;                              // Step::head of decoded tokens
-  float head_inputs_ = 0;                       // Step::head_inputs of theirs
+  float head_inputs_ = 0;                       // Step::head_inputs of decoded tokens
   std::int64_t prefill_attention_bytes_ = 0;
   std::int64_t prefill_head_bytes_ = 0;  // the backend's count after prefill
   std::int64_t decoded_ = 0;

@@ -46,23 +46,13 @@ TdaSetting Session::Impl::resolve(const std::optional<TdaOptions>& asked,
 void Session::Impl::check(const TdaOptions& options) const {
   if (options.thresholds) check_thresholds(*options.thresholds, options.scope);
   if (options.predictor) check_predictor(*options.predictor, runtime->model());
-  const WeightFormat format = runtime->model().format;
-  if (options.coarse > 0 && format != WeightFormat::int8) {
-    throw OptionError("tda coarse " + text_of(options.coarse) + ": expected int8 weights, found " +
-                      std::string(name_of(format)));
-  }
   if (options.compact && !backend.can_compact())
     throw OptionError("tda compact: expected device cpu, found " + backend.name());
-  if (options.head > 0 && runtime->model().head.format != WeightFormat::int8) {
-    throw OptionError("tda head " + text_of(options.head) + ": expected int8 weights, found " +
-                      std::string(name_of(format)));
-  }
 }
 
 void Session::Impl::apply(const std::optional<TdaOptions>& options) {
   predictor_ = nullptr;
   if (!options) {
-    head_ = 0;
     head_inputs_ = 0;
     refresh_every_ = 0;
     decode_mode = FfnMode::dense;
@@ -82,7 +72,6 @@ void Session::Impl::apply(const std::optional<TdaOptions>& options) {
     apply_token(*options);
   else
     apply_sequence(*options);
-  head_ = static_cast<float>(options->head);
   decode_mode = FfnMode::sparse;
 }
 
@@ -127,7 +116,7 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
   } else {
     active_ = *options.active;
   }
-  set_token_thresholds(std::vector<TokenThresholds>(runtime->config().num_layers));
+  set_token_thresholds(std::vector<float>(runtime->config().num_layers));
   refresh_every_ = options.refresh;
   compact_ = options.compact;
   recent_.clear();
@@ -138,12 +127,9 @@ void Session::Impl::apply_sequence(const TdaOptions& options) {
 void Session::Impl::apply_token(const TdaOptions& options) {
   const Model& model = runtime->model();
   const std::int64_t layers = model.config.num_layers, neurons = model.config.intermediate_size;
-  std::vector<TokenThresholds> chosen(layers);
+  std::vector<float> chosen(layers);
   if (options.thresholds) {
-    const Thresholds& file = *options.thresholds;
-    for (std::int64_t layer = 0; layer < layers; ++layer)
-      chosen[layer] = {file.values[layer],
-                       file.coarse.empty() ? file.values[layer] : file.coarse[layer]};
+    chosen = options.thresholds->values;
   } else {
     if (samples_ == 0) throw no_samples(options.error ? "error" : "active, scope \"token\"");
     parallel_for(backend.threads(), layers, [&](std::int64_t layer) {
@@ -152,13 +138,10 @@ void Session::Impl::apply_token(const TdaOptions& options) {
       check_finite(values, "feed-forward activations", layer);
       std::vector<float> estimates = estimates_of(
           values, estimate_weights(state->estimate, weights.down_lengths.data()), neurons);
-      if (options.error) {
-        const float threshold =
-            search_token_threshold(values, estimates, weights.down, *options.error).threshold;
-        chosen[layer] = {threshold, threshold};
-      } else {
-        chosen[layer] = thresholds_of_shares(estimates, *options.active, options.coarse);
-      }
+      chosen[layer] =
+          options.error
+              ? search_token_threshold(values, estimates, weights.down, *options.error).threshold
+              : threshold_of_share(estimates, *options.active);
     });
   }
   mask_none();
@@ -170,7 +153,7 @@ void Session::Impl::apply_token(const TdaOptions& options) {
 void Session::Impl::apply_predictor(const TdaOptions& options) {
   const ModelConfig& config = runtime->config();
   mask_none();
-  set_token_thresholds(std::vector<TokenThresholds>(config.num_layers));
+  set_token_thresholds(std::vector<float>(config.num_layers));
   predictor_ = options.predictor;
   predicted_ = predicted_count(options, config.intermediate_size);
   refresh_every_ = 0;
@@ -206,10 +189,10 @@ void Session::Impl::apply_inputs(const TdaOptions& options) {
   refresh_every_ = 0;
 }
 
-void Session::Impl::set_token_thresholds(std::span<const TokenThresholds> chosen) {
+void Session::Impl::set_token_thresholds(std::span<const float> chosen) {
   const std::lock_guard lock(runtime->computing);
   for (std::int64_t layer = 0; layer < std::ssize(chosen); ++layer)
-    backend.set_thresholds(*state, layer, chosen[layer]);
+    backend.set_threshold(*state, layer, chosen[layer]);
 }
 
 void Session::Impl::mask_from_statistic() {

@@ -16,10 +16,9 @@ std::vector<float> estimates_of(std::vector<float> v, const float* w, std::int64
 }
 
 std::int64_t selected_bytes(Estimate estimate, const Matrix& gate, std::int64_t considered,
-                            std::int64_t exact, std::int64_t coarse) {
-  const std::int64_t high = gate.row_bytes(), low = gate.low_row_bytes();
-  if (by_gate(estimate)) return (considered + 2 * exact) * (high + low);
-  return (2 * considered + exact + coarse) * high + 3 * exact * low;
+                            std::int64_t selected) {
+  const bool up_of_all = !by_gate(estimate);
+  return (considered + (up_of_all ? considered : selected) + selected) * gate.row_bytes();
 }
 
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens) {
@@ -81,13 +80,6 @@ float threshold_of_share(std::span<float> values, double share) {
   std::nth_element(values.begin(), nth, values.end(), std::greater<>());
   // What contributes nothing (behind ReLU, most) does not pass with the others that tie at 0.
   return std::max(*nth, std::numeric_limits<float>::min());
-}
-
-TokenThresholds thresholds_of_shares(std::span<float> estimates, double exact, double coarse) {
-  TokenThresholds result;
-  result.exact = threshold_of_share(estimates, exact);
-  result.coarse = coarse > 0 ? threshold_of_share(estimates, exact + coarse) : result.exact;
-  return result;
 }
 
 }  // namespace tda

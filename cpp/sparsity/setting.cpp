@@ -27,18 +27,9 @@ std::string quoted(Enum value) {
 
 std::string percent(double share) { return text_of(std::round(share * 1000) / 10) + "%"; }
 
-/// As people write it: 1e-5, not 1e-05.
-std::string power(double number) {
-  std::string text = text_of(number);
-  if (const auto at = text.find("e-0"); at != std::string::npos) text.erase(at + 2, 1);
-  return text;
-}
-
 /// The recommended setting; nothing where dense is as fast.
 std::optional<TdaOptions> recommended(const TdaFacts& facts) {
   if (facts.cuda) return {};
-  if (facts.weights == WeightFormat::int8)
-    return TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = 1e-5};
   if (in_bricks(facts.weights)) return TdaOptions{.inputs = 0.2};
   return {};
 }
@@ -46,7 +37,7 @@ std::optional<TdaOptions> recommended(const TdaFacts& facts) {
 std::string why_dense(const TdaFacts& facts) {
   if (facts.cuda) return "dense: on CUDA no setting is faster at little loss";
   return "dense: with " + std::string(name_of(facts.weights)) +
-         " weights no setting is faster at little loss; weights=\"int8\" has one";
+         " weights no setting is faster at little loss; weights=\"graded\" has one";
 }
 
 std::string words_of(const TdaOptions& options, const TdaFacts& facts) {
@@ -59,26 +50,22 @@ std::string words_of(const TdaOptions& options, const TdaFacts& facts) {
            percent(down_share(options)) + " of neurons at 8 bits, the others at 4" +
            (options.loss ? ", for a loss of " + percent(*options.loss) : "");
   if (options.predictor)
-    return "token scope " +
-           (options.experts ? "(MoEfication): " + std::to_string(options.experts) + " of " +
-                                  std::to_string(options.predictor->experts) + " experts"
-                            : "(DejaVu): " + percent(*options.active) + " of neurons") +
-           (options.head > 0 ? ", head " + power(options.head) : "");
+    return "token scope " + (options.experts
+                                 ? "(MoEfication): " + std::to_string(options.experts) + " of " +
+                                       std::to_string(options.predictor->experts) + " experts"
+                                 : "(DejaVu): " + percent(*options.active) + " of neurons");
   const bool token = options.scope == Scope::token;
   std::string words = token ? "token scope" : "sequence scope";
   if (options.estimate == Estimate::hidden) words += " (GRIFFIN)";
   if (options.estimate == Estimate::gate) words += " (CATS)";
   if (options.error) words += ": error " + text_of(*options.error);
-  if (options.active)
-    words += ": " + percent(*options.active) + " of neurons" + (token ? " exact" : "");
+  if (options.active) words += ": " + percent(*options.active) + " of neurons";
   if (options.thresholds)
     words += std::string(options.active ? ", prior" : ": thresholds") + " from " +
              std::to_string(options.thresholds->tokens) + " tokens";
-  if (options.coarse > 0) words += ", " + percent(options.coarse) + " at 4 bits";
   if (options.refresh > 0)
     words += ", renewed every " + std::to_string(options.refresh) + " tokens";
   if (options.compact) words += ", compact";
-  if (options.head > 0) words += ", head " + power(options.head);
   return words;
 }
 
@@ -105,8 +92,7 @@ std::vector<std::string> warnings_of(const TdaOptions& options, const TdaFacts& 
     warnings.push_back(
         "a sequence mask that drops this much on a model of under 1B parameters: on SmolLM2-135M "
         "error 0.1 costs 23% perplexity, and keeping 75% of the neurons 74%; expect a damaged "
-        "text. "
-        "int8 weights with the recommended setting cost 1% there");
+        "text. Graded weights with the recommended setting cost 1% there");
   }
   return warnings;
 }
@@ -118,15 +104,12 @@ void check_predicted(const TdaOptions& o) {
   };
   if (o.active && !(*o.active > 0 && *o.active <= 1))
     reject("active", *o.active, "more than 0, at most 1");
-  const TdaOptions alone{.scope = o.scope,
-                         .active = o.active,
-                         .head = o.head,
-                         .predictor = o.predictor,
-                         .experts = o.experts};
+  const TdaOptions alone{
+      .scope = o.scope, .active = o.active, .predictor = o.predictor, .experts = o.experts};
   if (o != alone || o.scope == Scope::sequence)
     throw OptionError(
-        "tda predictor: expected alone with active or experts, scope \"token\" and head, found "
-        "further options");
+        "tda predictor: expected alone with active or experts and scope \"token\", found further "
+        "options");
   if (const std::int64_t count = o.predictor->experts) {
     if (o.active)
       reject("active", *o.active, "experts instead, which " + o.predictor->file + " predicts");
@@ -219,7 +202,6 @@ void TdaOptions::validate() const {
       throw OptionError("tda inputs: expected alone or with active, found further options");
     return;
   }
-  check(head >= 0 && head <= 1, "head", head, "0 (all of it exact) to 1");
   if (predictor) return check_predicted(*this);
   if (experts) throw OptionError("tda experts: expected only with a predictor");
   const bool token = scope_of(*this) == Scope::token;
@@ -247,12 +229,6 @@ void TdaOptions::validate() const {
   }
   if (error) check(*error >= 0 && *error < 1, "error", *error, "0 or more, less than 1");
   if (active) check(*active > 0 && *active <= 1, "active", *active, "more than 0, at most 1");
-  check(coarse >= 0 && coarse <= 1, "coarse", coarse, "0 to 1");
-  if (coarse > 0 && (!token || !active || estimate != Estimate::contribution)) {
-    throw OptionError(
-        "tda coarse: expected only with scope \"token\", estimate \"contribution\" and active");
-  }
-  if (active) check(*active + coarse <= 1 + 1e-9, "active + coarse", *active + coarse, "at most 1");
   if (estimate != Estimate::contribution && !active) {
     throw OptionError("tda estimate " + quoted(estimate) + ": expected with active only");
   }

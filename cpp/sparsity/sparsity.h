@@ -30,10 +30,10 @@ inline const float* estimate_weights(Estimate estimate, const float* lengths) {
 /// |v| * w, [T, F]. v: [T, F]; w: [F] or null
 std::vector<float> estimates_of(std::vector<float> v, const float* w, std::int64_t neurons);
 
-/// Bytes of weights read for `considered` neurons of which `exact` are computed from all planes and
-/// `coarse` from the high ones. gate: its rows are as long as those of up and down.
+/// Bytes of weights read for `considered` neurons of which so many are selected. gate: its rows are
+/// as long as those of up and down.
 std::int64_t selected_bytes(Estimate, const Matrix& gate, std::int64_t considered,
-                            std::int64_t exact, std::int64_t coarse);
+                            std::int64_t selected);
 
 /// R[j] = sqrt(sums[j] / tokens), [F]. tokens > 0.
 std::vector<float> relative_magnitudes(std::span<const double> sums, double tokens);
@@ -57,18 +57,6 @@ std::vector<std::int32_t> mask_largest(std::span<const float> scores, std::int64
 
 /// The same for share_count(active, F).
 std::vector<std::int32_t> mask_top_share(std::span<const float> scores, double active);
-
-/// Which neurons of a mask are computed for a token, by their estimates: at least `exact`, exactly;
-/// at least `coarse`, at 4 bits (int8 weights, not by the gate); below that, not at all. The default
-/// selects all.
-struct TokenThresholds {
-  float exact = 0, coarse = 0;  // 0 <= coarse <= exact; equal: no neuron is coarse
-};
-
-/// The threshold that the share `exact` of all estimates reaches, and that of the share
-/// exact + coarse. 0 < exact <= 1, 0 <= coarse <= 1 - exact. estimates: not negative, in any order;
-/// gets reordered.
-TokenThresholds thresholds_of_shares(std::span<float> estimates, double exact, double coarse);
 
 /// The threshold that the share `share` of the values reaches; 0 for all of them, infinity for none.
 /// values: not negative, in any order; gets reordered.

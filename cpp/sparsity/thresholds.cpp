@@ -15,7 +15,7 @@ namespace tda {
 namespace {
 
 constexpr const char* kFormat = "tdaengine-thresholds";
-constexpr std::int64_t kVersion = 2;
+constexpr std::int64_t kVersion = 3;
 
 /// Throws CheckpointError for one key of the file.
 [[noreturn]] void reject(const std::filesystem::path& path, const std::string& key,
@@ -77,10 +77,6 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
       at_least_zero(key + "[" + std::to_string(i) + "]", numbers[i]);
     }
   };
-  if (!t.coarse.empty() && (t.scope != Scope::token || t.coarse.size() != t.values.size())) {
-    reject(path, "coarse", std::to_string(t.coarse.size()) + " numbers",
-           "none, or with scope \"token\" as many as values");
-  }
   if (t.source != "texts" && t.source != "self-generated") {
     reject(path, "source", describe(t.source), "\"texts\" or \"self-generated\"");
   }
@@ -100,13 +96,6 @@ void check_values(const Thresholds& t, const std::filesystem::path& path) {
            std::to_string(t.values.size()) + ", as many as values");
   }
   all_at_least_zero("values", t.values);
-  all_at_least_zero("coarse", t.coarse);
-  for (std::size_t i = 0; i < t.coarse.size(); ++i) {
-    if (t.coarse[i] > t.values[i]) {
-      reject(path, "coarse[" + std::to_string(i) + "]", text_of(t.coarse[i]),
-             "at most values, " + text_of(t.values[i]));
-    }
-  }
   all_at_least_zero("reached", t.reached);
   check_prior(t, path);
   at_least_zero("bytes", t.bytes);
@@ -192,9 +181,9 @@ void Thresholds::save(const std::filesystem::path& path) const {
                                  {"model", model},     {"fingerprint", fingerprint},
                                  {"weights", weights}, {"scope", name_of(scope)},
                                  {"error", error},     {"bytes", bytes},
-                                 {"values", values},   {"coarse", coarse},
-                                 {"reached", reached}, {"source", source},
-                                 {"texts", texts},     {"tokens", tokens}};
+                                 {"values", values},   {"reached", reached},
+                                 {"source", source},   {"texts", texts},
+                                 {"tokens", tokens}};
   if (!inputs.empty()) {
     json["inputs"] = inputs;
     json["losses"] = losses;
@@ -230,7 +219,6 @@ Thresholds parse_thresholds(const nlohmann::json& content, const std::filesystem
   }
   result.scope = parse_scope(scope);
   result.bytes = fields.number("bytes");
-  result.coarse = fields.numbers("coarse");
   result.error = fields.number("error");
   result.values = fields.numbers("values");
   result.reached = fields.numbers("reached");

@@ -71,7 +71,7 @@ Stored store_row(const Matrix& target, std::int64_t row, float* values) {
       if (!compress_bf16(rounded, cols, data)) return Stored::not_compressible;
       break;
     case WeightFormat::int8:
-      quantize_int8(values, cols, data, const_cast<std::byte*>(target.low_row(row)));
+      quantize_int8(values, cols, data);
       break;
     default:
       break;

@@ -50,42 +50,21 @@ std::byte* Layout::allocate(Size count, std::int64_t each) {
   return memory_ + offset.value();
 }
 
-void Layout::allocate(Matrix& matrix) {
-  matrix.data = allocate(matrix.rows, matrix.row_bytes());
-  if (matrix.low_row_bytes()) matrix.low = allocate(matrix.rows, matrix.low_row_bytes());
-}
+void Layout::allocate(Matrix& matrix) { matrix.data = allocate(matrix.rows, matrix.row_bytes()); }
 
-/// The FFN matrices, [F, H] each; int8 rows are interleaved (see LayerWeights).
+/// The FFN matrices, [F, H] each (see LayerWeights).
 void Layout::allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden) {
   for (Matrix* m : {&w.gate, &w.up, &w.down}) *m = {format_, neurons, hidden};
-  if (format_ == WeightFormat::int8) {
-    // Records start on a cache line, so that reading one fetches no line of its neighbour.
-    allocate_records({{w.gate}, {w.up}}, neurons, 64);
-    allocate_records({{w.gate, true}, {w.up, true}}, neurons, 64);
-    allocate_records({{w.down}, {w.down, true}}, neurons, 64);
-  } else {
+  if (format_ != WeightFormat::int8) {
     for (Matrix* m : {&w.gate, &w.up, &w.down}) allocate(*m);
     return;
   }
+  const std::int64_t row = w.gate.row_bytes();
+  w.gate.gap = w.up.gap = row;
+  w.gate.data = allocate(neurons, 2 * row);
+  w.up.data = w.gate.data ? w.gate.data + row : nullptr;
+  allocate(w.down);
   w.down.outliers = reinterpret_cast<const Outlier*>(allocate(neurons, sizeof(Outlier)));
-}
-
-/// Interleaves the planes: record r holds row r of each, every row padded to `alignment`.
-void Layout::allocate_records(std::initializer_list<Plane> planes, std::int64_t rows,
-                              std::int64_t alignment) {
-  std::int64_t record = 0;
-  for (const Plane& p : planes) record += round_up(p.bytes(), alignment);
-  std::byte* at = allocate(rows, record);
-  for (const Plane& p : planes) {
-    (p.low ? p.matrix.low : p.matrix.data) = at;
-    (p.low ? p.matrix.low_gap : p.matrix.gap) = record - p.bytes();
-    if (!memory_) continue;
-    const std::int64_t padded = round_up(p.bytes(), alignment);
-    if (!checkpoint_.packed() && padded > p.bytes())
-      for (std::int64_t r = 0; r < rows; ++r)
-        std::fill(at + r * record + p.bytes(), at + r * record + padded, std::byte{});
-    at += padded;
-  }
 }
 
 const TensorView& Layout::find(const Source& source, std::int64_t rows, std::int64_t cols) {
@@ -182,10 +161,7 @@ Matrix Layout::matrix(WeightFormat format, const std::vector<std::string>& names
   for (std::size_t i = 0; i < names.size(); row += rows[i++]) {
     Matrix part = result;
     part.rows = rows[i];
-    if (memory_) {  // without memory no row has an address
-      part.data = result.row(row);
-      part.low = result.low_row(row);
-    }
+    if (memory_) part.data = result.row(row);  // without memory no row has an address
     fill(part, names[i]);
   }
   return result;

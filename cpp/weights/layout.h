@@ -2,7 +2,6 @@
 #pragma once
 
 #include <deque>
-#include <initializer_list>
 #include <span>
 #include <string>
 #include <utility>
@@ -29,13 +28,6 @@ class Layout {
   const std::vector<BrickCopy>& brick_copies() const { return brick_copies_; }
 
  private:
-  /// Some matrices' rows of one plane, to be interleaved with others'.
-  struct Plane {
-    Matrix& matrix;
-    bool low = false;
-    std::int64_t bytes() const { return low ? matrix.low_row_bytes() : matrix.row_bytes(); }
-  };
-
   /// A tensor, or a part of one of `all` rows, from row `first` on.
   struct Source {
     Source(std::string tensor, std::int64_t from = 0, std::int64_t of = 0)
@@ -48,8 +40,6 @@ class Layout {
   std::byte* allocate(Size count, std::int64_t each);
   void allocate(Matrix& matrix);
   void allocate_neurons(LayerWeights& w, std::int64_t neurons, std::int64_t hidden);
-  void allocate_records(std::initializer_list<Plane> planes, std::int64_t rows,
-                        std::int64_t alignment);
   float* floats(std::int64_t count) { return reinterpret_cast<float*>(allocate(count, 4)); }
 
   /// A matrix in bricks of the tensors' rows, one tensor after the other or, `in_turn`, 32 of each.

@@ -30,16 +30,13 @@ struct Outlier {
 };
 
 /// A row-major matrix [rows, cols] in one of the weight formats; does not own its data. Rows are
-/// contiguous and begin 64-byte aligned. int8 has two planes (see quantize.h), each with its rows.
-/// graded and int4 have no rows in memory: their layout is that of weights/bricks.h.
+/// contiguous and begin 64-byte aligned. graded and int4 have no rows in memory: their layout is that of weights/bricks.h.
 struct Matrix {
   WeightFormat format = WeightFormat::automatic;  // anything but automatic
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  const std::byte* data = nullptr;    // int8: the high plane
-  const std::byte* low = nullptr;     // int8: the low plane; else null
-  std::int64_t gap = 0;               // bytes of other matrices between two rows of data, and
-  std::int64_t low_gap = 0;           // of low; int8 only
+  const std::byte* data = nullptr;
+  std::int64_t gap = 0;               // bytes of another matrix between two rows; int8 only
   const Outlier* outliers = nullptr;  // [rows]; null: no row has one
   // graded and int4 only: what their bricks are, and in which order
   BrickKind kind = BrickKind::graded;
@@ -51,35 +48,28 @@ struct Matrix {
   std::int64_t input_of(std::int64_t column) const {
     return input_order.empty() ? column : input_order[column];
   }
-  std::int64_t row_bytes() const {  // of data
+  std::int64_t row_bytes() const {
     switch (format) {
       case WeightFormat::f32:
         return cols * 4;
       case WeightFormat::int8:
-        return high_row_bytes(cols);
+        return int8_row_bytes(cols);
       case WeightFormat::bf16c:
         return bf16c_row_bytes(cols);
       default:
         return cols * 2;
     }
   }
-  std::int64_t low_row_bytes() const {
-    return format == WeightFormat::int8 ? tda::low_row_bytes(cols) : 0;
-  }
   bool in_bricks() const { return tda::in_bricks(format); }
   Bricks bricks() const { return {data, rows, cols, kind, by_block}; }
-  std::int64_t bytes() const {
-    return in_bricks() ? bricks().bytes() : rows * (row_bytes() + low_row_bytes());
-  }
+  std::int64_t bytes() const { return in_bricks() ? bricks().bytes() : rows * row_bytes(); }
   /// Bytes that a product reads: the rests of graded lie further apart than they need.
   std::int64_t read_bytes() const {
     return in_bricks() ? bricks().high_bytes() + cols * bricks().rest_bytes() : bytes();
   }
   /// Bytes from one row to the next.
   std::int64_t stride() const { return row_bytes() + gap; }
-  std::int64_t low_stride() const { return low_row_bytes() + low_gap; }
   const std::byte* row(std::int64_t r) const { return data + r * stride(); }
-  const std::byte* low_row(std::int64_t r) const { return low ? low + r * low_stride() : nullptr; }
 };
 
 /// Columns [first, first + count) of a row as f32.
@@ -96,8 +86,8 @@ struct LayerWeights {
   Matrix output;                          // [H, q_size]
   std::span<const float> output_bias;     // [H]
   std::span<const float> ffn_norm, ffn_post_norm;  // [H]
-  // Neuron-major: row j of each of the three is all that neuron j needs. In int8, rows read together
-  // are interleaved: the high planes of gate and up, their low planes, and both planes of down.
+  // Neuron-major: row j of each of the three is all that neuron j needs. In int8 the rows of gate and
+  // up, which are read together, take turns.
   Matrix gate, up, down;  // [F, H]; down is W_down transposed
   // In bricks: gate and up are one matrix of 32 rows of each in turn, and down is W_down. Neurons are
   // in the order that down has best, so it has no input_order.
@@ -127,10 +117,7 @@ struct Model {
     return format == WeightFormat::f32 ? config.embedding_scale : config.embedding_scale_bf16;
   }
   /// FFN weight bytes of one neuron: its rows of gate, up and down. Bricks have none such.
-  std::int64_t neuron_bytes() const {
-    const LayerWeights& layer = layers.front();
-    return 3 * (layer.gate.row_bytes() + layer.gate.low_row_bytes());
-  }
+  std::int64_t neuron_bytes() const { return 3 * layers.front().gate.row_bytes(); }
   /// In bricks: whether any matrix of the layers has 8 bits for some inputs. Not so of int4, but for
   /// files of mixed types.
   bool layers_have_rests() const {

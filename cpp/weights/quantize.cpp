@@ -14,18 +14,17 @@ namespace tda {
 namespace {
 
 constexpr int kMostScale = 127;
-constexpr int kLeast = -128, kLargest = 119;  // int8 codes: two nibbles, each less 8
-constexpr int kOffset = 136;                  // 16 * 8 + 8
+constexpr int kOffset = 128, kLeast = -128, kLargest = 127;  // of codes
 constexpr std::int64_t kInt8Group = kGroup / kInt8Scales;
 
-/// A row's scales and step, which follow its nibbles.
+/// A row's scales and step, which follow its codes.
 struct Scales {
   std::byte* scales;
   std::byte* step;
 
-  Scales(const std::byte* row, std::int64_t cols, std::int64_t per_group)
-      : scales(const_cast<std::byte*>(row) + groups_of(cols) * kGroupBytes),
-        step(scales + groups_of(cols) * per_group) {}
+  Scales(const std::byte* row, std::int64_t cols)
+      : scales(const_cast<std::byte*>(row) + groups_of(cols) * kGroup),
+        step(scales + groups_of(cols) * kInt8Scales) {}
   float operator[](std::int64_t i) const {
     float size;
     std::memcpy(&size, step, 4);
@@ -34,7 +33,7 @@ struct Scales {
 };
 
 /// The scale nearest to zero that puts 32 values within the codes. Its sign assigns the larger side
-/// of the values to the 128 negative codes, the other to the 119 positive ones.
+/// of the values to the 128 negative codes, the other to the 127 positive ones.
 float covering_scale(const float* values) {
   Four smallest{}, largest{};
   for (std::int64_t i = 0; i < kInt8Group; i += 4) {
@@ -47,37 +46,30 @@ float covering_scale(const float* values) {
   return up <= down ? up : -down;
 }
 
-/// Stores 32 values as nibbles, rounded half away from zero. size: of a code, not 0
-void store_codes(const float* values, float size, std::byte* high, std::byte* low) {
+/// Stores 32 values, rounded half away from zero, 16 of them `half` bytes after the others. size: of
+/// a code, not 0
+void store_codes(const float* values, float size, std::byte* codes, std::int64_t half) {
   constexpr float kBelowHalf = 0x1.fffffep-2f;  // with 0.5 itself, the number below 0.5 would be 1
-  float codes[kInt8Group];
+  float rounded[kInt8Group];
   for (std::int64_t i = 0; i < kInt8Group; i += 4) {
     const Four code = load_four(values + i) / size;
     const Four away = code < 0 ? Four{} - kBelowHalf : Four{} + kBelowHalf;
-    store_four(codes + i, clamp(code + away, kLeast, kLargest));
+    store_four(rounded + i, clamp(code + away, kLeast, kLargest));
   }
-  const auto code = [&](std::int64_t i) { return static_cast<int>(codes[i]) + kOffset; };
-  for (std::int64_t i = 0; i < kInt8Group / 2; ++i) {
-    const int a = code(i), b = code(kInt8Group / 2 + i);
-    high[i] = static_cast<std::byte>(a >> 4 | (b & 0xf0));
-    low[i] = static_cast<std::byte>((a & 15) | (b & 15) << 4);
-  }
-}
-
-void load_codes(const std::byte* high, const std::byte* low, float size, float* values) {
-  for (std::int64_t i = 0; i < kInt8Group / 2; ++i) {
-    const int h = static_cast<int>(high[i]), l = static_cast<int>(low[i]);
-    values[i] = size * static_cast<float>((h & 15) * 16 + (l & 15) - kOffset);
-    values[kInt8Group / 2 + i] = size * static_cast<float>((h & 0xf0) + (l >> 4) - kOffset);
-  }
+  const auto store = [&](std::byte* to, const float* from) {
+    for (std::int64_t i = 0; i < kInt8Group / 2; ++i)
+      to[i] = static_cast<std::byte>(static_cast<int>(from[i]) + kOffset);
+  };
+  store(codes, rounded);
+  store(codes + half, rounded + kInt8Group / 2);
 }
 
 }  // namespace
 
-void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std::byte* low) {
-  const std::int64_t count = groups_of(cols) * kInt8Scales;
-  std::memset(high, 0, static_cast<std::size_t>(high_row_bytes(cols)));
-  const Scales scales(high, cols, kInt8Scales);
+void quantize_int8(const float* values, std::int64_t cols, std::byte* row) {
+  const std::int64_t groups = groups_of(cols), count = groups * kInt8Scales;
+  std::memset(row, 0, static_cast<std::size_t>(int8_row_bytes(cols)));
+  const Scales scales(row, cols);
   float padded[kInt8Group];
   const auto part = [&](std::int64_t p) -> const float* {
     const std::int64_t first = std::min(p * kInt8Group, cols), own = cols - first;
@@ -99,22 +91,18 @@ void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std:
     const int scale = std::clamp(static_cast<int>(away), -kMostScale, kMostScale);
     scales.scales[p] = static_cast<std::byte>(scale);
     const float size = scale != 0 ? step * static_cast<float>(scale) : 1;
-    const std::int64_t at = p * kInt8Group / 2;
-    store_codes(part(p), size, high + at, low + at);
+    store_codes(part(p), size, row + int8_place(p * kInt8Group, groups),
+                int8_half(p / kInt8Scales, groups));
   }
 }
 
-void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t cols,
-                     std::int64_t first, std::int64_t count, float* out) {
-  const Scales scales(high, cols, kInt8Scales);
-  const std::int64_t end = first + count;
-  for (std::int64_t begin = first; begin < end;) {
-    const std::int64_t p = begin / kInt8Group, start = p * kInt8Group, at = start / 2;
-    const std::int64_t stop = std::min(end, start + kInt8Group);
-    float values[kInt8Group];
-    load_codes(high + at, low + at, scales[p], values);
-    out = std::copy(values + (begin - start), values + (stop - start), out);
-    begin = stop;
+void dequantize_int8(const std::byte* row, std::int64_t cols, std::int64_t first,
+                     std::int64_t count, float* out) {
+  const Scales scales(row, cols);
+  const std::int64_t groups = groups_of(cols);
+  for (std::int64_t i = first; i < first + count; ++i) {
+    const int code = static_cast<int>(row[int8_place(i, groups)]) - kOffset;
+    *out++ = scales[i / kInt8Group] * static_cast<float>(code);
   }
 }
 
@@ -201,7 +189,7 @@ void read_row(const Matrix& matrix, std::int64_t row, std::int64_t first, std::i
               float* out) {
   switch (matrix.format) {
     case WeightFormat::int8:
-      dequantize_int8(matrix.row(row), matrix.low_row(row), matrix.cols, first, count, out);
+      dequantize_int8(matrix.row(row), matrix.cols, first, count, out);
       break;
     case WeightFormat::graded:
     case WeightFormat::int4:

@@ -1,17 +1,16 @@
 // The compressed weight formats in rows. Zero weights pad a row to whole groups of 64 values.
 //
-// int8: two planes of 4 bits, and an 8-bit scale for every 32 values of a row, relative to the
-// row's step.
+// int8: a code of 8 bits for each value, and a scale of 8 bits for every 32 values of a row, relative
+// to the row's step.
 //
-//   w = step * scale * (16 * (high - 8) + (low - 8)),  0 <= high, low <= 15,  -127 <= scale <= 127
+//   w = step * scale * (code - 128),  0 <= code <= 255,  -127 <= scale <= 127
 //
-// The high plane alone is a coarse version of the row, which token-scope TDA reads first. The 32
-// values of a scale are the nibbles of 16 bytes: value i in the low half of byte i, value 16 + i in
-// its high half, so that the products in one SIMD lane share a scale.
+//   row: codes [groups of 64][64]; scales, int8 [groups of 64][2]; step, f32; zeros up to a multiple
+//        of 32 bytes
 //
-//   high row: nibbles [groups of 64][32]; scales, int8 [groups of 64][2]; step, f32; zeros up to a
-//             multiple of 32 bytes
-//   low row:  nibbles [groups of 64][32]
+// Of every two groups, which have four scales, the codes of the scales' first 16 values lie in one
+// line of 64 bytes, those of their second 16 in the next, so that products which share a SIMD lane
+// share a scale. If a last group is alone, it lies in two halves in the same way.
 //
 // bf16c: bf16 without loss in 12 bits. The lower byte of a value (the exponent's last bit and the
 // mantissa) is stored as it is, the upper byte (sign and exponent) as a 4-bit code: code 15 means
@@ -31,14 +30,21 @@
 
 namespace tda {
 
-inline constexpr std::int64_t kGroup = 64;               // values
-inline constexpr std::int64_t kGroupBytes = kGroup / 2;  // in one plane
-inline constexpr std::int64_t kInt8Scales = 2;           // per group
+inline constexpr std::int64_t kGroup = 64;      // values
+inline constexpr std::int64_t kInt8Scales = 2;  // per group
 
 constexpr std::int64_t groups_of(std::int64_t cols) { return (cols + kGroup - 1) / kGroup; }
-constexpr std::int64_t low_row_bytes(std::int64_t cols) { return groups_of(cols) * kGroupBytes; }
-constexpr std::int64_t high_row_bytes(std::int64_t cols) {
-  return low_row_bytes(cols) + (groups_of(cols) * kInt8Scales + 4 + 31) / 32 * 32;
+constexpr std::int64_t int8_row_bytes(std::int64_t cols) {
+  return (groups_of(cols) * (kGroup + kInt8Scales) + 4 + 31) / 32 * 32;
+}
+/// The bytes from the first to the second 16 values of a scale, in a group of a row.
+constexpr std::int64_t int8_half(std::int64_t group, std::int64_t groups) {
+  return group % 2 == 0 && group + 1 == groups ? kGroup / 2 : kGroup;
+}
+/// Which byte of a row of so many groups is the code of value i.
+constexpr std::int64_t int8_place(std::int64_t i, std::int64_t groups) {
+  const std::int64_t first = i / (2 * kGroup) * 2 * kGroup, scale = i % (2 * kGroup) / 32;
+  return first + i / 16 % 2 * int8_half(i / kGroup, groups) + 16 * scale + i % 16;
 }
 /// How many exceptions a bf16c row has room for.
 constexpr std::int64_t bf16c_exceptions(std::int64_t cols) {
@@ -59,12 +65,12 @@ constexpr std::int64_t bf16c_row_bytes(std::int64_t cols) {
 }
 
 /// Rounds a row of finite values to int8. A scale is the one nearest to zero, of either sign, that
-/// puts its values within codes -128 to 119; the error is at most half of step * scale.
-void quantize_int8(const float* values, std::int64_t cols, std::byte* high, std::byte* low);
+/// puts its values within codes 0 to 255; the error is at most half of step * scale.
+void quantize_int8(const float* values, std::int64_t cols, std::byte* row);
 
 /// Values [first, first + count) of a row.
-void dequantize_int8(const std::byte* high, const std::byte* low, std::int64_t cols,
-                     std::int64_t first, std::int64_t count, float* out);
+void dequantize_int8(const std::byte* row, std::int64_t cols, std::int64_t first,
+                     std::int64_t count, float* out);
 
 /// Compresses a row. False if it has more exceptions than there is room for, or one in a column
 /// beyond 65535.

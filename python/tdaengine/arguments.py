@@ -11,7 +11,7 @@ from .prefix_cache import DEFAULT_LIMIT
 
 SETTING = (
     "the recommended setting for the model and weights; or SETTING by hand: "
-    "inputs=0.2; loss=0.02; scope=token,active=0.3,coarse=0.5; error=0.05; thresholds=FILE; "
+    "inputs=0.2; loss=0.02; scope=token,active=0.7; error=0.05; thresholds=FILE; "
     "predictor=FILE,active=0.5; off"
 )
 

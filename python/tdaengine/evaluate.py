@@ -20,9 +20,7 @@ from .options import RECOMMENDED
 DENSE = "dense"
 
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-PLANES = ((0.45, 0.45), (0.35, 0.5), (0.3, 0.5), (0.3, 0.4), (0.2, 0.5), (0.1, 0.5))
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-HEAD = 1e-5
 INPUTS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 Run = tuple[Engine, TDA | None]
@@ -47,16 +45,8 @@ def frontier(engine: Engine) -> dict[str, dict[str, TDA]]:
     if engine.weights == "graded":
         settings = {f"inputs {share:g}": TDA(inputs=share) for share in INPUTS}
         return {"by input": settings | {"all at 4 bits": TDA(inputs=0)}}
-    int8, compact = engine.weights == "int8", engine.device.startswith("cpu")
-
-    def planes(name: str, head: float) -> dict[str, TDA]:
-        return {
-            f"{name} {a:g} + {c:g}": TDA(scope="token", active=a, coarse=c, head=head)
-            for a, c in PLANES
-        }
-
-    estimated = {"estimated": planes("estimated", 0), "with head": planes("with head", HEAD)}
-    return (estimated if int8 else {}) | {
+    compact = engine.device.startswith("cpu")
+    return {
         "one threshold": {f"token {a:g}": TDA(scope="token", active=a) for a in SHARES},
         "sequence TDA": {f"sequence, error {e:g}": TDA(error=e, compact=compact) for e in ERRORS},
         "GRIFFIN": {
@@ -233,7 +223,7 @@ def describe_run(engine: Engine, tda: TDA | None) -> dict[str, Any]:
     """What must be the same for results to be put together."""
     options = {} if tda is None else {name: getattr(tda, name) for name in TDA.fields}
     if thresholds := options.get("thresholds"):
-        numbers = ("values", "coarse", "inputs", "losses", "prior")
+        numbers = ("values", "inputs", "losses", "prior")
         options["thresholds"] = digest([getattr(thresholds, name) for name in numbers])
     if predictor := options.get("predictor"):
         content = read(Path(predictor.file), "a predictor", 10 * MAX_DATA)

@@ -182,11 +182,8 @@ class RandomModel {
     if (format == WeightFormat::int8) {
       m.data =
           reinterpret_cast<std::byte*>(keep(std::vector<float>(rows * m.row_bytes() / 4)).data());
-      m.low = reinterpret_cast<std::byte*>(
-          keep(std::vector<float>(rows * m.low_row_bytes() / 4)).data());
       for (std::int64_t r = 0; r < rows; ++r)
-        tda::quantize_int8(data.data() + r * cols, cols, const_cast<std::byte*>(m.row(r)),
-                           const_cast<std::byte*>(m.low_row(r)));
+        tda::quantize_int8(data.data() + r * cols, cols, const_cast<std::byte*>(m.row(r)));
     }
     if (format == WeightFormat::bf16) {  // in place, front to back
       auto* halves = reinterpret_cast<std::byte*>(const_cast<float*>(data.data()));
@@ -236,8 +233,7 @@ class RandomModel {
       tda::read_row(m, j, 0, m.cols, row.data());
       const std::int64_t column = (j + 37) % m.cols;
       row[column] = 0;
-      tda::quantize_int8(row.data(), m.cols, const_cast<std::byte*>(m.row(j)),
-                         const_cast<std::byte*>(m.low_row(j)));
+      tda::quantize_int8(row.data(), m.cols, const_cast<std::byte*>(m.row(j)));
       outliers[j] = {static_cast<std::int32_t>(column), j % 2 == 0 ? 9.0f : -9.0f};
       w.outlier_neurons.push_back(static_cast<std::int32_t>(j));
     }

@@ -29,7 +29,7 @@ inline ModelConfig wide_config() {
 struct Plan {
   std::vector<Token> tokens;
   std::int64_t prompt;
-  int mode;  // 0: dense, 1: a mask or thresholds of inputs, 2: of neurons, 3: both planes and the head
+  int mode;  // 0: dense, 1: a mask or thresholds of inputs, 2: of neurons
 };
 
 inline Plan random_plan(std::mt19937& random, std::int64_t vocab) {
@@ -38,7 +38,7 @@ inline Plan random_plan(std::mt19937& random, std::int64_t vocab) {
   plan.prompt = 1 + (below(8) == 0 ? below(140) : below(20));
   for (std::int64_t i = 0; i < plan.prompt + 8; ++i)
     plan.tokens.push_back(static_cast<Token>(below(vocab)));
-  plan.mode = static_cast<int>(below(4));
+  plan.mode = static_cast<int>(below(3));
   return plan;
 }
 
@@ -71,8 +71,7 @@ struct Sequence {
           mask.push_back(j);
         backend.set_mask(*state, l, mask);
       } else {
-        const bool planes = plan.mode == 3 && model.format == WeightFormat::int8;
-        backend.set_thresholds(*state, l, {0.02f, planes ? 0.01f : 0.02f});
+        backend.set_threshold(*state, l, 0.02f);
       }
     }
     if (plan.mode == 1 && !in_bricks(model.format)) backend.compact_masks(*state);
@@ -81,9 +80,7 @@ struct Sequence {
   Step next() const {
     Step step = step_of(Tokens(plan.tokens).subspan(at, 1), at,
                         plan.mode > 0 ? FfnMode::sparse : FfnMode::dense);
-    const WeightFormat format = backend.model().format;
-    if (plan.mode == 3 && format == WeightFormat::int8) step.head = 0.01f;
-    if (plan.mode > 0 && in_bricks(format)) step.head_inputs = 0.05f;
+    if (plan.mode > 0 && in_bricks(backend.model().format)) step.head_inputs = 0.05f;
     return step;
   }
   bool is_over() const { return at == std::ssize(plan.tokens); }

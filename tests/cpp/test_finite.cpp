@@ -41,18 +41,15 @@ bool none_is_finite(std::span<const float> values) {
 
 /// kRows random rows of int8.
 struct IntegerMatrix {
-  AlignedBytes data, low;
+  AlignedBytes data;
   Matrix matrix;
 
   explicit IntegerMatrix(std::int64_t cols) : matrix{WeightFormat::int8, kRows, cols} {
     data.resize(kRows * matrix.row_bytes() + 64);
-    low.resize(kRows * matrix.low_row_bytes() + 64);
     matrix.data = data.data();
-    matrix.low = low.data();
     for (std::int64_t r = 0; r < kRows; ++r) {
       const std::vector<float> row = random_floats(cols);
-      std::byte* const to = data.data() + r * matrix.row_bytes();
-      quantize_int8(row.data(), cols, to, low.data() + r * matrix.low_row_bytes());
+      quantize_int8(row.data(), cols, data.data() + r * matrix.row_bytes());
     }
   }
 };
@@ -87,13 +84,6 @@ TEST(integer_rows_times_a_vector_that_is_not_finite) {
         std::vector<float> y(kRows);
         rows.dot(rows_of(w.matrix), kRows, p, y.data(), false, {});
         CHECK(none_is_finite(y));
-        if (!rows.dot_high_plane) continue;
-        rows.dot_high_plane(rows_of(w.matrix), kRows, p, y.data());
-        CHECK(none_is_finite(y));
-        const std::vector<std::int32_t> ids = {0, 7, 49};
-        std::vector<float> some(kRows);
-        rows.dot_rows(rows_of(w.matrix), ids.data(), 3, p, some.data());
-        for (const std::int32_t id : ids) CHECK(!std::isfinite(some[id]));
       }
     // All of them, as after a norm.
     const std::vector<float> x(n, NAN);
@@ -119,15 +109,15 @@ TEST(integer_neurons_of_which_one_is_not_finite) {
       return std::span(y).first(n);
     };
     const auto selected = [&](float threshold, bool by_gate) {
-      const Selection selection = {threshold, threshold, by_gate, lengths.data()};
+      const Selection selection = {threshold, by_gate, lengths.data()};
       kernels.rows[at].ffn_selected(rows, Activation::silu, selection, {ids.data(), kRows}, p,
                                     h.data(), y.data());
       return std::span(y).first(n);
     };
     CHECK(is_finite(fused(Activation::relu)));
     CHECK(is_finite(selected(1, false)));
-    // A row's step, behind its nibbles and scales.
-    const std::int64_t step = low_row_bytes(n) + groups_of(n) * kInt8Scales;
+    // A row's step, behind its codes and scales.
+    const std::int64_t step = groups_of(n) * (kGroup + kInt8Scales);
     for (const float bad : kBad)
       for (const IntegerMatrix* damaged : {&gate, &up, &down}) {
         auto* const place = const_cast<std::byte*>(damaged->matrix.row(17)) + step;

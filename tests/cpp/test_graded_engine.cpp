@@ -197,9 +197,8 @@ TEST(graded_options_say_what_does_not_fit) {
                                 TdaOptions{.scope = Scope::token, .error = 0.1}})
     refuses(graded, tda, "tda with graded weights: expected inputs");
   for (TdaOptions tda :
-       {TdaOptions{.scope = Scope::token}, TdaOptions{.error = 0.1}, TdaOptions{.coarse = 0.1},
-        TdaOptions{.refresh = 8}, TdaOptions{.compact = true}, TdaOptions{.head = 0.1},
-        TdaOptions{.estimate = Estimate::gate}}) {
+       {TdaOptions{.scope = Scope::token}, TdaOptions{.error = 0.1}, TdaOptions{.refresh = 8},
+        TdaOptions{.compact = true}, TdaOptions{.estimate = Estimate::gate}}) {
     tda.inputs = 0.2;
     refuses(graded, tda, "tda inputs: expected alone or with active");
   }

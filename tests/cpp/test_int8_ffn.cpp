@@ -1,5 +1,5 @@
 // The feed-forward network of int8 weights in decode: all neurons, and the selection of neurons by
-// their high planes or their gates.
+// their contributions or their gates.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,8 +19,7 @@ using namespace int8_rows;
 namespace {
 
 /// sum of h * row in doubles, and the error bound of kernels that quantise h * scale: half a unit
-/// of 1/127 (with both planes 1/127/256) of the batch's largest |h * row's step|, and a little for
-/// the rounding of that.
+/// of 1/127/256 of the batch's largest |h * row's step|, and a little for the rounding of that.
 struct Sum {
   const Stored& w;
   bool rounds;
@@ -29,15 +28,13 @@ struct Sum {
 
   Sum(const Stored& stored, const Kernels& kernels)
       : w(stored),
-        rounds(panel_kernels(kernels, WeightFormat::int8).prepare !=
-               nullptr),  // the same instruction sets as in prefill
+        rounds(multiply_bytes(kernels)),
         value(w.matrix.cols),
         bound(w.matrix.cols, 1e-4 * std::sqrt(static_cast<double>(w.matrix.cols))) {}
 
-  /// Rows in the order of the kernel, which processes coarse ones in batches of their own.
-  void add(const std::vector<std::pair<std::int64_t, double>>& rows, bool exact) {
+  /// Rows in the order of the kernel.
+  void add(const std::vector<std::pair<std::int64_t, double>>& rows) {
     const std::int64_t n = w.matrix.cols;
-    const auto& as = exact ? w.values : w.coarse;
     for (std::size_t first = 0; first < rows.size(); first += 16) {
       const std::size_t end = std::min(rows.size(), first + 16);
       double most = 0;
@@ -45,11 +42,11 @@ struct Sum {
         most = std::max(most, std::abs(rows[i].second * step_of(w, rows[i].first)));
       for (std::size_t i = first; i < end; ++i)
         for (std::int64_t e = 0; e < n; ++e) {
-          const double stored = as[rows[i].first * n + e];
+          const double stored = w.values[rows[i].first * n + e];
           value[e] += rows[i].second * stored;
           const double scale = scale_of(w, rows[i].first, e / static_cast<std::int64_t>(kPart));
           if (!rounds || stored == 0) continue;
-          const double unit = std::abs(stored / scale) * most / (exact ? 128 : 1);
+          const double unit = std::abs(stored / scale) * most / 128;
           bound[e] += 0.51 * unit;
           variance += unit * unit / 12;
         }
@@ -76,9 +73,9 @@ struct Layer {
   std::vector<double> rounded_x;
   std::vector<std::int32_t> ids;
 
-  explicit Layer(std::int64_t length)
+  Layer(std::int64_t length, const Kernels& kernels)
       : n(length), gate(kNeurons, n), up(kNeurons, n), down(kNeurons, n), x(random_floats(n)) {
-    rounded_x = rounded(x);
+    rounded_x = rounded(x, kernels);
     for (float& v : x) v /= std::sqrt(static_cast<float>(n));
     for (double& v : rounded_x) v /= std::sqrt(static_cast<double>(n));
     for (std::int64_t j = 0; j < kNeurons; ++j) lengths.push_back(0.5f + 0.01f * j);
@@ -90,10 +87,8 @@ struct Layer {
   double activated(const std::vector<float>& w, std::int64_t j) const {
     return naive::activate(Activation::silu, dot(w.data() + j * n, rounded_x));
   }
-  double h(std::int64_t j, bool exact) const {
-    if (exact) return activated(gate.values, j) * dot(up.values.data() + j * n, rounded_x);
-    return naive::activate(Activation::silu, dot(gate.coarse.data() + j * n, rounded_x)) *
-           dot(up.coarse.data() + j * n, rounded_x);
+  double h(std::int64_t j) const {
+    return activated(gate.values, j) * dot(up.values.data() + j * n, rounded_x);
   }
 };
 
@@ -102,7 +97,7 @@ struct Layer {
 TEST(int8_ffn_fused_matches_doubles) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : {45, 130, 576}) {
-      const Layer layer(n);
+      const Layer layer(n, kernels);
       const auto p = prepared(row_kernels(kernels, WeightFormat::int8), layer.x);
       for (const std::int64_t count : {std::int64_t{1}, std::int64_t{17}, std::ssize(layer.ids)}) {
         std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
@@ -112,11 +107,11 @@ TEST(int8_ffn_fused_matches_doubles) {
         std::vector<std::pair<std::int64_t, double>> all;
         for (std::int64_t i = 0; i < count; ++i) {
           const std::int64_t j = layer.ids[i];
-          CHECK_NEAR(h[i], layer.h(j, true), 1e-5 * n);
-          all.emplace_back(j, layer.h(j, true));
+          CHECK_NEAR(h[i], layer.h(j), 1e-5 * n);
+          all.emplace_back(j, layer.h(j));
         }
         Sum expected(layer.down, kernels);
-        expected.add(all, true);
+        expected.add(all);
         expected.check(y);
         CHECK(h[count] == 3 && y[layer.groups()] == 3);
       }
@@ -129,7 +124,7 @@ TEST(int8_ffn_of_several_equals_ffn_fused) {
   for_all_kernels([](const Kernels& all) {
     const RowKernels& kernels = row_kernels(all, WeightFormat::int8);
     for (const std::int64_t n : {45, 576, 2112}) {
-      const Layer layer(n);
+      const Layer layer(n, all);
       std::vector<std::int32_t> every(Layer::kNeurons);
       std::iota(every.begin(), every.end(), 0);
       for (const auto& ids : {every, layer.ids})
@@ -155,52 +150,43 @@ TEST(int8_ffn_of_several_equals_ffn_fused) {
   });
 }
 
-TEST(selection_drops_and_coarsens_like_doubles) {
+TEST(selection_drops_like_doubles) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : {45, 576}) {
-      const Layer layer(n);
+      const Layer layer(n, kernels);
       const auto count = std::ssize(layer.ids);
       const auto p = prepared(row_kernels(kernels, WeightFormat::int8), layer.x);
       std::vector<double> sorted;
       for (const std::int32_t j : layer.ids)
-        sorted.push_back(std::abs(layer.h(j, false)) * layer.lengths[j]);
-      const std::vector<double> estimates = sorted;
+        sorted.push_back(std::abs(layer.h(j)) * layer.lengths[j]);
+      const std::vector<double> contributions = sorted;
       std::sort(sorted.begin(), sorted.end());
-      const auto between = [&](std::int64_t i) {  // a threshold with i estimates below it
+      const auto between = [&](std::int64_t i) {  // a threshold with i contributions below it
         return i == 0       ? 0.0f
                : i == count ? std::numeric_limits<float>::infinity()
                             : static_cast<float>((sorted[i - 1] + sorted[i]) / 2);
       };
-      for (const auto& [dropped, not_exact] : {std::pair<std::int64_t, std::int64_t>{0, 0},
-                                               {0, count},
-                                               {count, count},
-                                               {9, 9},
-                                               {11, 30},
-                                               {0, 20},
-                                               {count - 1, count - 1}}) {
-        const Selection selection = {between(not_exact), between(dropped), false,
-                                     layer.lengths.data()};
+      for (const std::int64_t dropped : {std::int64_t{0}, std::int64_t{9}, count - 1, count}) {
+        const float threshold = between(dropped);
         std::vector<float> h(count + 1, 3), y(layer.groups() + 1, 3);
-        const SelectedCounts counts =
+        const std::int64_t selected =
             row_kernels(kernels, WeightFormat::int8)
-                .ffn_selected(layer.rows(), Activation::silu, selection, {layer.ids.data(), count},
+                .ffn_selected(layer.rows(), Activation::silu,
+                              {threshold, false, layer.lengths.data()}, {layer.ids.data(), count},
                               p.data(), h.data(), y.data());
-        CHECK(counts.exact == count - not_exact);
-        CHECK(counts.coarse == not_exact - dropped);
-        std::vector<std::pair<std::int64_t, double>> exact_rows, coarse_rows;
+        CHECK(selected == count - dropped);
+        std::vector<std::pair<std::int64_t, double>> kept;
         for (std::int64_t i = 0; i < count; ++i) {
           const std::int64_t j = layer.ids[i];
-          if (estimates[i] < selection.coarse) {
+          if (contributions[i] < threshold) {
             CHECK(h[i] == 0);
             continue;
           }
-          const bool exact = estimates[i] >= selection.exact;
-          CHECK_NEAR(h[i], layer.h(j, exact), 1e-5 * n);
-          (exact ? exact_rows : coarse_rows).emplace_back(j, layer.h(j, exact));
+          CHECK_NEAR(h[i], layer.h(j), 1e-5 * n);
+          kept.emplace_back(j, layer.h(j));
         }
         Sum expected(layer.down, kernels);
-        expected.add(exact_rows, true);
-        expected.add(coarse_rows, false);
+        expected.add(kept);
         expected.check(y);
         CHECK(h[count] == 3 && y[layer.groups()] == 3);
       }
@@ -208,10 +194,10 @@ TEST(selection_drops_and_coarsens_like_doubles) {
   });
 }
 
-TEST(selection_with_thresholds_of_zero_is_dense_to_the_bit) {
+TEST(selection_with_a_threshold_of_zero_is_dense_to_the_bit) {
   for_all_kernels([](const Kernels& kernels) {
     for (const std::int64_t n : {45, 576}) {
-      const Layer layer(n);
+      const Layer layer(n, kernels);
       const auto count = std::ssize(layer.ids);
       const auto p = prepared(row_kernels(kernels, WeightFormat::int8), layer.x);
       std::vector<float> h(count), y(layer.groups()), dense_h(count), dense_y(layer.groups());
@@ -220,7 +206,7 @@ TEST(selection_with_thresholds_of_zero_is_dense_to_the_bit) {
                      dense_h.data(), dense_y.data());
       for (const bool by_gate : {false, true}) {
         row_kernels(kernels, WeightFormat::int8)
-            .ffn_selected(layer.rows(), Activation::silu, {0, 0, by_gate, layer.lengths.data()},
+            .ffn_selected(layer.rows(), Activation::silu, {0, by_gate, layer.lengths.data()},
                           {layer.ids.data(), count}, p.data(), h.data(), y.data());
         CHECK(h == dense_h);
         CHECK(y == dense_y);
@@ -232,14 +218,14 @@ TEST(selection_with_thresholds_of_zero_is_dense_to_the_bit) {
 TEST(selection_by_gate_matches_doubles) {
   for_all_kernels([](const Kernels& kernels) {
     const std::int64_t n = 130;
-    const Layer layer(n);
+    const Layer layer(n, kernels);
     const auto count = std::ssize(layer.ids);
     const auto p = prepared(row_kernels(kernels, WeightFormat::int8), layer.x);
     const float threshold = 0.2f;
     std::vector<float> h(count), y(layer.groups());
-    const SelectedCounts counts =
+    const std::int64_t selected =
         row_kernels(kernels, WeightFormat::int8)
-            .ffn_selected(layer.rows(), Activation::silu, {threshold, threshold, true, nullptr},
+            .ffn_selected(layer.rows(), Activation::silu, {threshold, true, nullptr},
                           {layer.ids.data(), count}, p.data(), h.data(), y.data());
     std::vector<std::pair<std::int64_t, double>> open;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -248,30 +234,30 @@ TEST(selection_by_gate_matches_doubles) {
         CHECK(h[i] == 0);
         continue;
       }
-      open.emplace_back(j, layer.h(j, true));
+      open.emplace_back(j, layer.h(j));
     }
     CHECK(open.size() > 3 && std::ssize(open) < count - 3);
-    CHECK(counts.exact == std::ssize(open) && counts.coarse == 0);
+    CHECK(selected == std::ssize(open));
     Sum expected(layer.down, kernels);
-    expected.add(open, true);
+    expected.add(open);
     expected.check(y);
   });
 }
 
 TEST(selection_keeps_what_is_not_a_number) {
   for_all_kernels([](const Kernels& kernels) {
-    const Layer layer(64);
+    const Layer layer(64, kernels);
     auto lengths = layer.lengths;
     lengths[layer.ids[5]] = NAN;
     const auto count = std::ssize(layer.ids);
     const auto p = prepared(row_kernels(kernels, WeightFormat::int8), layer.x);
     std::vector<float> h(count), y(layer.groups());
     const float all = std::numeric_limits<float>::infinity();
-    const SelectedCounts counts =
+    const std::int64_t selected =
         row_kernels(kernels, WeightFormat::int8)
-            .ffn_selected(layer.rows(), Activation::silu, {all, all, false, lengths.data()},
+            .ffn_selected(layer.rows(), Activation::silu, {all, false, lengths.data()},
                           {layer.ids.data(), count}, p.data(), h.data(), y.data());
-    CHECK(counts.exact == 1);
+    CHECK(selected == 1);
     CHECK(h[5] != 0);
   });
 }

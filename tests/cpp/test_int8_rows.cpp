@@ -1,4 +1,4 @@
-// int8 rows: quantisation, and dot products with both planes and with the high plane alone.
+// int8 rows: quantisation and dot products.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -13,7 +13,8 @@ using namespace int8_rows;
 
 namespace {
 
-/// The scale of element i of a weight row: codes are -128 to 119, and scales may be negative.
+/// The scale of element i of a weight row: codes are -128 to 127, less their offset, and scales may
+/// be negative.
 double weight_step(const std::vector<float>& w, std::size_t i) {
   const std::size_t first = i / kPart * kPart, end = std::min<std::size_t>(w.size(), first + kPart);
   double least = 0, largest = 0;
@@ -21,7 +22,7 @@ double weight_step(const std::vector<float>& w, std::size_t i) {
     least = std::min(least, double{w[j]});
     largest = std::max(largest, double{w[j]});
   }
-  return std::min(std::max(-least / 128, largest / 119), std::max(largest / 128, -least / 119));
+  return std::min(std::max(-least / 128, largest / 127), std::max(largest / 128, -least / 127));
 }
 
 }  // namespace
@@ -38,32 +39,25 @@ TEST(int8_rounds_to_half_a_step) {
         // A scale is an integer multiple of the row's step; subnormal ones are less accurate.
         const double step = weight_step(values, i) + row_step + 1e-40;
         CHECK(std::abs(stored.values[i] - double{values[i]}) <= step / 2 * (1 + 1e-5));
-        CHECK(std::abs(stored.coarse[i] - double{stored.values[i]}) <= 8 * step * (1 + 1e-5));
       }
     }
   const Stored zero(1, 70, std::vector<float>(70));
   CHECK(zero.values == std::vector<float>(70));
 }
 
-TEST(int8_values_of_a_scale_share_bytes) {  // the layout in engine folders, spelt out
-  struct Row {
-    std::vector<std::byte> high = std::vector<std::byte>(high_row_bytes(kGroup));
-    std::vector<std::byte> low = std::vector<std::byte>(low_row_bytes(kGroup));
-  } zeros, row;
-  std::vector<float> values(kGroup, 0.0f);
-  quantize_int8(values.data(), kGroup, zeros.high.data(), zeros.low.data());
-  for (std::size_t i = 0; i < values.size(); ++i) {
+TEST(int8_values_of_a_scale_share_lanes) {  // the layout in engine folders, spelt out
+  constexpr std::int64_t kCols = 3 * kGroup;
+  std::vector<float> values(kCols, 0.0f);
+  std::vector<std::byte> zeros(int8_row_bytes(kCols)), row(int8_row_bytes(kCols));
+  quantize_int8(values.data(), kCols, zeros.data());
+  for (std::int64_t i = 0; i < kCols; ++i) {
     values[i] = 1;
-    quantize_int8(values.data(), kGroup, row.high.data(), row.low.data());
+    quantize_int8(values.data(), kCols, row.data());
     values[i] = 0;
-    const std::size_t byte = i / 32 * 16 + i % 16;
-    const std::byte mask{static_cast<unsigned char>(i % 32 < 16 ? 0x0f : 0xf0)};
-    for (std::size_t b = 0; b < kGroup / 2; ++b) {
-      const std::byte allowed = b == byte ? mask : std::byte{0};
-      CHECK(((row.high[b] ^ zeros.high[b]) & ~allowed) == std::byte{0});
-      CHECK(((row.low[b] ^ zeros.low[b]) & ~allowed) == std::byte{0});
-    }
-    CHECK(row.high[byte] != zeros.high[byte]);
+    const bool is_second = i % 32 >= 16;  // of a scale's two halves
+    const std::int64_t place = i < 128 ? (is_second ? 64 : 0) + i / 32 * 16 + i % 16
+                                       : 128 + (is_second ? 32 : 0) + (i - 128) / 32 * 16 + i % 16;
+    for (std::int64_t b = 0; b < kCols; ++b) CHECK((row[b] != zeros[b]) == (b == place));
   }
 }
 
@@ -88,7 +82,7 @@ TEST(int8_dot_matches_doubles) {
       const Stored w(rows, n);
       auto x = random_floats(n);
       if (n > 64) std::fill_n(x.begin(), 64, 0.0f);  // a group of zeros
-      const auto expected_x = rounded(x);
+      const auto expected_x = rounded(x, kernels);
       const auto p = prepared(row_kernels(kernels, WeightFormat::int8), x);
       std::vector<float> y(rows + 1, 3);
       row_kernels(kernels, WeightFormat::int8).dot(w.rows(), rows, p.data(), y.data(), false, {});
@@ -174,47 +168,6 @@ TEST(int8_dot_of_several_equals_dot) {
           CHECK(y == alone);
         }
     }
-  });
-}
-
-TEST(int8_dot_high_plane_matches_doubles) {
-  for_all_kernels([](const Kernels& kernels) {
-    for (const std::int64_t n : kLengths)
-      for (const std::int64_t rows : {1, 16, 37}) {
-        const Stored w(rows, n);
-        const auto x = random_floats(n);
-        const auto expected_x = rounded(x);
-        const auto p = prepared(row_kernels(kernels, WeightFormat::int8), x);
-        std::vector<float> y(rows + 1, 3);
-        const float largest = row_kernels(kernels, WeightFormat::int8)
-                                  .dot_high_plane(w.rows(), rows, p.data(), y.data());
-        for (std::int64_t r = 0; r < rows; ++r)
-          CHECK_NEAR(y[r], dot(w.coarse.data() + r * n, expected_x), 2e-4);
-        CHECK(largest == *std::max_element(y.begin(), y.end() - 1));
-        CHECK(y[rows] == 3);
-      }
-  });
-}
-
-TEST(int8_dot_rows_equals_dot) {
-  for_all_kernels([](const Kernels& kernels) {
-    for (const std::int64_t n : kLengths)
-      for (const std::int64_t gap : {1, 3}) {
-        const std::int64_t rows = 100;
-        const Stored w(rows, n);
-        const auto p = prepared(row_kernels(kernels, WeightFormat::int8), random_floats(n));
-        std::vector<float> all(rows), some(rows, 3);
-        row_kernels(kernels, WeightFormat::int8)
-            .dot(w.rows(), rows, p.data(), all.data(), false, {});
-        std::vector<std::int32_t> ids;
-        for (std::int32_t r = 1; r < rows; r += gap) ids.push_back(r);
-        row_kernels(kernels, WeightFormat::int8)
-            .dot_rows(w.rows(), ids.data(), std::ssize(ids), p.data(), some.data());
-        row_kernels(kernels, WeightFormat::int8)
-            .dot_rows(w.rows(), nullptr, 0, p.data(), some.data());
-        for (std::int64_t r = 0; r < rows; ++r)
-          CHECK(some[r] == (r >= 1 && (r - 1) % gap == 0 ? all[r] : 3));
-      }
   });
 }
 

@@ -64,9 +64,7 @@ struct Stored {
     for (std::int64_t r = 0; r < rows; ++r)
       CHECK(compress_bf16(halves.data() + r * n, n, bytes + r * stride));
   }
-  Rows rows() const {
-    return {reinterpret_cast<const std::byte*>(stored.data()), nullptr, n, stride};
-  }
+  Rows rows() const { return {reinterpret_cast<const std::byte*>(stored.data()), n, stride}; }
 };
 
 }  // namespace
@@ -79,7 +77,7 @@ TEST(rows_are_stored_and_loaded) {
     std::vector<float> row(35), back(70, 7);
     cache_kernels(kernels, format).store(x.data(), 2, 35, row.data());
     row_kernels(kernels, weights_like(format))
-        .load({reinterpret_cast<const std::byte*>(row.data()), nullptr, 35}, back.data(), 2);
+        .load({reinterpret_cast<const std::byte*>(row.data()), 35}, back.data(), 2);
     for (std::int64_t i = 0; i < 35; ++i) {
       const float expected =
           format == KvFormat::f32 ? x[2 * i] : bf16_to_f32(f32_to_bf16(x[2 * i]));

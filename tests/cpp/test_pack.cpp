@@ -153,7 +153,7 @@ TEST(config_keeps_its_own_keys) {
   const Packed packed(updated(tiny, {{"of_others", {1, "ü", 1e-5}}}));
   json config = json::parse(read(packed.folder.path / "config.json"));
   const json ours = config.at("tdaengine");
-  CHECK(ours.at("layout") == 7 && ours.at("weights") == "int8");
+  CHECK(ours.at("layout") == 8 && ours.at("weights") == "int8");
   CHECK(ours.at("fingerprint") == packed.open().fingerprint());
   config.erase("tdaengine");
   CHECK(config == json::parse(read(packed.source.path / "config.json")));
@@ -241,7 +241,7 @@ TEST(a_config_that_does_not_fit_is_refused) {
     const char* message;
   };
   const Case cases[] = {
-      {"layout", 2, "config.json: tdaengine.layout is 2, expected 7: convert"},
+      {"layout", 2, "config.json: tdaengine.layout is 2, expected 8: convert"},
       {"layout", "3", "tdaengine.layout is \"3\", expected an integer above 0"},
       {"layout", nullptr, "tdaengine.layout is missing, expected an integer above 0"},
       {"weights", "int3", "tdaengine.weights is \"int3\", expected a format that"},

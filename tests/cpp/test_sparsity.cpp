@@ -327,12 +327,11 @@ TEST(tda_options) {
   TdaOptions{}.validate();
   CHECK_THROWS(TdaOptions{.scope = Scope::sequence}.validate(), OptionError,
                "found none, expected exactly one of error, active and thresholds, or no option");
-  CHECK_THROWS(TdaOptions{.head = 0.1}.validate(), OptionError, "found none, expected exactly one");
   CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5}.validate()), OptionError,
                "found error and active");
   CHECK_THROWS((TdaOptions{.error = 0.1, .active = 0.5, .thresholds = thresholds}.validate()),
                OptionError, "found error and active and thresholds");
-  TdaOptions{.scope = Scope::token, .active = 0.5, .coarse = 0.5}.validate();
+  TdaOptions{.scope = Scope::token, .active = 0.5}.validate();
   TdaOptions{.scope = Scope::token, .estimate = Estimate::gate, .active = 0.5}.validate();
   TdaOptions{.estimate = Estimate::hidden, .active = 0.5}.validate();
   CHECK_THROWS(
@@ -340,19 +339,9 @@ TEST(tda_options) {
       OptionError, "\"hidden\" with scope \"token\": expected \"contribution\" or \"gate\"");
   CHECK_THROWS((TdaOptions{.estimate = Estimate::hidden, .error = 0.1}.validate()), OptionError,
                "with active only");
-  CHECK_THROWS((TdaOptions{.active = 0.5, .coarse = 0.1}.validate()), OptionError, "tda coarse");
-  TdaOptions cats = {.scope = Scope::token, .estimate = Estimate::gate, .active = 0.5};
-  cats.coarse = 0.1;
-  CHECK_THROWS(cats.validate(), OptionError, "tda coarse");
-  CHECK_THROWS((TdaOptions{.scope = Scope::token, .error = 0.5, .coarse = 0.1}.validate()),
-               OptionError, "tda coarse");
-  TdaOptions{.active = 0.5, .compact = true, .head = 1}.validate();
+  TdaOptions{.active = 0.5, .compact = true}.validate();
   CHECK_THROWS((TdaOptions{.scope = Scope::token, .active = 0.5, .compact = true}.validate()),
                OptionError, "tda compact");
-  CHECK_THROWS((TdaOptions{.active = 0.5, .head = 1.5}.validate()), OptionError, "tda head 1.5");
-  CHECK_THROWS((TdaOptions{.active = 0.5, .head = NAN}.validate()), OptionError, "tda head nan");
-  CHECK_THROWS((TdaOptions{.scope = Scope::token, .active = 0.6, .coarse = 0.5}.validate()),
-               OptionError, "active + coarse");
   CHECK_THROWS((TdaOptions{.scope = Scope::token, .active = 0.6, .refresh = 5}.validate()),
                OptionError, "refresh");
   for (const double error : {-0.1, 1.0, kNaN, kInfinity}) {
@@ -374,20 +363,20 @@ static TdaSetting resolved(const std::optional<TdaOptions>& asked, WeightFormat 
 }
 
 TEST(recommended_setting) {
-  TdaSetting found = resolved(TdaOptions{}, WeightFormat::int8, 5);
-  CHECK((found.options ==
-         TdaOptions{.scope = Scope::token, .active = 0.35, .coarse = 0.5, .head = 1e-5}));
-  CHECK(found.words == "token scope: 35% of neurons exact, 50% at 4 bits, head 1e-5");
+  TdaSetting found = resolved(TdaOptions{}, WeightFormat::graded, 5);
+  CHECK((found.options == TdaOptions{.inputs = 0.2}));
+  CHECK(found.words == "by input: 20% of inputs and 10% of neurons at 8 bits, the others at 4");
   CHECK(found.warnings.empty());
   found = resolved(TdaOptions{}, WeightFormat::int4);
   CHECK((found.options == TdaOptions{.inputs = 0.2}));
   CHECK(found.words == "by input: 44.7% of the head's inputs at 8 bits, everything else at 4");
-  for (const auto weights : {WeightFormat::f32, WeightFormat::bf16, WeightFormat::bf16c}) {
+  for (const auto weights :
+       {WeightFormat::f32, WeightFormat::bf16, WeightFormat::bf16c, WeightFormat::int8}) {
     found = resolved(TdaOptions{}, weights, 5);
     CHECK(!found.options && found.warnings.empty());
     CHECK(found.words == "dense: with " + std::string(name_of(weights)) +
                              " weights no setting is faster at little loss; "
-                             "weights=\"int8\" has one");
+                             "weights=\"graded\" has one");
   }
   found = resolve(TdaOptions{}, {.weights = WeightFormat::bf16, .cuda = true});
   CHECK(!found.options && found.words == "dense: on CUDA no setting is faster at little loss");

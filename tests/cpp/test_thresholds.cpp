@@ -28,7 +28,6 @@ Thresholds example() {
           .weights = "int8",
           .error = 0.1,
           .values = {0.0f, 0.1f, 1.0f / 3.0f},
-          .coarse = {},
           .reached = {0.0f, 0.099f, 0.0999f},
           .source = "self-generated",
           .texts = 16,
@@ -42,7 +41,6 @@ void check_example(const Thresholds& found) {
   CHECK(found.weights == expected.weights);
   CHECK(found.scope == expected.scope);
   CHECK(found.bytes == expected.bytes);
-  CHECK(found.coarse == expected.coarse);
   CHECK(found.error == expected.error);
   CHECK(found.values == expected.values);
   CHECK(found.reached == expected.reached);
@@ -110,7 +108,7 @@ TEST(thresholds_round_trip) {
   CHECK(files_in(folder) == 1);
   const auto json = nlohmann::json::parse(std::ifstream(path));
   CHECK(json["format"] == "tdaengine-thresholds");
-  CHECK(json["version"] == 2);
+  CHECK(json["version"] == 3);
 }
 
 TEST(a_prior_round_trips) {
@@ -157,12 +155,9 @@ TEST(thresholds_of_token_scope_round_trip) {
   thresholds.scope = Scope::token;
   thresholds.error = 0;
   thresholds.bytes = 0.6;
-  thresholds.coarse = {0.0f, 0.05f, 1.0f / 3.0f};
   thresholds.save(folder.path / "t");
   const Thresholds found = Thresholds::load(folder.path / "t");
-  CHECK(found.scope == Scope::token && found.bytes == 0.6 && found.coarse == thresholds.coarse);
-  thresholds.coarse[1] = 0.2f;
-  CHECK_THROWS(thresholds.save(folder.path / "u"), CheckpointError, "coarse[1]: found 0.2");
+  CHECK(found.scope == Scope::token && found.bytes == 0.6 && found.values == thresholds.values);
 }
 
 TEST(thresholds_of_a_model_whose_name_is_not_utf8) {
@@ -189,15 +184,13 @@ TEST(thresholds_load_errors) {
   };
   rejected("format", "safetensors", "\"safetensors\"", "\"tdaengine-thresholds\"");
   rejected("format", 1, "1", "a string");
-  rejected("version", 1, "1", "expected 2");
+  rejected("version", 2, "2", "expected 3");
   rejected("version", 2.0, "2.0", "integer");
   rejected("model", nullptr, "null", "a string");
   rejected("fingerprint", 7, "7", "a string");
   rejected("scope", "page", "\"page\"", "\"sequence\" or \"token\"");
   rejected("weights", 1, "1", "a string");
   rejected("bytes", -1, "-1", "0 or more");
-  rejected("coarse", {0.1, 0.1, 0.1}, "3 numbers", "scope \"token\"");
-  rejected("coarse", {-1}, "1 numbers", "as many as values");
   rejected("scope", true, "true", "a string");
   rejected("error", 1, "1", "less than 1");
   rejected("error", -0.5, "-0.5", "0 or more");

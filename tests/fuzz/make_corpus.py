@@ -91,7 +91,7 @@ CONFIGS = {
 }
 THRESHOLDS = {
     "format": "tdaengine-thresholds",
-    "version": 2,
+    "version": 3,
     "model": "tiny",
     "fingerprint": "0123456789abcdef",
     "weights": "int8",
@@ -99,7 +99,6 @@ THRESHOLDS = {
     "error": 0.1,
     "bytes": 0.6,
     "values": [0.5, 0.25],
-    "coarse": [0.25, 0],
     "reached": [0.09, 0.1],
     "source": "texts",
     "texts": 2,
@@ -353,10 +352,10 @@ def main() -> None:
     write("index", "outside", b'{"weight_map": {"a": "../one.safetensors"}}')
 
     write("thresholds", "token", json.dumps(THRESHOLDS).encode())
-    sequence = THRESHOLDS | {"scope": "sequence", "coarse": [], "source": "self-generated"}
+    sequence = THRESHOLDS | {"scope": "sequence", "source": "self-generated"}
     write("thresholds", "sequence", json.dumps(sequence).encode())
     shares = {"inputs": [0.5, 0.1], "losses": [-0.001, 0.02], "loss_errors": [0.001, 0.002]}
-    graded = THRESHOLDS | {"weights": "graded", "values": [], "coarse": [], "reached": []} | shares
+    graded = THRESHOLDS | {"weights": "graded", "values": [], "reached": []} | shares
     write("thresholds", "graded", json.dumps(graded).encode())
 
     write("prefixes", "one", prefixes([(3, "contribution", 1)]))

@@ -103,9 +103,9 @@ def test_chats(hf: HFLM, ours: EngineLM):
 
 
 def test_options(tmp_path: Path):
-    lm = EngineLM(str(SMOLLM2), weights="int8", scope="token", active=0.3, coarse=0.5, threads=1)
-    assert repr(lm.engine.tda) == repr(TDA(scope="token", active=0.3, coarse=0.5))
-    assert (lm.engine.weights, lm.engine.threads) == ("int8", 1)
+    lm = EngineLM(str(SMOLLM2), weights="graded", inputs=0.3, active=0.2, threads=1)
+    assert repr(lm.engine.tda) == repr(TDA(inputs=0.3, active=0.2))
+    assert (lm.engine.weights, lm.engine.threads) == ("graded", 1)
     found = lm.loglikelihood(requests("loglikelihood", PAIRS[:1]))
     ids = lm.tok_encode("".join(PAIRS[0]))
     scores = lm.engine.score(ids, len(lm.tok_encode(PAIRS[0][0])))

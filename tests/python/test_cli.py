@@ -131,8 +131,8 @@ def test_generate_with_tda(run, folder, engine, arguments, tda):
     assert result["stats"]["ffn_active"] == same.stats.ffn_active < 1
 
 
-def test_generate_with_a_sparse_head(run, folder):
-    arguments = ("--weights", "int8", "--tda", "active=0.5,head=0.5", "--json")
+def test_generate_by_input(run, folder):
+    arguments = ("--weights", "graded", "--tda", "inputs=0.1", "--json")
     code, out, _ = run("generate", folder, PROMPT, *SHORT, *arguments)
     assert code == 0
     assert json.loads(out)["stats"]["head_bytes_fraction"] < 1
@@ -140,16 +140,16 @@ def test_generate_with_a_sparse_head(run, folder):
 
 def test_the_recommended_setting_and_its_words(run, folder):
     """What --tda alone means, and where it is told."""
-    int8 = Engine(folder, weights="int8")
-    arguments = ("generate", folder, PROMPT, *SHORT, "--weights", "int8", "--tda")
+    graded = Engine(folder, weights="graded")
+    arguments = ("generate", folder, PROMPT, *SHORT, "--weights", "graded", "--tda")
     _, out, err = run(*arguments)
-    same = int8.generate(PROMPT, max_new_tokens=8, ignore_eos=True, tda=TDA())
-    by_hand = TDA(scope="token", active=0.35, coarse=0.5, head=1e-5)
+    same = graded.generate(PROMPT, max_new_tokens=8, ignore_eos=True, tda=TDA())
+    by_hand = TDA(inputs=0.2)
     assert (
         same.token_ids
-        == int8.generate(PROMPT, max_new_tokens=8, ignore_eos=True, tda=by_hand).token_ids
+        == graded.generate(PROMPT, max_new_tokens=8, ignore_eos=True, tda=by_hand).token_ids
     )
-    words = "token scope: 35% of neurons exact, 50% at 4 bits, head 1e-5"
+    words = "by input: 20% of inputs and 10% of neurons at 8 bits, the others at 4"
     assert (out, same.stats.tda) == (f"{same}\n", words)
     assert f"\nTDA: {words}; used " in err
     assert "warning" not in err
@@ -157,7 +157,7 @@ def test_the_recommended_setting_and_its_words(run, folder):
     assert (stats["tda"], stats["warnings"]) == (words, [])
     assert stats["ffn_bytes_fraction"] == same.stats.ffn_bytes_fraction < 1
     _, _, err = run("generate", folder, PROMPT, *SHORT, "--tda")
-    dense = 'dense: with f32 weights no setting is faster at little loss; weights="int8" has one'
+    dense = 'dense: with f32 weights no setting is faster at little loss; weights="graded" has one'
     assert f"\nTDA: {dense}\n" in err
     assert "TDA" not in run("generate", folder, PROMPT, *SHORT, "--tda", "off")[2]
 

@@ -267,7 +267,7 @@ SETTINGS = {
         TDA(active=0.3, refresh=2),
         TDA.cats(active=0.4),
     ],
-    "int8": [None, TDA(scope="token", active=0.3, coarse=0.3, head=1e-5), TDA.griffin(active=0.5)],
+    "int8": [None, TDA(scope="token", active=0.3), TDA.griffin(active=0.5)],
     "graded": [None, TDA(inputs=0.2), TDA(inputs=0)],
 }
 

@@ -89,7 +89,7 @@ def test_config_keeps_its_own_keys(folder: Path, packed: Path):
     config = read_json(packed / "config.json")
     ours = config.pop("tdaengine")
     assert config == read_json(folder / "config.json")
-    assert (ours["layout"], ours["weights"]) == (7, "int8")
+    assert (ours["layout"], ours["weights"]) == (8, "int8")
     assert ours["fingerprint"] == Engine(folder).fingerprint
 
 

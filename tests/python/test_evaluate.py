@@ -157,12 +157,12 @@ def test_parse_tda(int8: Engine, tmp_path: Path):
     int8.calibrate(TEXTS, scope="token", bytes=0.7).save(str(file))
     assert parse_tda(f"thresholds={file}").thresholds.scope == "token"
     assert (repr(parse_tda("recommended")), parse_tda("off")) == ("TDA()", None)
-    assert parse_tda("scope=token,active=0.3,coarse=0.5").coarse == 0.5
+    assert parse_tda("scope=token,active=0.3").active == 0.3
     for text, message in (
         ("active", "found 'active', expected NAME=VALUE"),
         ("active=0.5,active=0.6", "found 'active' twice"),
         ("active=0.5,error=0.1", "active"),
-        ("active=0.5,coarse=0.2", "coarse"),
+        ("active=0.5,coarse=0.2", 'unknown option "coarse"'),
         (f"scope=sequence,thresholds={file}", "scope"),
         ("speed=1", "unknown option"),
     ):
@@ -172,9 +172,9 @@ def test_parse_tda(int8: Engine, tmp_path: Path):
 
 
 def test_frontier_is_six_settings_each(folder: Path):
-    for weights, families in (("int8", 6), ("bf16", 4)):
+    for weights in ("int8", "bf16"):
         settings = frontier(Engine(folder, weights=weights))
-        assert [len(family) for family in settings.values()] == [6] * families
+        assert [len(family) for family in settings.values()] == [6] * 4
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def test_the_frontier_with_its_picture(
     assert not cli.main([*command, "--plot", str(picture)])
     out, err = capsys.readouterr()
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert len(out.splitlines()) == 2 + 1 + 1 + 6 * 6 + 1
-    assert "| estimated 0.35 + 0.5 | " in out and "\n| int4 dense | 1.00 + 0.00 | " in out
+    assert len(out.splitlines()) == 2 + 1 + 1 + 4 * 6 + 1
+    assert "| token 0.7 | " in out and "\n| int4 dense | 1.00 + 0.00 | " in out
     assert "2/2" in err
     assert not cli.main([*command, "--json"])  # nothing is left to do
     out, err = capsys.readouterr()
@@ -230,7 +230,7 @@ def test_errors_come_before_the_work(
     int8 = ["--weights", "int8"]
     for arguments, message in (
         ([*int8, "--tda", f"thresholds={thresholds}"], "are for f32 weights, found int8"),
-        (["--tda", "scope=token,active=0.3,coarse=0.5"], "expected int8 weights, found f32"),
+        (["--tda", "inputs=0.2"], "expected graded or int4 weights, found f32"),
         (["--tda", "active=0.5", "--tda", "active=0.5"], "found 'active=0.5' twice"),
         (["--also", "int8", "--also", "int8"], "found 'int8' twice"),
         (["--also", "int3"], "int3"),

@@ -160,9 +160,8 @@ def test_a_loss_by_the_file_in_the_folder(tmp_path: Path):
         ({"inputs": 1.5}, "tda inputs 1.5: expected 0 to 1"),
         ({"inputs": float("nan")}, "tda inputs nan: expected 0 to 1"),
         ({"inputs": 0.2, "active": 2}, "tda active 2: expected 0 to 1"),
-        ({"inputs": 0.2, "coarse": 0.5}, "inputs: expected alone or with active"),
+        ({"inputs": 0.2, "refresh": 5}, "inputs: expected alone or with active"),
         ({"inputs": 0.2, "scope": "token"}, "inputs: expected alone or with active"),
-        ({"inputs": 0.2, "head": 0.1}, "inputs: expected alone or with active"),
     ],
 )
 def test_bad_options(options: dict[str, float], message: str):

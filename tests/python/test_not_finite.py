@@ -65,8 +65,6 @@ def calls(engine: Engine) -> dict[str, Callable[[], object]]:
     }
     if engine.weights in ("graded", "int4"):
         scopes = {"dense": None, "inputs": TDA(inputs=0.3)}
-    if engine.weights == "int8":
-        scopes["head"] = TDA(active=0.5, head=0.01)
     result: dict[str, Callable[[], object]] = {
         "logits": lambda: engine.logits(TOKENS),
         "session": lambda: engine.session(40).prefill(TOKENS),

@@ -24,10 +24,10 @@ OF_INPUTS = [False, TDA(inputs=0.3), TDA(inputs=0.1)]
 MIXES = {  # of variant, weights, kv: settings
     ("llama", "f32", "auto"): OF_NEURONS,
     ("llama", "bf16c", "auto"): OF_NEURONS,
-    ("llama", "int8", "int8"): [*OF_NEURONS, TDA(scope="token", active=0.3, coarse=0.5, head=1e-3)],
+    ("llama", "int8", "int8"): OF_NEURONS,
     ("llama", "graded", "auto"): OF_INPUTS,
     ("llama", "int4", "auto"): OF_INPUTS,
-    ("gemma2", "int8", "int8"): [False, TDA(scope="token", active=0.3, coarse=0.5, head=1e-3)],
+    ("gemma2", "int8", "int8"): [False, TDA(scope="token", active=0.3)],
     ("gemma3", "bf16", "auto"): OF_NEURONS,
     ("qwen2_sliding", "int8", "auto"): OF_NEURONS,
     ("phi3_sliding", "bf16", "auto"): OF_NEURONS,

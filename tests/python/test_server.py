@@ -317,16 +317,16 @@ def test_what_is_ignored_changes_nothing(client: openai.OpenAI):
 
 def test_the_real_model(smollm2: Path):
     """Its text has characters of several tokens, and the server's default is TDA."""
-    engine = Engine(smollm2, weights="int8", threads=1)
+    engine = Engine(smollm2, weights="graded", threads=1)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    with serving(smollm2, "--weights", "int8", "--tda") as server:
+    with serving(smollm2, "--weights", "graded", "--tda") as server:
         assert server.model == smollm2.name
         default = engine.generate("a", max_new_tokens=1, tda=TDA()).stats.tda
         assert server.client.models.list().data[0].tda == default != "dense"
         for field, tda in (
             (None, TDA()),
             (False, False),
-            ({"scope": "token", "active": 0.6}, TDA(scope="token", active=0.6)),
+            ({"inputs": 0.1, "active": 0.3}, TDA(inputs=0.1, active=0.3)),
         ):
             expected = engine.chat(
                 question, parse_special=False, max_new_tokens=12, temperature=0, tda=tda
@@ -379,5 +379,5 @@ def test_the_pages_commands(smollm2: Path):
         assert done.returncode == 0, done.stderr
         answer, metrics = done.stdout.split("# HELP", 1)
         (choice,) = json.loads(answer)["choices"]
-        assert choice["message"]["content"] == "The capital of France is Paris."
-        assert "tdaengine_generated_tokens_total 7.0" in metrics
+        assert choice["message"]["content"] == "The capital of France is Paris, France."
+        assert "tdaengine_generated_tokens_total 9.0" in metrics

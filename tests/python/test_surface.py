@@ -89,7 +89,7 @@ def test_results_and_options_travel_between_processes(engine: Engine):
     out = engine.generate(PROMPT, max_new_tokens=5, tda=TDA(thresholds=thresholds, refresh=2))
     for thing in (
         thresholds,
-        TDA(scope="token", active=0.5, coarse=0.25, head=0.01),
+        TDA(scope="token", active=0.5),
         TDA(thresholds=thresholds),
         GenerateOptions(temperature=0.5, seed=2**64 - 1),
         tdaengine.CalibrateOptions(bytes=0.5, scope="token"),

@@ -49,7 +49,8 @@ def test_thresholds_from_little_text(engine: Engine):
 
 def test_the_recommended_setting_goes_by_the_weights(folder):
     for weights, by_hand in (
-        ("int8", TDA(scope="token", active=0.35, coarse=0.5, head=1e-5)),
+        ("graded", TDA(inputs=0.2)),
+        ("int8", False),
         ("int4", TDA(inputs=0.2)),
         ("bf16", False),
         ("bf16c", False),
@@ -65,5 +66,5 @@ def test_the_recommended_setting_goes_by_the_weights(folder):
             assert expected.stats.tda == "dense"
         else:
             assert found.stats.tda == expected.stats.tda
-            assert (found.stats.ffn_bytes_fraction < 1) == (weights == "int8")
+            assert (found.stats.ffn_bytes_fraction < 1) == (weights == "graded")
             assert found.stats.head_bytes_fraction < 1

@@ -167,12 +167,12 @@ TEST(every_verb_agrees_with_plain_loops) {
     }
 }
 
-/// Logits of a few steps, some of them sparse by the given thresholds.
-std::vector<float> some_logits(const CudaBackend& backend, const TokenThresholds& thresholds = {}) {
+/// Logits of a few steps, some of them sparse by the given threshold.
+std::vector<float> some_logits(const CudaBackend& backend, float threshold = 0) {
   const std::vector<Token> tokens = random_tokens(8, backend.model().config.vocab_size);
   const auto state = backend.new_state(8, KvFormat::f32);
   for (std::int64_t l = 0; l < backend.model().config.num_layers; ++l)
-    backend.set_thresholds(*state, l, thresholds);
+    backend.set_threshold(*state, l, threshold);
   std::vector<float> all;
   for (std::int64_t position = 0; position < 6; ++position) {
     const FfnMode mode = position % 2 ? FfnMode::sparse : FfnMode::dense;
@@ -249,7 +249,7 @@ TEST(a_nan_of_a_neuron_is_selected_and_seen) {
     const CudaBackend backend(model, 1);
     const auto state = backend.new_state(1, KvFormat::f32);
     state->estimate = estimate;
-    backend.set_thresholds(*state, 0, {1e6f, 1e6f});  // no neuron passes
+    backend.set_threshold(*state, 0, 1e6f);  // no neuron passes
     const Token token = 5;
     forward(backend, *state, step_of({&token, 1}, 0, FfnMode::sparse), 0);
     CHECK_THROWS(backend.draw(*state, 0, 0), Error, "not finite");
@@ -432,11 +432,11 @@ TEST(hundreds_of_schedules_give_the_same_bits) {
   config.vocab_size = 9;
   const RandomModel random(config, WeightFormat::f32, 3);
   const CudaBackend backend(random.get(), 1);
-  const std::vector<float> expected = some_logits(backend, {0.3f, 0.3f});
+  const std::vector<float> expected = some_logits(backend, 0.3f);
   for (const float v : expected) CHECK(std::isfinite(v));
   for (int seed = 0; seed < kSchedules; ++seed) {
     simt::seed(static_cast<unsigned>(seed));
-    CHECK(some_logits(backend, {0.3f, 0.3f}) == expected);
+    CHECK(some_logits(backend, 0.3f) == expected);
   }
 }
 
@@ -467,7 +467,7 @@ TEST(thresholds_select_by_contribution_or_gate_and_reads_count_it) {
     // A threshold between two estimates, so that rounding does not matter.
     const auto threshold = static_cast<float>((estimates[150] + estimates[151]) / 2);
     if (gate_alone) state->estimate = Estimate::gate;
-    backend.set_thresholds(*state, 0, {threshold, threshold});
+    backend.set_threshold(*state, 0, threshold);
     std::int64_t selected = 0;
     for (std::int64_t j = 0; j < config.intermediate_size; ++j) {
       const double active = naive::activate(config.activation, gate[j]);

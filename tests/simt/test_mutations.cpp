@@ -27,7 +27,7 @@ struct Scenario {
   ModelConfig config;
   WeightFormat format;
   std::vector<std::int64_t> steps;
-  TokenThresholds thresholds;
+  float threshold = 0;
   Estimate estimate = Estimate::contribution;
   FfnMode several = FfnMode::gather;
   bool masks = false;  // at the end, thresholds and masks of scope "sequence"
@@ -39,9 +39,9 @@ std::vector<Scenario> scenarios() {
   f32.config.qk_norm = f32.config.qkv_bias = true;
   all.emplace_back(WeightFormat::bf16, std::vector<std::int64_t>{66});
   Scenario& contribution = all.emplace_back(WeightFormat::bf16, std::vector<std::int64_t>{1, 1});
-  contribution.thresholds = {0.2f, 0.2f};
+  contribution.threshold = 0.2f;
   Scenario& gate = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{1, 1});
-  gate.thresholds = {0.2f, 0.2f};
+  gate.threshold = 0.2f;
   gate.estimate = Estimate::gate;
   Scenario& masks = all.emplace_back(WeightFormat::f32, std::vector<std::int64_t>{5});
   masks.config.intermediate_size = 300;  // needs several tiles of ranks
@@ -60,7 +60,7 @@ std::vector<float> outcome(const Scenario& scenario) {
   const auto s = backend.new_state(capacity, KvFormat::automatic);
   CudaState& state = CudaState::of(*s);
   s->estimate = scenario.estimate;
-  backend.set_thresholds(*s, 0, scenario.thresholds);
+  backend.set_threshold(*s, 0, scenario.threshold);
   const std::vector<Token> tokens = random_tokens(capacity, scenario.config.vocab_size);
   std::vector<float> seen;
   const auto see = [&](const auto* values, std::int64_t count) {

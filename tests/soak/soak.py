@@ -62,7 +62,7 @@ def tda_settings(engine: Engine) -> Iterator[TDA | None]:
     yield TDA(scope="token", error=0.2)
     yield TDA.cats(0.5)
     if engine.weights == "int8":
-        yield TDA(scope="token", active=0.3, coarse=0.4)
+        yield TDA(scope="token", active=0.3)
     for scope in ("sequence", "token"):
         thresholds = engine.calibrate(["Some text.", "Some more."], error=0.2, scope=scope)
         yield TDA(scope=scope, thresholds=thresholds)

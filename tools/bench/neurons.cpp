@@ -121,10 +121,10 @@ void print_reading() {
 // ---- kernels ------------------------------------------------------------------------------------
 
 /// The neurons of each layer: a share (a mask) of the first `most`, and, if `exact` is less than 1,
-/// the shares of these that a token's thresholds make exact and coarse.
+/// the share of these that reach a token's threshold.
 struct Setting {
   std::int64_t most;
-  double share = 1, exact = 1, coarse = 0;
+  double share = 1, active = 1;
 };
 
 /// Nanoseconds per neuron of the setting, over the feed-forward of all layers.
@@ -163,34 +163,31 @@ double kernel_time(const Model& model, const Setting& setting) {
     std::vector<float> sizes;
     for (std::size_t i = 0; i < ids.size(); ++i)
       sizes.push_back(std::abs(h[i]) * layer.down_lengths[ids[i]]);
-    const auto [exact, coarse] = thresholds_of_shares(sizes, setting.exact, setting.coarse);
-    selections.push_back({exact, coarse, false, layer.down_lengths.data()});
+    selections.push_back(
+        {threshold_of_share(sizes, setting.active), false, layer.down_lengths.data()});
   }
   const bool in_cache = setting.most == kCached;
   const std::size_t layers = in_cache ? 1 : model.layers.size(), repeats = in_cache ? 300 : 1;
   const double seconds = fastest(12, [&] {
     for (std::size_t i = 0; i < repeats; ++i)
       for (std::size_t l = 0; l < layers; ++l)
-        run(model.layers[l], setting.exact < 1 ? &selections[l] : nullptr);
+        run(model.layers[l], setting.active < 1 ? &selections[l] : nullptr);
   });
   return seconds / static_cast<double>(repeats * layers * ids.size()) * 1e9;
 }
 
 void print_kernels(const char* folder) {
   std::printf("\n| ns per neuron | bytes | dense, in cache | dense | mask of 0.50 ");
-  std::printf("| 0.30 + 0.50, in cache | 0.30 + 0.50 |\n|---|---|---|---|---|---|---|\n");
+  std::printf("| threshold for 0.30, in cache | 0.30 |\n|---|---|---|---|---|---|---|\n");
   const Checkpoint checkpoint(folder);
   for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8}) {
     const std::shared_ptr<const Model> model = load_model(checkpoint, format, 0);
     const std::int64_t all = model->config.intermediate_size;
-    std::printf("| %s | %d | %.1f | %.1f | %.1f |", std::string(name_of(format)).c_str(),
-                static_cast<int>(model->neuron_bytes()), kernel_time(*model, {kCached}),
-                kernel_time(*model, {all}), kernel_time(*model, {all, 0.5}));
-    if (format == WeightFormat::int8)
-      std::printf(" %.1f | %.1f |\n", kernel_time(*model, {kCached, 1, 0.3, 0.5}),
-                  kernel_time(*model, {all, 1, 0.3, 0.5}));
-    else
-      std::printf(" | |\n");
+    std::printf("| %s | %d | %.1f | %.1f | %.1f | %.1f | %.1f |\n",
+                std::string(name_of(format)).c_str(), static_cast<int>(model->neuron_bytes()),
+                kernel_time(*model, {kCached}), kernel_time(*model, {all}),
+                kernel_time(*model, {all, 0.5}), kernel_time(*model, {kCached, 1, 0.3}),
+                kernel_time(*model, {all, 1, 0.3}));
   }
 }
 

@@ -8,19 +8,12 @@
 // Scope "sequence" (Ma et al., arXiv 2408.11393): the prompt runs dense; neurons with
 // R[j] >= threshold[layer] are kept for the whole generation, the others are never read again.
 // Scope "token" (ours): the threshold applies to |n[t,j]| = |h[t,j]| ||W_down[:,j]|| of each
-// generated token. int8 weights are stored in two planes of 4 bits: the high planes of gate and up
-// give an estimate for all neurons, and only those that reach the threshold read the low planes and
-// become exact; with a second, lower threshold, those in between are computed from their high 4
-// bits. With other formats gate and up are read for all neurons, and down rows are saved.
+// generated token. Gate and up are read for all neurons, and down rows are saved.
 //
 // Precision by input (ours; graded weights): in y = W x every weight has 4 bits that are always
 // read and a 4-bit rest. Inputs with |x[i]| * ||rest[:, i]|| at or above a threshold are read at 8
 // bits, the others at 4 (TdaOptions::inputs). For the down projection that number is |n[t,j]| with
 // the rest's length in the place of the column's.
-//
-// With either scope the output head can be treated the same way if its weights have two planes: the
-// high plane estimates all logits, and those within a threshold of the largest are made exact
-// (TdaOptions::head).
 #pragma once
 
 #include <tda/types.h>
@@ -56,8 +49,8 @@ std::string_view name_of(Estimate);
 Scope parse_scope(std::string_view);
 Estimate parse_estimate(std::string_view);
 
-/// What calibration found, and on what text: one threshold per layer (or two), or, for graded
-/// weights, what reading fewer inputs at 8 bits costs. Stored as JSON.
+/// What calibration found, and on what text: one threshold per layer or, for graded weights, what
+/// reading fewer inputs at 8 bits costs. Stored as JSON.
 struct Thresholds {
   std::string model;        // folder name of the model, for messages
   std::string fingerprint;  // of the checkpoint's tensors; must match the model used with
@@ -66,7 +59,6 @@ struct Thresholds {
   double error = 0;                 // the CETT that the search was asked to meet, see TdaOptions,
   double bytes = 0;                 // or else the share of FFN bytes, see CalibrateOptions
   std::vector<float> values = {};   // [L] on R ("sequence") or |n| ("token")
-  std::vector<float> coarse = {};   // [L] scope "token", int8: the second threshold; else empty
   std::vector<float> reached = {};  // [L] CETT at values, or share of bytes, on the text
   /// graded weights, instead of the above: values of TdaOptions::inputs, descending; by how much
   /// perplexity rose with each, 0.02 for 2%; and the standard error of that over the tokens. [N]
@@ -127,8 +119,6 @@ struct TdaOptions {
   /// Calibrated beforehand, see Engine::calibrate. Scope "sequence": a file with a prior may be given
   /// together with `active`, which then takes the place of the file's values.
   std::shared_ptr<const Thresholds> thresholds = {};
-  /// Scope "token" with int8 weights and `active`: a further share that stays at 4 bits.
-  double coarse = 0;
   /// Scope "sequence": every `refresh` generated tokens, run those tokens again, dense and as one
   /// batch, let their statistic count as much as all before, and renew the mask. 0: never.
   std::int64_t refresh = 0;
@@ -136,10 +126,6 @@ struct TdaOptions {
   /// that they are read as fast as dense ones. Takes a mask's share of the FFN's memory once more,
   /// and some milliseconds for each mask; changes no result.
   bool compact = false;
-  /// int8 weights: decoding reads the output head at 4 bits, and at 8
-  /// the rows of tokens that then look at least `head` times as likely as the likeliest, 0 <= head
-  /// <= 1. The other logits stay what 4 bits say. 0: the whole head at 8 bits.
-  double head = 0;
   /// CPU, not graded or int4 weights: each token's neurons are those that the predictor expects to
   /// matter most, a share `active` of all, or those of the `experts` most likely experts.
   std::shared_ptr<const Predictor> predictor = {};

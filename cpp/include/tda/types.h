@@ -16,7 +16,7 @@ enum class Device { automatic, cpu, cuda };
 
 /// How weight matrices are stored in memory (norms and biases are always f32). `automatic`: what
 /// the checkpoint has: f32 or bf16 or, of a quantised file, int4 if half of its layers' weights or
-/// more have 4 bits, else int8. int8: a scale for every 32 values, as two planes of 4 bits. bf16c:
+/// more have 4 bits, else int8. int8: a scale for every 32 values. bf16c:
 /// bf16, compressed to 12.4 bits without loss. int4: 4 bits, with a scale for every 16 values or,
 /// where they had 4 bits before, their own scale and minimum for every 32; the head is graded, and so
 /// are the embedding, unless its file has it apart from the head and in 4 bits, and matrices to which

@@ -1,15 +1,16 @@
-// Batches of down rows with AVX-512 and VNNI.
+// The down projection in decode with AVX-512 and VNNI: y += h[i] row[i] over batches of int8 rows.
 #pragma once
 
-#include "cpu/down_rows_ahead.h"
+#include "cpu/int8_products_avx512.h"
 
 namespace tda {
 namespace {
 
-/// The multipliers h * scale of a batch's rows for kBlockScales scales, quantised to kBytes bytes
-/// relative to the batch's largest |h * row's step|. VPDPBUSD multiplies bytes, so each byte is
-/// kept apart, the highest first, those of four rows in one int32.
-template <int kOffset, int kBytes, int kRows>
+/// The multipliers h * scale of a batch's rows for kBlockScales scales, quantised to two bytes
+/// relative to the batch's largest |h * row's step|: with codes of 8 bits, one byte would dominate
+/// the error. VPDPBUSD multiplies bytes, so each byte is kept apart, the highest first, those of four
+/// rows in one int32.
+template <int kRows>
 class QuantizedMultipliers {
  public:
   static constexpr int kBlockScales = 32;
@@ -19,21 +20,20 @@ class QuantizedMultipliers {
   void quantize(const std::int8_t* const* scales, int64_t first, const std::int16_t* parts,
                 int64_t rows, int64_t left) {
     const auto some = static_cast<__mmask32>(left >= kBlockScales ? ~0u : (1u << left) - 1);
-    __m512i sums[kBytes][2] = {};
+    __m512i sums[2][2] = {};
     for (int64_t q = 0; 4 * q < rows; ++q) {
       __m512i products[4];  // 16 bits each
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m512i scale =
             _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, scales[4 * q + i] + first));
-        products[i] = _mm512_mulhrs_epi16(kBytes == 1 ? scale : _mm512_slli_epi16(scale, 8),
-                                          _mm512_set1_epi16(parts[4 * q + i]));
+        products[i] =
+            _mm512_mulhrs_epi16(_mm512_slli_epi16(scale, 8), _mm512_set1_epi16(parts[4 * q + i]));
       }
 #pragma GCC unroll 2
-      for (int byte = 0; byte < kBytes; ++byte) {
-        const bool is_high = kBytes == 2 && byte == 0;
-        const __m512i a = join(products[0], products[1], is_high);
-        const __m512i b = join(products[2], products[3], is_high);
+      for (int byte = 0; byte < 2; ++byte) {
+        const __m512i a = join(products[0], products[1], byte == 0);
+        const __m512i b = join(products[2], products[3], byte == 0);
         const __m512i fours[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
@@ -42,13 +42,13 @@ class QuantizedMultipliers {
         }
       }
     }
-    for (int byte = 0; byte < kBytes; ++byte)
+    for (int byte = 0; byte < 2; ++byte)
       for (int i = 0; i < 2; ++i)
         _mm512_store_si512(start_[byte][i],
-                           _mm512_mullo_epi32(sums[byte][i], _mm512_set1_epi32(-kOffset)));
+                           _mm512_mullo_epi32(sums[byte][i], _mm512_set1_epi32(-Int8Row::kOffset)));
   }
 
-  // For the interleaved rows of two groups, whose first scale is `at`: to each lane that of its values.
+  // For the lines of two groups, whose first scale is `at`: to each lane that of its values.
   __m512i of_quad(int64_t q, int byte, int64_t at) const { return lanes(quads_[byte][q], at); }
   /// Where accumulators start: -kOffset * the sum of the rows' multipliers.
   __m512i start(int byte, int64_t at) const { return lanes(start_[byte], at); }
@@ -56,8 +56,8 @@ class QuantizedMultipliers {
  private:
   /// Integers of all scales: four, the four after the next four, and so on, as unpacking leaves them.
   using Scales = int32_t[2][kBlockScales / 2];
-  alignas(64) Scales quads_[kBytes][kRows / 4];
-  alignas(64) Scales start_[kBytes];
+  alignas(64) Scales quads_[2][kRows / 4];
+  alignas(64) Scales start_[2];
 
   /// The low bytes of two rows' products side by side, or their high bytes, to which the products are
   /// rounded.
@@ -111,24 +111,24 @@ inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step
   return step;
 }
 
+/// The codes of four rows and two groups: their first lines interleaved, and their second.
+using FourRows = __m512i[2][4];
+
 /// Addresses and multipliers of a batch's rows, for one block of scales after the other.
-template <bool kExact, class Row, int kRows>
+template <int kRows>
 struct DownBatch {
-  static constexpr int kScales = Row::kScales;
-  // With codes of 8 bits, multipliers of one byte would dominate the error.
-  static constexpr int kBytes = kExact ? 2 : 1;
-  using Multipliers = QuantizedMultipliers<kExact ? Row::kOffset : 8, kBytes, kRows>;
-  static constexpr int64_t kGroups = Multipliers::kBlockScales / kScales;  // of a block
+  using Multipliers = QuantizedMultipliers<kRows>;
+  static constexpr int64_t kGroups = Multipliers::kBlockScales / kInt8Scales;  // of a block
 
   int64_t count, groups;
-  const std::uint8_t* planes[2][kRows];
+  const std::uint8_t* codes[kRows];
   const std::int8_t* scales[kRows];
   float steps[kRows];
 
   DownBatch(const Rows& w, const Batch& batch) : count(batch.count), groups(groups_of(w.n)) {
     for (int64_t r = 0; r < kRows; ++r) {
-      const Row row(w, batch.id(r));
-      for (int i = 0; i < 2; ++i) planes[i][r] = row.plane(i);
+      const Int8Row row(w, batch.id(r));
+      codes[r] = row.data;
       scales[r] = row.scales.scales;
       steps[r] = row.scales.step();
     }
@@ -137,145 +137,127 @@ struct DownBatch {
   float relative(const float* h, std::int16_t* out) const {
     alignas(64) float parts[kLargeDownBatch] = {};
     for (int64_t r = 0; r < count; ++r) parts[r] = h[r] * steps[r];
-    return to_relative(parts, kExact ? 1.0f / 256 : 16, out);
+    return to_relative(parts, 1.0f / 256, out);
   }
   void quantize(int64_t g0, const std::int16_t* relative, Multipliers& out) const {
-    out.quantize(scales, g0 * kScales, relative, count, (groups - g0) * kScales);
+    out.quantize(scales, g0 * kInt8Scales, relative, count, (groups - g0) * kInt8Scales);
   }
-  /// Calls body(first group, how many: 1 or 2) for a block's lines.
+  /// Calls body(first group, how many: 1 or 2) for the pairs of a block.
   template <class Body>
-  [[gnu::always_inline]] void for_lines(int64_t g0, bool in_order, const Body& body) const {
-    for (int64_t line = 0; line < kGroups / 2; ++line) {
-      const int64_t block = line / kBlockLines * kBlockLines;
-      const int64_t g = g0 + 2 * (block + line_in_block(line % kBlockLines, in_order));
+  [[gnu::always_inline]] void for_pairs(int64_t g0, bool in_order, const Body& body) const {
+    for (int64_t i = 0; i < kGroups / 2; ++i) {
+      const int64_t g = g0 + 2 * (i / 4 * 4 + line_of_four(static_cast<int>(i % 4), in_order));
       if (g < groups) body(g, min(groups - g, 2));
     }
   }
-  /// The codes of two groups of rows 4 q ... 4 q + 3, interleaved: of lower nibbles, and of upper.
+  /// The codes of rows 4 q ... 4 q + 3.
   template <class Ahead>
-  [[gnu::always_inline]] void unpack(int64_t q, int64_t g, int64_t left, Ahead& ahead,
-                                     __m512i (&lower)[4], __m512i (&upper)[4]) const {
-    const __mmask64 some = left == 2 ? ~0ull : 0xffffffffull;
-    const int64_t bytes = g * kGroupBytes;
-    __m512i loaded[4], nibbles[2][4];
-#pragma GCC unroll 2
-    for (int plane = 0; plane < (kExact ? 2 : 1); ++plane) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        loaded[i] = _mm512_maskz_loadu_epi8(some, planes[plane][4 * q + i] + bytes);
-        ahead.prefetch(plane, 4 * q + i, bytes);
-      }
-      interleave(loaded, nibbles[plane]);
-    }
+  [[gnu::always_inline]] void load(int64_t q, int64_t g, int64_t left, Ahead& ahead,
+                                   FourRows& out) const {
+    const int64_t at = g * kGroup, half = left == 2 ? kGroup : kGroup / 2;
+    __m512i lines[2][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m512i high = nibbles[0][i], low = nibbles[1][i];
-      lower[i] = kExact ? merge(_mm512_slli_epi16(high, 4), low) : lower_nibbles(high);
-      upper[i] = kExact ? merge(high, _mm512_srli_epi16(low, 4)) : upper_nibbles(high);
+      const Lines both(codes[4 * q + i] + at, half);
+      ahead.prefetch(4 * q + i, at);
+      if (left == 2) ahead.prefetch(4 * q + i, at + kLineBytes);
+      lines[0][i] = both.of[0];
+      lines[1][i] = both.of[1];
     }
+    interleave(lines[0], out[0]);
+    interleave(lines[1], out[1]);
   }
 };
 
-/// Sums of two groups' products, by byte of the multipliers, of codes in lower and in upper nibbles.
-template <int kBytes>
+/// Sums of two groups' products, by byte of the multipliers, then as codes of four rows lie.
 struct DownSums {
-  __m512i lowers[kBytes][4], uppers[kBytes][4];
+  __m512i of[2][2][4];
 
   /// at: the first group's scale in the multipliers
   template <class Multipliers>
   [[gnu::always_inline]] DownSums(const Multipliers& multipliers, int64_t at) {
 #pragma GCC unroll 2
-    for (int byte = 0; byte < kBytes; ++byte) {
+    for (int byte = 0; byte < 2; ++byte)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) lowers[byte][i] = uppers[byte][i] = multipliers.start(byte, at);
-    }
+      for (int i = 0; i < 4; ++i) of[byte][0][i] = of[byte][1][i] = multipliers.start(byte, at);
   }
   template <class Multipliers>
   [[gnu::always_inline]] void add(const Multipliers& multipliers, int64_t q, int64_t at,
-                                  const __m512i (&lower)[4], const __m512i (&upper)[4]) {
+                                  const FourRows& codes) {
 #pragma GCC unroll 2
-    for (int byte = 0; byte < kBytes; ++byte) {
+    for (int byte = 0; byte < 2; ++byte) {
       const __m512i multiplier = multipliers.of_quad(q, byte, at);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        lowers[byte][i] = _mm512_dpbusd_epi32(lowers[byte][i], lower[i], multiplier);
-        uppers[byte][i] = _mm512_dpbusd_epi32(uppers[byte][i], upper[i], multiplier);
+        of[byte][0][i] = _mm512_dpbusd_epi32(of[byte][0][i], codes[0][i], multiplier);
+        of[byte][1][i] = _mm512_dpbusd_epi32(of[byte][1][i], codes[1][i], multiplier);
       }
     }
   }
   /// y += step * the sums. groups: 1 or 2
   [[gnu::always_inline]] void finish(float step, int64_t groups, float* y) {
-    if (kBytes == 2)
+#pragma GCC unroll 2
+    for (int line = 0; line < 2; ++line) {
+      __m512i all[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        lowers[0][i] = _mm512_add_epi32(_mm512_slli_epi32(lowers[0][i], 8), lowers[kBytes - 1][i]);
-        uppers[0][i] = _mm512_add_epi32(_mm512_slli_epi32(uppers[0][i], 8), uppers[kBytes - 1][i]);
-      }
-    // A 128-bit lane: 16 values of a scale in the lower nibbles and the next 16 in the upper.
-    const auto &l = lowers[0], &u = uppers[0];
-    add_lanes(l[0], l[1], l[2], l[3], step, 2 * groups, y);
-    add_lanes(u[0], u[1], u[2], u[3], step, 2 * groups, y + 16);
+      for (int i = 0; i < 4; ++i)
+        all[i] = _mm512_add_epi32(_mm512_slli_epi32(of[0][line][i], 8), of[1][line][i]);
+      // A 128-bit lane: the first 16 values of a scale, or the next 16.
+      add_lanes(all[0], all[1], all[2], all[3], step, 2 * groups, y + 16 * line);
+    }
   }
 };
 
-/// y += sum over a batch of h[i] row[i], or, if not kExact, of the rows' high planes. y: whole
-/// groups. Works on two groups at a time: bytes of four rows are interleaved while each still holds
-/// two nibbles.
-template <bool kExact, class Row, int kRows, class Ahead>
-inline void add_down_batch(const Rows& w, const Batch& batch, Ahead ahead, const float* h,
+/// y += sum over a batch of h[i] row[i]. y: whole groups
+template <int kRows, class Ahead>
+inline void add_down_batch(const Rows& w, const Batch& batch, Ahead& ahead, const float* h,
                            float* y) {
-  using Down = DownBatch<kExact, Row, kRows>;
-  constexpr int kScales = Row::kScales;
+  using Down = DownBatch<kRows>;
   const Down down(w, batch);
   alignas(32) std::int16_t relative[kLargeDownBatch];
   const float step = down.relative(h, relative);
   typename Down::Multipliers multipliers;
   for (int64_t g0 = 0; g0 < down.groups; g0 += Down::kGroups) {
     down.quantize(g0, relative, multipliers);
-    for (int64_t r = 0; r < kRows; ++r) ahead.prefetch_scales(r, g0 * kScales);
-    down.for_lines(g0, Ahead::kInOrder,
+    for (int64_t r = 0; r < kRows; ++r) ahead.prefetch_scales(r, g0 * kInt8Scales);
+    down.for_pairs(g0, Ahead::kInOrder,
                    [&](int64_t g, int64_t left) __attribute__((always_inline)) {
-                     const int64_t at = (g - g0) * kScales;
-                     DownSums<Down::kBytes> sums(multipliers, at);
+                     const int64_t at = (g - g0) * kInt8Scales;
+                     DownSums sums(multipliers, at);
                      for (int64_t q = 0; 4 * q < down.count; ++q) {
-                       __m512i lower[4], upper[4];
-                       down.unpack(q, g, left, ahead, lower, upper);
-                       sums.add(multipliers, q, at, lower, upper);
+                       FourRows codes;
+                       down.load(q, g, left, ahead, codes);
+                       sums.add(multipliers, q, at, codes);
                      }
                      sums.finish(step, left, y + g * kGroup);
                    });
   }
 }
 
-/// The same for several sequences, which share the rows' unpacked codes. Each gets the same integers
-/// as alone.
-template <class Row, int kRows, class Ahead>
-inline void add_down_batch_each(const Rows& w, const Batch& batch, Ahead ahead,
+/// The same for several sequences, which share the rows' interleaved codes. Each gets the same
+/// integers as alone.
+template <int kRows, class Ahead>
+inline void add_down_batch_each(const Rows& w, const Batch& batch, Ahead& ahead,
                                 const float* const* h, const Vectors& vectors) {
-  using Down = DownBatch<true, Row, kRows>;
-  constexpr int kScales = Row::kScales, kQuads = kRows / 4;
+  using Down = DownBatch<kRows>;
   const Down down(w, batch);
   alignas(32) std::int16_t relative[Vectors::kMost][kLargeDownBatch];
   float steps[Vectors::kMost];
   typename Down::Multipliers multipliers[Vectors::kMost];
   for (int64_t v = 0; v < vectors.count; ++v) steps[v] = down.relative(h[v], relative[v]);
-  const int64_t share = 2 * kRows / vectors.count + 1;  // of the prefetches
+  const int64_t lines = kRows * (down.groups + 1), passes = (down.groups + 1) / 2 * vectors.count;
+  Shares<Ahead> shares(ahead, lines, passes);
   for (int64_t g0 = 0; g0 < down.groups; g0 += Down::kGroups) {
     for (int64_t v = 0; v < vectors.count; ++v) down.quantize(g0, relative[v], multipliers[v]);
-    for (int64_t r = 0; r < kRows; ++r) ahead.prefetch_scales(r, g0 * kScales);
-    down.for_lines(g0, Ahead::kInOrder, [&](int64_t g, int64_t left) {
-      const int64_t at = (g - g0) * kScales;
-      __m512i lower[kQuads][4], upper[kQuads][4];
+    down.for_pairs(g0, Ahead::kInOrder, [&](int64_t g, int64_t left) {
+      const int64_t at = (g - g0) * kInt8Scales;
+      FourRows codes[kRows / 4];
       NothingAhead nothing;
-      for (int64_t q = 0; 4 * q < down.count; ++q)
-        down.unpack(q, g, left, nothing, lower[q], upper[q]);
-      int64_t line = 0;
+      for (int64_t q = 0; 4 * q < down.count; ++q) down.load(q, g, left, nothing, codes[q]);
       for (int64_t v = 0; v < vectors.count; ++v) {
-        for (const int64_t end = min(2 * kRows, line + share); line < end; ++line)
-          ahead.prefetch(line % 2, line / 2, g * kGroupBytes);
-        DownSums<Down::kBytes> sums(multipliers[v], at);
-        for (int64_t q = 0; 4 * q < down.count; ++q)
-          sums.add(multipliers[v], q, at, lower[q], upper[q]);
+        shares.prefetch_next();
+        DownSums sums(multipliers[v], at);
+        for (int64_t q = 0; 4 * q < down.count; ++q) sums.add(multipliers[v], q, at, codes[q]);
         sums.finish(steps[v], left, vectors.y[v] + g * kGroup);
       }
     });
