@@ -18,6 +18,8 @@ constexpr std::int64_t kStripsAtOnce = 32, kMostSums = 128;
 /// whatever the number of threads, so that the result does not depend on it.
 constexpr std::int64_t kMostParts = 32;
 constexpr std::int64_t kLeastPartBlocks = 4;
+/// Columns of the parts that are added up at a time.
+constexpr std::int64_t kSumColumns = 256;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -244,11 +246,14 @@ void CpuBackend::ffn_bricks(CpuState& state, std::int64_t layer, const float* in
 
   for (std::int64_t t = 0; t < tokens; ++t) {
     float* const out = state.sum + t * down.rows;
-    for (std::int64_t i = 0; i < down.rows; ++i) {
-      float sum = 0;
-      for (std::int64_t part = 0; part < parts; ++part)
-        sum += partials[(t * parts + part) * stride + i];
-      out[i] += sum;
+    for (std::int64_t first = 0; first < down.rows; first += kSumColumns) {
+      const std::int64_t columns = std::min(kSumColumns, down.rows - first);
+      float sums[kSumColumns] = {};
+      for (std::int64_t part = 0; part < parts; ++part) {
+        const float* const own = partials + (t * parts + part) * stride + first;
+        for (std::int64_t i = 0; i < columns; ++i) sums[i] += own[i];
+      }
+      for (std::int64_t i = 0; i < columns; ++i) out[first + i] += sums[i];
     }
     add_strip_outliers(down, {0, down.strips}, hidden[t], out);
     CpuState& own = state.sequence(t);

@@ -8,8 +8,6 @@
 namespace tda {
 namespace {
 
-typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
-
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 /// The scales of a row and their step, which follow its codes. Like the row these are only

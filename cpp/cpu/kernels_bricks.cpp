@@ -59,52 +59,64 @@ namespace {
 /// so that neither gets lost in a maximum.
 inline int32_t size_bits(float v) { return __builtin_bit_cast(int32_t, v) & 0x7fffffff; }
 
-inline float largest_size(const float* x, int64_t count) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i)
-    largest = size_bits(x[i]) > largest ? size_bits(x[i]) : largest;
-  return __builtin_bit_cast(float, largest);
-}
+/// The sizes of a block of x. Its loops have 32 steps and no branches, so that compilers make vectors
+/// of them: one thread prepares x while the others wait.
+struct Sizes {
+  int32_t of[kBlockInputs];
+
+  explicit Sizes(const float* x) {
+    for (int64_t i = 0; i < kBlockInputs; ++i) of[i] = size_bits(x[i]);
+  }
+  int32_t largest() const {
+    int32_t found = 0;
+    for (const int32_t size : of) found = size > found ? size : found;
+    return found;
+  }
+  /// The first place of a size.
+  int32_t place_of(int32_t size) const {
+    int32_t found = kBlockInputs;
+    for (int32_t i = 0; i < kBlockInputs; ++i) {
+      const int32_t here = of[i] == size ? i : static_cast<int32_t>(kBlockInputs);
+      found = here < found ? here : found;
+    }
+    return found;
+  }
+};
 
 /// 127 / limit; 0 for NaN, and for limits so small that it would be infinite.
 inline float inverse_of(float limit) { return limit > 1e-36f ? 127.0f / limit : 0.0f; }
 
-/// Rounds a number of |v| <= 2^22.
-inline float round_to_nearest(float v) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
-  return (v + kShift) - kShift;
+/// out = the nearest integers of x * inverse, within 127 of 0. x: [32]
+inline void quantize(const float* x, float inverse, int32_t* out) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the nearest integer is in the low bits
+  const Ints zero = (Ints)splat(kRound);
+  for (int64_t i = 0; i < kBlockInputs; i += kLanes) {
+    const Floats scaled = load_as<Floats>(x + i) * inverse;
+    const Ints rounded = (Ints)(min(max(scaled, splat(-127.0f)), splat(127.0f)) + kRound) - zero;
+    __builtin_memcpy(out + i, &rounded, sizeof rounded);
+  }
 }
 
 /// Whatever is not finite gets a scale that is not, so that all products become NaN or infinite.
 void prepare(const float* x, int64_t blocks, HighInputs* out) {
   for (int64_t b = 0; b < blocks; ++b, x += kBlockInputs) {
     HighInputs& block = out[b];
-    int32_t largest = 0, second = 0;
-    int64_t at = 0;
-    for (int64_t i = 0; i < kBlockInputs; ++i) {
-      const int32_t size = size_bits(x[i]);
-      if (size > largest) {
-        second = largest;
-        largest = size;
-        at = i;
-      } else if (size > second) {
-        second = size;
-      }
-    }
-    const float most = __builtin_bit_cast(float, largest), next = __builtin_bit_cast(float, second);
+    Sizes sizes(x);
+    const int32_t largest = sizes.largest(), at = sizes.place_of(largest);
+    sizes.of[at] = 0;
+    const float most = __builtin_bit_cast(float, largest);
+    const float next = __builtin_bit_cast(float, sizes.largest());
     const bool apart = most > 2 * next && most < __builtin_inff();
     const float limit = apart ? next : most;
-    const float inverse = inverse_of(limit);
     block.scale = limit / 127.0f;
-    int32_t sums[2] = {};
-    for (int64_t i = 0; i < kBlockInputs; ++i) {
-      const float scaled = x[i] * inverse;
-      const float within = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
-      block.q[i] = static_cast<std::int8_t>(static_cast<int32_t>(round_to_nearest(within)));
-      sums[i / kScaleInputs] += block.q[i];
+    int32_t q[kBlockInputs];
+    quantize(x, inverse_of(limit), q);
+    for (int64_t half = 0; half < 2; ++half) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kScaleInputs; ++i) sum += q[half * kScaleInputs + i];
+      block.sums[half] = block.scale * static_cast<float>(sum);
     }
-    for (int half = 0; half < 2; ++half)
-      block.sums[half] = block.scale * static_cast<float>(sums[half]);
+    for (int64_t i = 0; i < kBlockInputs; ++i) block.q[i] = static_cast<std::int8_t>(q[i]);
     block.excess_quad = -1;
     if (!apart) continue;
     const float excess = x[at] - block.scale * block.q[at];
@@ -118,37 +130,22 @@ void prepare(const float* x, int64_t blocks, HighInputs* out) {
 
 int64_t choose(const float* x, const float* lengths, Span inputs, float threshold,
                RestInputs* out) {
-  RestInputs* block = out;
   int64_t total = 0;
-  int32_t count = 0;
-  for (int64_t first = inputs.first; first < inputs.end; first += kBlockInputs) {
-    const int64_t end = min(inputs.end, first + kBlockInputs);
-    int32_t chosen[kBlockInputs];
-    int32_t found = 0;
-    for (int64_t i = first; i < end; ++i) {
-      chosen[found] = static_cast<int32_t>(i);
-      found += !(__builtin_fabsf(x[i]) * lengths[i] < threshold);  // NaN compares false: chosen
-    }
-    total += found;
-    for (int32_t k = 0; k < found; ++k) {
-      if (count == kBlockInputs) {
-        ++block;
-        count = 0;
-      }
-      block->ids[count++] = chosen[k];
-      block->count = count;
-    }
+  for (int64_t i = inputs.first; i < inputs.end; ++i) {
+    out[total / kBlockInputs].ids[total % kBlockInputs] = static_cast<int32_t>(i);
+    total += !(__builtin_fabsf(x[i]) * lengths[i] < threshold);  // NaN compares false: chosen
   }
-  for (RestInputs* b = out; b < out + (total + kBlockInputs - 1) / kBlockInputs; ++b) {
+  for (int64_t first = 0; first < total; first += kBlockInputs) {
+    RestInputs& block = out[first / kBlockInputs];
+    block.count = static_cast<int32_t>(min(kBlockInputs, total - first));
     float values[kBlockInputs] = {};
-    for (int32_t k = 0; k < b->count; ++k) values[k] = x[b->ids[k]];
-    const float most = largest_size(values, kBlockInputs);
-    const float inverse = inverse_of(most);
-    b->scale = most / 127.0f;
-    for (int64_t k = 0; k < kBlockInputs; ++k)
-      b->q[k] =
-          static_cast<std::int8_t>(static_cast<int32_t>(round_to_nearest(values[k] * inverse)));
-    for (int64_t k = b->count; k < kBlockInputs; ++k) b->ids[k] = b->ids[b->count - 1];
+    for (int32_t k = 0; k < block.count; ++k) values[k] = x[block.ids[k]];
+    const float most = __builtin_bit_cast(float, Sizes(values).largest());
+    block.scale = most / 127.0f;
+    int32_t q[kBlockInputs];
+    quantize(values, inverse_of(most), q);
+    for (int64_t k = 0; k < kBlockInputs; ++k) block.q[k] = static_cast<std::int8_t>(q[k]);
+    for (int64_t k = block.count; k < kBlockInputs; ++k) block.ids[k] = block.ids[block.count - 1];
   }
   return total;
 }

@@ -37,6 +37,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kLanes = kVectorBytes / 4;
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef float Quad __attribute__((vector_size(16)));
