@@ -29,58 +29,126 @@ inline __m256i four_inputs(const std::int8_t* q) {
   return _mm256_set1_epi32(four);
 }
 
-/// total += the products of 8 rows, from `row` on, whose codes times q are `dots`. part: the inputs'
-inline __m256 add_rows(const CentredBrick& brick, const HighInputs&, int part, int row, __m256 dots,
-                       __m256 total) {
-  return _mm256_fmadd_ps((__m256)signed_floats(brick.scales[part] + row), dots, total);
-}
-inline __m256 add_rows(const LineBrick& brick, const HighInputs& x, int, int row, __m256 dots,
-                       __m256 total) {
-  total = _mm256_fmadd_ps((__m256)half_floats(brick.scales + row), dots, total);
-  return _mm256_fmadd_ps((__m256)half_floats(brick.minima + row),
-                         _mm256_set1_ps(x.sums[0] + x.sums[1]), total);
-}
+/// A strip's products of some quads' codes and q, two to each sum: the rows 8 k ... 8 k + 7.
+struct QuadSums {
+  __m256i of[8];
 
-/// sums: [64] += the brick's rows times x. Prefetches the brick at `ahead`.
-template <bool kExcess, class Brick>
-[[gnu::always_inline]] inline void add_brick(const Brick& brick, const HighInputs& x, float* sums,
-                                             const char* ahead) {
-  constexpr int kQuads = kBlockInputs / 4 / kParts<Brick>;
-  const __m256 scale = _mm256_set1_ps(x.scale);
-#pragma GCC unroll 2
-  for (int part = 0; part < kParts<Brick>; ++part) {
-    __m256i dots[8] = {};  // of the rows 8 k ... 8 k + 7
-#pragma GCC unroll 8
-    for (int q = part * kQuads; q < (part + 1) * kQuads; ++q) {
-      const __m256i inputs = four_inputs(x.q + 4 * q);
-      prefetch_l1(ahead + 128 * q);
-      prefetch_l1(ahead + 128 * q + kLineBytes);
+  explicit QuadSums(__m256i start) {
+    for (__m256i& sums : of) sums = start;
+  }
+  void add(const std::uint8_t* codes, __m256i q) {
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const __m256i codes = load_bytes(brick.codes[q] + 32 * k);
-        dots[k] = add_quads(dots[k], lower_four(codes), inputs);
-        dots[4 + k] = add_quads(dots[4 + k], upper_four(codes), inputs);
-      }
-    }
-    const __m256 centre = _mm256_set1_ps(-kCentre<Brick> * x.sums[part]);
-    const bool excess = kExcess && x.excess_quad / kQuads == part;
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      __m256 centred = _mm256_fmadd_ps(total_of(dots[k]), scale, centre);
-      if (excess) {
-        const __m256i codes = load_bytes(brick.codes[x.excess_quad] + 32 * (k % 4));
-        const __m256i dot =
-            add_quads(_mm256_setzero_si256(), k < 4 ? lower_four(codes) : upper_four(codes),
-                      four_inputs(x.excess));
-        centred = _mm256_fmadd_ps(total_of(dot), _mm256_set1_ps(x.excess_scale), centred);
-      }
-      const __m256 total = _mm256_loadu_ps(sums + 8 * k);
-      _mm256_storeu_ps(sums + 8 * k, add_rows(brick, x, part, 8 * k, centred, total));
+    for (int k = 0; k < 4; ++k) {
+      const __m256i both = load_bytes(codes + 32 * k);
+      of[k] = add_quads(of[k], lower_four(both), q);
+      of[4 + k] = add_quads(of[4 + k], upper_four(both), q);
     }
   }
-  for (int64_t line = sizeof brick.codes; line < static_cast<int64_t>(sizeof brick);
+  /// Those of the brick's quads [first, first + count). Prefetches the same quads `ahead`.
+  template <class Brick>
+  [[gnu::always_inline]] void add_quads_of(const Brick& brick, const std::int8_t* inputs, int first,
+                                           int count, const char* ahead) {
+#pragma GCC unroll 8
+    for (int q = first; q < first + count; ++q) {
+      prefetch_l1(ahead + 128 * q);
+      prefetch_l1(ahead + 128 * q + kLineBytes);
+      add(brick.codes[q], four_inputs(inputs + 4 * q));
+    }
+  }
+};
+
+/// Prefetches the lines of the brick at `ahead` that its quads do not.
+template <class Brick>
+inline void prefetch_last_lines(const char* ahead) {
+  for (int64_t line = sizeof(BrickCodes); line < static_cast<int64_t>(sizeof(Brick));
        line += kLineBytes)
     prefetch_l1(ahead + line);
+}
+
+/// Adds to the sums of two products each, of the rows from 8 k on.
+inline void add_to(float* sums, int k, __m256i dots, __m256 scale) {
+  float* const out = sums + 8 * k;
+  _mm256_storeu_ps(out, _mm256_fmadd_ps(floats_of(dots), scale, _mm256_loadu_ps(out)));
+}
+
+/// What sums of two products start at, so that 8 is taken off each code.
+inline __m256i centres_of(__m256i q) {
+  return _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_maddubs_epi16(_mm256_set1_epi8(8), q));
+}
+/// The same for all quads of each half of a brick.
+struct Centres {
+  __m256i of[2];
+
+  explicit Centres(const std::int8_t* q) {
+    __m256i sums = centres_of(load_bytes(q));  // of halves, a lane each
+    sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0x4e));
+    sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0xb1));
+    of[0] = _mm256_permute2x128_si256(sums, sums, 0x00);
+    of[1] = _mm256_permute2x128_si256(sums, sums, 0x11);
+  }
+};
+
+/// Products of centred sums and the rows' scales, times kScaleUnit: below 2^30 with both halves.
+inline __m256i times_scales(__m256i sums, const std::int8_t* scales, int k) {
+  const __m256i sixteen = _mm256_broadcastsi128_si256(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * (k / 2))));
+  const __m256i four = _mm256_set1_epi32(static_cast<int>(0x01000100 * (8 * (k % 2)) + 0x00800080));
+  const __m256i rows = _mm256_setr_epi32(0, 0x01000100, 0x02000200, 0x03000300, 0x04000400,
+                                         0x05000500, 0x06000600, 0x07000700);
+  return _mm256_madd_epi16(sums, _mm256_shuffle_epi8(sixteen, _mm256_add_epi8(rows, four)));
+}
+constexpr float kScaleUnit = 256;
+
+/// sums: [64] += the brick's rows times x. Prefetches the brick at `ahead`.
+template <bool kExcess>
+[[gnu::always_inline]] inline void add_brick(const CentredBrick& brick, const HighInputs& x,
+                                             float* sums, const char* ahead) {
+  constexpr int kQuads = kScaleInputs / 4;
+  const Centres centres(x.q);
+  __m256i totals[8];
+#pragma GCC unroll 2
+  for (int part = 0; part < 2; ++part) {
+    QuadSums dots(centres.of[part]);
+    dots.add_quads_of(brick, x.q, part * kQuads, kQuads, ahead);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      const __m256i scaled = times_scales(dots.of[k], brick.scales[part], k);
+      totals[k] = part == 0 ? scaled : _mm256_add_epi32(totals[k], scaled);
+    }
+  }
+  const __m256 scale = _mm256_set1_ps(x.scale / kScaleUnit);
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) add_to(sums, k, totals[k], scale);
+  if (kExcess) {
+    const __m256i q = four_inputs(x.excess);
+    QuadSums dots(centres_of(q));
+    dots.add(brick.codes[x.excess_quad], q);
+    const __m256 excess_scale = _mm256_set1_ps(x.excess_scale / kScaleUnit);
+    const std::int8_t* const scales = brick.scales[x.excess_quad / kQuads];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) add_to(sums, k, times_scales(dots.of[k], scales, k), excess_scale);
+  }
+  prefetch_last_lines<CentredBrick>(ahead);
+}
+
+template <bool kExcess>
+[[gnu::always_inline]] inline void add_brick(const LineBrick& brick, const HighInputs& x,
+                                             float* sums, const char* ahead) {
+  QuadSums dots(_mm256_setzero_si256());
+  dots.add_quads_of(brick, x.q, 0, kBlockInputs / 4, ahead);
+  QuadSums excess(_mm256_setzero_si256());
+  if (kExcess) excess.add(brick.codes[x.excess_quad], four_inputs(x.excess));
+  const __m256 sum_of_x = _mm256_set1_ps(x.sums[0] + x.sums[1]);
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) {
+    __m256 dot = _mm256_mul_ps(total_of(dots.of[k]), _mm256_set1_ps(x.scale));
+    if (kExcess) dot = _mm256_fmadd_ps(total_of(excess.of[k]), _mm256_set1_ps(x.excess_scale), dot);
+    __m256 total = _mm256_loadu_ps(sums + 8 * k);
+    total = _mm256_fmadd_ps((__m256)half_floats(brick.scales + 8 * k), dot, total);
+    total = _mm256_fmadd_ps((__m256)half_floats(brick.minima + 8 * k), sum_of_x, total);
+    _mm256_storeu_ps(sums + 8 * k, total);
+  }
+  prefetch_last_lines<LineBrick>(ahead);
 }
 
 template <class Brick>

@@ -1,4 +1,4 @@
-// The down projection in decode with AVX-512 and VNNI: y += h[i] row[i] over batches of int8 rows.
+// Sums of int8 down rows with AVX-512 and VNNI.
 #pragma once
 
 #include "cpu/int8_products_avx512.h"
@@ -111,61 +111,30 @@ inline void add_lanes(__m512i s0, __m512i s1, __m512i s2, __m512i s3, float step
   return step;
 }
 
-/// The codes of four rows and two groups: their first lines interleaved, and their second.
-using FourRows = __m512i[2][4];
+/// Groups that are summed at a time.
+constexpr int64_t kDownGroups = 2;
 
-/// Addresses and multipliers of a batch's rows, for one block of scales after the other.
-template <int kRows>
-struct DownBatch {
-  using Multipliers = QuantizedMultipliers<kRows>;
-  static constexpr int64_t kGroups = Multipliers::kBlockScales / kInt8Scales;  // of a block
+/// The codes of four rows and kDownGroups groups.
+struct RowCodes {
+  static constexpr int kRows = 4;
+  __m512i of[2][4];  // the groups' first lines interleaved, and their second
 
-  int64_t count, groups;
-  const std::uint8_t* codes[kRows];
-  const std::int8_t* scales[kRows];
-  float steps[kRows];
-
-  DownBatch(const Rows& w, const Batch& batch) : count(batch.count), groups(groups_of(w.n)) {
-    for (int64_t r = 0; r < kRows; ++r) {
-      const Int8Row row(w, batch.id(r));
-      codes[r] = row.data;
-      scales[r] = row.scales.scales;
-      steps[r] = row.scales.step();
-    }
-  }
-  /// The rows' multipliers h * step, relative to the largest. Returns the value of a step of sums.
-  float relative(const float* h, std::int16_t* out) const {
-    alignas(64) float parts[kLargeDownBatch] = {};
-    for (int64_t r = 0; r < count; ++r) parts[r] = h[r] * steps[r];
-    return to_relative(parts, 1.0f / 256, out);
-  }
-  void quantize(int64_t g0, const std::int16_t* relative, Multipliers& out) const {
-    out.quantize(scales, g0 * kInt8Scales, relative, count, (groups - g0) * kInt8Scales);
-  }
-  /// Calls body(first group, how many: 1 or 2) for the pairs of a block.
-  template <class Body>
-  [[gnu::always_inline]] void for_pairs(int64_t g0, bool in_order, const Body& body) const {
-    for (int64_t i = 0; i < kGroups / 2; ++i) {
-      const int64_t g = g0 + 2 * (i / 4 * 4 + line_of_four(static_cast<int>(i % 4), in_order));
-      if (g < groups) body(g, min(groups - g, 2));
-    }
-  }
-  /// The codes of rows 4 q ... 4 q + 3.
+  /// Of the rows from `first` on, in the order of `ahead`, from group g of `groups` on.
   template <class Ahead>
-  [[gnu::always_inline]] void load(int64_t q, int64_t g, int64_t left, Ahead& ahead,
-                                   FourRows& out) const {
+  [[gnu::always_inline]] void load(const std::uint8_t* const* rows, int64_t first, int64_t g,
+                                   int64_t left, int64_t, Ahead& ahead) {
     const int64_t at = g * kGroup, half = left == 2 ? kGroup : kGroup / 2;
     __m512i lines[2][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const Lines both(codes[4 * q + i] + at, half);
-      ahead.prefetch(4 * q + i, at);
-      if (left == 2) ahead.prefetch(4 * q + i, at + kLineBytes);
+      const Lines both(rows[first + i] + at, half);
+      ahead.prefetch(first + i, at);
+      if (left == 2) ahead.prefetch(first + i, at + kLineBytes);
       lines[0][i] = both.of[0];
       lines[1][i] = both.of[1];
     }
-    interleave(lines[0], out[0]);
-    interleave(lines[1], out[1]);
+    interleave(lines[0], of[0]);
+    interleave(lines[1], of[1]);
   }
 };
 
@@ -183,14 +152,14 @@ struct DownSums {
   }
   template <class Multipliers>
   [[gnu::always_inline]] void add(const Multipliers& multipliers, int64_t q, int64_t at,
-                                  const FourRows& codes) {
+                                  const RowCodes& codes) {
 #pragma GCC unroll 2
     for (int byte = 0; byte < 2; ++byte) {
       const __m512i multiplier = multipliers.of_quad(q, byte, at);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        of[byte][0][i] = _mm512_dpbusd_epi32(of[byte][0][i], codes[0][i], multiplier);
-        of[byte][1][i] = _mm512_dpbusd_epi32(of[byte][1][i], codes[1][i], multiplier);
+        of[byte][0][i] = _mm512_dpbusd_epi32(of[byte][0][i], codes.of[0][i], multiplier);
+        of[byte][1][i] = _mm512_dpbusd_epi32(of[byte][1][i], codes.of[1][i], multiplier);
       }
     }
   }
@@ -207,62 +176,6 @@ struct DownSums {
     }
   }
 };
-
-/// y += sum over a batch of h[i] row[i]. y: whole groups
-template <int kRows, class Ahead>
-inline void add_down_batch(const Rows& w, const Batch& batch, Ahead& ahead, const float* h,
-                           float* y) {
-  using Down = DownBatch<kRows>;
-  const Down down(w, batch);
-  alignas(32) std::int16_t relative[kLargeDownBatch];
-  const float step = down.relative(h, relative);
-  typename Down::Multipliers multipliers;
-  for (int64_t g0 = 0; g0 < down.groups; g0 += Down::kGroups) {
-    down.quantize(g0, relative, multipliers);
-    for (int64_t r = 0; r < kRows; ++r) ahead.prefetch_scales(r, g0 * kInt8Scales);
-    down.for_pairs(g0, Ahead::kInOrder,
-                   [&](int64_t g, int64_t left) __attribute__((always_inline)) {
-                     const int64_t at = (g - g0) * kInt8Scales;
-                     DownSums sums(multipliers, at);
-                     for (int64_t q = 0; 4 * q < down.count; ++q) {
-                       FourRows codes;
-                       down.load(q, g, left, ahead, codes);
-                       sums.add(multipliers, q, at, codes);
-                     }
-                     sums.finish(step, left, y + g * kGroup);
-                   });
-  }
-}
-
-/// The same for several sequences, which share the rows' interleaved codes. Each gets the same
-/// integers as alone.
-template <int kRows, class Ahead>
-inline void add_down_batch_each(const Rows& w, const Batch& batch, Ahead& ahead,
-                                const float* const* h, const Vectors& vectors) {
-  using Down = DownBatch<kRows>;
-  const Down down(w, batch);
-  alignas(32) std::int16_t relative[Vectors::kMost][kLargeDownBatch];
-  float steps[Vectors::kMost];
-  typename Down::Multipliers multipliers[Vectors::kMost];
-  for (int64_t v = 0; v < vectors.count; ++v) steps[v] = down.relative(h[v], relative[v]);
-  const int64_t lines = kRows * (down.groups + 1), passes = (down.groups + 1) / 2 * vectors.count;
-  Shares<Ahead> shares(ahead, lines, passes);
-  for (int64_t g0 = 0; g0 < down.groups; g0 += Down::kGroups) {
-    for (int64_t v = 0; v < vectors.count; ++v) down.quantize(g0, relative[v], multipliers[v]);
-    down.for_pairs(g0, Ahead::kInOrder, [&](int64_t g, int64_t left) {
-      const int64_t at = (g - g0) * kInt8Scales;
-      FourRows codes[kRows / 4];
-      NothingAhead nothing;
-      for (int64_t q = 0; 4 * q < down.count; ++q) down.load(q, g, left, nothing, codes[q]);
-      for (int64_t v = 0; v < vectors.count; ++v) {
-        shares.prefetch_next();
-        DownSums sums(multipliers[v], at);
-        for (int64_t q = 0; 4 * q < down.count; ++q) sums.add(multipliers[v], q, at, codes[q]);
-        sums.finish(steps[v], left, vectors.y[v] + g * kGroup);
-      }
-    });
-  }
-}
 
 }  // namespace
 }  // namespace tda

@@ -50,10 +50,11 @@ struct VectorsOf {
 template <int kRows, class Ahead, class Take>
 [[gnu::always_inline]] inline void multiply_each(const Int8Row (&rows)[kRows], Ahead& ahead,
                                                  const Vector& x, const Take& take) {
-  for (int r = 0; r < kRows; ++r) {
-    Floats lanes;
-    multiply<1>(rows[r], r, ahead, x.groups, x.count, &lanes);
-    take(0, r, lanes);
+  constexpr int kTogether = kRows % 2 == 0 ? 2 : 1;  // rows that share each load of x
+  for (int first = 0; first < kRows; first += kTogether) {
+    Floats lanes[kTogether][1];
+    multiply<1>(rows + first, first, ahead, x.groups, x.count, lanes);
+    for (int r = 0; r < kTogether; ++r) take(0, first + r, lanes[r][0]);
   }
 }
 
@@ -66,12 +67,12 @@ template <int kRows, class Ahead, class Take>
         const GroupOfX* const block = x.all.get() + first * x.groups;
         NothingAhead nothing;
         for (int r = 0; r < kRows; ++r) {
-          Floats lanes[size.value];
+          Floats lanes[1][size.value];
           if (first == 0)
-            multiply<size.value>(rows[r], r, ahead, block, x.groups, lanes);
+            multiply<size.value>(rows + r, r, ahead, block, x.groups, lanes);
           else
-            multiply<size.value>(rows[r], r, nothing, block, x.groups, lanes);
-          for (int v = 0; v < size.value; ++v) take(first + v, r, lanes[v]);
+            multiply<size.value>(rows + r, r, nothing, block, x.groups, lanes);
+          for (int v = 0; v < size.value; ++v) take(first + v, r, lanes[0][v]);
         }
       });
 }

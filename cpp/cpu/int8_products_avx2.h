@@ -53,41 +53,52 @@ inline __m256 lanes_of_scales(const float* all, int64_t first) {
       _mm256_loadu_ps(all), _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int>(first))));
 }
 
-/// lanes[v] = the dot product of a row, the r-th of those that `ahead` knows, and each of kCount x,
-/// one partial sum per lane. x: the same group of all x lies together
-template <int kCount, class Ahead>
-[[gnu::always_inline]] inline void multiply(const Int8Row& row, int r, Ahead& ahead,
-                                            const GroupOfX* x, int64_t groups, Floats* lanes) {
+/// lanes[r][v] = the dot products of rows, from the `first` on of those that `ahead` knows, and each of
+/// kCount x, one partial sum per lane. x: the same group of all x lies together
+template <int kCount, int kRows, class Ahead>
+[[gnu::always_inline]] inline void multiply(const Int8Row* rows, int first, Ahead& ahead,
+                                            const GroupOfX* x, int64_t groups,
+                                            Floats (&lanes)[kRows][kCount]) {
   constexpr int64_t kGroups = kLanes / kInt8Scales;  // whose scales fill a vector
   const __m256i low_byte = _mm256_set1_epi16(255);
-  __m256 sums[kCount];
+  __m256 sums[kRows][kCount];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-  for (int v = 0; v < kCount; ++v) sums[v] = _mm256_setzero_ps();
+    for (int v = 0; v < kCount; ++v) sums[r][v] = _mm256_setzero_ps();
   for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
-    float scales[kLanes];
-    store(scales, row.scales.from(g0 * kInt8Scales));
-    ahead.prefetch_scales(r, g0 * kInt8Scales);
+    float scales[kRows][kLanes];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      store(scales[r], rows[r].scales.from(g0 * kInt8Scales));
+      ahead.prefetch_scales(first + r, g0 * kInt8Scales);
+    }
     for (int64_t g = g0; g < min(g0 + kGroups, groups); ++g, x += kCount) {
-      const auto* const at = row.group(g);
-      const __m256i first = load_as<__m256i>(at), second = load_as<__m256i>(at + row.half(g));
-      ahead.prefetch(r, g * kGroup);
-      const __m256i codes[4] = {_mm256_and_si256(first, low_byte), _mm256_srli_epi16(first, 8),
-                                _mm256_and_si256(second, low_byte), _mm256_srli_epi16(second, 8)};
-      const __m256 of_row = lanes_of_scales(scales, (g - g0) * kInt8Scales);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const auto* const at = rows[r].group(g);
+        const __m256i here = load_as<__m256i>(at), there = load_as<__m256i>(at + rows[r].half(g));
+        ahead.prefetch(first + r, g * kGroup);
+        const __m256i codes[4] = {_mm256_and_si256(here, low_byte), _mm256_srli_epi16(here, 8),
+                                  _mm256_and_si256(there, low_byte), _mm256_srli_epi16(there, 8)};
+        const __m256 of_row = lanes_of_scales(scales[r], (g - g0) * kInt8Scales);
 #pragma GCC unroll 8
-      for (int v = 0; v < kCount; ++v) {
-        __m256i integers = load_as<__m256i>(x[v].start);
+        for (int v = 0; v < kCount; ++v) {
+          __m256i integers = load_as<__m256i>(x[v].start);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-          integers =
-              _mm256_add_epi32(integers, _mm256_madd_epi16(codes[i], load_as<__m256i>(x[v].q[i])));
-        const __m256 scale = _mm256_mul_ps(of_row, _mm256_loadu_ps(x[v].scales));
-        sums[v] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(integers), sums[v]);
+          for (int i = 0; i < 4; ++i)
+            integers = _mm256_add_epi32(integers,
+                                        _mm256_madd_epi16(codes[i], load_as<__m256i>(x[v].q[i])));
+          const __m256 scale = _mm256_mul_ps(of_row, _mm256_loadu_ps(x[v].scales));
+          sums[r][v] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(integers), sums[r][v]);
+        }
       }
     }
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-  for (int v = 0; v < kCount; ++v) lanes[v] = row.scales.step() * (Floats)sums[v];
+    for (int v = 0; v < kCount; ++v) lanes[r][v] = rows[r].scales.step() * (Floats)sums[r][v];
 }
 
 }  // namespace

@@ -31,31 +31,35 @@ void prepare(const float* x, int64_t n, void* prepared) {
     }
 }
 
-/// lanes[v] = the dot product of a row, the r-th of those that `ahead` knows, and each of kCount x,
-/// one partial sum per lane. x: the same group of all x lies together
-template <int kCount, class Ahead>
-inline void multiply(const Int8Row& row, int r, Ahead& ahead, const GroupOfX* x, int64_t groups,
-                     Floats* lanes) {
-  for (int v = 0; v < kCount; ++v) lanes[v] = Floats{};
-  for (int64_t g = 0; g < groups; ++g, x += kCount) {
-    ahead.prefetch(r, g * kGroup);
-    for (int s = 0; s < kInt8Scales; ++s) {
-      const std::uint8_t* const first = row.group(g) + 16 * s;
-      const std::uint8_t* const second = first + row.half(g);
-      std::int16_t codes[kPart];
-      for (int i = 0; i < 16; ++i) {
-        codes[i] = static_cast<std::int16_t>(first[i] - Int8Row::kOffset);
-        codes[16 + i] = static_cast<std::int16_t>(second[i] - Int8Row::kOffset);
-      }
-      const float of_row = row.scales[g * kInt8Scales + s];
-      for (int v = 0; v < kCount; ++v) {
-        int32_t sum = 0;
-        for (int i = 0; i < kPart; ++i) sum += codes[i] * x[v].q[s][i];
-        lanes[v][s] += of_row * x[v].scales[s] * static_cast<float>(sum);
+/// lanes[r][v] = the dot products of rows, from the `first` on of those that `ahead` knows, and each of
+/// kCount x, one partial sum per lane. x: the same group of all x lies together
+template <int kCount, int kRows, class Ahead>
+inline void multiply(const Int8Row* rows, int first, Ahead& ahead, const GroupOfX* all,
+                     int64_t groups, Floats (&lanes)[kRows][kCount]) {
+  for (int r = 0; r < kRows; ++r) {
+    const Int8Row& row = rows[r];
+    for (int v = 0; v < kCount; ++v) lanes[r][v] = Floats{};
+    for (int64_t g = 0; g < groups; ++g) {
+      const GroupOfX* const x = all + g * kCount;
+      ahead.prefetch(first + r, g * kGroup);
+      for (int s = 0; s < kInt8Scales; ++s) {
+        const std::uint8_t* const here = row.group(g) + 16 * s;
+        const std::uint8_t* const there = here + row.half(g);
+        std::int16_t codes[kPart];
+        for (int i = 0; i < 16; ++i) {
+          codes[i] = static_cast<std::int16_t>(here[i] - Int8Row::kOffset);
+          codes[16 + i] = static_cast<std::int16_t>(there[i] - Int8Row::kOffset);
+        }
+        const float of_row = row.scales[g * kInt8Scales + s];
+        for (int v = 0; v < kCount; ++v) {
+          int32_t sum = 0;
+          for (int i = 0; i < kPart; ++i) sum += codes[i] * x[v].q[s][i];
+          lanes[r][v][s] += of_row * x[v].scales[s] * static_cast<float>(sum);
+        }
       }
     }
+    ahead.prefetch_scales(first + r, 0);
   }
-  ahead.prefetch_scales(r, 0);
 }
 
 }  // namespace

@@ -1,15 +1,10 @@
 // Decode kernels for int8 rows: products with an x that is quantised, too, and the feed-forward
 // network, whose gate and up products of many neurons are followed by their down rows.
 #include "cpu/int8.h"
+#include "cpu/int8_down.h"
 #include "cpu/int8_products.h"
 #include "cpu/kernels_isa.h"
 #include "cpu/prefetch.h"
-
-#if defined(__AVX512VNNI__)
-#include "cpu/int8_down_avx512.h"
-#else
-#include "cpu/int8_down_portable.h"
-#endif
 
 namespace tda {
 namespace {
