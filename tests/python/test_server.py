@@ -379,5 +379,5 @@ def test_the_pages_commands(smollm2: Path):
         assert done.returncode == 0, done.stderr
         answer, metrics = done.stdout.split("# HELP", 1)
         (choice,) = json.loads(answer)["choices"]
-        assert choice["message"]["content"] == "The capital of France is Paris, France."
-        assert "tdaengine_generated_tokens_total 9.0" in metrics
+        assert choice["message"]["content"] == "The capital of Japan is Tokyo."
+        assert "tdaengine_generated_tokens_total 7.0" in metrics
