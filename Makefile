@@ -25,7 +25,7 @@ demo: build model
 	$(BIN)/python tools/demo.py $(MODEL)
 
 test: build-tests model
-	$(BIN)/ctest --test-dir build --output-on-failure
+	$(BIN)/ctest --test-dir build --output-on-failure -j2
 	$(BIN)/python -m pytest -q
 
 fuzz: $(VENV)/tools

@@ -24,7 +24,7 @@ cd "$place/user"
 ln -s "$source/models" models
 python3 "$source/tests/packaging/readme_snippet.py" >snippet.py
 "$bin/python" snippet.py | tee said
-grep -q 'capital of France is Paris' said
+grep -q 'capital of Japan is Tokyo' said
 grep -q 'six, seven, eight' said
 "$bin/tdaengine" info models/SmolLM2-135M-Instruct
 "$bin/python" "$source/tests/typing/sample.py" models/SmolLM2-135M-Instruct
