@@ -9,6 +9,16 @@
 namespace tda {
 namespace {
 
+/// How many parts of a brick's inputs have scales of their own, and what is taken off their codes.
+template <class Brick>
+constexpr int kParts = 2;
+template <class Brick>
+constexpr float kCentre = 8;
+template <>
+constexpr int kParts<LineBrick> = 1;
+template <>
+constexpr float kCentre<LineBrick> = 0;
+
 inline __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
 /// A byte's upper code stays where it is: it counts 16 times.
 inline __m512i lower_codes(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }

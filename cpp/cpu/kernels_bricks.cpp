@@ -7,16 +7,6 @@
 namespace tda {
 namespace {
 
-/// How many parts of a brick's inputs have scales of their own, and what is taken off their codes.
-template <class Brick>
-constexpr int kParts = 2;
-template <class Brick>
-constexpr float kCentre = 8;
-template <>
-constexpr int kParts<LineBrick> = 1;
-template <>
-constexpr float kCentre<LineBrick> = 0;
-
 /// How far ahead bricks are prefetched.
 template <class Brick>
 constexpr int64_t kBrickDistance = 8 * sizeof(Brick);
